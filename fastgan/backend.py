@@ -1,0 +1,142 @@
+"""Which implementations this machine can run, why the others cannot, and the choice between them.
+
+Every public function takes ``impl="auto" | "triton" | "reference"``. ``auto`` means the Triton kernel for CUDA tensors of a
+dtype it supports, and plain PyTorch otherwise. A missing backend costs one warning, never a retry per call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendWarning(UserWarning):
+    """A faster backend is missing; the result is the same, the time is not."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of :func:`backend_status`: ``detail`` is a version, or the reason why ``available`` is False."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What :func:`backend_status` returns; prints as a table and indexes by name."""
+
+    backends: tuple[Backend, ...]
+
+    def __getitem__(self, name: str) -> Backend:
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        raise KeyError(f"no backend {name!r}; there are {', '.join(b.name for b in self.backends)}")
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(self.backends)
+
+    def __str__(self) -> str:
+        width = max(len(b.name) for b in self.backends)
+        return "\n".join(f"{b.name:<{width}}  {'yes' if b.available else 'no ':<3}  {b.detail}" for b in self.backends)
+
+
+def backend_status() -> BackendStatus:
+    """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension."""
+    from fastgan import _extension
+
+    return BackendStatus(
+        (
+            Backend("torch", True, f"{torch.__version__} (python {platform.python_version()})"),
+            _triton(),
+            Backend(
+                "interpreter",
+                interpreting(),
+                "TRITON_INTERPRET is set: kernels run on the CPU, slowly" if interpreting() else "TRITON_INTERPRET not set",
+            ),
+            _gpu(),
+            *_extension.status(),
+        )
+    )
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def _triton() -> Backend:
+    try:
+        import triton
+    except Exception as error:  # a broken installation must not take the reference path with it
+        return Backend("triton", False, f"import triton failed: {error}")
+    return Backend("triton", True, triton.__version__)
+
+
+def _gpu() -> Backend:
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return Backend("gpu", True, f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})")
+    if torch.version.cuda is None:
+        return Backend("gpu", False, "torch was built without CUDA")
+    return Backend("gpu", False, "no CUDA device is visible")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Issue ``message`` as a :class:`BackendWarning`, once in the life of the process."""
+    warnings.warn(message, BackendWarning, stacklevel=3)
+
+
+def check_impl(impl: str) -> None:
+    """Raise ``ValueError`` unless ``impl`` is one of :data:`IMPLS`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
+def resolve(impl: str, tensor: Tensor) -> str:
+    """Turn ``impl`` into ``"triton"`` or ``"reference"`` for operands like ``tensor``.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or is ``"triton"`` where kernels cannot run on this tensor.
+    """
+    check_impl(impl)
+    if impl == "reference":
+        return "reference"
+    supported = tensor.dtype in KERNEL_DTYPES
+    runnable = tensor.is_cuda or interpreting()
+    if impl == "triton":
+        if not _triton().available:
+            raise ValueError(f"impl='triton' cannot be used: {_triton().detail}")
+        if not runnable:
+            raise ValueError(f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}")
+        if not supported:
+            raise ValueError(f"impl='triton' supports float32, bfloat16 and float16, got {tensor.dtype}")
+        return "triton"
+    if not tensor.is_cuda or not supported:
+        return "reference"
+    if not _triton().available:
+        warn_once(f"fastgan runs its reference path on the GPU: {_triton().detail}")
+        return "reference"
+    return "triton"
+
+
+def implementation(op: str, impl: str, tensor: Tensor) -> ModuleType:
+    """The module that computes ``op`` for operands like ``tensor``: ``fastgan.kernels.<op>`` or ``fastgan.reference.<op>``."""
+    package = "kernels" if resolve(impl, tensor) == "triton" else "reference"
+    return importlib.import_module(f"fastgan.{package}.{op}")
