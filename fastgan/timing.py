@@ -1,0 +1,64 @@
+"""Paired timing: all implementations of one workload in one process, interleaved, so that drift hits them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median and the 20 % and 80 % quantiles of ``rounds`` runs."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def compare(
+    implementations: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, min_rounds: int = 5, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time callables in turn, round after round.
+
+    Args:
+        implementations: name to callable; each call does the whole work.
+        seconds: stop after about this much measured time, once ``min_rounds`` rounds are done.
+        min_rounds: the least number of rounds.
+        warmup: untimed calls of each implementation first.
+    """
+    for run in implementations.values():
+        for _ in range(warmup):
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in implementations}
+    spent = 0.0
+    while spent < seconds or len(next(iter(samples.values()))) < min_rounds:
+        for name, run in implementations.items():
+            elapsed = _time_once(run)
+            samples[name].append(elapsed)
+            spent += elapsed
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def _time_once(run: Callable[[], object]) -> float:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def _summary(times: list[float]) -> Timing:
+    if len(times) < 2:
+        return Timing(times[0], times[0], times[0], len(times))
+    quintiles = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), quintiles[0], quintiles[3], len(times))
