@@ -1,0 +1,13 @@
+"""Memory layouts of outputs: ops answer in the layout of their input, so that no copy is needed before or after them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def empty_rows_like(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised (B, N, channels) tensor for x (B, N, d), channels-first in memory where x is."""
+    b, n, _ = x.shape
+    if x.stride(1) == 1 and x.stride(2) != 1:
+        return x.new_empty(b, channels, n).transpose(1, 2)
+    return x.new_empty(b, n, channels)

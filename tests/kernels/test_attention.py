@@ -1,0 +1,92 @@
+"""The Triton kernels against eager attention in float64: on the GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastgan.ops import attention
+from fastgan.reference.attention import attention_eager
+from tests.accuracy import assert_as_accurate
+from tests.ops.test_attention import operands, three_passes
+
+NAMES = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
+SHAPES = [(2, 37, 19, 8, 24), (1, 130, 70, 12, 33), (1, 5, 1, 1, 1), (1, 16, 16, 16, 16), (1, 3, 17, 48, 192)]
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def triton_attention(q, k, v):
+    return attention(q, k, v, impl="triton")
+
+
+def assert_passes_match(q, k, v):
+    truth = three_passes(attention_eager, *(x.double() for x in (q, k, v)))
+    plain = three_passes(attention_eager, q, k, v)
+    for actual, p, t, name in zip(three_passes(triton_attention, q, k, v), plain, truth, NAMES, strict=True):
+        assert_as_accurate(actual, p, t, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_three_passes(shape, dtype, device):
+    assert_passes_match(*(x.to(device) for x in operands(shape, dtype)))
+
+
+def test_strided_operands_and_grad(device):
+    q = torch.randn(2, 8, 21, device=device).mT
+    k = torch.randn(2, 15, 16, device=device)[..., ::2]
+    v = torch.randn(15, 2, 6, device=device).transpose(0, 1)
+    assert_passes_match(q, k, v)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    grad_o = torch.randn(2, 6, 21, device=device).mT
+    o = triton_attention(q, k, v)
+    assert o.mT.is_contiguous()
+    expanded = torch.autograd.grad(o, (q, k, v), torch.ones_like(o[:, :1]).expand_as(o), retain_graph=True)
+    ones = torch.autograd.grad(o, (q, k, v), torch.ones_like(o), retain_graph=True)
+    for a, b in zip(expanded, ones, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    strided = torch.autograd.grad(o, (q, k, v), grad_o, retain_graph=True)
+    for a, b in zip(strided, torch.autograd.grad(o, (q, k, v), grad_o.contiguous()), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_batch_of_one_is_broadcast_without_a_copy(device):
+    q, k, v = (x.detach().to(device) for x in operands((3, 5, 4, 2, 3), torch.float32))
+    torch.testing.assert_close(triton_attention(q, k[:1], v[:1]), attention_eager(q, k[:1], v[:1]))
+
+
+@pytest.mark.parametrize(("b", "n"), [(0, 3), (2, 0)])
+def test_empty(b, n, device):
+    o, *gradients = three_passes(triton_attention, *(x.to(device) for x in operands((b, n, 4, 2, 3), torch.float32)))
+    assert o.shape == (b, n, 3)
+    assert all(g.count_nonzero() == 0 for g in gradients)
+
+
+def test_large_logits_and_nan(device):
+    q, k, v = (x.detach().to(device) for x in operands((1, 4, 5, 3, 2), torch.float32))
+    assert all(x.isfinite().all() for x in three_passes(triton_attention, 1e3 * q, 1e3 * k, v))
+    q[0, 2, 1] = float("nan")
+    o = triton_attention(q, k, v)
+    assert o[0, 2].isnan().all()
+    assert o[0, [0, 1, 3]].isfinite().all()
+
+
+def test_masked_keys_do_not_leak_when_the_logits_are_very_negative(device):
+    """A padded key has logit 0, far above every true one here: its probability would overflow if it were not masked."""
+    q = -16 - torch.arange(6, device=device).reshape(1, 3, 2) / 8  # logits near -260, exact in float32
+    k = 8 + torch.arange(10, device=device).reshape(1, 5, 2) / 64
+    assert_passes_match(q, k, torch.randn(1, 5, 2, device=device))
+
+
+def test_runs_are_bitwise_repeatable(device):
+    inputs = [x.to(device) for x in operands((2, 40, 33, 8, 16), torch.float32)]
+    for a, b in zip(three_passes(triton_attention, *inputs), three_passes(triton_attention, *inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unsupported_channels():
+    with pytest.raises(ValueError, match="q must have at most 64 channels"):
+        attention(*operands((1, 2, 2, 65, 2), torch.float32), impl="triton")
+    with pytest.raises(ValueError, match="v must have at most 256 channels"):
+        attention(*operands((1, 2, 2, 2, 257), torch.float32), impl="triton")

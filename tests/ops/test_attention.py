@@ -1,0 +1,171 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastgan.ops import attention
+from fastgan.ops.attention import attention_bwd_bwd_op, attention_bwd_op, attention_op
+from fastgan.reference.attention import attention_eager
+from tests.accuracy import assert_as_accurate
+
+SHAPES = [(2, 5, 4, 3, 6), (1, 1, 1, 1, 1), (3, 7, 1, 2, 2), (1, 4, 9, 8, 3)]
+
+
+def operands(shape, dtype=torch.float64, requires_grad=True):
+    b, n, m, d, e = shape
+    return [torch.randn(s, dtype=dtype).requires_grad_(requires_grad) for s in ((b, n, d), (b, m, d), (b, m, e))]
+
+
+def three_passes(function, q, k, v):
+    """Output, first gradients and gradients of a penalty on them, for fixed cotangents."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o = function(q, k, v)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, q, k, v)]
+    first = torch.autograd.grad(o, (q, k, v), cotangents[0], create_graph=True)
+    second = torch.autograd.grad(first, (q, k, v), cotangents[1:])
+    return [o, *first, *second]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_both_orders_match_finite_differences(shape):
+    inputs = operands(shape)
+
+    def run(*x):
+        return attention(*x, scale=0.7)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 70, 33, 12, 20)])
+def test_equals_eager_in_float64(shape, blocks, monkeypatch):
+    if blocks == "many":
+        monkeypatch.setattr("fastgan.reference.attention.BLOCK_BYTES", 3 * 8 * shape[2])
+    inputs = operands(shape)
+    fast = three_passes(lambda *x: attention(*x, scale=1.3), *inputs)
+    slow = three_passes(lambda *x: attention_eager(*x, scale=1.3), *inputs)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_as_accurate_as_eager(dtype):
+    inputs = operands((2, 65, 40, 16, 24), dtype)
+    truth = three_passes(attention_eager, *(x.double() for x in inputs))
+    plain = three_passes(attention_eager, *inputs)
+    names = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
+    for actual, p, t, name in zip(three_passes(attention, *inputs), plain, truth, names, strict=True):
+        assert actual.dtype == dtype
+        assert_as_accurate(actual, p, t, name)
+
+
+def test_opcheck():
+    q, k, v = operands((2, 5, 4, 3, 6))
+    opcheck(attention_op, (q, k, v, 0.7, "auto"))
+    o, stats = (x.detach() for x in attention_op(q, k, v, 0.7, "auto"))
+    grad_o = torch.randn_like(o).requires_grad_()
+    opcheck(attention_bwd_op, (grad_o, q, k, v, o, stats, 0.7, "auto"))
+    plain = [x.detach() for x in (q, k, v, grad_o, q, k, v)]
+    opcheck(attention_bwd_bwd_op, (*plain, o, stats, 0.7, "auto"))
+
+
+def test_third_order_is_refused_not_wrong():
+    q, k, v = operands((1, 3, 2, 2, 2))
+    (first,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(second.sum(), q)
+
+
+def test_compiled_gradients_equal_eager():
+    q, k, v = operands((2, 6, 5, 4, 3))
+
+    def loss(q, k, v):
+        return attention(q, k, v).square().sum()
+
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_strided_operands_need_no_contiguity_and_outputs_keep_their_layout():
+    b, n, m, d, e = 2, 12, 9, 4, 6
+    q, k = torch.randn(b, d, n, dtype=torch.float64).mT, torch.randn(m, b, d, dtype=torch.float64).transpose(0, 1)
+    v = torch.randn(b, e, 2 * m, dtype=torch.float64)[:, :, ::2].mT
+    fast = three_passes(attention, q, k, v)
+    slow = three_passes(attention_eager, q, k, v)
+    for a, b_ in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b_, rtol=1e-11, atol=1e-12)
+    assert fast[0].mT.is_contiguous()
+    assert attention(q.contiguous(), k, v).is_contiguous()
+
+
+@pytest.mark.parametrize("alone", [0, 1, 2])
+def test_a_batch_of_one_is_broadcast(alone):
+    inputs = operands((3, 5, 4, 2, 3))
+    inputs[alone] = inputs[alone][:1].detach().requires_grad_()
+    assert torch.autograd.gradcheck(attention, inputs)
+    expected = attention(*(x.expand(3, -1, -1).contiguous() for x in inputs))
+    torch.testing.assert_close(attention(*inputs), expected)
+
+
+@pytest.mark.parametrize(("b", "n"), [(0, 3), (2, 0)])
+def test_empty_batches_and_queries(b, n):
+    inputs = operands((b, n, 4, 2, 3))
+    o, *gradients = three_passes(attention, *inputs)
+    assert o.shape == (b, n, 3)
+    for g in gradients:
+        assert g.count_nonzero() == 0
+
+
+def test_extreme_values():
+    q, k, v = operands((1, 4, 5, 3, 2), torch.float32, requires_grad=False)
+    large = three_passes(attention, 1e4 * q, 1e4 * k, v)
+    assert all(x.isfinite().all() for x in large)
+    equal = attention(q, k[:, :1].expand(-1, 5, -1), v)
+    torch.testing.assert_close(equal, v.mean(dim=1, keepdim=True).expand(-1, 4, -1))
+    single = attention(q, k[:, :1], v[:, :1])
+    torch.testing.assert_close(single, v[:, :1].expand(-1, 4, -1))
+    q[0, 2, 1] = float("nan")
+    o = attention(q, k, v)
+    assert o[0, 2].isnan().all()
+    assert o[0, [0, 1, 3]].isfinite().all()
+
+
+def test_autocast_computes_in_the_lower_dtype():
+    q, k, v = operands((1, 4, 5, 3, 2), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = attention(q, k, v)
+    assert o.dtype == torch.bfloat16
+    o.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), "q must have 3 dimensions"),
+        (lambda q, k, v: (q, k[..., :1], v), "k must have the channels d of q"),
+        (lambda q, k, v: (q, k, v[:, :2]), "v must have as many rows M as k"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), "k must have at least one key"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v), "q and v must have at least one channel"),
+        (lambda q, k, v: (q, torch.cat([k, k[:1]]), torch.cat([v, v[:1]])), "same batch size B"),
+        (lambda q, k, v: (q, k.float(), v), "k must have the dtype of q"),
+        (lambda q, k, v: (q.int(), k, v), "q must have dtype float32"),
+        (lambda q, k, v: (q, k, v.to("meta")), "v must be on the device of q"),
+    ],
+)
+def test_bad_input_names_the_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*change(*operands((2, 5, 4, 3, 6), requires_grad=False)))
+
+
+def test_bad_impl():
+    with pytest.raises(ValueError, match="impl must be one of"):
+        attention(*operands((1, 2, 2, 2, 2)), impl="cuda")
+    with pytest.raises(ValueError, match="float32, bfloat16 and float16"):
+        attention(*operands((1, 2, 2, 2, 2)), impl="triton")
+    with pytest.raises(TypeError, match="k must be a torch.Tensor"):
+        attention(torch.ones(1, 2, 2), None, torch.ones(1, 2, 2))
