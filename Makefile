@@ -1,0 +1,41 @@
+# The interpreter that makes the virtual environment, e.g. `PYTHON=python3.12 make test`.
+PYTHON ?= python3
+VENV ?= .venv/$(notdir $(PYTHON))
+TORCH ?= torch torchvision
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+PYTEST := $(BIN)/python -m pytest -q -n 2 --durations=10
+
+.PHONY: demo test test-fast bench lint gpu clean
+
+demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
+	$(BIN)/fastgan demo --out out/demo
+
+test: $(VENV)/dev.stamp  ## the whole suite
+	$(PYTEST)
+
+test-fast: $(VENV)/dev.stamp  ## the suite without its slow tests
+	$(PYTEST) -m "not slow"
+
+bench: $(VENV)/dev.stamp  ## time fastgan against its baselines; writes bench/results/
+	$(BIN)/python -m bench $(BENCH)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+gpu:  ## on a machine with a GPU, no network needed: build, test and measure with the interpreter at hand
+	PYTHON=$(PYTHON) bash bench/gpu.sh
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off $(TORCH) setuptools wheel ninja
+	touch $@
+
+$(VENV)/demo.stamp $(VENV)/dev.stamp: $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
+	$(BIN)/python -m pip install --progress-bar off --no-build-isolation --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build out *.egg-info fastgan/_C*.so

@@ -1,0 +1,172 @@
+"""Attention forward, backward and under a gradient penalty, for the shapes of SAGAN and BigGAN.
+
+``core`` workloads time softmax(Q K^T) V alone, ``block`` ones the whole layer, projections, pooling and residual included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.harness import Workload
+from fastgan.nn import SelfAttention2d
+from fastgan.ops import attention
+from fastgan.reference.attention import attention_eager
+
+SHAPES = ((256, 16), (128, 32), (256, 32), (64, 64), (96, 64), (128, 64), (192, 64), (384, 64))  # channels, height
+PASSES = ("forward", "backward", "penalty")
+# What one H100 can do: exponentials and float16 products a second, bytes of device memory a second.
+EXPONENTIALS, PRODUCTS, BYTES = 4e12, 8e14, 3.0e12
+
+
+class EagerBlock(nn.Module):
+    """The canonical block as it is usually written, its maps in memory."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.theta = nn.Conv2d(channels, channels // 8, 1, bias=False)
+        self.phi = nn.Conv2d(channels, channels // 8, 1, bias=False)
+        self.g = nn.Conv2d(channels, channels // 2, 1, bias=False)
+        self.o = nn.Conv2d(channels // 2, channels, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        theta = self.theta(x).view(b, c // 8, h * w)
+        phi = F.max_pool2d(self.phi(x), 2).view(b, c // 8, h * w // 4)
+        g = F.max_pool2d(self.g(x), 2).view(b, c // 2, h * w // 4)
+        beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
+        o = self.o(torch.bmm(g, beta.transpose(1, 2)).view(b, c // 2, h, w))
+        return self.gamma * o + x
+
+
+def workloads(quick: bool, device: str) -> Iterator[Workload]:
+    """Workloads of one size on a CPU where ``quick``, else of all sizes; batch 32 and 64 on a GPU, 4 on a CPU."""
+    cuda = device == "cuda"
+    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
+    shapes = ((128, 32),) if quick else SHAPES if cuda else ((256, 16), (128, 32), (64, 64))
+    for batch in (32, 64) if cuda and not quick else (8,) if quick else (4,):
+        for channels, height in shapes:
+            for dtype in dtypes:
+                for mode in PASSES:
+                    yield _core(batch, channels, height, dtype, device, mode)
+                    yield _block(batch, channels, height, dtype, device, mode)
+
+
+def _core(batch: int, channels: int, height: int, dtype: torch.dtype, device: str, mode: str) -> Workload:
+    n, m, d, e = height**2, height**2 // 4, channels // 8, channels // 2
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, rows, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+        for rows, width in ((n, d), (m, d), (m, e))
+    )
+    functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "eager": attention_eager,
+        "fastgan": attention,
+        "compile": torch.compile(attention_eager, dynamic=False),
+    }
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        functions[f"sdpa {backend.name.split('_')[0].lower()}"] = _sdpa(backend)
+    return Workload(
+        name=f"core {mode}, C={channels} H={height} B={batch} {_short(dtype)}",
+        implementations={name: _passes(f, (q, k, v), mode) for name, f in functions.items()},
+        reference="eager",
+        check=_largest_error,
+        parameters=_parameters(batch, channels, height, dtype, mode),
+        tolerance=1e-4 if dtype == torch.float32 else 5e-2,
+        floor=_floor(batch, n, m, d, e, dtype, mode) if device == "cuda" else None,
+    )
+
+
+def _block(batch: int, channels: int, height: int, dtype: torch.dtype, device: str, mode: str) -> Workload:
+    torch.manual_seed(0)
+    eager = EagerBlock(channels)
+    nn.init.constant_(eager.gamma, 0.5)
+    fused = SelfAttention2d(channels)
+    fused.load_state_dict(eager.state_dict())
+    eager, fused = eager.to(device, dtype), fused.to(device, dtype)
+    x = torch.randn(batch, channels, height, height, device=device, dtype=dtype).requires_grad_()
+
+    def passes(block: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        parameters = [p for name, p in sorted(block.named_parameters())]
+        return _passes(lambda x, *_: run(x), (x, *parameters), mode)
+
+    return Workload(
+        name=f"block {mode}, C={channels} H={height} B={batch} {_short(dtype)}",
+        implementations={
+            "eager": passes(eager, eager),
+            "fastgan": passes(fused, fused),
+            "compile": passes(eager, torch.compile(eager, dynamic=False)),
+        },
+        reference="eager",
+        check=_largest_error,
+        parameters=_parameters(batch, channels, height, dtype, mode),
+        tolerance=1e-4 if dtype == torch.float32 else 5e-2,
+    )
+
+
+def _passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Callable[[], list[Tensor]]:
+    """The output; or the gradients of its sum of squares; or the gradients of a WGAN-GP penalty on the first input."""
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    def backward() -> list[Tensor]:
+        return list(torch.autograd.grad(function(*inputs).float().square().sum(), inputs))
+
+    def penalty() -> list[Tensor]:
+        x = inputs[0]
+        (gradient,) = torch.autograd.grad(function(*inputs).float().square().sum(), x, create_graph=True)
+        norms = gradient.float().flatten(1).square().sum(dim=1).sqrt()
+        return list(torch.autograd.grad((norms - 1).square().mean(), inputs, allow_unused=True))
+
+    return {"forward": forward, "backward": backward, "penalty": penalty}[mode]
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """SDPA's fused backends, q and k padded to v's channels where those are more."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        width = max(q.shape[2], v.shape[2])
+        q, k = (F.pad(x, (0, width - x.shape[2])) for x in (q, k))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(
+                q[:, None], k[:, None], F.pad(v, (0, width - v.shape[2]))[:, None], scale=1.0
+            )
+        return out[:, 0, :, : v.shape[2]]
+
+    return run
+
+
+def _largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    errors = [
+        ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+        for a, b in zip(actual, expected, strict=True)
+        if a is not None and b is not None and b.count_nonzero()
+    ]
+    return max(errors)
+
+
+def _floor(batch: int, n: int, m: int, d: int, e: int, dtype: torch.dtype, mode: str) -> float:
+    """Seconds an H100 needs: the largest of its exponentials, products and bytes, each pass counted once."""
+    maps = batch * n * m
+    # Products of q, k, v-sized operands with the maps: S and O; then S, dP, dQ, dK, dV; then both passes of the second order.
+    exponentials, with_d, with_e = {"forward": (1, 1, 1), "backward": (3, 4, 4), "penalty": (6, 12, 10)}[mode]
+    tensors = {"forward": 1, "backward": 3, "penalty": 6}[mode]
+    moved = tensors * batch * ((n + m) * d + (n + m) * e) * dtype.itemsize
+    rate = PRODUCTS if dtype.itemsize == 2 else PRODUCTS / 6  # three TF32 products at half the rate of float16
+    return max(exponentials * maps / EXPONENTIALS, 2 * maps * (with_d * d + with_e * e) / rate, moved / BYTES)
+
+
+def _parameters(batch: int, channels: int, height: int, dtype: torch.dtype, mode: str) -> dict[str, Any]:
+    return {"batch": batch, "channels": channels, "height": height, "dtype": _short(dtype), "mode": mode}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,143 @@
+// Operator schemas, and the primitives of trace_sqrt_product on the CPU.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "aten.h"
+#include "trace_sqrt_product.h"
+
+namespace fastgan {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kTile = 64;          // two float64 tiles stand in the first-level cache
+constexpr int64_t kSandwichBlock = 256;
+
+// Calls visit(i, j, end_i, end_j) for the tiles on and below the diagonal of rows [begin, end) of tiles.
+template <typename Visit>
+void for_lower_tiles(int64_t d, int64_t begin, int64_t end, const Visit& visit) {
+  for (int64_t i = begin * kTile; i < std::min(d, end * kTile); i += kTile)
+    for (int64_t j = 0; j <= i; j += kTile) visit(i, j, std::min(d, i + kTile), std::min(d, j + kTile));
+}
+
+template <typename T>
+void symmetrize(const T* a, double* out, int64_t d, double scale) {
+  torch::stable::parallel_for(0, (d + kTile - 1) / kTile, 1, [&](int64_t begin, int64_t end) {
+    for_lower_tiles(d, begin, end, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
+      for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = j0; j < std::min(j1, i + 1); ++j)
+          out[i * d + j] = out[j * d + i] = 0.5 * (double(a[i * d + j]) / scale + double(a[j * d + i]) / scale);
+    });
+  });
+}
+
+Tensor symmetrized(const Tensor& a, double scale) {
+  const Tensor dense = torch::stable::contiguous(a);
+  const int64_t d = a.size(0);
+  Tensor out = torch::stable::new_empty(a, {d, d}, ScalarType::Double);
+  auto* target = static_cast<double*>(out.data_ptr());
+  if (a.scalar_type() == ScalarType::Float)
+    symmetrize(static_cast<const float*>(dense.data_ptr()), target, d, scale);
+  else
+    symmetrize(static_cast<const double*>(dense.data_ptr()), target, d, scale);
+  return out;
+}
+
+// Column block J of L^T B L, at and below its diagonal, needs B and L from J on only: a third of the operations of
+// two full products.
+Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
+  const int64_t d = b.size(0);
+  Tensor out = torch::stable::new_zeros(b, {d, d});
+  for (int64_t j = 0; j < d; j += kSandwichBlock) {
+    const int64_t width = std::min(kSandwichBlock, d - j), rest = d - j;
+    const auto trailing = [&](Tensor m) {
+      Tensor rows = torch::stable::narrow(m, 0, j, rest);
+      return torch::stable::narrow(rows, 1, j, rest);
+    };
+    Tensor l = trailing(lower), target = trailing(out);
+    const Tensor panel = torch::stable::matmul(trailing(b), torch::stable::narrow(l, 1, 0, width));
+    Tensor columns = torch::stable::narrow(target, 1, 0, width);
+    torch::stable::copy_(columns, torch::stable::matmul(torch::stable::transpose(l, 0, 1), panel));
+  }
+  return out;
+}
+
+std::vector<double> to_host(const Tensor& vector) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(vector, ScalarType::Double));
+  const auto* data = static_cast<const double*>(wide.data_ptr());
+  return {data, data + wide.numel()};
+}
+
+template <typename T>
+void measure_asymmetry(const T* a, int64_t d, double* difference, double* largest) {
+  const int64_t tiles = (d + kTile - 1) / kTile;
+  std::vector<double> differences(tiles, 0), magnitudes(tiles, 0);
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T gap = 0, magnitude = 0, poison = 0;  // 0 * x is NaN for every non-finite x; a comparison would lose it
+      for_lower_tiles(d, row, row + 1, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
+        for (int64_t i = i0; i < i1; ++i)
+          for (int64_t j = j0; j < std::min(j1, i + 1); ++j) {
+            const T x = a[i * d + j], y = a[j * d + i];
+            gap = std::max(gap, std::abs(x - y));
+            magnitude = std::max(magnitude, std::max(std::abs(x), std::abs(y)));
+            poison += T(0) * x + T(0) * y;
+          }
+      });
+      differences[row] = double(gap) + double(poison);
+      magnitudes[row] = double(magnitude) + double(poison);
+    }
+  });
+  const auto keep_nan = [](double x, double y) { return std::isnan(x) || x > y ? x : y; };
+  for (int64_t row = 0; row < tiles; ++row) {
+    *difference = keep_nan(differences[row], *difference);
+    *largest = keep_nan(magnitudes[row], *largest);
+  }
+}
+
+Tensor asymmetry_cpu(const Tensor& a) {
+  const Tensor dense = torch::stable::contiguous(a);
+  const int64_t count = a.size(0), d = a.size(1);
+  Tensor out = torch::stable::new_zeros(a, {count, 2}, ScalarType::Double);
+  auto* rows = static_cast<double*>(out.data_ptr());
+  for (int64_t n = 0; n < count; ++n) {
+    if (a.scalar_type() == ScalarType::Float)
+      measure_asymmetry(static_cast<const float*>(dense.data_ptr()) + n * d * d, d, rows + 2 * n, rows + 2 * n + 1);
+    else
+      measure_asymmetry(static_cast<const double*>(dense.data_ptr()) + n * d * d, d, rows + 2 * n, rows + 2 * n + 1);
+  }
+  return out;
+}
+
+const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host};
+
+Tensor trace_sqrt_product_cpu(const Tensor& a, const Tensor& b, const Tensor& pairs, int64_t method) {
+  return trace_sqrt_products(kPrimitives, a, b, pairs, method);
+}
+
+bool has_cuda() {
+#ifdef USE_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY(fastgan_C, m) {
+  m.def("has_cuda() -> bool");
+  m.def("asymmetry(Tensor a) -> Tensor");
+  m.def("trace_sqrt_product(Tensor a, Tensor b, Tensor pairs, int method) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda", TORCH_BOX(&fastgan::has_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
+  m.impl("asymmetry", TORCH_BOX(&fastgan::asymmetry_cpu));
+  m.impl("trace_sqrt_product", TORCH_BOX(&fastgan::trace_sqrt_product_cpu));
+}

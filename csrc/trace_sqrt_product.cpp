@@ -1,0 +1,195 @@
+#include "trace_sqrt_product.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+
+#include "aten.h"
+
+namespace fastgan {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// As in fastgan/reference/trace_sqrt_product.py.
+enum Method : int64_t { kFailed = -1, kCholesky = 0, kEigh = 1, kSvd = 2, kAuto = 3 };
+constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+constexpr double kNoise = 4 * kEpsilon;
+constexpr double kIndefinite = 1e-5;
+
+struct Result {
+  double value = std::numeric_limits<double>::quiet_NaN();
+  double bound = std::numeric_limits<double>::infinity();
+  Method method = kFailed;
+};
+
+// The power of two at or below the largest magnitude: dividing by it is exact.
+double power_of_two_scale(double largest) {
+  if (!(largest > 0)) return 1;
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  return std::ldexp(1.0, exponent - 1);
+}
+
+double frobenius_norm(const std::vector<double>& values) {
+  return std::sqrt(std::inner_product(values.begin(), values.end(), values.begin(), 0.0));
+}
+
+// One operand: its matrices, scaled when first asked for, and each factored at most once.
+class Operand {
+ public:
+  Operand(const Primitives& primitives, const Tensor& matrices)
+      : primitives_(primitives), matrices_(matrices), size_(matrices.size(1)), entries_(matrices.size(0)) {}
+
+  double scale(int64_t i) { return entry(i).scale; }
+  const Tensor& matrix(int64_t i) { return *entry(i).matrix; }
+
+  // Lower Cholesky factor, or nothing where the matrix is not positive definite.
+  const std::optional<Tensor>& cholesky(int64_t i) {
+    Entry& e = entry(i);
+    if (!e.cholesky_tried) {
+      e.cholesky_tried = true;
+      e.cholesky = factor(*e.matrix);
+    }
+    return e.cholesky;
+  }
+
+  // (d, r) factor F with F F^T = A from the r eigenvalues above rounding, or nothing where A is clearly indefinite.
+  const std::optional<Tensor>& eigen_factor(int64_t i) {
+    Entry& e = entry(i);
+    if (!e.eigh_tried) {
+      e.eigh_tried = true;
+      auto [values, vectors] = aten::eigh(*e.matrix);
+      const std::vector<double> host = primitives_.to_host(values);
+      const double largest = std::max(std::abs(host.front()), std::abs(host.back()));
+      if (host.front() >= -kIndefinite * largest) {
+        const double floor = size_ * kEpsilon * largest;
+        const int64_t skip = std::upper_bound(host.begin(), host.end(), floor) - host.begin();
+        Tensor kept_values = torch::stable::narrow(values, 0, skip, size_ - skip);
+        Tensor kept_vectors = torch::stable::narrow(vectors, 1, skip, size_ - skip);
+        e.eigen_factor = aten::mul(kept_vectors, aten::sqrt(kept_values));
+      }
+    }
+    return e.eigen_factor;
+  }
+
+  // False where A has an eigenvalue clearly below zero, by one Cholesky factorisation of A + tolerance I.
+  bool semidefinite(int64_t i) {
+    Entry& e = entry(i);
+    Tensor shift = torch::stable::new_zeros(*e.matrix, {size_, size_});
+    Tensor diagonal = aten::diagonal(shift);
+    torch::stable::fill_(diagonal, kIndefinite);
+    return factor(aten::add(*e.matrix, shift)).has_value();
+  }
+
+ private:
+  struct Entry {
+    std::optional<Tensor> matrix, cholesky, eigen_factor;
+    double scale = 1;
+    bool cholesky_tried = false, eigh_tried = false;
+  };
+
+  Entry& entry(int64_t i) {
+    Entry& e = entries_[i];
+    if (!e.matrix) {
+      Tensor a = torch::stable::select(matrices_, 0, i);
+      Tensor largest = torch::stable::amax(aten::abs(torch::stable::flatten(a)), 0, true);
+      e.scale = power_of_two_scale(primitives_.to_host(torch::stable::to(largest, ScalarType::Double)).front());
+      e.matrix = primitives_.symmetrized(a, e.scale);
+    }
+    return e;
+  }
+
+  std::optional<Tensor> factor(const Tensor& matrix) {
+    auto [lower, info] = aten::cholesky_ex(matrix);
+    if (primitives_.to_host(torch::stable::unsqueeze(info, 0)).front() != 0) return std::nullopt;
+    return lower;
+  }
+
+  const Primitives& primitives_;
+  Tensor matrices_;
+  int64_t size_;
+  std::vector<Entry> entries_;
+};
+
+// Sum of sqrt(eigenvalues), with a bound on what the eigensolver's error E does to it: <E, G^{-1/2}> / 2, by
+// Cauchy-Schwarz at most |E| |G^{-1/2}| / 2 in Frobenius norms, where an eigenvalue stands above |E|, and sqrt(|E|)
+// where it does not.
+Result from_gram_eigenvalues(const std::vector<double>& eigenvalues, double tolerance, Method method, bool* accurate) {
+  const double noise = kNoise * frobenius_norm(eigenvalues);
+  double value = 0, inverses = 0, unresolved = 0;
+  for (double eigenvalue : eigenvalues) {
+    value += std::sqrt(std::max(eigenvalue, 0.0));
+    if (eigenvalue > 4 * noise)
+      inverses += 1 / eigenvalue;
+    else
+      unresolved += std::sqrt(noise + std::max(eigenvalue, 0.0));
+  }
+  const double bound = noise * std::sqrt(inverses) / 2 + unresolved;
+  *accurate = eigenvalues.front() >= -noise && bound <= tolerance * value;
+  return {value, bound, method};
+}
+
+Result from_singular_values(const std::vector<double>& singular) {
+  const double value = std::accumulate(singular.begin(), singular.end(), 0.0);
+  return {value, kNoise * frobenius_norm(singular) * std::sqrt(double(singular.size())), kSvd};
+}
+
+Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j, int64_t method,
+             double tolerance) {
+  bool accurate = false, singular = false;
+  if (method == kAuto || method == kCholesky) {
+    if (const auto& lower = a.cholesky(i)) {
+      const Tensor gram = primitives.triangular_sandwich(*lower, b.matrix(j));
+      const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
+      const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kCholesky, &accurate);
+      if (accurate) return result;
+      if (method == kCholesky) return b.semidefinite(j) ? result : Result{};
+    } else if (method == kCholesky) {
+      return {};
+    } else {
+      singular = true;
+    }
+  }
+  const auto& f = a.eigen_factor(i);
+  if (!f) return {};
+  if (f->size(1) == 0) return b.semidefinite(j) ? Result{0, 0, kEigh} : Result{};
+  const Tensor f_transposed = torch::stable::transpose(*f, 0, 1);
+  if (method == kEigh || singular) {
+    if (!b.semidefinite(j)) return {};
+    const Tensor gram = torch::stable::matmul(torch::stable::matmul(f_transposed, b.matrix(j)), *f);
+    const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
+    const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kEigh, &accurate);
+    if (accurate) return result;
+  }
+  const auto& g = b.eigen_factor(j);
+  if (!g) return {};
+  if (g->size(1) == 0) return {0, 0, kEigh};
+  return from_singular_values(primitives.to_host(aten::svdvals(torch::stable::matmul(f_transposed, *g))));
+}
+
+}  // namespace
+
+Tensor trace_sqrt_products(const Primitives& primitives, const Tensor& a, const Tensor& b, const Tensor& pairs,
+                           int64_t method) {
+  const int64_t count = pairs.size(0);
+  Tensor rows = torch::stable::new_empty(pairs, {count, 3}, ScalarType::Double);
+  const double tolerance = a.scalar_type() == ScalarType::Float ? 1e-7 : 3e-10;
+  Operand left(primitives, a), right(primitives, b);
+  const auto* index = static_cast<const int64_t*>(pairs.data_ptr());
+  auto* out = static_cast<double*>(rows.data_ptr());
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t i = index[2 * n], j = index[2 * n + 1];
+    const Result result = solve(primitives, left, right, i, j, method, tolerance);
+    // Two factors: the product of the scales may leave the range where the value does not.
+    const double scale_a = std::sqrt(left.scale(i)), scale_b = std::sqrt(right.scale(j));
+    out[3 * n] = result.value * scale_a * scale_b;
+    out[3 * n + 1] = result.bound * scale_a * scale_b;
+    out[3 * n + 2] = result.method;
+  }
+  return rows;
+}
+
+}  // namespace fastgan

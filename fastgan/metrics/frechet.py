@@ -1,0 +1,112 @@
+"""The Frechet distance of two sets of features, each taken as a Gaussian."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastgan.linalg import trace_sqrt_product
+from fastgan.metrics.errors import InputError
+from fastgan.metrics.stats import FeatureStats, check_comparable
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+METHODS = ("auto", "low_rank", "full")
+
+
+def frechet_distance(
+    a: FeatureStats | tuple[Tensor | npt.ArrayLike, Tensor | npt.ArrayLike],
+    b: FeatureStats | tuple[Tensor | npt.ArrayLike, Tensor | npt.ArrayLike],
+    *,
+    method: str = "auto",
+) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^{1/2}), in float64 and the squared units of the features.
+
+    Called FID where the features are Inception's (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule
+    Converge to a Local Nash Equilibrium", 2017). The distance of finite samples is biased upwards: compare values of
+    equal n only.
+
+    Args:
+        a, b: statistics, or a pair (mean (dim,), unbiased covariance (dim, dim)).
+        method: ``"low_rank"`` works on the centred features X where a side still holds them (n <= dim):
+            ``||X_a X_b^T||_* / sqrt((n_a - 1)(n_b - 1))`` for the cross term, and likewise with a Cholesky factor for a
+            side that does not. ``"full"`` always takes the covariances. ``"auto"`` is low_rank where it can be.
+
+    Returns:
+        The distance, at least 0: a negative rounding error of two equal sets becomes 0.
+
+    Raises:
+        ValueError: the sides differ in dim, backbone or resizing, one has fewer than two vectors or is no covariance,
+            or ``method`` is unknown or ``"low_rank"`` where neither side holds its features.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    stats_a, stats_b = _as_stats("a", a), _as_stats("b", b)
+    check_comparable(stats_a, stats_b)
+    mean_a, mean_b = stats_a.mean, stats_b.mean.to(stats_a.mean.device)
+    factor_a, factor_b = (None, None) if method == "full" else (_factor(stats_a), _factor(stats_b))
+    if method == "low_rank" and factor_a is None and factor_b is None:
+        raise ValueError("method='low_rank' needs a side with at most dim vectors, which then still holds its features")
+    if factor_a is None and factor_b is None:
+        trace, cross = _full(stats_a.cov, stats_b.cov.to(mean_a.device))
+    else:
+        trace, cross = _low_rank(stats_a, factor_a, stats_b, factor_b)
+    distance = (mean_a - mean_b).square().sum() + trace - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def _as_stats(name: str, value: Any) -> FeatureStats:
+    if isinstance(value, FeatureStats):
+        stats = value
+    elif isinstance(value, tuple) and len(value) == 2:
+        stats = FeatureStats.from_moments(*value)
+    else:
+        raise TypeError(f"{name} must be FeatureStats or a pair (mean, cov), got {type(value).__name__}")
+    if stats.n is not None and stats.n < 2:
+        raise InputError(f"{name} must have at least 2 feature vectors for a covariance, it has {stats.n}")
+    return stats
+
+
+def _factor(stats: FeatureStats) -> Tensor | None:
+    """F (n, dim) with F^T F = cov, where the features are still held."""
+    centred = stats.factor
+    if centred is None or stats.n is None:
+        return None
+    return centred / (stats.n - 1) ** 0.5
+
+
+def _full(cov_a: Tensor, cov_b: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        cross = trace_sqrt_product(cov_a, cov_b)
+    except ValueError as error:  # finite and symmetric they are: so one has a clearly negative eigenvalue
+        raise InputError(f"a side is no covariance: {error}") from error
+    return cov_a.trace() + cov_b.trace(), cross
+
+
+def _low_rank(
+    stats_a: FeatureStats, factor_a: Tensor | None, stats_b: FeatureStats, factor_b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if factor_a is None:
+        return _low_rank(stats_b, factor_b, stats_a, factor_a)
+    if factor_b is not None:
+        factor_b = factor_b.to(factor_a.device)
+        cross = _nuclear_norm(factor_a @ factor_b.mT)
+        return factor_a.square().sum() + factor_b.square().sum(), cross
+    cov_b = stats_b.cov.to(factor_a.device)
+    return factor_a.square().sum() + cov_b.trace(), _one_sided(factor_a, cov_b)
+
+
+def _one_sided(factor: Tensor, cov: Tensor) -> Tensor:
+    """tr((F^T F S)^{1/2}) for a factor F (n, dim) and a covariance S (dim, dim)."""
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    if failed.item() == 0:
+        # singular values of F L keep the digits that a square root takes from eigenvalues near zero
+        return _nuclear_norm(factor @ lower)
+    return _full(factor.mT @ factor, cov)[1]
+
+
+def _nuclear_norm(matrix: Tensor) -> Tensor:
+    return torch.linalg.svdvals(matrix).sum()

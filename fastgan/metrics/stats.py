@@ -1,0 +1,306 @@
+"""Streaming mean and covariance of features: what a Frechet distance needs of a set of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastgan.checks import check_tensor
+from fastgan.metrics.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+class FeatureStats:
+    """Mean and unbiased covariance of feature vectors, batch by batch, in float64 on the features' device.
+
+    Up to ``dim`` vectors the vectors themselves are kept, so that a Frechet distance between small sets can work on
+    them (:attr:`factor`) and not on a rank-deficient ``dim`` x ``dim`` matrix. From ``dim + 1`` on only the mean and
+    the sum of centred outer products are. Each batch is centred on its own mean and joined by the update of Chan,
+    Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979), so no
+    digits are lost where the mean is large beside the deviation.
+
+    Args:
+        dim: features per vector; None takes it from the first batch.
+        backbone: name of the network the features come from; distances between different ones are refused.
+        resize: how the images were brought to that network's input size.
+    """
+
+    def __init__(self, dim: int | None = None, *, backbone: str | None = None, resize: str | None = None) -> None:
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.backbone = backbone
+        self.resize = resize
+        self.dtype: str | None = None  # of the features as they came
+        self._dim = dim
+        self._n: int | None = 0
+        self._rows: list[Tensor] | None = []  # each (batch, dim); None once there are more than dim
+        self._mean: Tensor | None = None  # [dim], once the rows are dropped
+        self._scatter: Tensor | None = (
+            None  # [dim, dim], the sum of centred outer products; the covariance if n is None
+        )
+
+    @classmethod
+    def from_moments(
+        cls,
+        mean: Tensor | npt.ArrayLike,
+        cov: Tensor | npt.ArrayLike,
+        *,
+        n: int | None = None,
+        factor: Tensor | npt.ArrayLike | None = None,
+        backbone: str | None = None,
+        resize: str | None = None,
+    ) -> FeatureStats:
+        """Statistics from a mean (dim,) and an unbiased covariance (dim, dim).
+
+        Without ``n``, the number of vectors behind them, they can be compared and saved but not extended. ``factor``,
+        the centred vectors (n, dim), keeps the low-rank form of :attr:`factor` where n <= dim.
+
+        Raises:
+            InputError: shapes disagree, values are not finite, ``cov`` is not symmetric or has a negative diagonal,
+                ``n`` is under 2, or ``factor`` is not that of ``cov``.
+        """
+        mean, cov = _as_float64(mean), _as_float64(cov)
+        _check_moments(mean, cov)
+        if n is not None and n < 2:
+            raise InputError(f"n must be at least 2 for a covariance, got {n}")
+        stats = cls(mean.shape[0], backbone=backbone, resize=resize)
+        stats._n, stats._rows, stats._mean = n, None, mean
+        cov = (cov + cov.mT) / 2
+        stats._scatter = cov if n is None else cov * (n - 1)
+        if factor is not None:
+            rows = _as_float64(factor)
+            _check_factor(rows, cov, n)
+            if rows.shape[0] <= rows.shape[1]:
+                stats._rows, stats._mean, stats._scatter = [rows + mean], None, None
+        return stats
+
+    @property
+    def n(self) -> int | None:
+        """Number of vectors seen; None for statistics from a file that does not tell."""
+        return self._n
+
+    @property
+    def dim(self) -> int | None:
+        """Features per vector; None before the first batch."""
+        return self._dim
+
+    @property
+    def mean(self) -> Tensor:
+        """(dim,) float64. Raises ``InputError`` before the first vector."""
+        self._require(1, "mean")
+        if self._rows is not None:
+            return _centre(torch.cat(self._rows))[0]
+        assert self._mean is not None
+        return self._mean.clone()
+
+    @property
+    def cov(self) -> Tensor:
+        """Unbiased covariance (divided by n - 1), (dim, dim) float64. Raises ``InputError`` under two vectors."""
+        self._require(2, "cov")
+        if self._n is None:
+            assert self._scatter is not None
+            return self._scatter.clone()
+        _, scatter = self._moments()
+        return scatter / (self._n - 1)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """Centred features X (n, dim) with ``X^T X / (n - 1) = cov``, float64, while n <= dim; None after that."""
+        if self._rows is None or not self._n:
+            return None
+        return _centre(torch.cat(self._rows))[1]
+
+    def update(self, features: Tensor | npt.ArrayLike) -> FeatureStats:
+        """Add a batch of features (batch, dim) of any floating dtype; returns self.
+
+        Raises:
+            ValueError: ``features`` has another rank or dtype, another ``dim`` than before, or a value that is not
+                finite (the row is named), or these statistics come from a file without ``n``.
+        """
+        batch = features.detach() if isinstance(features, Tensor) else torch.as_tensor(features)
+        check_tensor("features", batch, ndim=2)
+        self._require_known_n("update")
+        self._check_dim(batch.shape[1], "features")
+        _check_finite(batch, seen=self._n or 0)
+        if batch.shape[0] == 0:
+            return self
+        self.dtype = str(batch.dtype).removeprefix("torch.") if self.dtype is None else self.dtype
+        self._dim = batch.shape[1]
+        device = self._device or _float64_device(batch.device)
+        # a copy even of float64 input: the caller may write into its buffer again
+        self._join_rows([batch.to(device=device, dtype=torch.float64, copy=True)])
+        return self
+
+    def merge(self, other: FeatureStats) -> FeatureStats:
+        """Add all that ``other`` has seen, as if its vectors had come here; ``other`` stays as it is. Returns self.
+
+        Raises:
+            ValueError: the dimensions, backbones or resizing methods differ, or one side comes from a file without
+                ``n``.
+        """
+        self._require_known_n("merge")
+        other._require_known_n("merge")
+        if other._dim is not None:
+            self._check_dim(other._dim, "other")
+        check_comparable(self, other)
+        self.backbone = self.backbone or other.backbone
+        self.resize = self.resize or other.resize
+        self.dtype = self.dtype or other.dtype
+        if not other._n:
+            return self
+        self._dim = other._dim
+        device = self._device or other._device
+        if other._rows is not None:
+            self._join_rows([rows.to(device) for rows in other._rows])
+        else:
+            mean, scatter = other._moments()
+            self._join_moments(other._n, mean.to(device), scatter.to(device))
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz that pytorch-fid and clean-fid read too; see :func:`fastgan.metrics.stats_file.save_stats`."""
+        from fastgan.metrics.stats_file import save_stats
+
+        save_stats(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
+        """Read an npz of this or another tool; see :func:`fastgan.metrics.stats_file.load_stats`."""
+        from fastgan.metrics.stats_file import load_stats
+
+        return load_stats(path, device=device)
+
+    def to(self, device: torch.device | str) -> FeatureStats:
+        """Move everything to ``device``, in place; returns self."""
+        if self._rows is not None:
+            self._rows = [rows.to(device) for rows in self._rows]
+        if self._mean is not None and self._scatter is not None:
+            self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"FeatureStats(n={self._n}, dim={self._dim}, backbone={self.backbone!r}, resize={self.resize!r})"
+
+    @property
+    def _device(self) -> torch.device | None:
+        if self._rows:
+            return self._rows[0].device
+        return None if self._mean is None else self._mean.device
+
+    def _join_rows(self, rows: list[Tensor]) -> None:
+        assert self._n is not None
+        assert self._dim is not None
+        added = sum(r.shape[0] for r in rows)
+        if self._rows is not None and self._n + added <= self._dim:
+            self._rows.extend(rows)
+            self._n += added
+            return
+        self._join_moments(added, *_moments_of(torch.cat(rows)))
+
+    def _join_moments(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if self._n:
+            own_mean, own_scatter = self._moments()
+            total, delta = self._n + n, mean - own_mean
+            scatter = own_scatter + scatter
+            scatter.addr_(delta, delta, alpha=self._n * n / total)
+            mean, n = own_mean + delta * (n / total), total
+        self._n, self._rows, self._mean, self._scatter = n, None, mean, scatter
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        if self._rows is not None:
+            return _moments_of(torch.cat(self._rows))
+        assert self._mean is not None
+        assert self._scatter is not None
+        return self._mean, self._scatter
+
+    def _require(self, least: int, what: str) -> None:
+        if self._n is not None and self._n < least:
+            raise InputError(f"{what} needs at least {least} feature vector{'s' * (least > 1)}, there are {self._n}")
+
+    def _require_known_n(self, action: str) -> None:
+        if self._n is None:
+            raise InputError(
+                f"cannot {action} statistics whose n is unknown (they come from a file with mu and sigma only)"
+            )
+
+    def _check_dim(self, dim: int, name: str) -> None:
+        if dim < 1:
+            raise InputError(f"{name} must have at least one feature per vector, got {dim}")
+        if self._dim is not None and dim != self._dim:
+            raise InputError(f"{name} must have {self._dim} features per vector, got {dim}")
+
+
+def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
+    """Raise ``InputError`` unless ``a`` and ``b`` agree in dim, backbone and resizing, as far as each is known."""
+    for what in ("dim", "backbone", "resize"):
+        left, right = getattr(a, what), getattr(b, what)
+        if left is not None and right is not None and left != right:
+            raise InputError(f"the two statistics differ in {what}: {left} and {right}")
+
+
+def _centre(rows: Tensor) -> tuple[Tensor, Tensor]:
+    mean = rows.mean(dim=0)
+    centred = rows - mean
+    # the mean of large values carries a rounding error; what it leaves in the centred rows is taken out again
+    residual = centred.mean(dim=0)
+    return mean + residual, centred.sub_(residual)
+
+
+def _moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    mean, centred = _centre(rows)
+    return mean, centred.mT @ centred
+
+
+def _check_finite(batch: Tensor, *, seen: int) -> None:
+    finite = torch.isfinite(batch).all(dim=1)
+    if not finite.all():
+        row = int(torch.nonzero(~finite)[0])
+        raise InputError(
+            f"features must be finite: row {row} of this batch (vector {seen + row} in all) has NaN or infinity"
+        )
+
+
+def _check_moments(mean: Tensor, cov: Tensor) -> None:
+    if mean.ndim != 1 or mean.shape[0] == 0:
+        raise InputError(f"mean must have shape (dim,), got {tuple(mean.shape)}")
+    dim = mean.shape[0]
+    if cov.shape != (dim, dim):
+        raise InputError(f"cov must have shape ({dim}, {dim}) to go with mean, got {tuple(cov.shape)}")
+    for name, value in (("mean", mean), ("cov", cov)):
+        if not torch.isfinite(value).all():
+            raise InputError(f"{name} must be finite, it has NaN or infinity")
+    scale = cov.diagonal().abs().max()
+    if (cov - cov.mT).abs().max() > 1e-5 * scale:
+        raise InputError("cov must be symmetric")
+    if cov.diagonal().min() < 0:
+        raise InputError("cov must have no negative value on its diagonal")
+
+
+def _check_factor(factor: Tensor, cov: Tensor, n: int | None) -> None:
+    if n is None or factor.shape != (n, cov.shape[0]):
+        raise InputError(f"factor must have shape (n, dim) = ({n}, {cov.shape[0]}), got {tuple(factor.shape)}")
+    if not torch.isfinite(factor).all():
+        raise InputError("factor must be finite, it has NaN or infinity")
+    variance = cov.diagonal()
+    scale = variance.max()
+    off_mean = factor.mean(dim=0).abs().max() > 1e-6 * scale.sqrt()
+    off_variance = (factor.square().sum(dim=0) / (n - 1) - variance).abs().max() > 1e-6 * scale
+    if off_mean or off_variance:
+        raise InputError("factor must be the centred vectors behind mean and cov")
+
+
+def _as_float64(value: Any) -> Tensor:
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    if tensor.is_complex():
+        raise InputError("statistics must be real, got complex numbers")
+    return tensor.to(device=_float64_device(tensor.device), dtype=torch.float64, copy=True)
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    """Apple's GPUs have no float64; their features are gathered on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device

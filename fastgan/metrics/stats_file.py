@@ -1,0 +1,127 @@
+"""Feature statistics on disk: npz files, written atomically, read without pickle."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastgan
+from fastgan.metrics.errors import InputError
+from fastgan.metrics.stats import FeatureStats
+
+# (mean, covariance) as named by fastgan, pytorch-fid and clean-fid, and by others
+_MOMENT_KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))
+
+
+def save_stats(stats: FeatureStats, path: str | Path) -> None:
+    """Write ``stats`` to ``path`` (exactly that name) as an npz file, whole or not at all.
+
+    Keys: ``mu`` (dim,) and ``sigma`` (dim, dim) in float64, as pytorch-fid and clean-fid expect; ``n``; ``factor``, the
+    centred features (n, dim), while n <= dim; ``backbone``, ``resize``, ``dtype`` (of the features) and
+    ``fastgan_version``. What is not known is left out.
+
+    Raises:
+        InputError: fewer than two feature vectors, or the folder of ``path`` does not exist.
+    """
+    arrays: dict[str, np.ndarray] = {"mu": stats.mean.cpu().numpy(), "sigma": stats.cov.cpu().numpy()}
+    if stats.n is not None:
+        arrays["n"] = np.array(stats.n, dtype=np.int64)
+    factor = stats.factor
+    if factor is not None:
+        arrays["factor"] = factor.cpu().numpy()
+    texts = {
+        "backbone": stats.backbone,
+        "resize": stats.resize,
+        "dtype": stats.dtype,
+        "fastgan_version": fastgan.__version__,
+    }
+    arrays |= {key: np.array(text) for key, text in texts.items() if text is not None}
+    _write_atomically(Path(path), arrays)
+
+
+def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
+    """Read statistics written by :func:`save_stats`, by pytorch-fid or clean-fid (``mu``, ``sigma``), or with keys
+    ``mu_s``, ``sigma_s``. Files without ``n`` give statistics with ``n = None``. Nothing is unpickled.
+
+    Raises:
+        InputError: there is no such file, it is damaged or holds pickled objects, or its arrays do not fit together.
+    """
+    path = Path(path)
+    arrays = _read(path)
+    mu_key, sigma_key = _moment_keys(path, arrays)
+    try:
+        n = _integer(arrays, "n")
+        stats = FeatureStats.from_moments(
+            arrays[mu_key],
+            arrays[sigma_key],
+            n=n,
+            factor=arrays.get("factor"),
+            backbone=_text(arrays, "backbone"),
+            resize=_text(arrays, "resize"),
+        )
+        stats.dtype = _text(arrays, "dtype")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    return stats.to(device)
+
+
+def _write_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} is not an npz file of statistics")
+        with loaded:
+            return {key: loaded[key] for key in loaded.files}
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
+        raise InputError(f"{path} cannot be read as statistics: {reason}") from error
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as statistics, it may be damaged: {error}") from error
+
+
+def _moment_keys(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, str]:
+    for mu_key, sigma_key in _MOMENT_KEYS:
+        if mu_key in arrays and sigma_key in arrays:
+            return mu_key, sigma_key
+    raise InputError(f"{path} must hold mu and sigma (or mu_s and sigma_s), it has: {', '.join(arrays) or 'nothing'}")
+
+
+def _integer(arrays: dict[str, np.ndarray], key: str) -> int | None:
+    if key not in arrays:
+        return None
+    value = arrays[key]
+    if value.size != 1 or not np.issubdtype(value.dtype, np.integer):
+        raise InputError(f"{key} must be one integer, got dtype {value.dtype} and shape {value.shape}")
+    return int(value.item())
+
+
+def _text(arrays: dict[str, np.ndarray], key: str) -> str | None:
+    if key not in arrays:
+        return None
+    value = arrays[key]
+    if value.size != 1 or value.dtype.kind != "U":
+        raise InputError(f"{key} must be one string, got dtype {value.dtype} and shape {value.shape}")
+    return str(value.item())

@@ -1,0 +1,6 @@
+"""Drop-in modules over :mod:`fastgan.ops`."""
+
+from fastgan.nn.attention import SelfAttention2d
+from fastgan.nn.spectral_norm import group_spectral_norm, spectral_norm
+
+__all__ = ["SelfAttention2d", "group_spectral_norm", "spectral_norm"]

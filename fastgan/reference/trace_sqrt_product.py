@@ -1,0 +1,243 @@
+"""tr((A B)^{1/2}) for symmetric positive semi-definite A, B, and its first two derivatives, in plain PyTorch.
+
+With A = F F^T, the eigenvalues of the symmetric G = F^T B F are those of A B, so that tr((A B)^{1/2}) is the sum of the
+square roots of the eigenvalues of G, and with B = H H^T the sum of the singular values of F^T H. A square root of an
+eigenvalue at rounding level keeps half the digits only; singular values of the factors keep them all, at several times
+the cost. Hence the order: Cholesky factor and eigenvalues of G with a bound on the error; where the bound is too wide,
+factors by eigenvectors with the eigenvalues at rounding level left out, and singular values. The C++ operator is the
+same algorithm, step by step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FAILED, CHOLESKY, EIGH, SVD, AUTO = -1, 0, 1, 2, 3
+METHODS = {"auto": AUTO, "cholesky": CHOLESKY, "eigh": EIGH, "svd": SVD}
+
+INDEFINITE = 1e-5
+"""An eigenvalue below minus this share of the largest is no rounding error."""
+
+_EPSILON = torch.finfo(torch.float64).eps
+_NOISE = 4 * _EPSILON
+_SANDWICH_BLOCK = 256
+_ASYMMETRY_BLOCK = 128
+
+
+def asymmetry(a: Tensor) -> Tensor:
+    """Largest magnitudes of A - A^T and of A for ``a`` (n, d, d), as (n, 2); not finite where an entry of A is not."""
+    gaps = [
+        (a[:, i : i + _ASYMMETRY_BLOCK, i:] - a[:, i:, i : i + _ASYMMETRY_BLOCK].mT).abs().amax((1, 2))
+        for i in range(0, a.shape[-1], _ASYMMETRY_BLOCK)
+    ]
+    # amax carries NaN along, and an infinite entry makes its own difference infinite or NaN.
+    return torch.stack([torch.stack(gaps, 1).amax(1), torch.maximum(a.amax((1, 2)), -a.amin((1, 2)))], 1).double()
+
+
+def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tensor:
+    """Rows (value, error bound, method) for the index pairs (i, j) into ``a`` (na, d, d) and ``b`` (nb, d, d).
+
+    Args:
+        a, b: float32 or float64; computed in float64. Each matrix of ``a`` is factored once, however many pairs hold
+            it.
+        pairs: (n, 2) int64, on the host.
+        method: one of :data:`METHODS`' values. The method in the result is :data:`FAILED`, and the value NaN, where a
+            matrix is clearly indefinite, or singular with ``method=CHOLESKY``.
+
+    Returns:
+        (n, 3) float64, on the host.
+    """
+    tolerance = 1e-7 if a.dtype == torch.float32 else 3e-10
+    left, right = _Operand(a), _Operand(b)
+    rows = []
+    for i, j in pairs.tolist():
+        value, bound, used = _solve(left, right, i, j, method, tolerance)
+        # Two factors: the product of the scales may leave the range where the value does not.
+        scale_a, scale_b = math.sqrt(left.scale(i)), math.sqrt(right.scale(j))
+        rows.append((value * scale_a * scale_b, bound * scale_a * scale_b, used))
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+
+
+class _Operand:
+    """One operand: its matrices, scaled when first asked for, and each factored at most once."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.matrices = matrices
+        self._scaled: dict[int, tuple[Tensor, float]] = {}
+        self._cholesky: dict[int, Tensor | None] = {}
+        self._eigen: dict[int, Tensor | None] = {}
+
+    def matrix(self, i: int) -> Tensor:
+        return self._entry(i)[0]
+
+    def scale(self, i: int) -> float:
+        return self._entry(i)[1]
+
+    def _entry(self, i: int) -> tuple[Tensor, float]:
+        if i not in self._scaled:
+            matrix = self.matrices[i].double()
+            scale = power_of_two_scale(matrix)
+            matrix = matrix / scale
+            self._scaled[i] = (0.5 * (matrix + matrix.mT), scale.item())
+        return self._scaled[i]
+
+    def cholesky(self, i: int) -> Tensor | None:
+        """Lower factor, or None where the matrix is not positive definite."""
+        if i not in self._cholesky:
+            self._cholesky[i] = _cholesky(self.matrix(i))
+        return self._cholesky[i]
+
+    def eigen_factor(self, i: int) -> Tensor | None:
+        """(d, r) factor F, F F^T = A, of the r eigenvalues above rounding; None where A is clearly indefinite."""
+        if i not in self._eigen:
+            values, vectors = torch.linalg.eigh(self.matrix(i))
+            smallest, largest = values[0].item(), values.abs().amax().item()
+            kept = values > values.numel() * _EPSILON * largest
+            definite = smallest >= -INDEFINITE * largest
+            self._eigen[i] = vectors[:, kept] * values[kept].sqrt() if definite else None
+        return self._eigen[i]
+
+    def semidefinite(self, i: int) -> bool:
+        """False where A has an eigenvalue clearly below zero, by one Cholesky factorisation of A + tolerance I."""
+        matrix = self.matrix(i).clone()
+        matrix.diagonal().add_(INDEFINITE)
+        return _cholesky(matrix) is not None
+
+
+def power_of_two_scale(matrix: Tensor) -> Tensor:
+    """The power of two at or below the largest magnitude of each matrix, 1 for zero: dividing by it is exact."""
+    largest = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest > 0, largest / (2 * mantissa), 1.0)
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower if info.item() == 0 else None
+
+
+def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: float) -> tuple[float, float, int]:
+    failed = (math.nan, math.inf, FAILED)
+    singular = False
+    if method in (AUTO, CHOLESKY):
+        lower = a.cholesky(i)
+        if lower is not None:
+            gram = _triangular_sandwich(lower, b.matrix(j))
+            value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
+            if accurate:
+                return value, bound, CHOLESKY
+            if method == CHOLESKY:
+                return (value, bound, CHOLESKY) if b.semidefinite(j) else failed
+        elif method == CHOLESKY:
+            return failed
+        else:
+            singular = True
+    factor = a.eigen_factor(i)
+    if factor is None:
+        return failed
+    if factor.shape[1] == 0:
+        return (0.0, 0.0, EIGH) if b.semidefinite(j) else failed
+    if method == EIGH or singular:
+        if not b.semidefinite(j):
+            return failed
+        gram = factor.mT @ b.matrix(j) @ factor
+        value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
+        if accurate:
+            return value, bound, EIGH
+    other = b.eigen_factor(j)
+    if other is None:
+        return failed
+    if other.shape[1] == 0:
+        return 0.0, 0.0, EIGH
+    singular_values = torch.linalg.svdvals(factor.mT @ other)
+    noise = _NOISE * torch.linalg.vector_norm(singular_values).item()
+    return singular_values.sum().item(), noise * math.sqrt(singular_values.numel()), SVD
+
+
+def _triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
+    """Lower triangle of L^T B L.
+
+    Column block J needs B and L from J on only: a third of the operations of two full products.
+    """
+    out = torch.zeros_like(b)
+    for j in range(0, b.shape[0], _SANDWICH_BLOCK):
+        trailing = lower[j:, j:]
+        out[j:, j : j + _SANDWICH_BLOCK] = trailing.mT @ (b[j:, j:] @ trailing[:, :_SANDWICH_BLOCK])
+    return out
+
+
+def _from_gram_eigenvalues(eigenvalues: Tensor, tolerance: float) -> tuple[float, float, bool]:
+    """Sum of the square roots, a bound on its error, and whether that is within ``tolerance`` of the sum.
+
+    The eigensolver's error E changes the sum by <E, G^{-1/2}> / 2, by Cauchy-Schwarz at most |E| |G^{-1/2}| / 2 in
+    Frobenius norms, where an eigenvalue stands above |E|, and by sqrt(|E|) where it does not.
+    """
+    noise = _NOISE * torch.linalg.vector_norm(eigenvalues).item()
+    clipped = eigenvalues.clamp(min=0)
+    resolved = eigenvalues > 4 * noise
+    value = clipped.sqrt().sum().item()
+    bound = noise * eigenvalues[resolved].reciprocal().sum().sqrt().item() / 2
+    bound += (noise + clipped[~resolved]).sqrt().sum().item()
+    return value, bound, eigenvalues[0].item() >= -noise and bound <= tolerance * value
+
+
+def trace_sqrt_product_bwd(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (P, Q) * grad / 2 of tr((A B)^{1/2}), where P A P = B and Q B Q = A, P and Q symmetric and Q = P^{-1}.
+
+    ``grad`` has the broadcast batch shape of ``a`` and ``b``. Directions that A or B lacks have no gradient: theirs is
+    infinite.
+    """
+    z, w, _, scale_a, scale_b = _congruence(a, b)
+    weight = 0.5 * grad.double()[..., None, None]
+    grad_a = weight * (scale_b.sqrt() / scale_a.sqrt()) * (z @ z.mT)
+    grad_b = weight * (scale_a.sqrt() / scale_b.sqrt()) * (w @ w.mT)
+    return _sum_to(grad_a, a), _sum_to(grad_b, b)
+
+
+def trace_sqrt_product_bwd_bwd(
+    cotangent_a: Tensor, cotangent_b: Tensor, grad: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of <cotangent_a, grad_a> + <cotangent_b, grad_b> with respect to ``grad``, ``a`` and ``b``.
+
+    Differentiating P A P = B gives the Lyapunov equation dP A P + P A dP = dB - P dA P. With P = Z Z^T, Q = W W^T and
+    W^T Z = I, Z^T A Z is the diagonal of the singular values sigma, and dP = Z Y Z^T, Y_ij = (W^T dB W - Z^T dA Z)_ij /
+    (sigma_i + sigma_j).
+    """
+    z, w, sigma, scale_a, scale_b = _congruence(a, b)
+    va, vb = _symmetric(cotangent_a.double()) / scale_a, _symmetric(cotangent_b.double()) / scale_b
+    va_z, vb_w = z.mT @ va @ z, w.mT @ vb @ w
+    root = scale_a.sqrt() * scale_b.sqrt()
+    traces = va_z.diagonal(dim1=-2, dim2=-1).sum(-1) + vb_w.diagonal(dim1=-2, dim2=-1).sum(-1)
+    sums = sigma[..., :, None] + sigma[..., None, :]
+    y = torch.where(sums > 0, (vb_w - va_z) / sums, 0.0)
+    weight = 0.5 * grad.double()[..., None, None] * root
+    grad_a = weight / scale_a * (z @ y @ z.mT)
+    grad_b = -weight / scale_b * (w @ y @ w.mT)
+    return (0.5 * root[..., 0, 0] * traces).to(grad.dtype), _sum_to(grad_a, a), _sum_to(grad_b, b)
+
+
+def _congruence(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Z, W, sigma and the scales of A and B, with P = Z Z^T, Q = W W^T for A and B divided by their scales."""
+    scale_a, scale_b = (power_of_two_scale(m.double())[..., None, None] for m in (a, b))
+    factor_a, factor_b = _eigen_factor(a.double() / scale_a), _eigen_factor(b.double() / scale_b)
+    u, sigma, vh = torch.linalg.svd(factor_a.mT @ factor_b)
+    floor = sigma.shape[-1] * _EPSILON * sigma[..., :1]
+    inverse_root = torch.where(sigma > floor, sigma.rsqrt(), 0.0)[..., None, :]
+    return factor_b @ vh.mT * inverse_root, factor_a @ u * inverse_root, sigma, scale_a, scale_b
+
+
+def _eigen_factor(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    floor = values.shape[-1] * _EPSILON * values[..., -1:]
+    return vectors * torch.where(values > floor, values, 0.0).sqrt()[..., None, :]
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.mT)
+
+
+def _sum_to(gradient: Tensor, operand: Tensor) -> Tensor:
+    return gradient.sum_to_size(operand.shape).to(operand.dtype)

@@ -1,0 +1,52 @@
+"""Moving average of a network's weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Exponential moving average of a module's parameters and batch-norm statistics.
+
+    The decay starts small, min(decay, (1 + t) / (10 + t)) at update t, so that the random initial weights are forgotten
+    in a short run too. Other buffers, such as spectral normalisation's singular vectors, are copied: they are not
+    quantities that an average keeps meaningful.
+
+    Args:
+        model: the network to follow.
+        decay: in [0, 1).
+
+    Attributes:
+        module: the averaged network, in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averaged, self._copied = _state(self.module)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards ``model``, a network of the same structure."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged, copied = _state(model)
+        torch._foreach_lerp_(self._averaged, averaged, 1 - decay)
+        if copied:
+            torch._foreach_copy_(self._copied, copied)
+        self.updates += 1
+
+
+def _state(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors to average and tensors to copy, each in the module's order."""
+    averaged = [p.detach() for p in model.parameters()]
+    copied: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+        (averaged if statistic else copied).append(buffer)
+    return averaged, copied

@@ -1,0 +1,56 @@
+"""Device functions shared by the attention kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastgan.kernels.precision import dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(base, rows, cols, stride_row, stride_col, n_rows, n_cols):
+    """Load base[rows, cols], zero outside n_rows x n_cols."""
+    pointers = base + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
+    return tl.load(pointers, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
+
+
+@triton.jit
+def store_tile(base, tile, rows, cols, stride_row, stride_col, n_rows, n_cols):
+    """Store the part of base[rows, cols] that lies within n_rows x n_cols."""
+    pointers = base + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_stats(base, rows, N, plane):
+    """The largest logit of each row, and log2(sum(exp(scale (logit - largest))))."""
+    top = tl.load(base + rows, mask=rows < N, other=0.0)
+    return top, tl.load(base + plane + rows, mask=rows < N, other=0.0) * LOG2E
+
+
+@triton.jit
+def row_delta(do_base, o_base, rows, do_sn, do_se, o_sn, o_se, N, e, E: tl.constexpr, SLAB: tl.constexpr):
+    """rowsum(dO * O)."""
+    delta = tl.zeros(rows.shape, tl.float32)
+    for start in tl.static_range(0, E, SLAB):
+        cols = start + tl.arange(0, SLAB)
+        do = load_tile(do_base, rows, cols, do_sn, do_se, N, e).to(tl.float32)
+        delta += tl.sum(do * load_tile(o_base, rows, cols, o_sn, o_se, N, e).to(tl.float32), 1)
+    return delta
+
+
+@triton.jit
+def other_slabs(
+    acc, x_base, x_rows, x_sn, x_se, x_n, y_base, y_rows, y_sn, y_se, y_n, e,
+    E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + x y^T over the channels past the first slab, which is kept on chip; these are loaded again for every tile."""
+    for start in tl.static_range(SLAB, E, SLAB):
+        cols = start + tl.arange(0, SLAB)
+        x = load_tile(x_base, x_rows, cols, x_sn, x_se, x_n, e)
+        acc = dot(x, tl.trans(load_tile(y_base, y_rows, cols, y_sn, y_se, y_n, e)), acc, PRECISION)
+    return acc

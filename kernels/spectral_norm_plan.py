@@ -1,0 +1,176 @@
+"""What the grouped spectral-norm kernels are told of a network: its geometry, its split over programs, its pointers."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Entries of a layer's row in the geometry table.
+FIELDS = (
+    "rows",
+    "columns",
+    "inner",  # column c is (a, b) = (c % inner, c // inner)
+    "stride_row",
+    "stride_a",
+    "stride_b",
+    "vector_a",  # entry of v that belongs to (a, b): a * vector_a + b * vector_b
+    "vector_b",
+    "u_offset",
+    "v_offset",
+    "s_tiles",
+    "s_chunks",
+    "s_partials",
+    "t_tiles",
+    "t_chunks",
+    "t_partials",
+    "tile_begin",
+    "tile_count",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes and launch options of all kernels.
+
+    A program for W v owns ``block_r`` rows and walks over ``chunk_c`` columns; one for W^T u owns ``block_c`` columns
+    and walks over ``chunk_r`` rows; one of the gradients owns ``tile_r`` x ``chunk_tile`` entries, one that scales
+    ``block_flat``.
+    """
+
+    block_r: int = 16
+    block_c: int = 128
+    chunk_r: int = 512
+    chunk_c: int = 2048
+    tile_r: int = 8
+    chunk_tile: int = 1024
+    block_flat: int = 4096
+    reduce_parts: int = 8
+    reduce_block: int = 512
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+LAUNCH = Launch()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and strides of a weight as a matrix whose columns are walked in memory order, at most two levels deep."""
+
+    rows: int
+    columns: int
+    inner: int
+    stride_row: int
+    stride_a: int
+    stride_b: int
+    vector_a: int
+    vector_b: int
+
+
+def layout_of(shape: Sequence[int], strides: Sequence[int], dim: int) -> Layout | None:
+    """The layout of a weight, or None where its columns take more than two levels."""
+    vector_strides, columns = {}, 1
+    for d in reversed([d for d in range(len(shape)) if d != dim]):
+        vector_strides[d] = columns
+        columns *= shape[d]
+    order = sorted((d for d in vector_strides if shape[d] > 1), key=lambda d: strides[d])
+    levels: list[tuple[int, int, int]] = []  # size, stride, stride in v; innermost first
+    for d in order:
+        size, stride, vector = shape[d], strides[d], vector_strides[d]
+        if levels and stride == levels[-1][0] * levels[-1][1] and vector == levels[-1][0] * levels[-1][2]:
+            levels[-1] = (levels[-1][0] * size, *levels[-1][1:])
+        else:
+            levels.append((size, stride, vector))
+    if len(levels) > 2:
+        return None
+    (inner, stride_a, vector_a), (_, stride_b, vector_b) = (levels + [(1, 0, 0)] * 2)[:2]
+    return Layout(shape[dim], columns, inner, strides[dim], stride_a, stride_b, vector_a, vector_b)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Device tables for weights of given layouts; ``*_tiles`` say which part of which layer a program has."""
+
+    geometry: Tensor  # (layers, FIELDS) int64
+    s_tiles: Tensor  # (programs, 3) int32: layer, first row, chunk of columns
+    t_tiles: Tensor  # (programs, 3) int32: layer, first column, chunk of rows
+    tiles: Tensor  # (programs, 3) int32: layer, first row, first column
+    flat_tiles: Tensor  # (programs, 3) int32: layer, block, 0
+    partials: int
+    u_size: int
+    v_size: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch = LAUNCH) -> Plan:
+    """The tables for weights of these layouts; made once, whatever their addresses."""
+    rows_of_geometry, s_tiles, t_tiles, tiles, flat_tiles = [], [], [], [], []
+    u_offset = v_offset = s_partials = t_partials = 0
+    for i, layout in enumerate(layouts):
+        rows, columns = layout.rows, layout.columns
+        s_layer = _grid(i, rows, launch.block_r, columns, launch.chunk_c)
+        t_layer = _grid(i, columns, launch.block_c, rows, launch.chunk_r)
+        layer = [(i, r, c) for r in range(0, rows, launch.tile_r) for c in range(0, columns, launch.chunk_tile)]
+        s_chunks, t_chunks = -(-columns // launch.chunk_c), -(-rows // launch.chunk_r)
+        rows_of_geometry.append(
+            [
+                *(rows, columns, layout.inner, layout.stride_row, layout.stride_a, layout.stride_b),
+                *(layout.vector_a, layout.vector_b, u_offset, v_offset),
+                *(len(s_layer), s_chunks, s_partials, len(t_layer), t_chunks, t_partials, len(tiles), len(layer)),
+            ]
+        )
+        s_tiles += s_layer
+        t_tiles += t_layer
+        tiles += layer
+        flat_tiles += [(i, block, 0) for block in range(-(-rows * columns // launch.block_flat))]
+        u_offset, v_offset = u_offset + rows, v_offset + columns
+        s_partials, t_partials = s_partials + s_chunks * rows, t_partials + t_chunks * columns
+    return Plan(
+        torch.tensor(rows_of_geometry, dtype=torch.int64, device=device),
+        *(torch.tensor(x, dtype=torch.int32, device=device) for x in (s_tiles, t_tiles, tiles, flat_tiles)),
+        partials=max(s_partials, t_partials),
+        u_size=u_offset,
+        v_size=v_offset,
+    )
+
+
+def _grid(layer: int, owned: int, block: int, walked: int, chunk: int) -> list[tuple[int, int, int]]:
+    return [(layer, start, part) for part in range(-(-walked // chunk)) for start in range(0, owned, block)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Device pointers, (lists, layers) int64, followed by a row of zeros: the counters of finished programs."""
+
+    pointers: Tensor
+    source: Tensor  # pinned; a captured graph copies from it at each replay
+
+
+_tables: OrderedDict[tuple[torch.device, tuple[int, ...]], Table] = OrderedDict()
+_captured: list[Table] = []
+_TABLES = 512
+
+
+def table_of(*lists: Sequence[Tensor]) -> Tensor:
+    """The pointer table of these tensors, reused while their addresses are the same."""
+    device = lists[0][0].device
+    addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
+    key = (device, addresses)
+    if key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key].pointers
+    rows = [*addresses, *[0] * len(lists[0])]
+    source = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").view(-1, len(lists[0]))
+    table = Table(source.to(device, non_blocking=True), source)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)  # its memory belongs to the graph, so no eager call may use it, nor may it be dropped
+        return table.pointers
+    _tables[key] = table
+    if len(_tables) > _TABLES:
+        _tables.popitem(last=False)
+    return table.pointers

@@ -1,0 +1,169 @@
+"""The Triton kernels against float64, with the plain PyTorch of the same dtype as the measure of what is accurate."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastgan.backend import interpreting
+from fastgan.kernels import spectral_norm as kernels
+from fastgan.kernels.spectral_norm_plan import layout_of, plan_for, table_of
+from fastgan.reference import spectral_norm as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weights_and_dims(dtype, device):
+    """Odd sizes, layers longer than a program's part either way, and every layout that a weight can have."""
+    weights = [
+        torch.randn(3, 4),
+        torch.randn(5, 2, 3, 3),
+        torch.randn(7, 6, 3, 3).contiguous(memory_format=torch.channels_last),
+        torch.randn(1030, 3),
+        torch.randn(2, 4100),
+        torch.randn(9, 4, 3, 2).transpose(0, 2),
+        torch.randn(8, 8)[::2, 1:6],
+        torch.randn(1, 40).t(),
+        torch.randn(3, 5, 4, 2, 3).permute(0, 3, 1, 4, 2),
+    ]
+    return [w.to(device, dtype) for w in weights], [0, 1, 0, 0, 0, 3, 0, 0, 2]
+
+
+def random_vectors(weights, dims):
+    shapes = [reference.matrix_shape(w, d) for w, d in zip(weights, dims, strict=True)]
+    return tuple(
+        [torch.nn.functional.normalize(torch.randn(shape[k]), dim=0).to(weights[0]) for shape in shapes] for k in (0, 1)
+    )
+
+
+def double(tensors):
+    return [t.double() for t in tensors]
+
+
+def assert_accurate(actual, plain, exact, dtype):
+    """Error at most twice that of plain torch, layer by layer, and a few roundings; Triton's interpreter truncates."""
+    ulp = torch.finfo(dtype).eps
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        scale = e.abs().max().item()
+        tolerance = 2 * (p.double() - e).abs().max().item() + 4 * torch.finfo(torch.float32).eps * scale
+        if dtype == torch.bfloat16 and interpreting():
+            tolerance += ulp * scale
+        assert (a.double() - e).abs().max().item() <= tolerance
+
+
+def assert_same_layout(actual, weights):
+    for a, w in zip(actual, weights, strict=True):
+        assert a.shape == w.shape
+        assert a.stride() == torch.empty_like(w).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_power_iterations", [0, 1, 3])
+def test_update(dtype, n_power_iterations, device, poisoned_empty):
+    weights, dims = weights_and_dims(dtype, device)
+    us, vs = random_vectors(weights, dims)
+    results, buffers = [], []
+    for module, cast in ((kernels, list), (reference, list), (reference, double)):
+        own_us, own_vs = cast([u.clone() for u in us]), cast([v.clone() for v in vs])
+        results.append(module.update(cast(weights), own_us, own_vs, dims, n_power_iterations, 1e-12))
+        buffers.append([*own_us, *own_vs])
+    assert_accurate(*results, torch.float32)
+    assert_accurate(*buffers, dtype)
+    assert all(t.dtype == torch.float32 for t in results[0])
+    if n_power_iterations == 0:
+        assert all(torch.equal(a, b) for a, b in zip(buffers[0], [*us, *vs], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_scale_and_gradients(dtype, out_dtype, device, poisoned_empty):
+    weights, dims = weights_and_dims(dtype, device)
+    us, vs = random_vectors(weights, dims)
+    vectors = reference.update(weights, us, vs, dims, 1, 1e-12)
+    exact_vectors = double(vectors)
+    grads = [torch.randn(w.shape, device=device).to(out_dtype) for w in weights]
+    grad_grads = [torch.randn(w.shape, device=device).to(dtype) for w in weights]
+
+    actual = kernels.scale(weights, *vectors, dims, out_dtype)
+    plain = reference.scale(weights, *vectors, dims, out_dtype)
+    exact = reference.scale(double(weights), *exact_vectors, dims, torch.float64)
+    assert_accurate(actual, plain, exact, out_dtype)
+    assert_same_layout(actual, weights)
+
+    actual = kernels.scale_bwd(grads, weights, *vectors, dims)
+    plain = reference.scale_bwd(grads, weights, *vectors, dims)
+    exact = reference.scale_bwd(double(grads), double(weights), *exact_vectors, dims)
+    assert_accurate(actual, plain, exact, dtype)
+    assert_same_layout(actual, weights)
+
+    actual = kernels.scale_bwd_bwd(grad_grads, grads, weights, *vectors, dims)
+    plain = reference.scale_bwd_bwd(grad_grads, grads, weights, *vectors, dims)
+    exact = reference.scale_bwd_bwd(double(grad_grads), double(grads), double(weights), *exact_vectors, dims)
+    n = len(weights)
+    assert_accurate(actual[:n], plain[:n], exact[:n], out_dtype)
+    assert_accurate(actual[n:], plain[n:], exact[n:], dtype)
+
+
+def test_a_weight_of_one_entry(device):
+    """W / sigma is its sign, so its gradients are zero, to the rounding of the two terms that cancel."""
+    weights = [torch.full((1, 1), -0.7, device=device)]
+    ones = [torch.ones(1, device=device)]
+    vectors = kernels.update(weights, ones, [torch.ones(1, device=device)], [0], 1, 1e-12)
+    torch.testing.assert_close(kernels.scale(weights, *vectors, [0], torch.float32)[0].abs().item(), 1.0)
+    grads = [torch.full((1, 1), 3.0, device=device)]
+    assert kernels.scale_bwd(grads, weights, *vectors, [0])[0].abs().item() < 1e-6
+    for d in kernels.scale_bwd_bwd(grads, grads, weights, *vectors, [0]):
+        assert d.abs().item() < 1e-5
+
+
+def test_expanded_gradient(device):
+    weights, dims = weights_and_dims(torch.float32, device)
+    vectors = reference.update(weights, *random_vectors(weights, dims), dims, 1, 1e-12)
+    grads = [torch.ones((), device=device).expand(w.shape) for w in weights]
+    for a, b in zip(
+        kernels.scale_bwd(grads, weights, *vectors, dims),
+        reference.scale_bwd(grads, weights, *vectors, dims),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e-30, 1e30])
+def test_extreme_weights_as_the_reference(value, device):
+    weights = [torch.full((3, 5), value, device=device), torch.randn(4, 6, device=device)]
+    us, vs = random_vectors(weights, [0, 0])
+    results = []
+    for module in (kernels, reference):
+        own_us, own_vs = [u.clone() for u in us], [v.clone() for v in vs]
+        module.update(weights, own_us, own_vs, [0, 0], 1, 1e-12)
+        results.append((own_us[1], own_vs[1]))
+        if value == 0 or value != value:
+            assert torch.equal(own_us[0], us[0])
+            assert torch.equal(own_vs[0], vs[0])
+    torch.testing.assert_close(*results)
+
+
+def test_results_are_reproducible(device):
+    weights, dims = weights_and_dims(torch.float32, device)
+    us, vs = random_vectors(weights, dims)
+    runs = [kernels.update(weights, [u.clone() for u in us], [v.clone() for v in vs], dims, 1, 1e-12) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_pointer_table_is_reused_while_addresses_stay(device):
+    a, b = torch.randn(3, device=device), torch.randn(4, device=device)
+    assert table_of([a], [b]) is table_of([a], [b])
+    assert table_of([a], [b]) is not table_of([b], [a])
+
+
+def test_plan_is_reused_for_equal_layouts(device):
+    first, second = (layout_of((4, 3, 2, 2), (12, 4, 2, 1), 1) for _ in range(2))
+    assert plan_for((first,), torch.device(device)) is plan_for((second,), torch.device(device))
+
+
+def test_layouts():
+    assert layout_of((4, 3, 2, 2), (12, 4, 2, 1), 0).stride_b == 0  # contiguous columns are one level
+    transposed = layout_of((4, 3, 2, 2), (12, 4, 2, 1), 1)
+    assert (transposed.rows, transposed.columns, transposed.inner, transposed.stride_b) == (3, 16, 4, 12)
+    assert layout_of((2, 3, 4, 5), (60, 1, 15, 3), 0) is not None  # channels last
+    assert layout_of((2, 3, 4, 5), (60, 1, 3, 12), 0) is None  # three levels: the launcher makes a copy

@@ -1,0 +1,171 @@
+"""Folders of images: formats, conversion to RGB, batches, damaged files; resizing against its definitions."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastgan.metrics import ImageFolder, InputError
+from fastgan.metrics.images import find_images, read_image
+from fastgan.metrics.resize import resize_array, resize_tensor
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine distinct images of several sizes, some in subfolders, beside files that are no images."""
+    for i in range(9):
+        path = tmp_path / ("deep/er" if i % 3 == 0 else ".") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RNG.integers(0, 256, (8 + i, 12 - i, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "png").write_text("no extension")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.PPM", "a.tif", "a.TIFF", "a.webp"])
+def test_lossless_formats(tmp_path, name):
+    Image.fromarray(RGB).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    assert find_images(tmp_path) == [tmp_path / name]
+    np.testing.assert_array_equal(read_image(tmp_path / name), RGB)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.jpeg"])
+def test_jpeg(tmp_path, name):
+    flat = np.full((16, 16, 3), (200, 100, 50), dtype=np.uint8)
+    Image.fromarray(flat).save(tmp_path / name, quality=95)
+    assert np.abs(read_image(tmp_path / name).astype(int) - flat).max() <= 3
+
+
+def test_modes_become_rgb(tmp_path):
+    def read(image, name="a.png", **options):
+        image.save(tmp_path / name, **options)
+        result = read_image(tmp_path / name)
+        assert result.dtype == np.uint8
+        return result
+
+    grey = RGB[:, :, 0]
+    repeated = np.repeat(grey[:, :, None], 3, axis=2)
+    alpha = RNG.integers(0, 256, (5, 7, 1), dtype=np.uint8)
+    np.testing.assert_array_equal(read(Image.fromarray(grey)), repeated)
+    np.testing.assert_array_equal(read(Image.fromarray(np.concatenate([repeated[:, :, :1], alpha], axis=2))), repeated)
+    np.testing.assert_array_equal(read(Image.fromarray(np.concatenate([RGB, alpha], axis=2))), RGB)
+    np.testing.assert_array_equal(read(Image.fromarray(grey > 100)), np.where(repeated > 100, 255, 0))
+    palette = Image.fromarray(RGB).quantize(8)
+    np.testing.assert_array_equal(read(palette), np.array(palette.convert("RGB")))
+    np.testing.assert_array_equal(read(palette, "a.gif"), np.array(palette.convert("RGB")))
+    np.testing.assert_array_equal(read(palette, transparency=3), np.array(palette.convert("RGB")))
+    cmyk = Image.fromarray(RGB).convert("CMYK")
+    np.testing.assert_array_equal(read(cmyk, "a.tif"), np.array(cmyk.convert("RGB")))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bit_greyscale_is_scaled(tmp_path, name):
+    values = np.array([[0, 128, 129, 257], [32767, 32768, 65406, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    expected = np.round(values / 65535 * 255).astype(np.uint8)
+    np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat(expected[:, :, None], 3, axis=2))
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif cannot be read as an image: floating-point images"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_found_recursively_in_the_order_of_paths(folder):
+    found = find_images(folder)
+    assert len(found) == 9
+    assert found == sorted(folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 9, 50])
+def test_batches_hold_every_image_once_in_order(folder, workers, batch_size):
+    done = []
+    images = ImageFolder(folder)
+    batches = list(images.batches(6, batch_size=batch_size, num_workers=workers, progress=done.append))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert sum(done) == 9
+    expected = torch.stack([resize_array(read_image(path), 6, "clean") for path in images.paths])
+    assert torch.equal(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
+def test_an_unreadable_image_is_named_or_skipped(folder, workers, damage):
+    bad = folder / "deep" / "bad.png"
+    good = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    good.save(bad)
+    contents = {"empty": b"", "text": b"hello", "truncated": bad.read_bytes()[:3000]}
+    bad.write_bytes(contents[damage])
+    with pytest.raises(InputError, match=r"deep/bad\.png"):
+        list(ImageFolder(folder).batches(6, num_workers=workers))
+    images = ImageFolder(folder, skip_bad=True)
+    assert sum(len(batch) for batch in images.batches(6, batch_size=2, num_workers=workers)) == 9
+    assert images.skipped == [bad]
+
+
+def test_no_folder_and_no_images(tmp_path):
+    with pytest.raises(InputError, match="none: no such folder"):
+        ImageFolder(tmp_path / "none")
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(InputError, match=r"neither a folder of images nor an \.npz file"):
+        ImageFolder(tmp_path / "file.txt")
+    with pytest.raises(InputError, match="holds no images"):
+        ImageFolder(tmp_path)
+
+
+def test_wrong_arguments(folder):
+    images = ImageFolder(folder)
+    for wrong, message in (
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"resize": "area"}, "resize must be one of 'clean', 'legacy_pytorch', got 'area'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(images.batches(6, **wrong))
+
+
+@pytest.mark.parametrize("size", [3, 7, 40])
+def test_clean_is_pillows_bicubic_in_float(size):
+    resized = resize_array(RGB, size, "clean")
+    assert resized.shape == (3, size, size)
+    assert resized.dtype == torch.float32
+    for c in range(3):
+        channel = Image.fromarray(RGB[:, :, c].astype(np.float32))
+        expected = np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(resized[c].numpy(), expected)
+    assert resized.frac().abs().max() > 0.01  # not rounded to integers
+
+
+@pytest.mark.parametrize("size", [16, 33, 224, 299])
+def test_clean_of_tensors_is_clean_of_files_to_the_filters_rounding(size):
+    image = RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    difference = (resize_tensor(tensor, size, "clean")[0] - resize_array(image, size, "clean")).abs().max()
+    assert difference < 0.01  # of 255: a hundredth of a grey level
+
+
+def test_legacy_pytorch_is_plain_bilinear():
+    size, (height, width) = 4, RGB.shape[:2]
+    resized = resize_array(RGB, size, "legacy_pytorch")
+    for i in range(size):
+        for j in range(size):
+            y, x = (max((p + 0.5) * n / size - 0.5, 0) for p, n in ((i, height), (j, width)))
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+            wy, wx = y - y0, x - x0
+            top = RGB[y0, x0] * (1 - wx) + RGB[y0, x1] * wx
+            bottom = RGB[y1, x0] * (1 - wx) + RGB[y1, x1] * wx
+            np.testing.assert_allclose(resized[:, i, j], top * (1 - wy) + bottom * wy, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["clean", "legacy_pytorch"])
+def test_at_the_size_already_nothing_changes(method):
+    image = RGB[:5, :5]
+    expected = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
+    assert torch.equal(resize_array(image, 5, method), expected)
+    assert torch.equal(resize_tensor(expected[None], 5, method)[0], expected)

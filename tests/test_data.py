@@ -1,0 +1,143 @@
+"""The digits, their split, and the loader's order and state."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastgan.data import DeviceLoader, LabelledImages, digits, stratified_split
+
+
+def labelled(n=10, n_classes=3):
+    return LabelledImages(
+        torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1), torch.arange(n) % n_classes, n_classes=n_classes
+    )
+
+
+def identities(images):
+    return images.flatten().long().tolist()
+
+
+class TestDigits:
+    @pytest.fixture(autouse=True)
+    def _needs_scikit_learn(self):
+        pytest.importorskip("sklearn")
+
+    def test_shapes_and_range(self):
+        for part, n in zip(digits(), (1198, 599), strict=True):
+            assert part.images.shape == (n, 1, 32, 32)
+            assert part.images.dtype == torch.float32
+            assert part.labels.dtype == torch.int64
+            assert part.n_classes == 10
+            assert part.images.min() == -1
+            assert part.images.max() == 1
+
+    def test_split_is_disjoint_and_stratified(self):
+        train, held_out = digits(8)
+        in_train = {tuple(row) for row in train.images.flatten(1).tolist()}
+        assert not any(tuple(row) in in_train for row in held_out.images.flatten(1).tolist())
+        totals = (train.labels.bincount() + held_out.labels.bincount()).double()
+        assert (held_out.labels.bincount() - totals / 3).abs().max() <= 0.5
+
+    def test_split_is_complete_with_original_pixels_at_native_resolution(self):
+        from sklearn.datasets import load_digits
+
+        train, held_out = digits(8)
+        pixels = torch.cat([train.images, held_out.images]).flatten(1)
+        expected = torch.from_numpy(load_digits().data).float() / 8 - 1
+        assert sorted(pixels.tolist()) == sorted(expected.tolist())
+
+    def test_upsampling_is_bicubic(self):
+        from PIL import Image
+
+        small, large = digits(8)[0], digits(32)[0]
+        assert torch.equal(small.labels, large.labels)
+        for i in range(0, len(small), 100):
+            image = Image.fromarray(small.images[i, 0].numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+            expected = torch.from_numpy(np.array(image)).clamp(-1, 1)
+            torch.testing.assert_close(large.images[i, 0], expected, rtol=0, atol=2e-6)
+
+    def test_seed(self):
+        assert torch.equal(digits(8, seed=3)[1].images, digits(8, seed=3)[1].images)
+        assert not torch.equal(digits(8, seed=3)[1].images, digits(8, seed=4)[1].images)
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"held_out must be in \(0, 1\)"):
+            digits(held_out=1)
+        with pytest.raises(ValueError, match="resolution must be at least 1"):
+            digits(0)
+
+
+def test_missing_scikit_learn_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastgan\[demo\]'"):
+        digits()
+
+
+def test_split_keeps_order_and_every_class():
+    train, held_out = stratified_split(labelled(12), held_out=0.25, seed=1)
+    assert identities(train.images) == sorted(identities(train.images))
+    assert held_out.labels.bincount(minlength=3).tolist() == [1, 1, 1]
+
+
+class TestLoader:
+    def test_an_epoch_visits_each_image_once(self):
+        data = labelled(10)
+        loader = DeviceLoader(data, 3)
+        for _ in range(4):
+            seen = [index for _ in range(3) for index in identities(loader.next()[0])]
+            assert len(set(seen)) == 9
+
+    def test_labels_belong_to_images(self):
+        images, labels = DeviceLoader(labelled(10), 7).next()
+        assert labels.tolist() == [i % 3 for i in identities(images)]
+
+    def test_epochs_differ_and_seeds_repeat(self):
+        def order(seed, batches=4):
+            loader = iter(DeviceLoader(labelled(20), 10, seed=seed))
+            return [identities(next(loader)[0]) for _ in range(batches)]
+
+        first = order(0)
+        assert first[0] + first[1] != first[2] + first[3]
+        assert order(0) == first
+        assert order(1) != first
+
+    def test_independent_of_the_global_seed(self):
+        torch.manual_seed(1)
+        first = identities(DeviceLoader(labelled(20), 10).next()[0])
+        torch.manual_seed(2)
+        assert identities(DeviceLoader(labelled(20), 10).next()[0]) == first
+
+    def test_state_resumes_within_an_epoch(self):
+        loader = DeviceLoader(labelled(10), 3)
+        for _ in range(4):
+            loader.next()
+        state = loader.state_dict()
+        expected = [identities(loader.next()[0]) for _ in range(7)]
+        other = DeviceLoader(labelled(10), 3, seed=9)
+        other.load_state_dict(state)
+        assert [identities(other.next()[0]) for _ in range(7)] == expected
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="batch_size must be from 1 to the number of images, 10, got 11"):
+            DeviceLoader(labelled(10), 11)
+        with pytest.raises(ValueError, match="state must be of a data set of 10 images, got 12"):
+            DeviceLoader(labelled(10), 2).load_state_dict(DeviceLoader(labelled(12), 2).state_dict())
+
+
+class TestLabelledImages:
+    @pytest.mark.parametrize(
+        ("images", "labels", "match"),
+        [
+            (torch.zeros(2, 8, 8), torch.zeros(2, dtype=torch.int64), "images must have 4 dimensions"),
+            (torch.zeros(2, 1, 8, 8), torch.zeros(2), "labels must have dtype int64"),
+            (torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=torch.int64), r"labels must have shape \(2,\)"),
+            (torch.zeros(2, 1, 8, 8), torch.tensor([0, 3]), r"labels must be in \[0, 3\), got 0 to 3"),
+            (torch.zeros(2, 1, 8, 8), torch.tensor([-1, 2]), r"labels must be in \[0, 3\), got -1 to 2"),
+            (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), "at least one image"),
+        ],
+    )
+    def test_bad_input(self, images, labels, match):
+        with pytest.raises(ValueError, match=match):
+            LabelledImages(images, labels, n_classes=3)

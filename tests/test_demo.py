@@ -1,0 +1,108 @@
+"""The demonstration writes what it says, from a few steps and images."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import fastgan.demo
+from fastgan.demo import run_demo
+from fastgan.metrics.errors import InputError
+
+SCORED = 20
+
+
+@pytest.mark.slow
+def test_a_short_run(tmp_path):
+    for module in ("sklearn", "scipy", "matplotlib", "rich", "PIL"):
+        pytest.importorskip(module)
+    out = tmp_path / "nested" / "out"
+    report = run_demo(out, steps=3, seed=4, score_images=SCORED, sqrtm_dim=32, timing_seconds=0)
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "report.json", "samples.png"]
+    check_samples_are_a_row_a_class(out / "samples.png")
+    check_curves_are_a_picture(out / "curves.png")
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    check_report(report)
+
+
+def check_samples_are_a_row_a_class(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        cell = 2 * 32 + 4
+        assert image.size == (12 * cell + 4, 10 * cell + 4)
+
+
+def check_curves_are_a_picture(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        assert len(image.convert("L").getcolors()) > 10
+
+
+def check_report(report):
+    assert report["recipe"]["train"]["seed"] == 4
+    assert report["recipe"]["train"]["steps"] == 3
+    assert report["versions"]["torch"] == torch.__version__
+    scores = report["frechet_distance"]
+    assert scores["n"] == SCORED
+    assert 0 < scores["real"] < scores["before"]
+    assert math.isfinite(scores["after"])
+    assert len(report["losses"]["generator"]) == 3
+    accuracy = report["classifier_accuracy"]
+    assert accuracy["held_out"] > 0.97
+    assert accuracy["generated"] == pytest.approx(sum(accuracy["per_class"]) / 10)
+    assert len(report["timings"]) == 5
+    for timing in report["timings"]:
+        assert set(timing["timings"]) == {"fastgan", timing["baseline"]}
+        for quantiles in timing["timings"].values():
+            assert 0 < quantiles["low"] <= quantiles["median"] <= quantiles["high"]
+
+
+def test_timed_implementations_agree():
+    from fastgan import demo_timings
+    from fastgan.nn import group_spectral_norm
+
+    def weights(normalise):
+        torch.manual_seed(0)
+        root = demo_timings.Weights(fastgan.demo.SAGANDiscriminator(3, width=8, spectral_norm=False))
+        normalise(root)
+        for _ in range(30):
+            root()
+        return root.eval()()
+
+    def torch_each_layer(root):
+        for layer in demo_timings.normalisable(root.network):
+            torch.nn.utils.parametrizations.spectral_norm(layer)
+
+    for grouped, single in zip(weights(group_spectral_norm), weights(torch_each_layer), strict=True):
+        # Singular vectors start from different noise; after many iterations only close singular values still differ.
+        torch.testing.assert_close(grouped, single, rtol=0.05, atol=1e-6)
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        run_demo(tmp_path / "out", steps=0)
+    with pytest.raises(ValueError, match="score_images must be from 10 to 599, got 5"):
+        run_demo(tmp_path / "out", score_images=5)
+    monkeypatch.setitem(fastgan.demo.REQUIRED, "no_such_module_anywhere", "a-package")
+    with pytest.raises(InputError, match=r"the demo needs a-package: pip install 'fastgan\[demo\]'"):
+        run_demo(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(fastgan.demo.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fastgan.demo._write(path, b"new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,197 @@
+"""The training loop: weights move, losses stay finite, seeds repeat, a run resumes bit for bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fastgan.data import LabelledImages
+from fastgan.models import SAGANDiscriminator, SAGANGenerator
+from fastgan.training import Callback, Every, NonFiniteLossError, TrainConfig, Trainer
+
+
+def data(n=24, n_classes=3):
+    rng = torch.Generator().manual_seed(5)
+    return LabelledImages(torch.rand(n, 1, 16, 16, generator=rng) * 2 - 1, torch.arange(n) % n_classes, n_classes)
+
+
+def trainer(seed=0, n_classes=3, **changes):
+    torch.manual_seed(seed)
+    shared = {"resolution": 16, "image_channels": 1, "width": 8, "attention_resolution": 8}
+    generator = SAGANGenerator(n_classes, dim_z=8, **shared)
+    discriminator = SAGANDiscriminator(n_classes, **shared)
+    config = TrainConfig(**({"steps": 4, "batch_size": 5, "seed": seed, "lr_generator": 1e-3} | changes))
+    return Trainer(generator, discriminator, data(), config)
+
+
+def weights(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
+
+
+def test_weights_move_and_losses_stay_finite():
+    t = trainer()
+    before = [weights(m) for m in (t.generator, t.discriminator, t.ema.module)]
+    history = t.run(12)
+    assert t.step == len(history) == 12
+    assert all(torch.tensor(losses).isfinite().all() for losses in (history.discriminator, history.generator))
+    for network, old in zip((t.generator, t.discriminator, t.ema.module), before, strict=True):
+        new = weights(network)
+        still = [name for name in old if torch.equal(old[name], new[name])]
+        assert not still
+
+
+def test_seeds():
+    first, second, other = trainer(0), trainer(0), trainer(1)
+    for t in (first, second, other):
+        t.run()
+    assert first.history == second.history
+    assert same(first.ema.module.state_dict(), second.ema.module.state_dict())
+    assert first.history != other.history
+
+
+def test_global_random_state_is_not_used_in_training():
+    first, second = trainer(), trainer()
+    first.run()
+    torch.manual_seed(99)
+    second.run()
+    assert same(first.generator.state_dict(), second.generator.state_dict())
+
+
+def test_resumes_bit_for_bit():
+    whole, broken = trainer(augment=("translation",)), trainer(augment=("translation",))
+    whole.run()
+    broken.run(2)
+    file = io.BytesIO()
+    torch.save(broken.state_dict(), file)
+    file.seek(0)
+    resumed = trainer(augment=("translation",))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.run()
+    assert resumed.step == 4
+    assert resumed.history == whole.history
+    for name in ("generator", "discriminator"):
+        assert same(getattr(resumed, name).state_dict(), getattr(whole, name).state_dict())
+    assert same(resumed.ema.module.state_dict(), whole.ema.module.state_dict())
+
+
+def test_one_discriminator_update_by_hand():
+    t = trainer(n_critic=1)
+    generator, discriminator = copy.deepcopy(t.generator), copy.deepcopy(t.discriminator)
+    rng, loader = torch.Generator(), copy.deepcopy(t.loader)
+    rng.set_state(t.rng.get_state())
+    t.train_step()
+
+    real, labels = loader.next()
+    z = torch.randn(5, 8, generator=rng)
+    fake_labels = torch.randint(3, (5,), generator=rng)
+    fake = generator(z, fake_labels).detach()
+    logits = discriminator(torch.cat([real, fake]), torch.cat([labels, fake_labels]))
+    loss = torch.relu(1 - logits[:5]).mean() + torch.relu(1 + logits[5:]).mean()
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=4e-4, betas=(0.0, 0.9))
+    loss.backward()
+    optimizer.step()
+    # In Adam's first step a gradient near zero, of either sign, moves its weight by as much as any other.
+    clear = {name: p.grad.abs() > 1e-6 for name, p in discriminator.named_parameters()}
+    for name, parameter in discriminator.named_parameters():
+        got = dict(t.discriminator.named_parameters())[name]
+        torch.testing.assert_close(got[clear[name]], parameter[clear[name]], rtol=0, atol=1e-6)
+    t._flush()
+    assert t.history.discriminator == [pytest.approx(loss.item(), rel=1e-5)]
+
+
+def test_n_critic_counts_discriminator_updates():
+    t = trainer(n_critic=3)
+    calls = []
+    t.discriminator.register_forward_hook(lambda *_: calls.append(1))
+    t.run(2)
+    assert len(calls) == 2 * (3 + 1)
+    assert t.optimizer_d.state_dict()["state"][0]["step"] == 6
+    assert t.optimizer_g.state_dict()["state"][0]["step"] == 2
+
+
+def test_no_gradients_are_left_behind():
+    t = trainer()
+    t.run(1)
+    assert all(p.grad is None for network in (t.generator, t.discriminator) for p in network.parameters())
+
+
+def test_learning_rates_fall_linearly_after_decay_from():
+    t = trainer(steps=8, decay_from=0.5, lr_generator=1e-3, lr_discriminator=2e-3)
+    rates = []
+    t.run(callbacks=[Every(1, lambda t: rates.append(t.optimizer_g.param_groups[0]["lr"]))])
+    assert rates == pytest.approx([1e-3] * 5 + [0.75e-3, 0.5e-3, 0.25e-3])
+    assert t.optimizer_d.param_groups[0]["lr"] == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize("bad_step", [1, 3, 12])
+def test_a_loss_that_is_not_finite_names_its_step(bad_step):
+    t = trainer(steps=25)
+
+    def poison(t):
+        if t.step == bad_step - 1:
+            with torch.no_grad():
+                t.discriminator.head.linear.bias.fill_(float("nan"))
+
+    if bad_step == 1:
+        poison(t)
+    with pytest.raises(NonFiniteLossError, match=f"not finite at step {bad_step}:") as raised:
+        t.run(callbacks=[Every(1, poison)])
+    assert raised.value.step == bad_step
+    assert len(t.history) == bad_step - 1
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_start(self, trainer, steps):
+        self.events.append(("start", steps))
+
+    def on_step(self, trainer):
+        self.events.append(("step", trainer.step))
+
+    def on_end(self, trainer):
+        self.events.append(("end", trainer.step))
+
+
+def test_callbacks():
+    t, recorder = trainer(), Recorder()
+    t.run(2, callbacks=[recorder])
+    assert recorder.events == [("start", 2), ("step", 1), ("step", 2), ("end", 2)]
+
+
+def test_callbacks_end_after_an_error():
+    t, recorder = trainer(), Recorder()
+
+    def fail(_):
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        t.run(2, callbacks=[recorder, Every(1, fail)])
+    assert recorder.events[-1] == ("end", 1)
+
+
+class Unconditional(nn.Module):
+    n_classes, dim_z = 4, 8
+
+
+def test_bad_input():
+    t = trainer()
+    with pytest.raises(ValueError, match="generator must have the data's 3 classes, got 4"):
+        Trainer(Unconditional(), t.discriminator, data(), t.config)
+    with pytest.raises(ValueError, match="discriminator must have the data's 3 classes, got 4"):
+        Trainer(t.generator, Unconditional(), data(), t.config)
+    with pytest.raises(ValueError, match="loss must be one of"):
+        Trainer(t.generator, t.discriminator, data(), TrainConfig(loss="huber"))
+    with pytest.raises(ValueError, match="augment must be names out of 'translation', got 'mixup'"):
+        Trainer(t.generator, t.discriminator, data(), TrainConfig(augment=("mixup",)))
+    with pytest.raises(ValueError, match="batch_size must be from 1 to the number of images, 24, got 64"):
+        Trainer(t.generator, t.discriminator, data(), TrainConfig(batch_size=64))
+    with pytest.raises(ValueError, match="interval must be at least 1"):
+        Every(0, print)
