@@ -27,6 +27,7 @@ class TimedWorkload:
     """Timings by implementation; ``"fastgan"`` and ``baseline`` are among them."""
 
     workload: str
+    size: str
     baseline: str
     dtype: str
     device: str
@@ -68,10 +69,10 @@ def _attention(device: str, seconds: float) -> list[TimedWorkload]:
 
     eager_forward, eager_backward = both(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)
     fast_forward, fast_backward = both(attention)
-    shape = f"B {b}, N {n}, M {m}, d {d}, e {e}"
+    size = f"B {b}, N {n}, M {m}, d {d}, e {e}"
     return [
-        _workload(f"attention forward ({shape})", "eager", device, eager_forward, fast_forward, seconds),
-        _workload(f"attention forward + backward ({shape})", "eager", device, eager_backward, fast_backward, seconds),
+        _workload("attention forward", size, "eager", device, eager_forward, fast_forward, seconds),
+        _workload("attention forward + backward", size, "eager", device, eager_backward, fast_backward, seconds),
     ]
 
 
@@ -106,11 +107,13 @@ def _spectral_norms(device: str, seconds: float) -> list[TimedWorkload]:
         cotangents = [torch.randn_like(w) for w in root()]
         return lambda: torch.autograd.grad(root(), parameters, cotangents)
 
-    count = f"{len(normalisable(fast.network))} weights of a SAGAN-32 critic"
+    size = f"{len(normalisable(fast.network))} weights of a SAGAN-32 critic"
     with torch.no_grad():
-        forward = _workload(f"spectral norm forward ({count})", "torch, each layer", device, eager, fast, seconds)
-    name = f"spectral norm forward + backward ({count})"
-    return [forward, _workload(name, "torch, each layer", device, backward(eager), backward(fast), seconds)]
+        forward = _workload("spectral norms forward", size, "torch", device, eager, fast, seconds)
+    both = _workload(
+        "spectral norms forward + backward", size, "torch", device, backward(eager), backward(fast), seconds
+    )
+    return [forward, both]
 
 
 def _trace_sqrt(dim: int, device: str) -> list[TimedWorkload]:
@@ -123,16 +126,22 @@ def _trace_sqrt(dim: int, device: str) -> list[TimedWorkload]:
     a, b = covariance(), covariance()
     a_device, b_device = a.to(device), b.to(device)
     implementations = {
-        "scipy.linalg.sqrtm": lambda: scipy.linalg.sqrtm((a @ b).numpy()).trace().real,
+        "scipy": lambda: scipy.linalg.sqrtm((a @ b).numpy()).trace().real,
         "fastgan": lambda: trace_sqrt_product(a_device, b_device).item(),
     }
     implementations["fastgan"]()
     timings = compare(implementations, seconds=0, min_rounds=3, warmup=0)
-    return [TimedWorkload(f"tr((AB)^(1/2)), d = {dim}", "scipy.linalg.sqrtm", "float64", device, timings)]
+    return [TimedWorkload("tr((AB)^(1/2))", f"d {dim}", "scipy", "float64", device, timings)]
 
 
 def _workload(
-    name: str, baseline: str, device: str, eager: Callable[[], Any], fast: Callable[[], Any], seconds: float
+    name: str,
+    size: str,
+    baseline: str,
+    device: str,
+    eager: Callable[[], Any],
+    fast: Callable[[], Any],
+    seconds: float,
 ) -> TimedWorkload:
     timings = compare({baseline: eager, "fastgan": fast}, seconds=seconds)
-    return TimedWorkload(name, baseline, "float32", device, timings)
+    return TimedWorkload(name, size, baseline, "float32", device, timings)

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastgan.models import check_labels
-
-
-class ConditionalGenerator(Protocol):
-    """What sampling needs to know of a generator."""
-
-    n_classes: int
-    dim_z: int
 
 
 def class_rows(n_classes: int, per_class: int) -> Tensor:

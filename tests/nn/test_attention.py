@@ -1,0 +1,220 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastgan.nn import SelfAttention2d
+
+
+class Canonical(nn.Module):
+    """The block of BigGAN's code, written as there."""
+
+    def __init__(self, channels, names=("theta", "phi", "g", "o", "gamma")):
+        super().__init__()
+        self.names, self.channels = names, channels
+        for name, (c_in, c_out) in zip(
+            names, ((channels, channels // 8),) * 2 + ((channels, channels // 2), (channels // 2, channels)), strict=False
+        ):
+            self.add_module(name, nn.Conv2d(c_in, c_out, 1, bias=False))
+        self.register_parameter(names[4], nn.Parameter(torch.tensor(0.6)))
+
+    def forward(self, x):
+        theta, phi, g, o, gamma = (getattr(self, name) for name in self.names)
+        b, c, h, w = x.shape
+        q = theta(x).view(b, c // 8, h * w)
+        k = F.max_pool2d(phi(x), 2).view(b, c // 8, -1)
+        v = F.max_pool2d(g(x), 2).view(b, c // 2, -1)
+        beta = F.softmax(torch.bmm(q.transpose(1, 2), k), -1)
+        return gamma * o(torch.bmm(v, beta.transpose(1, 2)).view(b, c // 2, h, w)) + x
+
+
+class Simple(nn.Module):
+    """The other common block: values as wide as x, biases, no pooling, no output convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.query_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.key_conv = nn.Conv2d(channels, channels // 8, 1)
+        self.value_conv = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.full((1,), 0.6))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q = self.query_conv(x).view(b, -1, h * w).permute(0, 2, 1)
+        attention = torch.softmax(torch.bmm(q, self.key_conv(x).view(b, -1, h * w)), dim=-1)
+        out = torch.bmm(self.value_conv(x).view(b, -1, h * w), attention.permute(0, 2, 1))
+        return self.gamma * out.view(b, c, h, w) + x
+
+
+def penalty_gradient(block, x):
+    """The gradient with respect to x of a WGAN-GP penalty on it."""
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad((gradient.flatten(1).norm(dim=1) - 1).square().sum(), x)[0]
+
+
+SPELLINGS = [
+    ("theta", "phi", "g", "o", "gamma"),
+    ("conv1x1_theta", "conv1x1_phi", "conv1x1_g", "conv1x1_attn", "sigma"),
+    ("snconv1x1_theta", "snconv1x1_phi", "snconv1x1_g", "snconv1x1_attn", "sigma"),
+    ("f", "g", "h", "o", "gamma"),
+]
+
+
+@pytest.mark.parametrize("names", SPELLINGS, ids=lambda names: names[0])
+def test_canonical_block_of_any_spelling(names):
+    original = Canonical(16, names).double()
+    block = SelfAttention2d(16).double()
+    block.load_state_dict(original.state_dict())
+    x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(block(x), original(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(penalty_gradient(block, x), penalty_gradient(original, x), rtol=1e-9, atol=1e-10)
+    for ours, theirs in zip(("theta", "phi", "g", "o"), names, strict=False):
+        a, b = block.get_submodule(ours).weight, original.get_submodule(theirs).weight
+        ga, gb = (torch.autograd.grad(m(x).pow(3).sum(), w)[0] for m, w in ((block, a), (original, b)))
+        torch.testing.assert_close(ga, gb, rtol=1e-9, atol=1e-9)
+
+
+def test_simple_block():
+    original = Simple(16).double()
+    block = SelfAttention2d(16, value_channels=16, pool=False, bias=True).double()
+    block.load_state_dict(original.state_dict())
+    x = torch.randn(2, 16, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(block(x), original(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(penalty_gradient(block, x), penalty_gradient(original, x), rtol=1e-9, atol=1e-10)
+
+
+def test_other_keys_are_still_reported():
+    with pytest.raises(RuntimeError, match="Missing key"):
+        SelfAttention2d(16).load_state_dict({"query_conv.weight": torch.zeros(2, 16, 1, 1)})
+
+
+def test_gamma_starts_at_zero_and_learns():
+    block = SelfAttention2d(16)
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.gamma.grad.abs() > 0
+
+
+def test_gradients_of_both_orders_match_finite_differences():
+    block = SelfAttention2d(8, bias=True).double()
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(1, 8, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, x)
+    assert torch.autograd.gradgradcheck(block, x)
+
+
+def test_attention_map():
+    block = SelfAttention2d(16)
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 6, 4)
+    y, attention_map = block(x, return_attention=True)
+    assert attention_map.shape == (2, 24, 6)
+    torch.testing.assert_close(attention_map.sum(dim=2), torch.ones(2, 24))
+    torch.testing.assert_close(y, block(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_hooks_of_the_convolutions_run(bias):
+    """The older spectral norm is a hook: reading a weight alone would miss it."""
+    block = SelfAttention2d(16, bias=bias)
+    block.gamma.data.fill_(0.7)
+    for name in ("theta", "phi", "g", "o"):
+        torch.nn.utils.spectral_norm(getattr(block, name))
+    before = block.phi.weight_u.clone()
+    x = torch.randn(2, 16, 4, 4)
+    y = block(x)
+    assert not torch.equal(before, block.phi.weight_u)
+    plain = SelfAttention2d(16, bias=bias)
+    plain.gamma.data.fill_(0.7)
+    for name in ("theta", "phi", "g", "o"):
+        getattr(plain, name).weight.data.copy_(getattr(block, name).weight)
+        if bias:
+            getattr(plain, name).bias.data.copy_(getattr(block, name).bias)
+    torch.testing.assert_close(y, plain(x))
+
+
+def test_spectral_norm_option():
+    block = SelfAttention2d(16, spectral_norm=True)
+    for _ in range(100):
+        block(torch.randn(1, 16, 4, 4))
+    for conv in (block.theta, block.phi, block.g, block.o):
+        assert abs(torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() - 1) < 1e-3
+
+
+def test_channels_last_is_kept():
+    block = SelfAttention2d(16)
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 6, 4)
+    y = block(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, block(x))
+
+
+def test_compile_export_functional_call_and_deepcopy():
+    block = SelfAttention2d(16)
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 6, 4)
+    y = block(x)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), y)
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), y)
+    torch.testing.assert_close(copy.deepcopy(block)(x), y)
+    zeroed = torch.func.functional_call(block, {"gamma": torch.zeros(())}, (x,))
+    torch.testing.assert_close(zeroed, x)
+
+
+def test_compiled_gradients_equal_eager():
+    block = SelfAttention2d(16)
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    actual = torch.autograd.grad(torch.compile(block, fullgraph=True)(x).square().sum(), [x, *block.parameters()])
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_keeps_the_residual_in_float32():
+    block = SelfAttention2d(16)
+    block.gamma.data.fill_(1e-3)
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, block(x), rtol=0, atol=1e-4)
+    y.sum().backward()
+    assert block.theta.weight.grad.dtype == torch.float32
+
+
+def test_onnx_export_uses_plain_operators(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    block = SelfAttention2d(16).eval()
+    path = tmp_path / "block.onnx"
+    torch.onnx.export(block, (torch.randn(2, 16, 4, 4),), str(path), dynamo=True)
+    assert not any("fastgan" in node.domain for node in onnx.load(str(path)).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_channels": 12}, "in_channels must be divisible by 8 where qk_channels is not given, got 12"),
+        ({"in_channels": 7, "qk_channels": 2}, "in_channels must be divisible by 2 where value_channels is not given"),
+        ({"in_channels": 16, "qk_channels": 0}, "qk_channels must be at least 1"),
+        ({"in_channels": 16, "impl": "cuda"}, "impl must be one of"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SelfAttention2d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 8, 4, 4), r"x must have shape \(B, 16, H, W\)"), ((16, 4, 4), "x must have"), ((1, 16, 1, 4), "at least 2 x 2")],
+)
+def test_bad_input(shape, message):
+    with pytest.raises(ValueError, match=message):
+        SelfAttention2d(16)(torch.randn(shape))
