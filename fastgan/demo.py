@@ -83,7 +83,7 @@ def run_demo(
     *,
     steps: int | None = None,
     seed: int = 0,
-    score_images: int = 500,
+    score_images: int = 400,
     sqrtm_dim: int = 1024,
     timing_seconds: float = 1.0,
 ) -> dict[str, Any]:

@@ -251,19 +251,22 @@ def spectral_norm_dots_kernel(
     gw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)  # [R, C]
     hg = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     huv = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for step in range(CHUNK // BLOCK_C):
-        c = column0 + step * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0 = column0
+    end = tl.minimum(column0 + CHUNK, columns)
+    while c0 < end:
+        c = c0 + tl.arange(0, BLOCK_C)
         in_weight, in_v = _columns(g, c)
-        mask = (r[:, None] < rows) & (c[None, :] < columns)
+        mask = (r[:, None] < rows) & (c[None, :] < end)
         offsets = row_offset[:, None] + in_weight[None, :]
         g_tile = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
         gw += g_tile * tl.load(weight + offsets, mask, 0.0).to(tl.float32)
         if DOUBLE:
             h_tile = tl.load(_pointer(pointers, 2, layer, n_layers, W_DTYPE) + offsets, mask, 0.0).to(tl.float32)
             u = tl.load(u_flat + tl.load(g + U_OFFSET) + r, r < rows, 0.0)
-            v = tl.load(v_flat + tl.load(g + V_OFFSET) + in_v, c < columns, 0.0)
+            v = tl.load(v_flat + tl.load(g + V_OFFSET) + in_v, c < end, 0.0)
             hg += h_tile * g_tile
             huv += h_tile * (u[:, None] * v[None, :])
+        c0 += BLOCK_C
     tl.store(partials + program, tl.sum(gw))
     if DOUBLE:
         tl.store(partials + n_tiles + program, tl.sum(hg))
@@ -317,12 +320,14 @@ def spectral_norm_combine_kernel(
     r = row0 + tl.arange(0, BLOCK_R)
     row_offset = r * tl.load(g + STRIDE_ROW)
     u = tl.load(u_flat + tl.load(g + U_OFFSET) + r, r < rows, 0.0)
-    for step in range(CHUNK // BLOCK_C):
-        c = column0 + step * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0 = column0
+    end = tl.minimum(column0 + CHUNK, columns)
+    while c0 < end:
+        c = c0 + tl.arange(0, BLOCK_C)
         in_weight, in_v = _columns(g, c)
-        mask = (r[:, None] < rows) & (c[None, :] < columns)
+        mask = (r[:, None] < rows) & (c[None, :] < end)
         offsets = row_offset[:, None] + in_weight[None, :]
-        v = tl.load(v_flat + tl.load(g + V_OFFSET) + in_v, c < columns, 0.0)
+        v = tl.load(v_flat + tl.load(g + V_OFFSET) + in_v, c < end, 0.0)
         uv = u[:, None] * v[None, :]  # [R, C]
         g_tile = tl.load(grad + offsets, mask, 0.0).to(tl.float32)
         if DOUBLE:
@@ -335,3 +340,4 @@ def spectral_norm_combine_kernel(
         else:
             d_tile = g_tile / s - (gw / s / s) * uv
         tl.store(d_weight + offsets, d_tile.to(W_DTYPE), mask)
+        c0 += BLOCK_C

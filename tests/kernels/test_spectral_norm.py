@@ -19,8 +19,8 @@ def weights_and_dims(dtype, device):
         torch.randn(3, 4),
         torch.randn(5, 2, 3, 3),
         torch.randn(7, 6, 3, 3).contiguous(memory_format=torch.channels_last),
-        torch.randn(1030, 3),
-        torch.randn(2, 4100),
+        torch.randn(515, 3),
+        torch.randn(2, 2060),
         torch.randn(9, 4, 3, 2).transpose(0, 2),
         torch.randn(8, 8)[::2, 1:6],
         torch.randn(1, 40).t(),
@@ -58,7 +58,7 @@ def assert_same_layout(actual, weights):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_power_iterations", [0, 1, 3])
+@pytest.mark.parametrize("n_power_iterations", [0, 2])
 def test_update(dtype, n_power_iterations, device, poisoned_empty):
     weights, dims = weights_and_dims(dtype, device)
     us, vs = random_vectors(weights, dims)
@@ -74,8 +74,10 @@ def test_update(dtype, n_power_iterations, device, poisoned_empty):
         assert all(torch.equal(a, b) for a, b in zip(buffers[0], [*us, *vs], strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+)
 def test_scale_and_gradients(dtype, out_dtype, device, poisoned_empty):
     weights, dims = weights_and_dims(dtype, device)
     us, vs = random_vectors(weights, dims)
