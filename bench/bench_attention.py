@@ -1,6 +1,7 @@
 """Attention forward, backward and under a gradient penalty, for the shapes of SAGAN and BigGAN.
 
-``core`` workloads time softmax(Q K^T) V alone, ``block`` ones the whole layer, projections, pooling and residual included.
+``core`` workloads time softmax(Q K^T) V alone, ``block`` ones the whole layer, projections, pooling and residual
+included.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def _largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 def _floor(batch: int, n: int, m: int, d: int, e: int, dtype: torch.dtype, mode: str) -> float:
     """Seconds an H100 needs: the largest of its exponentials, products and bytes, each pass counted once."""
     maps = batch * n * m
-    # Products of q, k, v-sized operands with the maps: S and O; then S, dP, dQ, dK, dV; then both passes of the second order.
+    # Products of q, k, v-sized operands with the maps: S and O; then S, dP, dQ, dK, dV; then both passes of the
+    # second order.
     exponentials, with_d, with_e = {"forward": (1, 1, 1), "backward": (3, 4, 4), "penalty": (6, 12, 10)}[mode]
     tensors = {"forward": 1, "backward": 3, "penalty": 6}[mode]
     moved = tensors * batch * ((n + m) * d + (n + m) * e) * dtype.itemsize

@@ -1,7 +1,7 @@
 """One definition of a benchmark for ``python -m bench`` and ``pytest bench --benchmark-only``.
 
-A suite is a module ``bench_<suite>`` with ``workloads(quick, device)``, which yields :class:`Workload`. An implementation is
-timed only after its result was found equal to the reference's.
+A suite is a module ``bench_<suite>`` with ``workloads(quick, device)``, which yields :class:`Workload`. An
+implementation is timed only after its result was found equal to the reference's.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def _load() -> str:
 
 
 def available(device_type: str = "cpu") -> bool:
-    """True where the extension's half for ``device_type`` (``"cpu"`` or ``"cuda"``) is loaded. The first no warns once."""
+    """True where the extension's half for ``device_type`` ("cpu" or "cuda") is loaded. The first no warns once."""
     missing = _missing(device_type)
     if missing:
         warn_once(f"fastgan runs its Python path in place of the C++ extension ({device_type}): {missing}")

@@ -1,7 +1,7 @@
 """Which implementations this machine can run, why the others cannot, and the choice between them.
 
-Every public function takes ``impl="auto" | "triton" | "reference"``. ``auto`` means the Triton kernel for CUDA tensors of a
-dtype it supports, and plain PyTorch otherwise. A missing backend costs one warning, never a retry per call.
+Every public function takes ``impl="auto" | "triton" | "reference"``. ``auto`` means the Triton kernel for CUDA tensors
+of a dtype it supports, and plain PyTorch otherwise. A missing backend costs one warning, never a retry per call.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def backend_status() -> BackendStatus:
             Backend(
                 "interpreter",
                 interpreting(),
-                "TRITON_INTERPRET is set: kernels run on the CPU, slowly" if interpreting() else "TRITON_INTERPRET not set",
+                "TRITON_INTERPRET is set: kernels run on the CPU, slowly"
+                if interpreting()
+                else "TRITON_INTERPRET not set",
             ),
             _gpu(),
             *_extension.status(),
@@ -137,6 +139,6 @@ def resolve(impl: str, tensor: Tensor) -> str:
 
 
 def implementation(op: str, impl: str, tensor: Tensor) -> ModuleType:
-    """The module that computes ``op`` for operands like ``tensor``: ``fastgan.kernels.<op>`` or ``fastgan.reference.<op>``."""
+    """The module that computes ``op`` for such operands: ``fastgan.kernels.<op>`` or ``fastgan.reference.<op>``."""
     package = "kernels" if resolve(impl, tensor) == "triton" else "reference"
     return importlib.import_module(f"fastgan.{package}.{op}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from torch import Tensor
 import fastgan
 from fastgan.data import LabelledImages, digits
 from fastgan.demo_timings import TimedWorkload, time_workloads
+from fastgan.files import write_bytes, write_text
 from fastgan.metrics import FeatureStats, frechet_distance, load_backbone
 from fastgan.metrics.errors import InputError
 from fastgan.models import SAGANDiscriminator, SAGANGenerator
@@ -138,9 +137,9 @@ def run_demo(
     report = _report(recipe, scores, agreement, timings, watch, history)
     out = Path(out)
     grid = sample(trainer.ema.module, class_rows(trainer.n_classes, GRID_COLUMNS), seed=seed)
-    _write(out / "samples.png", _grid_png(grid, GRID_COLUMNS))
-    _write(out / "curves.png", _curves_png(history, scores))
-    _write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_bytes(out / "samples.png", _grid_png(grid, GRID_COLUMNS))
+    write_bytes(out / "curves.png", _curves_png(history, scores))
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     _summarise(console, out, scores, agreement, timings, watch)
     return report
 
@@ -290,20 +289,6 @@ def _curves_png(history: History, scores: Scores) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def _summarise(

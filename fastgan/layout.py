@@ -1,4 +1,4 @@
-"""Memory layouts of outputs: ops answer in the layout of their input, so that no copy is needed before or after them."""
+"""Memory layouts of outputs: ops answer in the layout of their input, so that no copy is needed around them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-# Shared memory a block may use, and registers and threads of a multiprocessor (CUDA programming guide, compute capabilities).
+# Shared memory a block may use, and registers and threads of a multiprocessor (CUDA programming guide, compute
+# capabilities).
 SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_PER_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS_PER_MULTIPROCESSOR = 65536

@@ -1,7 +1,7 @@
 """Launchers of the fused attention kernels: same names, arguments and results as in ``fastgan.reference.attention``.
 
-Forward, backward and double backward each stream over tiles; none has an N x M map in memory. They take 1, 2 and 2 launches, one
-more for each kernel where v's channels are split into slabs.
+Forward, backward and double backward each stream over tiles; none has an N x M map in memory. They take 1, 2 and 2
+launches, one more for each kernel where v's channels are split into slabs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     (b, n, d), m, e = q.shape, k.shape[1], v.shape[2]
     o, stats = empty_rows_like(q, e), q.new_empty(2, b, n, dtype=torch.float32)
     if o.numel():
-        launch = launch_for("fwd", d, e, q)
+        launch = launch_for("fwd", e, q)
         attention_fwd_kernel[(triton.cdiv(n, launch.rows) * b, triton.cdiv(e, launch.slab))](
             q, k, v, o, stats, *_strides(q, k, v, o),
             n, m, d, e, scale, b * n, D=padded(d), **_options(launch, q)
@@ -48,13 +48,13 @@ def attention_bwd(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = stats.new_empty(b, n)
     sizes = {"D": padded(d), "E": padded(e)}
-    launch = launch_for("bwd_rows", d, e, q)
+    launch = launch_for("bwd_rows", e, q)
     attention_bwd_rows_kernel[(triton.cdiv(n, launch.rows) * b,)](
         grad_o, q, k, v, o, stats, delta, dq, *_strides(grad_o, q, k, v, o, dq),
         n, m, d, e, scale, b * n, **sizes, **_options(launch, q)
     )  # fmt: skip
-    launch = launch_for("bwd_keys", d, e, q)
-    for outputs, slabs in _passes(launch, e):
+    launch = launch_for("bwd_keys", e, q)
+    for outputs, slabs in launch.passes(e):
         attention_bwd_keys_kernel[(triton.cdiv(m, launch.keys) * b, slabs)](
             grad_o, q, k, v, stats, delta, dk, dv, *_strides(grad_o, q, k, v, dk, dv),
             n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q)
@@ -82,17 +82,17 @@ def attention_bwd_bwd(
     sums = stats.new_empty(3, b, n)  # delta, rowsum(A * P), rowsum(P * B)
     strides = _strides(ggq, ggk, ggv, grad_o, q, k, v)
     sizes = {"D": padded(d), "E": padded(e)}
-    launch = launch_for("bwd_bwd_rows", d, e, q)
-    for outputs, slabs in _passes(launch, e):
+    launch = launch_for("bwd_bwd_rows", e, q)
+    for outputs, slabs in launch.passes(e):
         attention_bwd_bwd_rows_kernel[(triton.cdiv(n, launch.rows) * b, slabs)](
             ggq, ggk, ggv, grad_o, q, k, v, o, stats, sums, g_do, gq, *strides, *_strides(o, g_do, gq),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q)
+            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q, order=2)
         )  # fmt: skip
-    launch = launch_for("bwd_bwd_keys", d, e, q)
-    for outputs, slabs in _passes(launch, e):
+    launch = launch_for("bwd_bwd_keys", e, q)
+    for outputs, slabs in launch.passes(e):
         attention_bwd_bwd_keys_kernel[(triton.cdiv(m, launch.keys) * b, slabs)](
             ggq, ggk, ggv, grad_o, q, k, v, stats, sums, gk, gv, *strides, *_strides(gk, gv),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q)
+            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q, order=2)
         )  # fmt: skip
     return g_do, gq, gk, gv
 
@@ -101,19 +101,12 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()]
 
 
-def _passes(launch: Launch, e: int) -> list[tuple[dict[str, bool], int]]:
-    """What each launch of a kernel computes, and its number of slabs; the first one writes what the second reads."""
-    if launch.slab >= e:
-        return [({"QK": True, "V": True}, 1)]
-    return [({"QK": True, "V": False}, 1), ({"QK": False, "V": True}, triton.cdiv(e, launch.slab))]
-
-
-def _options(launch: Launch, q: Tensor) -> dict[str, int | str]:
+def _options(launch: Launch, q: Tensor, order: int = 1) -> dict[str, int | str]:
     return {
         "R": launch.rows,
         "C": launch.keys,
         "SLAB": launch.slab,
-        "PRECISION": input_precision(q.dtype),
+        "PRECISION": input_precision(q.dtype, order),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

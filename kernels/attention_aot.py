@@ -6,7 +6,7 @@ import torch
 
 from fastgan.kernels.aot import AotCase
 from fastgan.kernels.attention_bwd_bwd_kernels import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
-from fastgan.kernels.attention_config import Launch, entries
+from fastgan.kernels.attention_config import MAX_QK, Launch, entries
 from fastgan.kernels.attention_kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
 
 KERNELS = {
@@ -22,21 +22,18 @@ _CHANNEL_STRIDES, _PIXEL_STRIDES = ("_sd", "_se"), ("_sn", "_sm")
 
 
 def aot_cases(capability: int) -> list[AotCase]:
-    """Every entry of the table for ``capability``, at the largest channels it serves, in float16 and float32."""
+    """Every entry of the table for ``capability``, at the most channels it serves, in float16 and float32."""
     cases = []
-    for kernel, d, e, launch, dtype in entries(capability):
-        for outputs in output_sets(kernel, launch, e):
-            cases.append(case(kernel, d, e, launch, dtype, outputs))
+    for kernel, e, launch, dtype in entries(capability):
+        precision = "tf32" if dtype == torch.float16 else "ieee" if "bwd_bwd" in kernel else "tf32x3"
+        cases += [case(kernel, MAX_QK, e, launch, dtype, o, precision) for o in output_sets(kernel, launch, e)]
     return cases
 
 
 def output_sets(kernel: str, launch: Launch, e: int) -> list[dict[str, bool]]:
-    """The QK and V that are launched."""
-    if kernel in ("fwd", "bwd_rows"):
-        return [{}]
-    if launch.slab >= e:
-        return [{"QK": True, "V": True}]
-    return [{"QK": True, "V": False}, {"QK": False, "V": True}]
+    """The QK and V that are launched, for kernels that take them."""
+    takes_flags = "QK" in KERNELS[kernel].arg_names
+    return [outputs for outputs, _ in launch.passes(e)] if takes_flags else [{}]
 
 
 def case(
@@ -46,8 +43,8 @@ def case(
     launch: Launch,
     dtype: torch.dtype,
     outputs: dict[str, bool],
+    precision: str = "tf32",
     channels_last: bool = True,
-    precision: str | None = None,
 ) -> AotCase:
     """One launch, for operands that are contiguous along channels, or along pixels where not ``channels_last``."""
     function = KERNELS[kernel]
@@ -57,7 +54,7 @@ def case(
         "D": d,
         "E": e,
         "SLAB": launch.slab,
-        "PRECISION": precision or ("tf32x3" if dtype == torch.float32 else "tf32"),
+        "PRECISION": precision,
         **outputs,
     }
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
@@ -65,15 +62,16 @@ def case(
     constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
     signature = {n: _type(n, dtype) for n in function.arg_names if n not in constexprs}
     flags = " ".join(name for name, value in outputs.items() if value)
+    label = f"{_POINTER[dtype][1:]} {precision} D={d} E={e} slab={launch.slab} {launch.rows}x{launch.keys} {flags}"
     return AotCase(
         kernel=function,
         signature=signature,
         constexprs=constexprs,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        label=f"{_POINTER[dtype][1:]} D={d} E={e} slab={launch.slab} {launch.rows}x{launch.keys} {flags}".strip(),
+        label=label.strip(),
         divisible=tuple(name for name, kind in signature.items() if kind != "fp32"),
-        mma=True,
+        mma=precision != "ieee",
     )
 
 

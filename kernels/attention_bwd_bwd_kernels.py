@@ -1,4 +1,4 @@
-"""Double backward of attention; the formulas are in ``fastgan.reference.attention``, the scheme in ``attention_kernels``."""
+"""Double backward of attention: formulas in ``fastgan.reference.attention``, the scheme in ``attention_kernels``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def attention_bwd_bwd_rows_kernel(
             dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
             pac_row += tl.sum(pa * (dp - delta[:, None]), 1)
             h = dot(do, tl.trans(ggv), None, PRECISION)
-            h = other_slabs(
-                h, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION
-            )
+            h = other_slabs(h, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION)
             ph_row += tl.sum(p * h, 1)
         b_row = pac_row - delta * a_row + ph_row  # rowsum(P * B)
         tl.store(sums, delta, mask=rows < N)

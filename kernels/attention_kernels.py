@@ -1,9 +1,9 @@
 """Forward and backward of attention.
 
-In the kernels that own rows of queries a program walks over the keys; in those that own keys it walks over the queries, so that
-every output is summed by one program in a fixed order: deterministic, no atomics. Where v has too many channels for the
-registers (SLAB below E), products over them are summed slab by slab, and outputs as wide as v come from launches of their own
-(V without QK), one program for each slab.
+In the kernels that own rows of queries a program walks over the keys; in those that own keys it walks over the
+queries, so that every output is summed by one program in a fixed order: deterministic, no atomics. Where v has too
+many channels for the registers (SLAB below E), products over them are summed slab by slab, and outputs as wide as v
+come from launches of their own (V without QK), one program for each slab.
 
 Shapes in comments: R query rows and C keys of a tile, D and E the padded channels of q/k and of v.
 """

@@ -36,7 +36,7 @@ def row_stats(base, rows, N, plane):
 def row_delta(do_base, o_base, rows, do_sn, do_se, o_sn, o_se, N, e, E: tl.constexpr, SLAB: tl.constexpr):
     """rowsum(dO * O)."""
     delta = tl.zeros(rows.shape, tl.float32)
-    for start in tl.static_range(0, E, SLAB):
+    for start in range(0, E, SLAB):
         cols = start + tl.arange(0, SLAB)
         do = load_tile(do_base, rows, cols, do_sn, do_se, N, e).to(tl.float32)
         delta += tl.sum(do * load_tile(o_base, rows, cols, o_sn, o_se, N, e).to(tl.float32), 1)
@@ -48,8 +48,8 @@ def other_slabs(
     acc, x_base, x_rows, x_sn, x_se, x_n, y_base, y_rows, y_sn, y_se, y_n, e,
     E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + x y^T over the channels past the first slab, which is kept on chip; these are loaded again for every tile."""
-    for start in tl.static_range(SLAB, E, SLAB):
+    """acc + x y^T over the channels past the first slab, which is kept on chip; the others are loaded for every tile."""
+    for start in range(SLAB, E, SLAB):
         cols = start + tl.arange(0, SLAB)
         x = load_tile(x_base, x_rows, cols, x_sn, x_se, x_n, e)
         acc = dot(x, tl.trans(load_tile(y_base, y_rows, cols, y_sn, y_se, y_n, e)), acc, PRECISION)

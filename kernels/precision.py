@@ -8,23 +8,29 @@ import triton.language as tl
 
 from fastgan.backend import interpreting
 
-# "highest" asks for float32 products; three TF32 products on the tensor cores keep about 22 of the 24 bits of the mantissa and
-# are several times faster than the scalar units.
-_FLOAT32 = {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"}
+# "highest" asks for float32 products: three TF32 products on the tensor cores keep about 22 of the 24 bits of the
+# mantissa and are several times faster than the scalar units. Kernels of second-order gradients have no registers for
+# the parts.
+_FLOAT32 = {
+    1: {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"},
+    2: {"highest": "ieee", "high": "ieee", "medium": "ieee"},
+}
 # Triton's interpreter multiplies the raw bits of bfloat16 matrices.
 WIDEN_BFLOAT16 = tl.constexpr(interpreting())
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """Triton's ``input_precision`` for operands of ``dtype``, following ``torch.get_float32_matmul_precision()``."""
-    return _FLOAT32[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "tf32"
+def input_precision(dtype: torch.dtype, order: int = 1) -> str:
+    """Triton's ``input_precision`` in a kernel of first- or second-order gradients on operands of ``dtype``.
+
+    Follows ``torch.get_float32_matmul_precision()``, as torch's own matmul does.
+    """
+    return _FLOAT32[order][torch.get_float32_matmul_precision()] if dtype == torch.float32 else "tf32"
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in float32; ``acc`` may be None."""
-    if WIDEN_BFLOAT16:
-        if a.dtype == tl.bfloat16:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
+    if WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)

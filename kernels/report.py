@@ -1,7 +1,8 @@
 """``python -m fastgan.kernels.report``: what every kernel configuration uses on sm_80, sm_90 and sm_100.
 
-Compiles each ahead of time, prints registers, local memory, shared memory, matrix instructions and the share of a multiprocessor's
-warps that registers and shared memory let be resident; the exit status is 1 if a configuration must not be launched.
+Compiles each ahead of time, prints registers, local memory, shared memory, matrix instructions and the share of a
+multiprocessor's warps that registers and shared memory let be resident; the exit status is 1 if a configuration must
+not be launched.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _compile(task: tuple[str, int, int]) -> tuple[dict, list[str]]:
 def _line(row: dict) -> str:
     return (
         f"sm_{row['capability']:<3} {row['kernel']:<30} {row['label']:<40} registers {row['registers']:>3}  "
-        f"local {row['spills']:>4} B  shared {row['shared']:>6} B  occupancy {row['occupancy']:4.0%}  {' '.join(row['mma'])}"
+        f"local {row['spills']:>4} B  shared {row['shared']:>6} B  occupancy {row['occupancy']:4.0%}  "
+        + " ".join(row["mma"])
     )
 
 

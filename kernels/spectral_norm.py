@@ -177,8 +177,9 @@ def _strides(x: Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
-def aot_cases() -> list[Any]:
-    """Every configuration that can be launched, for ahead-of-time compilation."""
+def aot_cases(capability: int) -> list[Any]:
+    """Every configuration that can be launched, for ahead-of-time compilation; the same on all architectures."""
+    del capability
     from fastgan.kernels.aot import AotCase
 
     cases = []

@@ -1,4 +1,4 @@
-"""The project's tolerance: twice the error of plain torch in the same dtype, plus a small floor, against a float64 truth."""
+"""The project's tolerance: twice the error of plain torch in the same dtype, plus a floor, against float64."""
 
 import torch
 

@@ -92,17 +92,3 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"the demo needs a-package: pip install 'fastgan\[demo\]'"):
         run_demo(tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    path.write_text("old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(fastgan.demo.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        fastgan.demo._write(path, b"new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

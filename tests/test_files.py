@@ -1,12 +1,12 @@
 import pytest
 
-from fastgan.files import atomic_path, write_text
+from fastgan.files import atomic_path, write_bytes, write_text
 
 
 def test_writes_into_a_new_folder_and_overwrites(tmp_path):
     path = tmp_path / "a" / "b.txt"
     write_text(path, "one")
-    write_text(path, "two")
+    write_bytes(path, b"two")
     assert path.read_text() == "two"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
 

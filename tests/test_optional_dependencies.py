@@ -37,7 +37,9 @@ def run(code):
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("blocked", [{"triton"}, {"triton", "torchvision", "scipy", "torchmetrics"}], ids=["triton", "all"])
+@pytest.mark.parametrize(
+    "blocked", [{"triton"}, {"triton", "torchvision", "scipy", "torchmetrics"}], ids=["triton", "all"]
+)
 def test_layers_work_without(blocked):
     result = run(BLOCK.format(blocked=blocked) + WORK)
     assert result.stdout == "works\n", result.stderr

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import fastgan
+from fastgan.files import atomic_path
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.stats import FeatureStats
 
@@ -41,7 +42,7 @@ def save_stats(stats: FeatureStats, path: str | Path) -> None:
         "fastgan_version": fastgan.__version__,
     }
     arrays |= {key: np.array(text) for key, text in texts.items() if text is not None}
-    _write_atomically(Path(path), arrays)
+    _write(Path(path), arrays)
 
 
 def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
@@ -70,18 +71,16 @@ def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> Featu
     return stats.to(device)
 
 
-def _write_atomically(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

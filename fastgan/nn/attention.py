@@ -1,8 +1,8 @@
 """Self-attention over the pixels of a feature map.
 
-What is fused, by counting. With x of B C N elements and the canonical widths (theta, phi C/8, g C/2, M = N/4 keys), the eager
-block moves about 11.8 B C N elements plus 4 B N M for its maps, in 11 launches. Here the maps never exist, phi and g are one
-convolution and one pooling, and gamma is folded into o's weight:
+What is fused, by counting. With x of B C N elements and the canonical widths (theta, phi C/8, g C/2, M = N/4 keys),
+the eager block moves about 11.8 B C N elements plus 4 B N M for its maps, in 11 launches. Here the maps never exist,
+phi and g are one convolution and one pooling, and gamma is folded into o's weight:
 
 =====================================  ===========  ========
 step                                   B C N moved  launches
@@ -15,8 +15,9 @@ gamma o: read 1/2, write 1             1.50         1 (+ 1 that scales the weigh
 residual: read 2, write 1              3.00         1
 =====================================  ===========  ========
 
-that is 8.8 B C N in 8 launches, all but the attention by the libraries' own convolutions, whose second-order gradients are
-exact. One convolution for all three would save another read of x, but its slice for the max-pool would have to be copied.
+that is 8.8 B C N in 8 launches, all but the attention by the libraries' own convolutions, whose second-order
+gradients are exact. One convolution for all three would save another read of x, but its slice for the max-pool would
+have to be copied.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ _NAMES = ("theta", "phi", "g", "o", "gamma")
 class SelfAttention2d(nn.Module):
     """SAGAN self-attention: y = x + gamma * o(attention(theta(x), phi(x), g(x))), gamma = 0 at the start.
 
-    The defaults are the canonical block of the official code and of BigGAN. The other common one, with values as wide as x,
-    biases, no pooling and no output convolution, is ``SelfAttention2d(c, value_channels=c, pool=False, bias=True)``.
-    State dicts of the usual spellings (``theta phi g o gamma``, ``query_conv key_conv value_conv gamma``,
-    ``snconv1x1_theta ... sigma``, ``f g h o gamma``) load as they are.
+    The defaults are the canonical block of the official code and of BigGAN. The other common one, with values as wide
+    as x, biases, no pooling and no output convolution, is ``SelfAttention2d(c, value_channels=c, pool=False,
+    bias=True)``. State dicts of the usual spellings (``theta phi g o gamma``, ``query_conv key_conv value_conv
+    gamma``, ``snconv1x1_theta ... sigma``, ``f g h o gamma``) load as they are.
 
     Args:
         in_channels: C.
@@ -61,8 +62,8 @@ class SelfAttention2d(nn.Module):
         impl: "auto", "triton" or "reference".
 
     Shape:
-        x (B, C, H, W) -> (B, C, H, W), H and W at least 2 where pooling; any memory format. float32, bfloat16, float16, and
-        float64 on the reference path. Gradients exist to second order.
+        x (B, C, H, W) -> (B, C, H, W), H and W at least 2 where pooling; any memory format. float32, bfloat16,
+        float16, and float64 on the reference path. Gradients exist to second order.
 
     Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
     """
@@ -106,7 +107,7 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Return y, or (y, map (B, N, M) whose rows sum to 1) where ``return_attention`` asks for it (reference path)."""
+        """Return y; with ``return_attention`` (y, map (B, N, M) whose rows sum to 1), by plain PyTorch."""
         self._check(x)
         q = _rows(self.theta(x))
         kv = self._keys_and_values(x)

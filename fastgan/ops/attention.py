@@ -1,8 +1,8 @@
 """softmax(scale Q K^T) V as an op with first and second gradients, none of which puts an N x M map in device memory.
 
-Three ops: ``attention``, ``attention_bwd`` and ``attention_bwd_bwd``. The output and two statistics of each row are saved
-and the probabilities recomputed. ``attention_bwd`` takes them as inputs, but its gradient regards them as functions of q, k and v,
-whose gradients hold their part.
+Three ops: ``attention``, ``attention_bwd`` and ``attention_bwd_bwd``. The output and two statistics of each row are
+saved and the probabilities recomputed. ``attention_bwd`` takes them as inputs, but its gradient regards them as
+functions of q, k and v, whose gradients hold their part.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order.
 
     Raises:
-        ValueError: rank, shape, dtype or device do not fit, there is no key or channel, or ``impl`` cannot be used here.
+        ValueError: rank, shape, dtype or device do not fit, there is no key or channel, or ``impl`` cannot be used
+        here.
 
     Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
     """

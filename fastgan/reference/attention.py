@@ -1,8 +1,8 @@
 """Attention O = softmax(scale Q K^T) V and its first and second gradients, in plain PyTorch.
 
-``attention_eager`` is the textbook formula, differentiable to any order, with N x M maps in memory: the oracle of tests and the
-baseline of benchmarks. The other three are the CPU path. They walk over blocks of query rows, so that memory stays O(N + M),
-and they compute half-precision operands in float32.
+``attention_eager`` is the textbook formula, differentiable to any order, with N x M maps in memory: the oracle of
+tests and the baseline of benchmarks. The other three are the CPU path. They walk over blocks of query rows, so that
+memory stays O(N + M), and they compute half-precision operands in float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastgan.layout import empty_rows_like
 
-# A block's maps should stay in the second-level cache of one core; several of them are alive at a time.
-BLOCK_BYTES = 1 << 20
+# A block of maps: large enough for the products to be efficient, small enough to stay in the last-level cache.
+BLOCK_BYTES = 1 << 22
 
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
@@ -26,8 +26,9 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tens
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the output (B, N, e) in q's dtype and two statistics of each row, (2, B, N).
 
-    They are the largest logit, top = max(q k^T), and log(sum(exp(scale (q k^T - top)))). Kept apart, they give P back as exactly
-    as eager softmax computes it, however large the logits; their sum, the log-sum-exp, would not. ``scale`` must be >= 0.
+    They are the largest logit, top = max(q k^T), and log(sum(exp(scale (q k^T - top)))). Kept apart, they give P back
+    as exactly as eager softmax computes it, however large the logits; their sum, the log-sum-exp, would not.
+    ``scale`` must be >= 0.
     """
     o, stats = empty_rows_like(q, v.shape[2]), q.new_empty(2, *q.shape[:2], dtype=_wide(q.dtype))
     kt, v = _widen(k).transpose(1, 2), _widen(v)
@@ -74,8 +75,8 @@ def attention_bwd_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to (grad_o, q, k, v) of <ggq, dq> + <ggk, dk> + <ggv, dv>.
 
-    O and the statistics are functions of q, k and v: their part is contained in the last three. With P the probabilities,
-    dP = dO V^T, delta = rowsum(dO * O) and c = dP - delta::
+    O and the statistics are functions of q, k and v: their part is contained in the last three. With P the
+    probabilities, dP = dO V^T, delta = rowsum(dO * O) and c = dP - delta::
 
         A = scale (ggq K^T + Q ggk^T)      a = rowsum(A * P)       E = P * (A - a)
         B = A * c - dP * a + dO ggv^T      S2 = P * (B - rowsum(P * B))

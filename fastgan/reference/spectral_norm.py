@@ -50,37 +50,28 @@ def update(
     not finite, the vector it would give is undefined and the old one stays; where sigma is zero, 1 is returned, so that
     a weight of zeros stays zero.
     """
-    results = []
-    for weight, u, v, dim in zip(weights, us, vs, dims, strict=True):
-        dtype = compute_dtype(weight)
-        new_u, new_v, sigma = _power_method(
-            as_matrix(weight, dim).to(dtype), u.to(dtype), v.to(dtype), n_power_iterations, eps
-        )
-        if n_power_iterations:
-            u.copy_(new_u)
-            v.copy_(new_v)
-        results.append((new_u, new_v, sigma))
-    new_us, new_vs, sigmas = zip(*results, strict=True)
-    sigma = torch.stack(sigmas)
+    dtype = compute_dtype(weights[0])
+    matrices = [as_matrix(weight, dim).to(dtype) for weight, dim in zip(weights, dims, strict=True)]
+    new_us, new_vs = [u.to(dtype) for u in us], [v.to(dtype) for v in vs]
+    products = [] if n_power_iterations else [torch.mv(w.T, u) for w, u in zip(matrices, new_us, strict=True)]
+    for _ in range(n_power_iterations):
+        new_us = _normalize([torch.mv(w, v) for w, v in zip(matrices, new_vs, strict=True)], new_us, eps)
+        products = [torch.mv(w.T, u) for w, u in zip(matrices, new_us, strict=True)]
+        new_vs = _normalize(products, new_vs, eps)
+    if n_power_iterations:
+        torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
+    # u^T W v = (W^T u) . v, so the product W v that torch computes here is not needed.
+    sigma = torch.stack([torch.dot(t, v) for t, v in zip(products, new_vs, strict=True)])
     return torch.cat(new_us), torch.cat(new_vs), torch.where(sigma == 0, torch.ones_like(sigma), sigma)
 
 
-def _power_method(w: Tensor, u: Tensor, v: Tensor, n: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    for _ in range(n - 1):
-        u = _normalize(torch.mv(w, v), u, eps)
-        v = _normalize(torch.mv(w.T, u), v, eps)
-    if n:
-        u = _normalize(torch.mv(w, v), u, eps)
-    t = torch.mv(w.T, u)
-    if n:
-        v = _normalize(t, v, eps)
-    return u, v, torch.dot(t, v)  # u^T W v = t . v, so the product W v that torch computes here is not needed
-
-
-def _normalize(x: Tensor, old: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
-    defined = (norm > 0) & (norm < torch.inf)
-    return torch.where(defined, x / norm.clamp_min(eps), old)
+def _normalize(products: list[Tensor], old: list[Tensor], eps: float) -> list[Tensor]:
+    norms = torch.stack(torch._foreach_norm(products))
+    defined = (norms > 0) & (norms < torch.inf)
+    vectors = torch._foreach_div(products, list(norms.clamp_min(eps).unbind()))
+    if defined.all():
+        return list(vectors)
+    return [torch.where(d, new, before) for d, new, before in zip(defined, vectors, old, strict=True)]
 
 
 def scale(

@@ -1,4 +1,5 @@
-"""Every kernel configuration compiles for GPUs that are not here, without local memory and within the chip's shared memory.
+"""Every kernel configuration compiles for GPUs that are not here, without local memory and within the chip's shared
+memory.
 
 The fast part takes sm_90; the other architectures are slow tests.
 """
@@ -43,7 +44,9 @@ wasteful = case("bwd_bwd_keys", 64, 256, Launch(64, 64, 256, 4), torch.float16, 
 print(compile_case(wasteful, 90).violations(wasteful))
 """
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment
+    )
     assert "bytes of local memory" in result.stdout, result.stderr
 
 

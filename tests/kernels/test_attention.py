@@ -1,4 +1,4 @@
-"""The Triton kernels against eager attention in float64: on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels against eager attention in float64: on a GPU where there is one, else interpreted."""
 
 import pytest
 import torch

@@ -15,7 +15,9 @@ class Canonical(nn.Module):
         super().__init__()
         self.names, self.channels = names, channels
         for name, (c_in, c_out) in zip(
-            names, ((channels, channels // 8),) * 2 + ((channels, channels // 2), (channels // 2, channels)), strict=False
+            names,
+            ((channels, channels // 8),) * 2 + ((channels, channels // 2), (channels // 2, channels)),
+            strict=False,
         ):
             self.add_module(name, nn.Conv2d(c_in, c_out, 1, bias=False))
         self.register_parameter(names[4], nn.Parameter(torch.tensor(0.6)))
@@ -213,7 +215,11 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((2, 8, 4, 4), r"x must have shape \(B, 16, H, W\)"), ((16, 4, 4), "x must have"), ((1, 16, 1, 4), "at least 2 x 2")],
+    [
+        ((2, 8, 4, 4), r"x must have shape \(B, 16, H, W\)"),
+        ((16, 4, 4), "x must have"),
+        ((1, 16, 1, 4), "at least 2 x 2"),
+    ],
 )
 def test_bad_input(shape, message):
     with pytest.raises(ValueError, match=message):
