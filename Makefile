@@ -30,11 +30,11 @@ gpu:  ## on a machine with a GPU, no network needed: build, test and measure wit
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar off --no-compile $(TORCH) setuptools wheel ninja
+	$(BIN)/python -m pip install --progress-bar off $(TORCH) setuptools wheel ninja
 	touch $@
 
 $(VENV)/demo.stamp $(VENV)/dev.stamp: $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(BIN)/python -m pip install --progress-bar off --no-compile --no-build-isolation --editable ".[$*]"
+	$(BIN)/python -m pip install --progress-bar off --no-build-isolation --editable ".[$*]"
 	touch $@
 
 clean:

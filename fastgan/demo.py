@@ -82,7 +82,7 @@ def run_demo(
     *,
     steps: int | None = None,
     seed: int = 0,
-    score_images: int = 400,
+    score_images: int = 300,
     sqrtm_dim: int = 1024,
     timing_seconds: float = 1.0,
 ) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""Two processes under DistributedDataParallel get the gradients that one process gets on the whole batch."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgan.nn import SelfAttention2d
+
+
+def block():
+    torch.manual_seed(0)
+    block = SelfAttention2d(16).double()
+    block.gamma.data.fill_(0.7)
+    return block
+
+
+def images():
+    return torch.randn(4, 16, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def loss(network, x):
+    """A mean over the batch, with a gradient penalty through the block."""
+    x = x.requires_grad_()
+    y = network(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return (y.flatten(1).sum(dim=1) + (gradient.flatten(1).norm(dim=1) - 1).square()).mean()
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    network = DistributedDataParallel(block())
+    loss(network, images().chunk(2)[rank].clone()).backward()
+    if rank == 0:
+        torch.save([p.grad for p in network.module.parameters()], f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_equal_those_of_one_process(tmp_path):
+    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    single = block()
+    loss(single, images()).backward()
+    for actual, parameter in zip(torch.load(tmp_path / "gradients.pt"), single.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter.grad)
