@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from bench.harness import Workload
 from fastgan.nn import SelfAttention2d
@@ -71,6 +72,7 @@ def _core(batch: int, channels: int, height: int, dtype: torch.dtype, device: st
         "fastgan": attention,
         "compile": torch.compile(attention_eager, dynamic=False),
     }
+    functions["flex"] = _flex()
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         functions[f"sdpa {backend.name.split('_')[0].lower()}"] = _sdpa(backend)
     return Workload(
@@ -141,6 +143,15 @@ def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
                 q[:, None], k[:, None], F.pad(v, (0, width - v.shape[2]))[:, None], scale=1.0
             )
         return out[:, 0, :, : v.shape[2]]
+
+    return run
+
+
+def _flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
 
     return run
 
