@@ -31,7 +31,7 @@ def test_every_configuration(op, capability):
     assert rows
     assert [v for row in rows for v in row["violations"]] == []
     if op == "attention":
-        assert all(row["mma"] for row in rows)
+        assert all(row["mma"] for row in rows if "ieee" not in row["label"])
 
 
 def test_a_configuration_that_spills_is_found():
