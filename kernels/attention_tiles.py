@@ -49,8 +49,8 @@ def other_slabs(
     E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + x y^T over the channels past the first slab, which stays on chip; the others are loaded for each tile."""
-    # A loop bounded by a constant is unrolled, which is quicker; past four slabs there are no registers for that.
-    end = e if E > 4 * SLAB else E
+    # A loop bounded by a constant is unrolled, which is quicker; float32 proper has no registers for that.
+    end = e if PRECISION == "ieee" else E
     for start in range(SLAB, end, SLAB):
         cols = start + tl.arange(0, SLAB)
         x = load_tile(x_base, x_rows, cols, x_sn, x_se, x_n, e)

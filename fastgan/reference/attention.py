@@ -32,8 +32,9 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     """
     o, stats = empty_rows_like(q, v.shape[2]), q.new_empty(2, *q.shape[:2], dtype=_wide(q.dtype))
     kt, v = _widen(k).transpose(1, 2), _widen(v)
+    (maps,) = _map_buffers(q, k, 1)
     for batch, rows in _blocks(q, k):
-        s = torch.bmm(_widen(q[batch, rows]), kt[batch])
+        s = torch.bmm(_widen(q[batch, rows]), kt[batch], out=_block(maps, batch, rows, k))
         top = s.amax(dim=-1, keepdim=True)
         p = _scaled(s.sub_(top), scale).exp_()
         total = p.sum(dim=-1, keepdim=True)
@@ -50,12 +51,14 @@ def attention_bwd(
     dk, dv = _zeros(k), _zeros(v)
     k_wide, v_wide = _widen(k), _widen(v)
     kt, vt = k_wide.transpose(1, 2), v_wide.transpose(1, 2)
+    p_maps, ds_maps = _map_buffers(q, k, 2)
     for batch, rows in _blocks(q, k):
         q_rows, do_rows = _widen(q[batch, rows]), _widen(grad_o[batch, rows])
-        p = _probabilities(q_rows, kt[batch], stats[:, batch, rows], scale)
+        p_block, ds_block = (_block(maps, batch, rows, k) for maps in (p_maps, ds_maps))
+        p = _probabilities(q_rows, kt[batch], stats[:, batch, rows], scale, out=p_block)
         dv[batch].baddbmm_(p.transpose(1, 2), do_rows)
         delta = (do_rows * o[batch, rows]).sum(dim=-1, keepdim=True)
-        ds = torch.bmm(do_rows, vt[batch]).sub_(delta).mul_(p)
+        ds = torch.bmm(do_rows, vt[batch], out=ds_block).sub_(delta).mul_(p)
         dq[batch, rows] = torch.bmm(ds, k_wide[batch]).mul_(scale)
         dk[batch].baddbmm_(ds.transpose(1, 2), q_rows, alpha=scale)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -120,9 +123,20 @@ def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=_wide(x.dtype))
 
 
-def _probabilities(q_rows: Tensor, kt: Tensor, stats: Tensor, scale: float) -> Tensor:
+def _probabilities(q_rows: Tensor, kt: Tensor, stats: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     top, log_total = stats.unsqueeze(-1)
-    return _scaled(torch.bmm(q_rows, kt).sub_(top), scale).sub_(log_total).exp_()
+    return _scaled(torch.bmm(q_rows, kt, out=out).sub_(top), scale).sub_(log_total).exp_()
+
+
+def _map_buffers(q: Tensor, k: Tensor, count: int) -> list[Tensor]:
+    """Flat memory for the maps of one block: fresh pages for every block would cost more than its exponentials."""
+    size = max(((b.stop - b.start) * (r.stop - r.start) for b, r in _blocks(q, k)), default=0) * k.shape[1]
+    return [torch.empty(size, dtype=_wide(q.dtype), device=q.device) for _ in range(count)]
+
+
+def _block(maps: Tensor, batch: slice, rows: slice, k: Tensor) -> Tensor:
+    shape = (batch.stop - batch.start, rows.stop - rows.start, k.shape[1])
+    return maps[: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
