@@ -13,6 +13,7 @@ from fastgan.linalg import trace_sqrt_product
 from fastgan.models import SAGANDiscriminator
 from fastgan.nn import group_spectral_norm
 from fastgan.ops import attention
+from fastgan.reference.attention import attention_eager
 from fastgan.timing import Timing, compare
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _attention(device: str, seconds: float) -> list[TimedWorkload]:
 
         return forward, lambda: torch.autograd.grad(f(q, k, v), (q, k, v), grad_o)
 
-    eager_forward, eager_backward = both(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)
+    eager_forward, eager_backward = both(attention_eager)
     fast_forward, fast_backward = both(attention)
     size = f"B {b}, N {n}, M {m}, d {d}, e {e}"
     return [

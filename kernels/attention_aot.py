@@ -18,7 +18,7 @@ KERNELS = {
 }
 _FLOAT32_POINTERS = {"stats_ptr", "delta_ptr", "sums_ptr"}
 _POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-_CHANNEL_STRIDES, _PIXEL_STRIDES = ("_sd", "_se"), ("_sn", "_sm")
+_CHANNEL_STRIDES = ("_sd", "_se")
 
 
 def aot_cases(capability: int) -> list[AotCase]:
@@ -44,9 +44,8 @@ def case(
     dtype: torch.dtype,
     outputs: dict[str, bool],
     precision: str = "tf32",
-    channels_last: bool = True,
 ) -> AotCase:
-    """One launch, for operands that are contiguous along channels, or along pixels where not ``channels_last``."""
+    """One launch, for operands that are contiguous along channels."""
     function = KERNELS[kernel]
     constexprs: dict[str, object] = {
         "R": launch.rows,
@@ -58,8 +57,7 @@ def case(
         **outputs,
     }
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
-    unit_strides = _CHANNEL_STRIDES if channels_last else _PIXEL_STRIDES
-    constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
+    constexprs |= {name: 1 for name in function.arg_names if name.endswith(_CHANNEL_STRIDES)}
     signature = {n: _type(n, dtype) for n in function.arg_names if n not in constexprs}
     flags = " ".join(name for name, value in outputs.items() if value)
     label = f"{_POINTER[dtype][1:]} {precision} D={d} E={e} slab={launch.slab} {launch.rows}x{launch.keys} {flags}"
