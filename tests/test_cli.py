@@ -46,7 +46,8 @@ def features(folders):
 
 def clean(path):
     channels = [Image.fromarray(np.asarray(band, dtype=np.float32)) for band in Image.open(path).split()]
-    return torch.from_numpy(np.stack([np.asarray(c.resize((224, 224), Image.Resampling.BICUBIC)) for c in channels]))
+    resized = np.stack([np.asarray(c.resize((224, 224), Image.Resampling.BICUBIC)) for c in channels])
+    return torch.from_numpy(resized.clip(0, 255))
 
 
 def frechet(x, y):
@@ -197,7 +198,7 @@ def test_wrong_statistics(folders, tmp_path):
     ("options", "parts"),
     [
         (("--backbone", "vgg"), ("--backbone must be one of inception, efficientnet_lite0, got vgg",)),
-        (("--resize", "area"), ("--resize must be one of clean, legacy_pytorch, got area",)),
+        (("--resize", "area"), ("--resize must be one of clean, legacy_pytorch, legacy_tensorflow, got area",)),
         (("--precision", "fp8"), ("--precision must be one of fp32, bf16, got fp8",)),
         (("--device", "quantum"), ("--device quantum cannot be used",)),
         (("--dims", "64", "--backbone", "efficientnet_lite0"), ("--dims must be 1280 for these features, got 64",)),

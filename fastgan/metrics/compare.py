@@ -16,8 +16,9 @@ from fastgan.metrics.backbones import BACKBONES, PRECISIONS, Backbone, default_b
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.features import folder_stats
 from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.images import ImageFolder
+from fastgan.metrics.images import ImageSource
 from fastgan.metrics.resize import RESIZE_METHODS
+from fastgan.metrics.sources import open_images
 from fastgan.metrics.stats import FeatureStats, check_comparable
 
 INCEPTION_DIM = 2048
@@ -55,7 +56,7 @@ class Comparison:
 
     paths: tuple[Path, Path]
     stats: tuple[FeatureStats, FeatureStats]
-    skipped: tuple[list[Path], list[Path]]
+    skipped: tuple[list[str], list[str]]
     distance: float
     precision: str | None = None
     """Of the forward passes made here; None where there was none."""
@@ -81,7 +82,7 @@ class Comparison:
             "precision": self.precision,
             "paths": [str(path) for path in self.paths],
             "n": [stats.n for stats in self.stats],
-            "skipped": [[str(path) for path in paths] for paths in self.skipped],
+            "skipped": list(self.skipped),
             "fastgan_version": fastgan.__version__,
         }
 
@@ -130,7 +131,7 @@ def compute_and_save(folder: Path, output: Path, options: FeatureOptions) -> Fea
         raise InputError(f"--save-stats writes an .npz file, got {output}")
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: its folder does not exist")
-    source = _Source(folder, images=ImageFolder(folder, skip_bad=options.skip_bad))
+    source = _Source(folder, images=open_images(folder, skip_bad=options.skip_bad))
     stats = source.computed(_network([], options), _resize([], options), options)
     stats.save(output)
     if source.skipped:
@@ -156,19 +157,19 @@ class _Source:
 
     path: Path
     stats: FeatureStats | None = None
-    images: ImageFolder | None = None
+    images: ImageSource | None = None
 
     @classmethod
     def open(cls, path: Path, options: FeatureOptions) -> _Source:
         if path.is_dir() or path.suffix != ".npz":
-            return cls(path, images=ImageFolder(path, skip_bad=options.skip_bad))
+            return cls(path, images=open_images(path, skip_bad=options.skip_bad))
         stats = FeatureStats.load(path)
         if stats.backbone is None:
             stats.backbone = options.backbone or _presumed_backbone(path, stats, options)
         return cls(path, stats=stats)
 
     @property
-    def skipped(self) -> list[Path]:
+    def skipped(self) -> list[str]:
         return [] if self.images is None else self.images.skipped
 
     def computed(self, network: Backbone, resize: str, options: FeatureOptions) -> FeatureStats:

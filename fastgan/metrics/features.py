@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.errors import InputError
-from fastgan.metrics.images import ImageFolder
+from fastgan.metrics.images import ImageFolder, ImageSource
 from fastgan.metrics.stats import FeatureStats
 
 
 def folder_stats(
-    folder: str | Path | ImageFolder,
+    folder: str | Path | ImageSource,
     backbone: Backbone,
     *,
     batch_size: int = 64,
@@ -27,18 +27,14 @@ def folder_stats(
     Raises:
         InputError: no images, a file that cannot be read, or fewer than two that can.
     """
-    if backbone.input_size is None:
-        raise ValueError(
-            f"backbone {backbone.name} must have an input_size, to which the images of a folder are resized"
-        )
-    images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
+    images = folder if isinstance(folder, ImageSource) else ImageFolder(folder)
     stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize)
     for pixels in images.batches(
         backbone.input_size, batch_size=batch_size, resize=resize, num_workers=num_workers, progress=progress
     ):
         stats.update(backbone.from_pixels(pixels))
     if (stats.n or 0) < 2:
-        raise InputError(f"{images.root} must hold at least 2 readable images for a covariance, it holds {stats.n}")
+        raise InputError(f"{images.label} must hold at least 2 readable images for a covariance, it holds {stats.n}")
     return stats
 
 

@@ -1,13 +1,18 @@
 """Bringing images to a backbone's input size. The method changes a distance, so it is part of the statistics' identity.
 
 ``clean``
-    Bicubic with antialiasing, in float, without rounding to integers or clipping after it: Parmar et al., "On Aliased
+    Bicubic with antialiasing, in float, clipped to [0, 255] and not rounded to integers: Parmar et al., "On Aliased
     Resizing and Surprising Subtleties in GAN Evaluation", 2022. Files go through Pillow, channel by channel, as
     clean-fid does. Tensors go through ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``, the same
     filter in another order of summation.
 ``legacy_pytorch``
     Bilinear between pixel centres without antialiasing: ``interpolate(mode="bilinear", align_corners=False)``, as
     pytorch-fid does.
+``legacy_tensorflow``
+    Bilinear between pixel corners without antialiasing, TensorFlow 1's ``resize_bilinear``, as the first FID
+    implementation and torch-fidelity do: output pixel i is read at i * (size in / size out).
+
+Images that have the size already are not touched.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIZE_METHODS = ("clean", "legacy_pytorch")
+RESIZE_METHODS = ("clean", "legacy_pytorch", "legacy_tensorflow")
 
 
 def check_resize(method: str) -> None:
@@ -27,22 +32,26 @@ def check_resize(method: str) -> None:
 
 
 def resize_tensor(images: Tensor, size: int, method: str) -> Tensor:
-    """Resize float images (n, c, h, w) to (n, c, size, size), which may overshoot their range."""
+    """Resize float images (n, c, h, w) in [0, 255] to (n, c, size, size), on their device."""
     check_resize(method)
     if images.shape[-2:] == (size, size):
         return images
     if method == "clean":
-        return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        resized = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        return resized.clamp_(0, 255)
+    if method == "legacy_pytorch":
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+    return _between_corners(_between_corners(images, size, dim=-2), size, dim=-1)
 
 
-def resize_array(image: np.ndarray, size: int, method: str) -> Tensor:
-    """Resize one uint8 image (h, w, 3) to float32 (3, size, size) in [0, 255], up to the filter's overshoot."""
+def resize_array(image: np.ndarray, size: int | None, method: str) -> Tensor:
+    """Resize one image (h, w, 3), uint8 or float32 in [0, 255], to float32 (3, size, size); None keeps its size."""
     check_resize(method)
-    if method == "clean" and image.shape[:2] != (size, size):
-        return torch.from_numpy(np.stack([_resize_channel(image[:, :, c], size) for c in range(image.shape[2])]))
+    if method == "clean" and size is not None and image.shape[:2] != (size, size):
+        channels = [_resize_channel(image[:, :, c], size) for c in range(image.shape[2])]
+        return torch.from_numpy(np.stack(channels)).clamp_(0, 255)
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
-    return resize_tensor(tensor[None], size, method)[0]
+    return tensor if size is None else resize_tensor(tensor[None], size, method)[0]
 
 
 def _resize_channel(channel: np.ndarray, size: int) -> np.ndarray:
@@ -50,3 +59,14 @@ def _resize_channel(channel: np.ndarray, size: int) -> np.ndarray:
 
     floats = Image.fromarray(channel.astype(np.float32))  # mode F, which Pillow resizes without rounding
     return np.asarray(floats.resize((size, size), resample=Image.Resampling.BICUBIC))
+
+
+def _between_corners(images: Tensor, size: int, dim: int) -> Tensor:
+    """Linear interpolation along ``dim`` at i * n / size, the last pixel repeated."""
+    n = images.shape[dim]
+    position = torch.arange(size, device=images.device, dtype=torch.float32) * (n / size)
+    low = position.floor().long().clamp(max=n - 1)
+    high = (low + 1).clamp(max=n - 1)
+    weight = (position - low).to(images.dtype)
+    weight = weight[:, None] if dim == -2 else weight
+    return torch.lerp(images.index_select(dim, low), images.index_select(dim, high), weight)

@@ -53,7 +53,7 @@ def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> Featu
         InputError: there is no such file, it is damaged or holds pickled objects, or its arrays do not fit together.
     """
     path = Path(path)
-    arrays = _read(path)
+    arrays = read_npz(path)
     mu_key, sigma_key = _moment_keys(path, arrays)
     try:
         n = _integer(arrays, "n")
@@ -83,11 +83,12 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is not an npz file of statistics")
+            raise InputError(f"{path} is not an npz file")
         with loaded:
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError as error:
@@ -96,9 +97,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise
     except ValueError as error:
         reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
-        raise InputError(f"{path} cannot be read as statistics: {reason}") from error
+        raise InputError(f"{path} cannot be read: {reason}") from error
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as statistics, it may be damaged: {error}") from error
+        raise InputError(f"{path} cannot be read, it may be damaged: {error}") from error
 
 
 def _moment_keys(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, str]:

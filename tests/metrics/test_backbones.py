@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.metrics import Backbone, InputError, default_backbone, folder_stats, image_stats, load_backbone
+from fastgan.metrics import Backbone, InputError, default_backbone, image_stats, load_backbone
 from fastgan.metrics.backbones import efficientnet_lite0, inception_weights
 from fastgan.metrics.backbones.base import load_weights
 
@@ -190,8 +190,6 @@ def test_wrong_names():
         load_backbone("vgg")
     with pytest.raises(ValueError, match="precision must be one of 'fp32', 'bf16', got 'fp8'"):
         load_backbone(small_network(), precision="fp8")
-    with pytest.raises(ValueError, match="must have an input_size"):
-        folder_stats(__file__.rpartition("/")[0], load_backbone(small_network()))
 
 
 def test_missing_and_foreign_weights(tmp_path):

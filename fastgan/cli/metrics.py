@@ -1,63 +1,30 @@
-"""The ``fastgan`` command. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
+"""``fastgan fid`` and ``fastgan stats``."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastgan.cli.errors import user_errors
+
 if TYPE_CHECKING:
     from fastgan.metrics import FeatureStats
     from fastgan.metrics.compare import Comparison
 
-app = typer.Typer(
-    help="Train and score GANs: Frechet distances, statistics, the demonstration.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 stats_app = typer.Typer(
     help="Look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
 )
-app.add_typer(stats_app, name="stats")
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn an ``InputError`` into one line on stderr and exit status 2."""
-    from fastgan.metrics.errors import InputError
-
-    try:
-        yield
-    except InputError as error:
-        typer.echo(f"fastgan: error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to ``app``."""
+    app.command()(fid)
+    app.add_typer(stats_app, name="stats")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from fastgan import __version__
-
-        typer.echo(f"fastgan {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """Fast layers, captured train steps and large-sample FID for GANs in PyTorch."""
-
-
-@app.command()
 def fid(
     a: Annotated[Path, typer.Argument(help="A folder of images, or an .npz file of statistics.")],
     b: Annotated[Path, typer.Argument(help="The same; with --save-stats the .npz file to write.")],
@@ -103,25 +70,6 @@ def fid(
             typer.echo(json.dumps({"file": str(b), **_summary(stats)}) if as_json else f"{b}: {_describe(stats)}")
             return
         _print_comparison(compare(a, b, options), as_json=as_json)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for samples.png, curves.png and report.json.")] = Path("out/demo"),
-) -> None:
-    """Train a small GAN on real digits, score it, and time the layers against eager PyTorch."""
-    with user_errors():
-        from fastgan.demo import run_demo
-
-        run_demo(out)
-
-
-@app.command()
-def status() -> None:
-    """Which backends this machine can run, and why not the others."""
-    from fastgan import backend_status
-
-    typer.echo(str(backend_status()))
 
 
 @stats_app.command("show")
@@ -177,7 +125,3 @@ def _summary(stats: FeatureStats) -> dict[str, object]:
         "mean_norm": stats.mean.norm().item(),
         "trace": stats.cov.trace().item(),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(app())

@@ -1,0 +1,60 @@
+"""The ``fastgan`` command. A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback.
+
+Each group of commands is one module with ``register(app)``. What a command needs is imported inside it, so that
+``fastgan --help`` starts quickly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastgan.cli import metrics
+from fastgan.cli.errors import user_errors
+
+app = typer.Typer(
+    help="Train and score GANs: Frechet distances, statistics, the demonstration.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+metrics.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastgan import __version__
+
+        typer.echo(f"fastgan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fast layers, captured train steps and large-sample FID for GANs in PyTorch."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for samples.png, curves.png and report.json.")] = Path("out/demo"),
+) -> None:
+    """Train a small GAN on real digits, score it, and time the layers against eager PyTorch."""
+    with user_errors():
+        from fastgan.demo import run_demo
+
+        run_demo(out)
+
+
+@app.command()
+def status() -> None:
+    """Which backends this machine can run, and why not the others."""
+    from fastgan import backend_status
+
+    typer.echo(str(backend_status()))

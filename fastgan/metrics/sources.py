@@ -1,0 +1,148 @@
+"""From a path to a set of images: a folder, a zip file of images, an npz of an image array, or what an opener knows.
+
+Another part of the library adds a kind of source with :func:`register_opener`: a function that looks at a path,
+cheaply, and returns an :class:`ImageSource` or None. A training run's folder becomes a source in this way, its samples
+drawn when it is opened and its data named as the source's ``reference``, which ``fastgan evaluate RUN`` then compares
+them with.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from torch import Tensor
+
+from fastgan.metrics.decode import EXTENSIONS, decode_image, is_image_name
+from fastgan.metrics.errors import InputError
+from fastgan.metrics.images import ImageFolder, ImageSource
+
+IMAGE_KEYS = ("images", "arr_0", "x", "samples")
+"""Where an npz may hold its images; a file with one array only may call it anything."""
+
+Opener = Callable[[Path, bool], ImageSource | None]
+"""(path, skip_bad) -> the source, or None for a path of another kind."""
+
+_openers: list[Opener] = []
+
+
+def register_opener(opener: Opener) -> None:
+    """Let :func:`open_images` ask ``opener`` first. An opener that is registered already is not added again."""
+    if opener not in _openers:
+        _openers.append(opener)
+
+
+def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
+    """The images behind ``path``. Raises ``InputError`` where there are none or they cannot be read."""
+    path = Path(path)
+    for opener in _openers:
+        source = opener(path, skip_bad)
+        if source is not None:
+            return source
+    if path.is_file() and path.suffix == ".npz":
+        return ImageArray.load(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return ImageZip(path, skip_bad=skip_bad)
+    if path.is_file():
+        raise InputError(f"{path} is neither a folder of images, a zip file nor an .npz file")
+    return ImageFolder(path, skip_bad=skip_bad)
+
+
+class ImageZip(ImageSource):
+    """All images in a zip file, in the order of their names.
+
+    Raises:
+        InputError: the file is damaged, or holds no images.
+    """
+
+    def __init__(self, path: str | Path, *, skip_bad: bool = False) -> None:
+        super().__init__(str(path), skip_bad=skip_bad)
+        try:
+            self._file = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read as a zip file: {error}") from error
+        self._lock = Lock()
+        self.names = sorted(name for name in self._file.namelist() if is_image_name(name))
+        if not self.names:
+            raise InputError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> np.ndarray:
+        try:
+            with self._lock:  # one file handle for all threads
+                content = self._file.read(self.names[index])
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: a password is needed
+            raise InputError(f"{self.name(index)} cannot be read: {error}") from error
+        return decode_image(content, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.label}/{self.names[index]}"
+
+
+class ImageArray(ImageSource):
+    """Images of one size in one array.
+
+    Args:
+        images: uint8 in [0, 255] or floating-point in [0, 1]; (n, h, w, c), (n, c, h, w) or (n, h, w), with c 1 or 3. A
+            tensor of any device, or an array.
+
+    Raises:
+        InputError: another shape or dtype, no images, or floating-point values outside [0, 1].
+    """
+
+    def __init__(self, images: np.ndarray | Tensor, *, label: str = "images") -> None:
+        super().__init__(label)
+        array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        _check_range(array, label)
+        self.images = _channels_last(array, label)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImageArray:
+        """Read an npz file with one array of images, or one of the names of :data:`IMAGE_KEYS`. Nothing is
+        unpickled."""
+        from fastgan.metrics.stats_file import read_npz
+
+        arrays = read_npz(Path(path))
+        keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
+        if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
+            allowed = ", ".join(IMAGE_KEYS)
+            raise InputError(f"{path} must hold images as one of {allowed}, it has: {', '.join(arrays) or 'nothing'}")
+        return cls(arrays[keys[0]], label=str(path))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> np.ndarray:
+        image = self.images[index]
+        return image if image.dtype == np.uint8 else image.astype(np.float32) * 255
+
+    def name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+
+def _channels_last(array: np.ndarray, label: str) -> np.ndarray:
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
+        raise InputError(f"{label} must hold images (n, h, w, c) or (n, c, h, w), c = 1 or 3, got shape {array.shape}")
+    return np.broadcast_to(array, (*array.shape[:3], 3))
+
+
+def _check_range(array: np.ndarray, label: str) -> None:
+    if array.dtype == np.uint8 or array.size == 0:
+        return
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}")
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):  # also where there is a NaN
+        raise InputError(
+            f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
+        )
