@@ -26,9 +26,14 @@ def check_supported(d: int, e: int) -> None:
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As :func:`fastgan.reference.attention.attention_fwd`."""
+    """Return the output (B, N, e) in q's dtype and two statistics of each row, float32 (2, B, N).
+
+    They are the largest logit, top = max(q k^T), and log(sum(exp(scale (q k^T - top)))). Kept apart, they give P back
+    as exactly as eager softmax computes it, however large the logits; their sum, the log-sum-exp, would not.
+    ``scale`` must be >= 0.
+    """
     (b, n, d), m, e = q.shape, k.shape[1], v.shape[2]
-    o, stats = empty_rows_like(q, e), q.new_empty(2, b, n, dtype=torch.float32)
+    o, stats = empty_rows_like(q, e), empty_stats(q)
     if o.numel():
         launch = launch_for("fwd", e, q)
         attention_fwd_kernel[(triton.cdiv(n, launch.rows) * b, triton.cdiv(e, launch.slab))](
@@ -36,6 +41,11 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
             n, m, d, e, scale, b * n, D=padded(d), **_options(launch, q)
         )  # fmt: skip
     return o, stats
+
+
+def empty_stats(q: Tensor) -> Tensor:
+    """Memory for the statistics of each row."""
+    return q.new_empty(2, *q.shape[:2], dtype=torch.float32)
 
 
 def attention_bwd(

@@ -16,6 +16,11 @@ from torch.library import custom_op
 from fastgan.backend import check_impl, implementation, resolve
 from fastgan.checks import check_alike, check_tensor
 from fastgan.layout import empty_rows_like
+from fastgan.reference.attention import attention_eager
+
+# Maps of at most so many bytes stay in a CPU's last-level cache, where keeping them is quicker than recomputing them
+# (measured at 8 to 64 MB, see bench_attention).
+SMALL_MAPS = 16 << 20
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "auto") -> Tensor:
@@ -26,7 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         k: keys (B, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q.
         v: values (B, M, e).
         scale: multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton" or "reference". On a CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and
+            is "reference" above.
 
     Returns:
         (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order.
@@ -41,11 +47,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if impl == "auto" and _keeps_maps(q, k):
+        return attention_eager(q, k, v, scale)
     batch = max(q.shape[0], k.shape[0], v.shape[0]) if 0 not in (q.shape[0], k.shape[0], v.shape[0]) else 0
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
     if scale < 0:  # the ops keep each row's largest logit, which a negative scale would turn into the smallest
         q, scale = -q, -scale
     return attention_op(q, k, v, float(scale), impl)[0]
+
+
+def _keeps_maps(q: Tensor, k: Tensor) -> bool:
+    if q.device.type != "cpu" or torch.compiler.is_compiling():  # a compiled graph may serve other sizes
+        return False
+    return max(q.shape[0], k.shape[0]) * q.shape[1] * k.shape[1] * q.element_size() <= SMALL_MAPS
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, impl: str) -> None:
@@ -75,8 +89,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tu
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    stats_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_rows_like(q, v.shape[2]), q.new_empty(2, *q.shape[:2], dtype=stats_dtype)
+    return empty_rows_like(q, v.shape[2]), implementation("attention", impl, q).empty_stats(q)
 
 
 @custom_op("fastgan::attention_bwd", mutates_args=())

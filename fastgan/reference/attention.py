@@ -12,56 +12,58 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgan.layout import empty_rows_like
+from fastgan.layout import empty_rows_like, is_channels_first
 
-# A block of maps: large enough for the products to be efficient, small enough to stay in the last-level cache.
-BLOCK_BYTES = 1 << 22
+# A block of a map: large enough for the products to be efficient, small enough for a core's own cache.
+BLOCK_BYTES = 1 << 20
 
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax(scale q k^T) v with the maps materialised. q (B, N, d), k (B, M, d), v (B, M, e) -> (B, N, e)."""
+    """softmax(scale q k^T) v with the maps materialised. q (B, N, d), k (B, M, d), v (B, M, e) -> (B, N, e).
+
+    The result is in q's memory layout.
+    """
     logits = q @ k.transpose(1, 2)
     if scale != 1.0:  # as the eager block: no pass over the maps that it would not make
         logits = scale * logits
-    return torch.softmax(logits, dim=-1) @ v
+    p = torch.softmax(logits, dim=-1)
+    return (v.mT @ p.mT).mT if is_channels_first(q) else p @ v
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output (B, N, e) in q's dtype and two statistics of each row, (2, B, N).
+    """Return the output (B, N, e) in q's dtype and the rows' statistics, here none.
 
-    They are the largest logit, top = max(q k^T), and log(sum(exp(scale (q k^T - top)))). Kept apart, they give P back
-    as exactly as eager softmax computes it, however large the logits; their sum, the log-sum-exp, would not.
-    ``scale`` must be >= 0.
+    The kernels keep two numbers of each row to recompute P tile by tile. A block here holds whole rows, whose softmax
+    is as quick as an exponential of saved statistics.
     """
-    o, stats = empty_rows_like(q, v.shape[2]), q.new_empty(2, *q.shape[:2], dtype=_wide(q.dtype))
+    o = empty_rows_like(q, v.shape[2])
     kt, v = _widen(k).transpose(1, 2), _widen(v)
     (maps,) = _map_buffers(q, k, 1)
     for batch, rows in _blocks(q, k):
-        s = torch.bmm(_widen(q[batch, rows]), kt[batch], out=_block(maps, batch, rows, k))
-        top = s.amax(dim=-1, keepdim=True)
-        p = _scaled(s.sub_(top), scale).exp_()
-        total = p.sum(dim=-1, keepdim=True)
-        o[batch, rows] = torch.bmm(p, v[batch]).div_(total)
-        stats[0, batch, rows], stats[1, batch, rows] = top.squeeze(-1), total.log_().squeeze(-1)
-    return o, stats
+        p = _probabilities(_widen(q[batch, rows]), kt[batch], scale, _block(maps, batch, rows, k))
+        o[batch, rows] = torch.bmm(p, v[batch])
+    return o, empty_stats(q)
+
+
+def empty_stats(q: Tensor) -> Tensor:
+    """What :func:`attention_fwd` returns in place of statistics."""
+    return q.new_empty(0, dtype=torch.float32)
 
 
 def attention_bwd(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of <grad_o, O>; P is recomputed from the saved row statistics."""
+    """Gradients (dq, dk, dv) of <grad_o, O>; P is recomputed."""
     dq = torch.empty_like(q)
     dk, dv = _zeros(k), _zeros(v)
     k_wide, v_wide = _widen(k), _widen(v)
     kt, vt = k_wide.transpose(1, 2), v_wide.transpose(1, 2)
-    p_maps, ds_maps = _map_buffers(q, k, 2)
+    p_maps, dp_maps = _map_buffers(q, k, 2)
     for batch, rows in _blocks(q, k):
         q_rows, do_rows = _widen(q[batch, rows]), _widen(grad_o[batch, rows])
-        p_block, ds_block = (_block(maps, batch, rows, k) for maps in (p_maps, ds_maps))
-        p = _probabilities(q_rows, kt[batch], stats[:, batch, rows], scale, out=p_block)
+        p = _probabilities(q_rows, kt[batch], scale, _block(p_maps, batch, rows, k))
         dv[batch].baddbmm_(p.transpose(1, 2), do_rows)
-        delta = (do_rows * o[batch, rows]).sum(dim=-1, keepdim=True)
-        ds = torch.bmm(do_rows, vt[batch], out=ds_block).sub_(delta).mul_(p)
+        ds = _through_softmax(torch.bmm(do_rows, vt[batch], out=_block(dp_maps, batch, rows, k)), p)
         dq[batch, rows] = torch.bmm(ds, k_wide[batch]).mul_(scale)
         dk[batch].baddbmm_(ds.transpose(1, 2), q_rows, alpha=scale)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -85,27 +87,31 @@ def attention_bwd_bwd(
     probabilities, dP = dO V^T, delta = rowsum(dO * O) and c = dP - delta::
 
         A = scale (ggq K^T + Q ggk^T)      a = rowsum(A * P)       E = P * (A - a)
-        B = A * c - dP * a + dO ggv^T      S2 = P * (B - rowsum(P * B))
+        B = (A - a) * c + dO ggv^T         S2 = P * (B - rowsum(P * B))
         g_dO = E V + P ggv                 gq = scale (S2 K + dS ggk)
         gk = scale (S2^T Q + dS^T ggq)     gv = E^T dO             dS = P * c
+
+    S2 does not see what is constant along a row of B, which is why B may have a * delta more than in
+    ``fastgan.kernels``.
     """
     g_do = torch.empty_like(o)
     gq = torch.empty_like(q)
     gk, gv = _zeros(k), _zeros(v)
     k_wide, v_wide, ggk_wide, ggv_wide = _widen(k), _widen(v), _widen(ggk), _widen(ggv)
+    p_maps, c_maps, a_maps, e_maps = _map_buffers(q, k, 4)
     for batch, rows in _blocks(q, k):
         q_rows, do_rows, ggq_rows = _widen(q[batch, rows]), _widen(grad_o[batch, rows]), _widen(ggq[batch, rows])
         kb, vb, ggkb, ggvb = k_wide[batch], v_wide[batch], ggk_wide[batch], ggv_wide[batch]
-        p = _probabilities(q_rows, kb.transpose(1, 2), stats[:, batch, rows], scale)
-        dp = torch.bmm(do_rows, vb.transpose(1, 2))
+        p_block, c_block, a_block, e_block = (_block(x, batch, rows, k) for x in (p_maps, c_maps, a_maps, e_maps))
+        p = _probabilities(q_rows, kb.transpose(1, 2), scale, p_block)
         delta = (do_rows * o[batch, rows]).sum(dim=-1, keepdim=True)
-        a_map = torch.bmm(ggq_rows, kb.transpose(1, 2)).baddbmm_(q_rows, ggkb.transpose(1, 2)).mul_(scale)
-        a_row = (a_map * p).sum(dim=-1, keepdim=True)
-        e_map = (a_map - a_row).mul_(p)
-        c = dp - delta
-        ds = p * c
-        b_map = a_map.mul_(c).sub_(dp.mul_(a_row)).baddbmm_(do_rows, ggvb.transpose(1, 2))
-        s2 = b_map.sub_((p * b_map).sum(dim=-1, keepdim=True)).mul_(p)
+        c = torch.bmm(do_rows, vb.transpose(1, 2), out=c_block).sub_(delta)
+        a_map = torch.bmm(ggq_rows, kb.transpose(1, 2), out=a_block).baddbmm_(q_rows, ggkb.transpose(1, 2))
+        a_map = _scaled(a_map, scale)
+        a_map.sub_(torch.mul(a_map, p, out=e_block).sum(dim=-1, keepdim=True))
+        e_map = torch.mul(a_map, p, out=e_block)
+        s2 = _through_softmax(a_map.mul_(c).baddbmm_(do_rows, ggvb.transpose(1, 2)), p)
+        ds = c.mul_(p)
         g_do[batch, rows] = torch.bmm(e_map, vb).baddbmm_(p, ggvb)
         gq[batch, rows] = torch.bmm(s2, kb).baddbmm_(ds, ggkb).mul_(scale)
         gk[batch].baddbmm_(s2.transpose(1, 2), q_rows, alpha=scale)
@@ -126,9 +132,13 @@ def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=_wide(x.dtype))
 
 
-def _probabilities(q_rows: Tensor, kt: Tensor, stats: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    top, log_total = stats.unsqueeze(-1)
-    return _scaled(torch.bmm(q_rows, kt, out=out).sub_(top), scale).sub_(log_total).exp_()
+def _probabilities(q_rows: Tensor, kt: Tensor, scale: float, out: Tensor) -> Tensor:
+    return torch.softmax(_scaled(torch.bmm(q_rows, kt, out=out), scale), dim=-1, out=out)
+
+
+def _through_softmax(grad: Tensor, p: Tensor) -> Tensor:
+    """P * (grad - rowsum(P * grad)), the gradient through P = softmax, in one pass."""
+    return torch.ops.aten._softmax_backward_data(grad, p, -1, p.dtype)
 
 
 def _map_buffers(q: Tensor, k: Tensor, count: int) -> list[Tensor]:

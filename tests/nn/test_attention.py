@@ -65,10 +65,11 @@ SPELLINGS = [
 ]
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("names", SPELLINGS, ids=lambda names: names[0])
-def test_canonical_block_of_any_spelling(names):
+def test_canonical_block_of_any_spelling(names, impl):
     original = Canonical(16, names).double()
-    block = SelfAttention2d(16).double()
+    block = SelfAttention2d(16, impl=impl).double()
     block.load_state_dict(original.state_dict())
     x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
     torch.testing.assert_close(block(x), original(x), rtol=1e-12, atol=1e-12)
@@ -79,9 +80,10 @@ def test_canonical_block_of_any_spelling(names):
         torch.testing.assert_close(ga, gb, rtol=1e-9, atol=1e-9)
 
 
-def test_simple_block():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_simple_block(impl):
     original = Simple(16).double()
-    block = SelfAttention2d(16, value_channels=16, pool=False, bias=True).double()
+    block = SelfAttention2d(16, value_channels=16, pool=False, bias=True, impl=impl).double()
     block.load_state_dict(original.state_dict())
     x = torch.randn(2, 16, 5, 3, dtype=torch.float64)
     torch.testing.assert_close(block(x), original(x), rtol=1e-12, atol=1e-12)
@@ -102,7 +104,7 @@ def test_gamma_starts_at_zero_and_learns():
 
 
 def test_gradients_of_both_orders_match_finite_differences():
-    block = SelfAttention2d(8, bias=True).double()
+    block = SelfAttention2d(8, bias=True, impl="reference").double()
     block.gamma.data.fill_(0.7)
     x = torch.randn(1, 8, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block, x)
@@ -147,8 +149,9 @@ def test_spectral_norm_option():
         assert abs(torch.linalg.matrix_norm(conv.weight.flatten(1), 2).item() - 1) < 1e-3
 
 
-def test_channels_last_is_kept():
-    block = SelfAttention2d(16)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_channels_last_is_kept(impl):
+    block = SelfAttention2d(16, impl=impl)
     block.gamma.data.fill_(0.7)
     x = torch.randn(2, 16, 6, 4)
     y = block(x.contiguous(memory_format=torch.channels_last))
@@ -169,7 +172,7 @@ def test_compile_export_functional_call_and_deepcopy():
 
 
 def test_compiled_gradients_equal_eager():
-    block = SelfAttention2d(16)
+    block = SelfAttention2d(16, impl="reference")
     block.gamma.data.fill_(0.7)
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
     expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])

@@ -1,12 +1,15 @@
+import functools
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from fastgan.ops import attention
-from fastgan.ops.attention import attention_bwd_bwd_op, attention_bwd_op, attention_op
+from fastgan.ops.attention import SMALL_MAPS, attention_bwd_bwd_op, attention_bwd_op, attention_op
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
 
+blockwise = functools.partial(attention, impl="reference")
 SHAPES = [(2, 5, 4, 3, 6), (1, 1, 1, 1, 1), (3, 7, 1, 2, 2), (1, 4, 9, 8, 3)]
 
 
@@ -31,7 +34,7 @@ def test_gradients_of_both_orders_match_finite_differences(shape):
     inputs = operands(shape)
 
     def run(*x):
-        return attention(*x, scale=0.7)
+        return blockwise(*x, scale=0.7)
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -43,7 +46,7 @@ def test_equals_eager_in_float64(shape, blocks, monkeypatch):
     if blocks == "many":
         monkeypatch.setattr("fastgan.reference.attention.BLOCK_BYTES", 3 * 8 * shape[2])
     inputs = operands(shape)
-    fast = three_passes(lambda *x: attention(*x, scale=1.3), *inputs)
+    fast = three_passes(lambda *x: blockwise(*x, scale=1.3), *inputs)
     slow = three_passes(lambda *x: attention_eager(*x, scale=1.3), *inputs)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -55,24 +58,33 @@ def test_is_as_accurate_as_eager(dtype):
     truth = three_passes(attention_eager, *(x.double() for x in inputs))
     plain = three_passes(attention_eager, *inputs)
     names = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
-    for actual, p, t, name in zip(three_passes(attention, *inputs), plain, truth, names, strict=True):
+    for actual, p, t, name in zip(three_passes(blockwise, *inputs), plain, truth, names, strict=True):
         assert actual.dtype == dtype
         assert_as_accurate(actual, p, t, name)
 
 
 def test_opcheck():
     q, k, v = operands((2, 5, 4, 3, 6))
-    opcheck(attention_op, (q, k, v, 0.7, "auto"))
-    o, stats = (x.detach() for x in attention_op(q, k, v, 0.7, "auto"))
+    opcheck(attention_op, (q, k, v, 0.7, "reference"))
+    o, stats = (x.detach() for x in attention_op(q, k, v, 0.7, "reference"))
     grad_o = torch.randn_like(o).requires_grad_()
-    opcheck(attention_bwd_op, (grad_o, q, k, v, o, stats, 0.7, "auto"))
+    opcheck(attention_bwd_op, (grad_o, q, k, v, o, stats, 0.7, "reference"))
     plain = [x.detach() for x in (q, k, v, grad_o, q, k, v)]
-    opcheck(attention_bwd_bwd_op, (*plain, o, stats, 0.7, "auto"))
+    opcheck(attention_bwd_bwd_op, (*plain, o, stats, 0.7, "reference"))
+
+
+def test_small_maps_are_kept_on_a_cpu_and_large_ones_recomputed():
+    def graph(rows):
+        q = torch.zeros(1, rows, 1, requires_grad=True)
+        return attention(q, torch.zeros(1, SMALL_MAPS // 4 // 64, 1), torch.zeros(1, SMALL_MAPS // 4 // 64, 1)).grad_fn
+
+    assert "fastgan" not in graph(64).name()
+    assert "fastgan_attention" in graph(65).name()
 
 
 def test_third_order_is_refused_not_wrong():
     q, k, v = operands((1, 3, 2, 2, 2))
-    (first,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    (first,) = torch.autograd.grad(blockwise(q, k, v).sum(), q, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.autograd.grad(second.sum(), q)
@@ -82,7 +94,7 @@ def test_compiled_gradients_equal_eager():
     q, k, v = operands((2, 6, 5, 4, 3))
 
     def loss(q, k, v):
-        return attention(q, k, v).square().sum()
+        return blockwise(q, k, v).square().sum()
 
     expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
     actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
@@ -90,54 +102,62 @@ def test_compiled_gradients_equal_eager():
         torch.testing.assert_close(a, b)
 
 
-def test_strided_operands_need_no_contiguity_and_outputs_keep_their_layout():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_strided_operands_need_no_contiguity_and_outputs_keep_their_layout(impl):
+    run = functools.partial(attention, impl=impl)
     b, n, m, d, e = 2, 12, 9, 4, 6
     q, k = torch.randn(b, d, n, dtype=torch.float64).mT, torch.randn(m, b, d, dtype=torch.float64).transpose(0, 1)
     v = torch.randn(b, e, 2 * m, dtype=torch.float64)[:, :, ::2].mT
-    fast = three_passes(attention, q, k, v)
+    fast = three_passes(run, q, k, v)
     slow = three_passes(attention_eager, q, k, v)
     for a, b_ in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b_, rtol=1e-11, atol=1e-12)
     assert fast[0].mT.is_contiguous()
-    assert attention(q.contiguous(), k, v).is_contiguous()
+    assert run(q.contiguous(), k, v).is_contiguous()
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("alone", [0, 1, 2])
-def test_a_batch_of_one_is_broadcast(alone):
+def test_a_batch_of_one_is_broadcast(alone, impl):
+    run = functools.partial(attention, impl=impl)
     inputs = operands((3, 5, 4, 2, 3))
     inputs[alone] = inputs[alone][:1].detach().requires_grad_()
-    assert torch.autograd.gradcheck(attention, inputs)
-    expected = attention(*(x.expand(3, -1, -1).contiguous() for x in inputs))
-    torch.testing.assert_close(attention(*inputs), expected)
+    assert torch.autograd.gradcheck(run, inputs)
+    expected = run(*(x.expand(3, -1, -1).contiguous() for x in inputs))
+    torch.testing.assert_close(run(*inputs), expected)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize(("b", "n"), [(0, 3), (2, 0)])
-def test_empty_batches_and_queries(b, n):
+def test_empty_batches_and_queries(b, n, impl):
     inputs = operands((b, n, 4, 2, 3))
-    o, *gradients = three_passes(attention, *inputs)
+    o, *gradients = three_passes(functools.partial(attention, impl=impl), *inputs)
     assert o.shape == (b, n, 3)
     for g in gradients:
         assert g.count_nonzero() == 0
 
 
-def test_extreme_values():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_extreme_values(impl):
+    run = functools.partial(attention, impl=impl)
     q, k, v = operands((1, 4, 5, 3, 2), torch.float32, requires_grad=False)
-    large = three_passes(attention, 1e4 * q, 1e4 * k, v)
+    large = three_passes(run, 1e4 * q, 1e4 * k, v)
     assert all(x.isfinite().all() for x in large)
-    equal = attention(q, k[:, :1].expand(-1, 5, -1), v)
+    equal = run(q, k[:, :1].expand(-1, 5, -1), v)
     torch.testing.assert_close(equal, v.mean(dim=1, keepdim=True).expand(-1, 4, -1))
-    single = attention(q, k[:, :1], v[:, :1])
+    single = run(q, k[:, :1], v[:, :1])
     torch.testing.assert_close(single, v[:, :1].expand(-1, 4, -1))
     q[0, 2, 1] = float("nan")
-    o = attention(q, k, v)
+    o = run(q, k, v)
     assert o[0, 2].isnan().all()
     assert o[0, [0, 1, 3]].isfinite().all()
 
 
-def test_autocast_computes_in_the_lower_dtype():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_autocast_computes_in_the_lower_dtype(impl):
     q, k, v = operands((1, 4, 5, 3, 2), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        o = attention(q, k, v)
+        o = attention(q, k, v, impl=impl)
     assert o.dtype == torch.bfloat16
     o.sum().backward()
     assert q.grad.dtype == torch.float32
