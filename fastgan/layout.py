@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,3 +17,15 @@ def empty_rows_like(x: Tensor, channels: int) -> Tensor:
 def is_channels_first(x: Tensor) -> bool:
     """True where the rows of x (B, N, d) lie next to one another in memory, channel by channel."""
     return x.stride(1) == 1 and x.stride(2) != 1
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C), a view where each row of the image follows the one above it in memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def image_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor like x (B, C, H, W): channels-last in memory where x is, else channels-first."""
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

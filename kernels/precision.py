@@ -27,6 +27,13 @@ def input_precision(dtype: torch.dtype, order: int = 1) -> str:
     return _FLOAT32[order][torch.get_float32_matmul_precision()] if dtype == torch.float32 else "tf32"
 
 
+def conv_precision(dtype: torch.dtype) -> str:
+    """Triton's ``input_precision`` for what takes the place of a convolution: as cuDNN's are told to."""
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in float32; ``acc`` may be None."""

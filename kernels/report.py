@@ -8,6 +8,7 @@ not be launched.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict
 
 from fastgan.backend import interpreting
 
-OPS = ("attention", "spectral_norm")
+OPS = ("attention", "projection", "spectral_norm")
 
 
 def main() -> int:
@@ -49,9 +50,8 @@ def _parse() -> argparse.Namespace:
 
 
 def _cases(op: str, capability: int) -> list:
-    from fastgan.kernels import attention_aot, spectral_norm
-
-    return (attention_aot if op == "attention" else spectral_norm).aot_cases(capability)
+    module = {"attention": "attention_aot", "projection": "projection_config", "spectral_norm": "spectral_norm"}[op]
+    return importlib.import_module(f"fastgan.kernels.{module}").aot_cases(capability)
 
 
 def _count(op: str, capability: int) -> int:

@@ -1,23 +1,25 @@
 """Self-attention over the pixels of a feature map.
 
 What is fused, by counting. With x of B C N elements and the canonical widths (theta, phi C/8, g C/2, M = N/4 keys),
-the eager block moves about 11.8 B C N elements plus 4 B N M for its maps, in 11 launches. Here the maps never exist,
-phi and g are one convolution and one pooling, and gamma is folded into o's weight:
+the eager block moves about 11.8 B C N elements plus 4 B N M for its maps, in 11 launches. With Triton the maps never
+exist, one kernel reads x for theta, phi, g and their pooling, one adds the output projection to x:
 
-=====================================  ===========  ========
-step                                   B C N moved  launches
-=====================================  ===========  ========
-theta: read x, write C/8               1.13         1
-phi and g together: read x, write 5/8  1.63         1 (+ 1 that joins the weights)
-max-pool of both: read 5/8, write 5/32 0.78         1
-attention: read 1/8 + 5/32, write 1/2  0.78         1
-gamma o: read 1/2, write 1             1.50         1 (+ 1 that scales the weight)
-residual: read 2, write 1              3.00         1
-=====================================  ===========  ========
+===========================================================  ===========  ========
+step                                                         B C N moved  launches
+===========================================================  ===========  ========
+theta, pooled phi and g: read x, write 1/8 + 5/32            1.28         1 (+ 1 that joins the weights)
+attention: read 1/8 + 5/32, write 1/2                        0.78         1
+o and residual: read 1/2 + 1, write 1                        2.50         1 (+ 1 that multiplies o's weight by gamma)
+===========================================================  ===========  ========
 
-that is 8.8 B C N in 8 launches, all but the attention by the libraries' own convolutions, whose second-order
-gradients are exact. One convolution for all three would save another read of x, but its slice for the max-pool would
-have to be copied.
+that is 4.6 B C N in 5 launches, plus one byte for each pooled value that says which pixel it came from. Drawing the q
+projection into the attention kernel would save another 1/4, but every tile of q would be recomputed in each of the
+three passes and x read with it; drawing o into its epilogue would save 1, but a program of the attention kernel holds
+at most 256 channels of v, and o's weight would not fit beside them. The gradients of both projections are made of
+library products, exact to every order.
+
+Elsewhere (and where a hook on a convolution must run) theta is one convolution, phi and g another, pooled together,
+and gamma is folded into o's weight: 8.8 B C N in 10 launches.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.backend import check_impl
+from fastgan.backend import check_impl, resolve
 from fastgan.ops.attention import attention
+from fastgan.ops.pooled_projection import pooled_projection
+from fastgan.ops.projection_residual import projection_residual
 from fastgan.reference.attention import attention_eager
 
 # Spellings of theta, phi, g, o and gamma in other people's checkpoints; a family is known by its first name.
@@ -109,17 +113,13 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return y; with ``return_attention`` (y, map (B, N, M) whose rows sum to 1), by plain PyTorch."""
         self._check(x)
-        q = _rows(self.theta(x))
-        kv = self._keys_and_values(x)
-        if self.pool:
-            kv = F.max_pool2d(kv, 2)
-        k, v = _rows(kv).split((self.qk_channels, self.value_channels), dim=2)
         if return_attention:
-            attention_map = torch.softmax(self.scale * (q @ k.transpose(1, 2)), dim=-1)
-            return self._residual(x, attention_map @ v), attention_map
+            return self._with_map(x)
         if torch.onnx.is_in_onnx_export():
-            return self._residual(x, attention_eager(q, k, v, self.scale))
-        return self._residual(x, attention(q, k, v, self.scale, self.impl))
+            return self._residual(x, attention_eager(*self._queries_keys_values(x), self.scale))
+        if self._is_fused(x):
+            return self._fused(x)
+        return self._residual(x, attention(*self._queries_keys_values(x), self.scale, self.impl))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, pool={self.pool}, scale={self.scale:g}, impl={self.impl!r}"
@@ -130,12 +130,38 @@ class SelfAttention2d(nn.Module):
         if self.pool and min(x.shape[2:]) < 2:
             raise ValueError(f"x must be at least 2 x 2 pixels where keys are pooled, got {tuple(x.shape)}")
 
+    def _is_fused(self, x: Tensor) -> bool:
+        if not self.pool or self.o is None or resolve(self.impl, x) != "triton":
+            return False
+        return not _called_as_modules(*self._convolutions())
+
+    def _fused(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weight, bias = _joined(self.theta, self.phi, self.g)
+        bias = None if bias is None else bias.to(dtype)
+        q, kv = pooled_projection(x, weight.flatten(1).to(dtype), bias, self.qk_channels, self.impl)
+        k, v = kv.split((self.qk_channels, self.value_channels), dim=2)
+        rows = attention(q, k, v, self.scale, self.impl)
+        weight, bias = self._scaled_output()
+        return projection_residual(
+            rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype), x, self.impl
+        )
+
+    def _with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self._queries_keys_values(x)
+        attention_map = torch.softmax(self.scale * (q @ k.transpose(1, 2)), dim=-1)
+        return self._residual(x, attention_map @ v), attention_map
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, kv = _rows(self.theta(x)), self._keys_and_values(x)
+        k, v = _rows(F.max_pool2d(kv, 2) if self.pool else kv).split((self.qk_channels, self.value_channels), dim=2)
+        return q, k, v
+
     def _keys_and_values(self, x: Tensor) -> Tensor:
         if _called_as_modules(self.phi, self.g):
             return torch.cat((self.phi(x), self.g(x)), dim=1)
-        weight = torch.cat((self.phi.weight, self.g.weight))
-        bias = None if self.phi.bias is None or self.g.bias is None else torch.cat((self.phi.bias, self.g.bias))
-        return F.conv2d(x, weight, bias)
+        return F.conv2d(x, *_joined(self.phi, self.g))
 
     def _residual(self, x: Tensor, rows: Tensor) -> Tensor:
         features = rows.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -143,8 +169,11 @@ class SelfAttention2d(nn.Module):
             return x + self.gamma * features
         if _called_as_modules(self.o):
             return x + self.gamma * self.o(features)
-        bias = None if self.o.bias is None else self.gamma * self.o.bias
-        return x + F.conv2d(features, self.gamma * self.o.weight, bias)
+        return x + F.conv2d(features, *self._scaled_output())
+
+    def _scaled_output(self) -> tuple[Tensor, Tensor | None]:
+        assert self.o is not None
+        return self.gamma * self.o.weight, None if self.o.bias is None else self.gamma * self.o.bias
 
     def _convolutions(self) -> list[nn.Conv2d]:
         return [conv for conv in (self.theta, self.phi, self.g, self.o) if conv is not None]
@@ -175,6 +204,12 @@ def _channels(name: str, given: int | None, in_channels: int, divisor: int) -> i
 def _rows(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H W, C), a view."""
     return x.flatten(2).transpose(1, 2)
+
+
+def _joined(*convs: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one convolution that does the work of all."""
+    biases = [conv.bias for conv in convs if conv.bias is not None]
+    return torch.cat([conv.weight for conv in convs]), torch.cat(biases) if biases else None
 
 
 def _called_as_modules(*modules: nn.Module) -> bool:
