@@ -39,6 +39,7 @@ def update(
     dims: Sequence[int],
     n_power_iterations: int,
     eps: float,
+    v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Power iterations in 2 launches each, or sigma alone in 1; see :func:`fastgan.reference.spectral_norm.update`."""
     weights, plan = _planned(weights, dims)
@@ -47,15 +48,25 @@ def update(
     partials, u, v, sigma = (torch.empty(size, dtype=torch.float32, device=weights[0].device) for size in sizes)
     pointers = table_of(weights, own_us, own_vs)
     dtypes = {"W_DTYPE": _TL_DTYPES[weights[0].dtype], **_OPTIONS}
-    s_args = (pointers, plan.geometry, plan.s_tiles, partials, u, v, eps, len(weights))
-    t_args = (pointers, plan.geometry, plan.t_tiles, partials, u, v, sigma, eps, len(weights))
-    s_grid, t_grid = (len(plan.s_tiles),), (len(plan.t_tiles),)
+    args = (partials, u, v, sigma, eps, len(weights))
+
+    def renew_u(from_list: bool) -> None:
+        spectral_norm_matvec_kernel[(len(plan.s_tiles),)](
+            pointers, plan.geometry, plan.s_tiles, *args, FROM_LIST=from_list, **dtypes, **_S_BLOCKS
+        )
+
+    def renew_v(from_list: bool, update: bool = True) -> None:
+        spectral_norm_matvec_t_kernel[(len(plan.t_tiles),)](
+            pointers, plan.geometry, plan.t_tiles, *args, UPDATE=update, FROM_LIST=from_list, **dtypes, **_T_BLOCKS
+        )
+
     if n_power_iterations == 0:
-        spectral_norm_matvec_t_kernel[t_grid](*t_args, UPDATE=False, FROM_LIST=True, **dtypes, **_T_BLOCKS)
+        renew_v(from_list=True, update=False)
         return u, v, sigma
+    first, second = (renew_v, renew_u) if v_first else (renew_u, renew_v)
     for i in range(n_power_iterations):
-        spectral_norm_matvec_kernel[s_grid](*s_args, FROM_LIST=i == 0, **dtypes, **_S_BLOCKS)
-        spectral_norm_matvec_t_kernel[t_grid](*t_args, UPDATE=True, FROM_LIST=False, **dtypes, **_T_BLOCKS)
+        first(i == 0)
+        second(False)
     for own, given in zip((*own_us, *own_vs), (*us, *vs), strict=True):
         if own is not given:
             given.copy_(own)
@@ -202,8 +213,9 @@ def _variants(w: tl.dtype, x: tl.dtype) -> list[tuple[tuple[Any, dict[str, str],
     constants: list[tuple[Any, dict[str, Any]]] = []
     for first in (True, False) if w == x else ():
         constants.append((spectral_norm_matvec_kernel, {"FROM_LIST": first, "W_DTYPE": w, **_S_BLOCKS}))
-        flags = {"UPDATE": not first, "FROM_LIST": first}
-        constants.append((spectral_norm_matvec_t_kernel, {**flags, "W_DTYPE": w, **_T_BLOCKS}))
+        for update in (True, False) if first else (True,):
+            flags = {"UPDATE": update, "FROM_LIST": first}
+            constants.append((spectral_norm_matvec_t_kernel, {**flags, "W_DTYPE": w, **_T_BLOCKS}))
     for alignment in (1, 16):
         flat = {"ALIGNMENT": alignment, "BLOCK": LAUNCH.block_flat}
         constants.append((spectral_norm_scale_kernel, {"W_DTYPE": w, "O_DTYPE": x, **flat}))

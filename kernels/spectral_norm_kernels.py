@@ -26,6 +26,13 @@ def _pointer(pointers, which, layer, n_layers, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _tile(tiles):
+    """Layer, start and chunk (or second start) that this program has."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    return tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+
+
+@triton.jit
 def _columns(g, c):
     """Offsets of columns c in the weight and in v."""
     inner = tl.load(g + INNER)
@@ -52,6 +59,7 @@ def spectral_norm_matvec_kernel(
     partials,
     u_flat,
     v_flat,
+    sigma,
     eps,
     n_layers,
     FROM_LIST: tl.constexpr,
@@ -62,9 +70,8 @@ def spectral_norm_matvec_kernel(
     REDUCE_PARTS: tl.constexpr,
     REDUCE_BLOCK: tl.constexpr,
 ):
-    """u = W v / |W v| for every weight, v being that of the list (FROM_LIST) or of ``v_flat``."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    layer, row0, chunk = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+    """s = W v, u = s / |s| and sigma = s . u for every weight, v being that of the list (FROM_LIST) or of ``v_flat``."""
+    layer, row0, chunk = _tile(tiles)
     g = geometry + layer * N_FIELDS
     rows, columns = tl.load(g + ROWS), tl.load(g + COLUMNS)
     weight = _pointer(pointers, 0, layer, n_layers, W_DTYPE)
@@ -90,9 +97,8 @@ def spectral_norm_matvec_kernel(
     if _is_last(pointers + 3 * n_layers, layer, tl.load(g + S_TILES)):
         u_list = _pointer(pointers, 1, layer, n_layers, W_DTYPE)
         u_base = u_flat + tl.load(g + U_OFFSET)
-        chunks = tl.load(g + S_CHUNKS)
-        squares, _ = _add_parts(part, chunks, rows, u_base, u_list, REDUCE_PARTS, REDUCE_BLOCK)
-        _normalize(u_base, u_list, rows, tl.sqrt_rn(squares), eps, True, REDUCE_BLOCK)
+        value = _renew(part, tl.load(g + S_CHUNKS), rows, u_base, u_list, eps, REDUCE_PARTS, REDUCE_BLOCK)
+        _store_sigma(sigma + layer, value)
 
 
 @triton.jit
@@ -116,8 +122,7 @@ def spectral_norm_matvec_t_kernel(
     REDUCE_BLOCK: tl.constexpr,
 ):
     """t = W^T u, v = t / |t| and sigma = u^T W v = t . v for every weight; without UPDATE only sigma, v as it is."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    layer, column0, chunk = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+    layer, column0, chunk = _tile(tiles)
     g = geometry + layer * N_FIELDS
     rows, columns = tl.load(g + ROWS), tl.load(g + COLUMNS)
     weight = _pointer(pointers, 0, layer, n_layers, W_DTYPE)
@@ -143,16 +148,34 @@ def spectral_norm_matvec_t_kernel(
         v_list = _pointer(pointers, 2, layer, n_layers, W_DTYPE)
         v_base = v_flat + tl.load(g + V_OFFSET)
         chunks = tl.load(g + T_CHUNKS)
-        squares, t_dot_v = _add_parts(part, chunks, columns, v_base, v_list, REDUCE_PARTS, REDUCE_BLOCK)
-        norm = tl.sqrt_rn(squares)
         if UPDATE:
-            if (norm > 0) & (norm < float("inf")):
-                t_dot_v = norm * tl.div_rn(norm, tl.maximum(norm, eps))
-            _normalize(v_base, v_list, columns, norm, eps, True, REDUCE_BLOCK)
+            value = _renew(part, chunks, columns, v_base, v_list, eps, REDUCE_PARTS, REDUCE_BLOCK)
         else:
-            _normalize(v_base, v_list, columns, norm * 0, eps, False, REDUCE_BLOCK)
-            _normalize(u_base, u_list, rows, norm * 0, eps, False, REDUCE_BLOCK)
-        tl.store(sigma + layer, tl.where(t_dot_v == 0, 1.0, t_dot_v))
+            _, value = _add_parts(part, chunks, columns, v_base, v_list, REDUCE_PARTS, REDUCE_BLOCK)
+            _copy(v_base, v_list, columns, REDUCE_BLOCK)
+            _copy(u_base, u_list, rows, REDUCE_BLOCK)
+        _store_sigma(sigma + layer, value)
+
+
+@triton.jit
+def _store_sigma(sigma, value):
+    """1 in place of 0, so that a weight of zeros stays zero."""
+    tl.store(sigma, tl.where(value == 0, 1.0, value))
+
+
+@triton.jit
+def _renew(part, parts, n, out, old, eps, REDUCE_PARTS: tl.constexpr, REDUCE_BLOCK: tl.constexpr):
+    """With x the sum of the partial vectors: ``out`` = ``old`` = x / |x| where |x| is not zero and finite, else the
+    ``old`` one; returns <x, out>."""
+    squares, dot = _add_parts(part, parts, n, out, old, REDUCE_PARTS, REDUCE_BLOCK)
+    norm = tl.sqrt_rn(squares)
+    if (norm > 0) & (norm < float("inf")):
+        divisor = tl.maximum(norm, eps)
+        dot = norm * tl.div_rn(norm, divisor)
+        _divide(out, old, n, divisor, REDUCE_BLOCK)
+    else:
+        _copy(out, old, n, REDUCE_BLOCK)
+    return dot
 
 
 @triton.jit
@@ -179,19 +202,25 @@ def _add_parts(part, parts, n, out, old, REDUCE_PARTS: tl.constexpr, REDUCE_BLOC
 
 
 @triton.jit
-def _normalize(out, old, n, norm, eps, WRITE: tl.constexpr, REDUCE_BLOCK: tl.constexpr):
-    """out /= max(norm, eps), or ``old`` where the norm is zero or not finite; and ``old`` likewise, if WRITE."""
-    defined = (norm > 0) & (norm < float("inf"))
-    divisor = tl.maximum(norm, eps)
+def _divide(out, old, n, divisor, REDUCE_BLOCK: tl.constexpr):
+    """``out`` /= divisor, and ``old`` likewise."""
     i0 = n * 0
     while i0 < n:
         i = i0 + tl.arange(0, REDUCE_BLOCK)
-        before = tl.load(old + i, i < n, 0.0)
         x = tl.load(out + i, i < n, 0.0)
-        x = tl.where(defined, tl.div_rn(x, tl.zeros_like(x) + divisor), before.to(tl.float32))
+        x = tl.div_rn(x, tl.zeros_like(x) + divisor)
         tl.store(out + i, x, i < n)
-        if WRITE:
-            tl.store(old + i, x.to(before.dtype), i < n)
+        tl.store(old + i, x.to(old.dtype.element_ty), i < n)
+        i0 += REDUCE_BLOCK
+
+
+@triton.jit
+def _copy(out, old, n, REDUCE_BLOCK: tl.constexpr):
+    """``out`` = ``old``."""
+    i0 = n * 0
+    while i0 < n:
+        i = i0 + tl.arange(0, REDUCE_BLOCK)
+        tl.store(out + i, tl.load(old + i, i < n, 0.0).to(tl.float32), i < n)
         i0 += REDUCE_BLOCK
 
 
@@ -208,8 +237,7 @@ def spectral_norm_scale_kernel(
     BLOCK: tl.constexpr,
 ):
     """W / sigma, entries in memory order: weight and result are laid out alike and without gaps."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    layer, block = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64)
+    layer, block, _ = _tile(tiles)
     g = geometry + layer * N_FIELDS
     weight = tl.multiple_of(_pointer(pointers, 0, layer, n_layers, W_DTYPE), ALIGNMENT)
     out = tl.multiple_of(_pointer(pointers, 1, layer, n_layers, O_DTYPE), ALIGNMENT)
@@ -240,8 +268,7 @@ def spectral_norm_dots_kernel(
 ):
     """dots[0] = <G, W>; if DOUBLE also dots[1] = <H, G> and dots[2] = <H, u v^T>, for every weight."""
     program = tl.program_id(0).to(tl.int64)
-    tile = tiles + program * 3
-    layer, row0, column0 = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+    layer, row0, column0 = _tile(tiles)
     g = geometry + layer * N_FIELDS
     rows, columns = tl.load(g + ROWS), tl.load(g + COLUMNS)
     weight = _pointer(pointers, 0, layer, n_layers, W_DTYPE)
@@ -309,8 +336,7 @@ def spectral_norm_combine_kernel(
     CHUNK: tl.constexpr,
 ):
     """dW of the backward pass, from G; if DOUBLE dG and dW of the double backward pass, from H, G and W."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    layer, row0, column0 = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
+    layer, row0, column0 = _tile(tiles)
     g = geometry + layer * N_FIELDS
     rows, columns = tl.load(g + ROWS), tl.load(g + COLUMNS)
     grad = _pointer(pointers, 1, layer, n_layers, G_DTYPE)

@@ -49,8 +49,8 @@ class Launch:
     tile_r: int = 8
     chunk_tile: int = 1024
     block_flat: int = 4096
-    reduce_parts: int = 8
-    reduce_block: int = 512
+    reduce_parts: int = 2
+    reduce_block: int = 1024
     num_warps: int = 4
     num_stages: int = 2
 

@@ -27,6 +27,7 @@ def spectral_norm_update(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     impl: str = "auto",
+    v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run ``n_power_iterations`` of the power method on every weight; ``us`` and ``vs`` are updated in place.
 
@@ -39,6 +40,8 @@ def spectral_norm_update(
         n_power_iterations: 0 only computes sigma for the given vectors.
         eps: lower bound of the norms that are divided by.
         impl: "auto", "triton" or "reference".
+        v_first: an iteration is v = W^T u / |W^T u|, then u = W v / |W v|, as in torch's older hook, Miyato's and
+            BigGAN's code; otherwise u is renewed before v, as in torch's parametrization.
 
     Returns:
         ``(u, v, sigma)`` in float32 (float64 for float64 weights): all left vectors one behind the other, all right
@@ -58,7 +61,9 @@ def spectral_norm_update(
     with torch.no_grad():
         if n_power_iterations == 0:
             return spectral_norm_sigma_op(list(weights), list(us), list(vs), dims, impl)
-        return spectral_norm_update_op(list(weights), list(us), list(vs), dims, n_power_iterations, float(eps), impl)
+        return spectral_norm_update_op(
+            list(weights), list(us), list(vs), dims, n_power_iterations, float(eps), impl, v_first
+        )
 
 
 def spectral_norm_scale(
@@ -157,8 +162,10 @@ def spectral_norm_update_op(
     n_power_iterations: int,
     eps: float,
     impl: str,
+    v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation("spectral_norm", impl, weights[0]).update(weights, us, vs, dims, n_power_iterations, eps)
+    update = implementation("spectral_norm", impl, weights[0]).update
+    return update(weights, us, vs, dims, n_power_iterations, eps, v_first)
 
 
 @spectral_norm_update_op.register_fake
@@ -170,6 +177,7 @@ def _(
     n_power_iterations: int,
     eps: float,
     impl: str,
+    v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_vectors(weights, us, vs)
 

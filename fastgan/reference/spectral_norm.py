@@ -43,25 +43,31 @@ def update(
     dims: Sequence[int],
     n_power_iterations: int,
     eps: float,
+    v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Power iterations on all weights; writes ``us`` and ``vs`` and returns flat copies of them and sigma = u^T W v.
 
-    With ``n_power_iterations=0`` nothing is written and sigma belongs to the given vectors. Where a product is zero or
-    not finite, the vector it would give is undefined and the old one stays; where sigma is zero, 1 is returned, so that
-    a weight of zeros stays zero.
+    An iteration renews u from v and then v from u, or with ``v_first`` v from u and then u from v. With
+    ``n_power_iterations=0`` nothing is written and sigma belongs to the given vectors. Where a product is zero or not
+    finite, the vector it would give is undefined and the old one stays; where sigma is zero, 1 is returned, so that a
+    weight of zeros stays zero.
     """
     dtype = compute_dtype(weights[0])
     matrices = [as_matrix(weight, dim).to(dtype) for weight, dim in zip(weights, dims, strict=True)]
     new_us, new_vs = [u.to(dtype) for u in us], [v.to(dtype) for v in vs]
+    if v_first:  # the same iteration on the transposed matrices
+        matrices, new_us, new_vs = [w.T for w in matrices], new_vs, new_us
     products = [] if n_power_iterations else [torch.mv(w.T, u) for w, u in zip(matrices, new_us, strict=True)]
     for _ in range(n_power_iterations):
         new_us = _normalize([torch.mv(w, v) for w, v in zip(matrices, new_vs, strict=True)], new_us, eps)
         products = [torch.mv(w.T, u) for w, u in zip(matrices, new_us, strict=True)]
         new_vs = _normalize(products, new_vs, eps)
-    if n_power_iterations:
-        torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
     # u^T W v = (W^T u) . v, so the product W v that torch computes here is not needed.
     sigma = torch.stack([torch.dot(t, v) for t, v in zip(products, new_vs, strict=True)])
+    if v_first:
+        new_us, new_vs = new_vs, new_us
+    if n_power_iterations:
+        torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
     return torch.cat(new_us), torch.cat(new_vs), torch.where(sigma == 0, torch.ones_like(sigma), sigma)
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from fastgan.backend import interpreting
 from fastgan.kernels import spectral_norm as kernels
-from fastgan.kernels.spectral_norm_plan import layout_of, plan_for, table_of
+from fastgan.kernels.spectral_norm_plan import LAUNCH, layout_of, plan_for, table_of
 from fastgan.reference import spectral_norm as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,14 +58,14 @@ def assert_same_layout(actual, weights):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_power_iterations", [0, 2])
-def test_update(dtype, n_power_iterations, device, poisoned_empty):
+@pytest.mark.parametrize(("n_power_iterations", "v_first"), [(0, False), (2, False), (2, True)])
+def test_update(dtype, n_power_iterations, v_first, device, poisoned_empty):
     weights, dims = weights_and_dims(dtype, device)
     us, vs = random_vectors(weights, dims)
     results, buffers = [], []
     for module, cast in ((kernels, list), (reference, list), (reference, double)):
         own_us, own_vs = cast([u.clone() for u in us]), cast([v.clone() for v in vs])
-        results.append(module.update(cast(weights), own_us, own_vs, dims, n_power_iterations, 1e-12))
+        results.append(module.update(cast(weights), own_us, own_vs, dims, n_power_iterations, 1e-12, v_first))
         buffers.append([*own_us, *own_vs])
     assert_accurate(*results, torch.float32)
     assert_accurate(*buffers, dtype)
@@ -130,14 +130,15 @@ def test_expanded_gradient(device):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e-30, 1e30])
-def test_extreme_weights_as_the_reference(value, device):
+def test_extreme_weights_as_the_reference(value, v_first, device):
     weights = [torch.full((3, 5), value, device=device), torch.randn(4, 6, device=device)]
     us, vs = random_vectors(weights, [0, 0])
     results = []
     for module in (kernels, reference):
         own_us, own_vs = [u.clone() for u in us], [v.clone() for v in vs]
-        module.update(weights, own_us, own_vs, [0, 0], 1, 1e-12)
+        module.update(weights, own_us, own_vs, [0, 0], 1, 1e-12, v_first)
         results.append((own_us[1], own_vs[1]))
         if value == 0 or value != value:
             assert torch.equal(own_us[0], us[0])
@@ -161,6 +162,25 @@ def test_pointer_table_is_reused_while_addresses_stay(device):
 def test_plan_is_reused_for_equal_layouts(device):
     first, second = (layout_of((4, 3, 2, 2), (12, 4, 2, 1), 1) for _ in range(2))
     assert plan_for((first,), torch.device(device)) is plan_for((second,), torch.device(device))
+
+
+def test_one_long_layer_among_tiny_ones_is_spread_over_the_chip():
+    """20 million entries beside forty weights of 64: 132 multiprocessors all have work, none much more than another."""
+    long, tiny = layout_of((1536, 1536 * 9), (1536 * 9, 1), 0), layout_of((8, 8), (8, 1), 0)
+    plan = plan_for((*[tiny] * 20, long, *[tiny] * 20), torch.device("cpu"))
+    entries = long.rows * long.columns
+    for tiles, per_program in (
+        (plan.s_tiles, LAUNCH.block_r * LAUNCH.chunk_c),
+        (plan.t_tiles, LAUNCH.block_c * LAUNCH.chunk_r),
+        (plan.tiles, LAUNCH.tile_r * LAUNCH.chunk_tile),
+        (plan.flat_tiles, LAUNCH.block_flat),
+    ):
+        on_long = int((tiles[:, 0] == 20).sum())
+        assert len(tiles) == on_long + 40  # one program for each tiny weight
+        assert on_long * per_program >= entries
+        assert on_long >= 2 * 132
+        assert per_program * 132 <= entries / 2  # so that the last program to end delays little
+        assert len({tuple(tile) for tile in tiles.tolist()}) == len(tiles)
 
 
 def test_layouts():

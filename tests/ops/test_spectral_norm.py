@@ -30,16 +30,20 @@ def normalized(weights, us, vs):
     return spectral_norm_scale(weights, *vectors, DIMS)
 
 
-def test_update_is_the_power_method():
+@pytest.mark.parametrize("v_first", [False, True])
+def test_update_is_the_power_method(v_first):
     weights, us, vs = example()
-    before = [v.clone() for v in vs]
-    u, v, sigma = spectral_norm_update(weights, us, vs, DIMS, n_power_iterations=2)
+    before = [[t.clone() for t in group] for group in (us, vs)]
+    u, v, sigma = spectral_norm_update(weights, us, vs, DIMS, n_power_iterations=2, v_first=v_first)
     assert not any(t.requires_grad for t in (u, v, sigma))
-    for i, (weight, dim, y) in enumerate(zip(weights, DIMS, before, strict=True)):
+    for i, (weight, dim, x, y) in enumerate(zip(weights, DIMS, *before, strict=True)):
         w = as_matrix(weight.detach(), dim)
         for _ in range(2):
+            if v_first:
+                y = normalize(w.T @ x, dim=0)
             x = normalize(w @ y, dim=0)
-            y = normalize(w.T @ x, dim=0)
+            if not v_first:
+                y = normalize(w.T @ x, dim=0)
         torch.testing.assert_close(us[i], x, rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(vs[i], y, rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(sigma[i], x @ w @ y, rtol=1e-14, atol=0)
@@ -107,7 +111,7 @@ def test_opcheck():
     plain = [w.detach() for w in weights]
     vectors = spectral_norm_update(weights, us, vs, DIMS)
     grads = [torch.randn_like(w).requires_grad_() for w in weights]
-    opcheck(ops.spectral_norm_update_op, (plain, us, vs, DIMS, 1, 1e-12, "auto"))
+    opcheck(ops.spectral_norm_update_op, (plain, us, vs, DIMS, 1, 1e-12, "auto", True))
     opcheck(ops.spectral_norm_sigma_op, (plain, us, vs, DIMS, "auto"))
     opcheck(ops.spectral_norm_scale_op, (weights, *vectors, DIMS, torch.float64, "auto"))
     opcheck(ops.spectral_norm_scale_bwd_op, (grads, weights, *vectors, DIMS, "auto"))
