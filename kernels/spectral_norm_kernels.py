@@ -70,7 +70,7 @@ def spectral_norm_matvec_kernel(
     REDUCE_PARTS: tl.constexpr,
     REDUCE_BLOCK: tl.constexpr,
 ):
-    """s = W v, u = s / |s| and sigma = s . u for every weight, v being that of the list (FROM_LIST) or of ``v_flat``."""
+    """s = W v, u = s / |s|, sigma = s . u for every weight, v being that of the list (FROM_LIST) or of ``v_flat``."""
     layer, row0, chunk = _tile(tiles)
     g = geometry + layer * N_FIELDS
     rows, columns = tl.load(g + ROWS), tl.load(g + COLUMNS)

@@ -109,7 +109,11 @@ class Plan:
 @functools.lru_cache(maxsize=256)
 def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch = LAUNCH) -> Plan:
     """The tables for weights of these layouts; made once, whatever their addresses."""
-    rows_of_geometry, s_tiles, t_tiles, tiles, flat_tiles = [], [], [], [], []
+    rows_of_geometry: list[list[int]] = []
+    s_tiles: list[tuple[int, int, int]] = []
+    t_tiles: list[tuple[int, int, int]] = []
+    tiles: list[tuple[int, int, int]] = []
+    flat_tiles: list[tuple[int, int, int]] = []
     u_offset = v_offset = s_partials = t_partials = 0
     for i, layout in enumerate(layouts):
         rows, columns = layout.rows, layout.columns
@@ -131,8 +135,11 @@ def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch =
         u_offset, v_offset = u_offset + rows, v_offset + columns
         s_partials, t_partials = s_partials + s_chunks * rows, t_partials + t_chunks * columns
     return Plan(
-        torch.tensor(rows_of_geometry, dtype=torch.int64, device=device),
-        *(torch.tensor(x, dtype=torch.int32, device=device) for x in (s_tiles, t_tiles, tiles, flat_tiles)),
+        geometry=torch.tensor(rows_of_geometry, dtype=torch.int64, device=device),
+        s_tiles=torch.tensor(s_tiles, dtype=torch.int32, device=device),
+        t_tiles=torch.tensor(t_tiles, dtype=torch.int32, device=device),
+        tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
+        flat_tiles=torch.tensor(flat_tiles, dtype=torch.int32, device=device),
         partials=max(s_partials, t_partials),
         u_size=u_offset,
         v_size=v_offset,

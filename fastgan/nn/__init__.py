@@ -1,6 +1,7 @@
 """Drop-in modules over :mod:`fastgan.ops`."""
 
 from fastgan.nn.attention import SelfAttention2d
-from fastgan.nn.spectral_norm import group_spectral_norm, spectral_norm
+from fastgan.nn.spectral_norm import spectral_norm
+from fastgan.nn.spectral_norm_group import group_spectral_norm
 
 __all__ = ["SelfAttention2d", "group_spectral_norm", "spectral_norm"]

@@ -10,9 +10,9 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
-from fastgan.nn import group_spectral_norm, spectral_norm
+from fastgan.nn import group_spectral_norm, normed_weight, spectral_norm
 
-module_under_test = importlib.import_module("fastgan.nn.spectral_norm")  # the function of its name hides it
+SpectralNorm = importlib.import_module("fastgan.nn.spectral_norm").SpectralNorm  # the function of its name hides it
 
 
 def network(norm=lambda layer: layer, dtype=torch.float64):
@@ -43,7 +43,7 @@ def assert_same_state(a, b, **tolerance):
 
 
 def norms(root):
-    return [m for m in root.modules() if isinstance(m, module_under_test.SpectralNorm)]
+    return [m for m in root.modules() if isinstance(m, SpectralNorm)]
 
 
 def vectors(root):
@@ -148,9 +148,9 @@ def test_older_state_dict_loads(with_v):
 
 def test_one_update_for_a_layer_used_twice_and_one_op_for_all(monkeypatch):
     calls = []
-    update = module_under_test.spectral_norm_update
+    update = normed_weight.spectral_norm_update
     monkeypatch.setattr(
-        module_under_test, "spectral_norm_update", lambda weights, *a: calls.append(len(weights)) or update(weights, *a)
+        normed_weight, "spectral_norm_update", lambda weights, *a: calls.append(len(weights)) or update(weights, *a)
     )
     layer = nn.Linear(4, 4)
     root = group_spectral_norm(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 2)))
@@ -217,8 +217,8 @@ def test_parts_in_eval_mode_keep_their_vectors():
 def test_eval_computes_once_until_weights_change(monkeypatch):
     ours = grouped().eval()
     calls = []
-    scale = module_under_test.spectral_norm_scale
-    monkeypatch.setattr(module_under_test, "spectral_norm_scale", lambda *a: calls.append(1) or scale(*a))
+    scale = normed_weight.spectral_norm_scale
+    monkeypatch.setattr(normed_weight, "spectral_norm_scale", lambda *a: calls.append(1) or scale(*a))
     before = vectors(ours)
     with torch.no_grad():
         outputs = [ours(images()) for _ in range(3)]
