@@ -213,9 +213,15 @@ def _joined(*convs: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
 
 
 def _called_as_modules(*modules: nn.Module) -> bool:
-    """True where using the weights alone would pass by a hook (the older spectral norm is one) or a replaced module."""
+    """True where using the weights alone would pass by a hook (the older spectral norm is one) or a forward that is
+    not :class:`nn.Conv2d`'s, as that of layers which normalise their weight themselves."""
     return any(
-        m._forward_pre_hooks or m._forward_hooks or m._backward_hooks or not isinstance(m, nn.Conv2d) for m in modules
+        m._forward_pre_hooks
+        or m._forward_hooks
+        or m._backward_hooks
+        or type(m).forward is not nn.Conv2d.forward
+        or "forward" in m.__dict__
+        for m in modules
     )
 
 

@@ -110,7 +110,9 @@ def _is_current(cached: _Cached, tensors: list[Tensor]) -> bool:
 
 
 def _versions(tensors: list[Tensor]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple(
+        (id(t if t._base is None else t._base), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
+    )
 
 
 def _sample(tensors: list[Tensor]) -> Tensor:
