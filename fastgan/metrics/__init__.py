@@ -1,20 +1,71 @@
-"""Frechet distances of image sets: streaming statistics, feature networks, folders of images."""
+"""Frechet distances of image sets and their relatives: streaming statistics, feature networks, folders of images.
+
+The classes of :mod:`fastgan.metrics.modules` are imported when first asked for: they need torchmetrics.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from fastgan.metrics.backbones import Backbone, default_backbone, load_backbone
+from fastgan.metrics.class_scores import inception_score
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.features import folder_stats, image_stats
 from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.images import ImageFolder
+from fastgan.metrics.frechet_loss import FrechetLoss
+from fastgan.metrics.frechet_many import frechet_distances, paired_frechet_distances
+from fastgan.metrics.images import ImageFolder, ImageSource
+from fastgan.metrics.infinity import fid_infinity
+from fastgan.metrics.kernel_mmd import kernel_distance
+from fastgan.metrics.neighbourhoods import precision_recall
+from fastgan.metrics.sources import open_images
 from fastgan.metrics.stats import FeatureStats
+
+if TYPE_CHECKING:
+    from fastgan.metrics.modules import (
+        ClassFrechetDistance,
+        FrechetInceptionDistance,
+        InceptionScore,
+        KernelInceptionDistance,
+        PrecisionRecall,
+    )
+
+_TORCHMETRICS_CLASSES = (
+    "ClassFrechetDistance",
+    "FrechetInceptionDistance",
+    "InceptionScore",
+    "KernelInceptionDistance",
+    "PrecisionRecall",
+)
 
 __all__ = [
     "Backbone",
+    "ClassFrechetDistance",
     "FeatureStats",
+    "FrechetInceptionDistance",
+    "FrechetLoss",
     "ImageFolder",
+    "ImageSource",
+    "InceptionScore",
     "InputError",
+    "KernelInceptionDistance",
+    "PrecisionRecall",
     "default_backbone",
+    "fid_infinity",
     "folder_stats",
     "frechet_distance",
+    "frechet_distances",
     "image_stats",
+    "inception_score",
+    "kernel_distance",
     "load_backbone",
+    "open_images",
+    "paired_frechet_distances",
+    "precision_recall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TORCHMETRICS_CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastgan.metrics import modules
+
+    return getattr(modules, name)

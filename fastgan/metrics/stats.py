@@ -13,6 +13,7 @@ from fastgan.metrics.errors import InputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch.distributed import ProcessGroup
 
 
 class FeatureStats:
@@ -131,7 +132,7 @@ class FeatureStats:
             return self
         self.dtype = str(batch.dtype).removeprefix("torch.") if self.dtype is None else self.dtype
         self._dim = batch.shape[1]
-        device = self._device or _float64_device(batch.device)
+        device = self.device or _float64_device(batch.device)
         # a copy even of float64 input: the caller may write into its buffer again
         self._join_rows([batch.to(device=device, dtype=torch.float64, copy=True)])
         return self
@@ -154,12 +155,27 @@ class FeatureStats:
         if not other._n:
             return self
         self._dim = other._dim
-        device = self._device or other._device
+        device = self.device or other.device
         if other._rows is not None:
             self._join_rows([rows.to(device) for rows in other._rows])
         else:
             mean, scatter = other._moments()
             self._join_moments(other._n, mean.to(device), scatter.to(device))
+        return self
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> FeatureStats:
+        """Join the statistics of all processes of ``group`` (None: the default one); every process then has them all.
+
+        A collective call: every process must make it, also one that has seen no vectors. It sends one (dim, dim) sum,
+        or the vectors themselves while there are at most dim of them in all. Returns self.
+
+        Raises:
+            ValueError: the processes' dimensions, backbones or resizing methods differ, or an ``n`` is unknown.
+            RuntimeError: torch.distributed is not initialised.
+        """
+        from fastgan.metrics.distributed import all_reduce_stats
+
+        all_reduce_stats(self, group)
         return self
 
     def save(self, path: str | Path) -> None:
@@ -187,10 +203,38 @@ class FeatureStats:
         return f"FeatureStats(n={self._n}, dim={self._dim}, backbone={self.backbone!r}, resize={self.resize!r})"
 
     @property
-    def _device(self) -> torch.device | None:
+    def device(self) -> torch.device | None:
+        """Where the statistics are; None before the first vector."""
         if self._rows:
             return self._rows[0].device
         return None if self._mean is None else self._mean.device
+
+    def rows(self) -> Tensor:
+        """The vectors seen, (n, dim) float64, while they are all held. Raises ``InputError`` once they are not."""
+        if self._rows is None:
+            raise InputError("the vectors are not held any more")
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, self._dim or 0, dtype=torch.float64)
+
+    def moments(self, dim: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
+        """Number, mean (dim,) and sum of centred outer products (dim, dim), float64 copies; zeros before any row."""
+        if not self._n:
+            zeros = torch.zeros(dim, dim + 1, dtype=torch.float64, device=device)
+            return 0, zeros[:, 0].clone(), zeros[:, 1:].contiguous()
+        mean, scatter = self._moments()
+        return self._n, mean.to(device, copy=True), scatter.to(device, copy=True)
+
+    def replace_by_rows(self, rows: Tensor, *, like: FeatureStats) -> None:
+        """Become the statistics of ``rows`` (n, dim), float64, n <= dim, with the header of ``like``."""
+        self._take_header(like)
+        self._n, self._rows, self._mean, self._scatter = rows.shape[0], [rows], None, None
+
+    def replace_by_moments(self, n: int, mean: Tensor, scatter: Tensor, *, like: FeatureStats) -> None:
+        """Become the statistics with these :meth:`moments` and the header of ``like``."""
+        self._take_header(like)
+        self._n, self._rows, self._mean, self._scatter = n, None, mean, scatter
+
+    def _take_header(self, other: FeatureStats) -> None:
+        self._dim, self.backbone, self.resize, self.dtype = other._dim, other.backbone, other.resize, other.dtype
 
     def _join_rows(self, rows: list[Tensor]) -> None:
         assert self._n is not None

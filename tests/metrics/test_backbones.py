@@ -46,7 +46,7 @@ def test_lite0_knows_a_cat_and_a_cup_of_coffee(lite0):
     images = torch.stack([centre_crop(data.cat()), centre_crop(data.coffee())])
     features = lite0(images)
     with torch.inference_mode():
-        cat, coffee = lite0._network.fc(features).softmax(1)
+        cat, coffee = lite0.head(features).softmax(1)
     assert set(cat.topk(3).indices.tolist()) == {281, 282, 285}  # tabby, tiger cat, Egyptian cat
     assert coffee.argmax() == 967  # espresso
     assert coffee.max() > 0.9
@@ -161,8 +161,9 @@ def test_any_callable():
     torch.testing.assert_close(features, (images / 255).flatten(1)[:, :5])
     assert load_backbone(backbone) is backbone
     assert image_stats(images, backbone).backbone == "network"
-    with pytest.raises(ValueError, match="weights must be None"):
-        load_backbone(small_network(), weights="x.pth")
+    for options in ({"weights": "x.pth"}, {"dims": 5}):
+        with pytest.raises(ValueError, match="weights and dims must be None"):
+            load_backbone(small_network(), **options)
 
 
 def test_any_module_is_used_in_eval_mode_and_pooled():
@@ -186,9 +187,11 @@ def test_a_network_of_the_wrong_output(features):
 
 
 def test_wrong_names():
-    with pytest.raises(ValueError, match="backbone must be one of 'inception', 'efficientnet_lite0' or a module"):
+    with pytest.raises(
+        ValueError, match="backbone must be one of inception, efficientnet_lite0, dinov2, clip, timm:NAME"
+    ):
         load_backbone("vgg")
-    with pytest.raises(ValueError, match="precision must be one of 'fp32', 'bf16', got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be one of 'auto', 'fp32', 'tf32', 'bf16', got 'fp8'"):
         load_backbone(small_network(), precision="fp8")
 
 

@@ -9,8 +9,9 @@ pytest.importorskip("torchvision")
 
 from torchvision.models import inception_v3
 
-from fastgan.metrics import InputError, load_backbone
+from fastgan.metrics import Backbone, InputError, load_backbone
 from fastgan.metrics.backbones import inception
+from tests.accuracy import assert_as_accurate
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,57 @@ def test_only_the_published_weights_are_called_inception(weights, monkeypatch):
     assert len(digest) == 8
     monkeypatch.setattr(inception, "HASH_PREFIX", digest)
     assert load_backbone("inception", weights=weights).name == "inception"
+
+
+@pytest.fixture(scope="module")
+def pytorch_fid(network):
+    """pytorch-fid's own network, which it fills by a download: here by the random weights."""
+    module = pytest.importorskip("pytorch_fid.inception")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: network.state_dict())
+        yield module.InceptionV3([0, 1, 2, 3]).eval()
+
+
+def test_every_block_equals_pytorch_fids(network, pytorch_fid, weights):
+    images = torch.rand(2, 3, 75, 83)
+    with torch.inference_mode():
+        maps = pytorch_fid(images)
+        exact = pytorch_fid.double()(images.double())
+        pytorch_fid.float()
+    pixels = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 255
+    for dims, reference, truth in zip(inception.DIMS, maps, exact, strict=True):
+        backbone = load_backbone("inception", weights=weights, dims=dims, precision="fp32")
+        truth, reference = truth.mean(dim=(2, 3)), reference.mean(dim=(2, 3))
+        features = backbone.from_pixels(pixels)
+        assert features.shape == (2, dims)
+        assert_as_accurate(features, reference, truth, name=f"dims {dims}")
+    logits = load_backbone("inception", weights=weights, dims="logits", precision="fp32").from_pixels(pixels)
+    torch.testing.assert_close(logits, network.fc(features).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backbone.head(features), logits - network.fc.bias.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_features_equal_plain_ones(weights):
+    """The first blocks only: the whole network takes a minute to compile and is compared by the benchmark."""
+    backbone = load_backbone("inception", weights=weights, dims=64, precision="fp32").compile()
+    assert backbone.compiled
+    images = torch.randint(0, 256, (3, 3, 40, 30), dtype=torch.uint8)
+    plain = load_backbone("inception", weights=weights, dims=64, precision="fp32")(images)
+    features = backbone(images)
+    assert (features - plain).norm() <= 1e-4 * plain.norm()
+    torch.testing.assert_close(backbone(images[:1]), features[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_of_the_users_is_not_compiled():
+    assert not Backbone(nn.Flatten(), name="flat").compile().compiled
+
+
+def test_precision_on_this_device(weights, monkeypatch):
+    assert load_backbone("inception", weights=weights, dims=64).precision == "fp32"
+    with pytest.raises(InputError, match="precision tf32 needs a GPU of compute capability 8.0 or newer"):
+        load_backbone("inception", weights=weights, dims=64, precision="tf32")
+    with pytest.raises(InputError, match="dims must be one of 64, 192, 768, 2048 or logits for inception, got 128"):
+        load_backbone("inception", weights=weights, dims=128)
 
 
 def test_weights_of_another_network(tmp_path):

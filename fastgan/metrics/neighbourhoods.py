@@ -1,0 +1,74 @@
+"""Precision, recall, density and coverage: how far two sets of features lie in each other's neighbourhoods.
+
+Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019; Naeem et al.,
+"Reliable Fidelity and Diversity Metrics for Generative Models", 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgan.metrics.feature_checks import check_pair
+
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Shares in [0, 1], of which density alone may exceed 1; ``k`` is the neighbour that gives a ball its radius."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    k: int
+
+
+def precision_recall(real: Tensor, fake: Tensor, *, k: int = 5) -> Neighbourhoods:
+    """Precision, recall, density and coverage of ``fake`` (m, dim) against ``real`` (n, dim).
+
+    Around each vector lies a ball that reaches its ``k``-th nearest neighbour within its own set. Precision is the
+    share of fake vectors in a real ball, recall that of real vectors in a fake one; density is the number of real balls
+    that a fake vector lies in, divided by k; coverage the share of real balls with a fake vector in them. Distances are
+    Euclidean, computed in blocks: memory is linear in n and m.
+
+    Raises:
+        InputError: the features are not two finite sets of more than ``k`` vectors and one dim.
+        ValueError: ``k`` under 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    check_pair(real, fake, least=k + 1)
+    real, fake = real.float(), fake.float()
+    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
+    inside, hits = 0, 0
+    covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for block, radius in zip(fake.split(_BLOCK), fake_radius.split(_BLOCK), strict=True):
+        distance = _distances(block, real)
+        in_real_ball = distance <= real_radius
+        inside += int(in_real_ball.any(dim=1).sum())
+        hits += int(in_real_ball.sum())
+        covered |= in_real_ball.any(dim=0)
+        recalled |= (distance <= radius[:, None]).any(dim=0)
+    return Neighbourhoods(
+        precision=inside / len(fake),
+        recall=recalled.float().mean().item(),
+        density=hits / (k * len(fake)),
+        coverage=covered.float().mean().item(),
+        k=k,
+    )
+
+
+def _radii(rows: Tensor, k: int) -> Tensor:
+    """Distance of each vector to its k-th nearest neighbour, itself not counted."""
+    # the distance to itself is the smallest, so the (k + 1)-th smallest is the k-th neighbour's
+    return torch.cat([_distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    # without matrix products: |x|^2 + |y|^2 - 2 x.y loses the digits of near neighbours
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
