@@ -84,7 +84,7 @@ def test_the_command_as_a_process(folders, features):
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == f"{folders[0]}: N = 7, backbone efficientnet_lite0 (1280 features), resize clean"
+    assert lines[0] == f"{folders[0]}: N = 7, backbone efficientnet_lite0 (1280 features), resize clean, precision fp32"
     assert lines[1].startswith(f"{folders[1]}: N = 5, ")
     assert lines[2].startswith("FD (efficientnet_lite0):  ")
     assert value_of(result.stdout) == pytest.approx(frechet(*features), rel=1e-6)
@@ -156,7 +156,7 @@ def test_an_unreadable_image(folders, tmp_path):
     assert not list(tmp_path.glob("*out.npz*"))
     skipping = run(*arguments, "--skip-bad")
     assert "N = 3" in skipping.stdout
-    assert "1 unreadable" in skipping.stderr
+    assert "1 unreadable left out" in skipping.stdout
     report = json.loads(run("fid", tmp_path, output, "--skip-bad", "--json").stdout)
     assert report["skipped"] == [[str(bad)], []]
     assert report["value"] < 1e-6
@@ -197,11 +197,14 @@ def test_wrong_statistics(folders, tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--backbone", "vgg"), ("--backbone must be one of inception, efficientnet_lite0, got vgg",)),
+        (
+            ("--backbone", "vgg"),
+            ("--backbone must be one of inception, efficientnet_lite0, dinov2, clip, timm:NAME,", "got vgg"),
+        ),
         (("--resize", "area"), ("--resize must be one of clean, legacy_pytorch, legacy_tensorflow, got area",)),
-        (("--precision", "fp8"), ("--precision must be one of fp32, bf16, got fp8",)),
+        (("--precision", "fp8"), ("--precision must be one of auto, fp32, tf32, bf16, got fp8",)),
         (("--device", "quantum"), ("--device quantum cannot be used",)),
-        (("--dims", "64", "--backbone", "efficientnet_lite0"), ("--dims must be 1280 for these features, got 64",)),
+        (("--dims", "64", "--backbone", "efficientnet_lite0"), ("dims must be 1280 for efficientnet_lite0, got 64",)),
         (("--weights", "none.pth"), ("weights file none.pth does not exist",)),
     ],
 )

@@ -1,57 +1,71 @@
-"""``fastgan fid`` and ``fastgan stats``."""
+"""``fastgan fid``, ``fastgan evaluate`` and ``fastgan stats``."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastgan.cli.errors import user_errors
+from fastgan.cli.options import (
+    AsJson,
+    BackboneName,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Dims,
+    Floor,
+    NumWorkers,
+    Precision,
+    Resize,
+    SkipBad,
+    Weights,
+    all_processes,
+    report,
+    warn,
+)
 
 if TYPE_CHECKING:
     from fastgan.metrics import FeatureStats
     from fastgan.metrics.compare import Comparison
+    from fastgan.metrics.options import FeatureOptions
 
 stats_app = typer.Typer(
-    help="Look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
+    help="Write, look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to ``app``."""
     app.command()(fid)
+    app.command()(evaluate)
     app.add_typer(stats_app, name="stats")
 
 
 def fid(
-    a: Annotated[Path, typer.Argument(help="A folder of images, or an .npz file of statistics.")],
+    a: Annotated[Path, typer.Argument(help="A folder, zip or npz of images, or an .npz file of statistics.")],
     b: Annotated[Path, typer.Argument(help="The same; with --save-stats the .npz file to write.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
-    num_workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads that decode images.  [default: one per core, at most 8]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
-    dims: Annotated[int | None, typer.Option(help="Features per image; must be the backbone's.")] = None,
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
     save_stats: Annotated[
-        bool, typer.Option("--save-stats", help="Write the statistics of folder A to the file B.")
+        bool, typer.Option("--save-stats", help="Write the statistics of the images A to the file B.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    backbone: Annotated[
-        str | None,
-        typer.Option(help="inception or efficientnet_lite0.  [default: inception where its weights are at hand]"),
-    ] = None,
-    resize: Annotated[
-        str | None, typer.Option(help="clean or legacy_pytorch.  [default: that of the statistics given, else clean]")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    weights: Annotated[Path | None, typer.Option(help="The backbone's weights file.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images and count them.")] = False,
+    as_json: AsJson = False,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
+    floor: Floor = None,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
     with user_errors():
-        from fastgan.metrics.compare import FeatureOptions, compare, compute_and_save
+        from fastgan.metrics.compare import compare
+        from fastgan.metrics.options import FeatureOptions
 
         options = FeatureOptions(
             backbone=backbone,
@@ -63,26 +77,123 @@ def fid(
             batch_size=batch_size,
             num_workers=num_workers,
             skip_bad=skip_bad,
-            note=lambda line: typer.echo(f"fastgan: {line}", err=True),
+            checkpoint=checkpoint,
+            note=warn,
         )
         if save_stats:
-            stats = compute_and_save(a, b, options)
-            typer.echo(json.dumps({"file": str(b), **_summary(stats)}) if as_json else f"{b}: {_describe(stats)}")
+            _save(a, b, options, as_json=as_json)
             return
-        _print_comparison(compare(a, b, options), as_json=as_json)
+        with all_processes(options) as (world, echo):
+            result = compare(a, b, options, floor=floor, world=world)
+            echo(report(_comparison_lines(result), result.as_dict(), as_json=as_json))
+
+
+def evaluate(
+    a: Annotated[Path, typer.Argument(help="The images to judge: a folder, zip or npz, or what knows its reference.")],
+    b: Annotated[
+        Path | None, typer.Argument(help="The real images, or for fid alone an .npz of their statistics.")
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Any of fid, fid-infinity, kid, is, prdc, separated by commas; or all.")
+    ] = "fid,kid,prdc",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the distance over the number of images into this .png, .svg or .pdf.")
+    ] = None,
+    floor: Floor = None,
+    subsets: Annotated[int, typer.Option(help="Of the kernel distance.")] = 100,
+    subset_size: Annotated[int, typer.Option(help="Images in each, or all where there are fewer.")] = 1000,
+    splits: Annotated[int, typer.Option(help="Of the inception score.")] = 10,
+    k: Annotated[int, typer.Option("-k", help="Neighbour that the balls of prdc reach to.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
+    as_json: AsJson = False,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Several metrics of a set of images against real ones, in one pass over them."""
+    with user_errors():
+        from fastgan.metrics.bias import plot_bias
+        from fastgan.metrics.evaluate import METRICS, EvaluateOptions
+        from fastgan.metrics.evaluate import evaluate as measure
+        from fastgan.metrics.options import FeatureOptions
+
+        wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
+        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, bias_curve=plot is not None)
+        options = FeatureOptions(
+            backbone=backbone,
+            weights=weights,
+            resize=resize,
+            precision=precision,
+            device=device,
+            dims=dims,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            skip_bad=skip_bad,
+            checkpoint=checkpoint,
+            note=warn,
+        )
+        with all_processes(options) as (world, echo):
+            result = measure(a, b, options, what, floor=floor, world=world)
+            if plot is not None and result.curve is not None and world.is_first:
+                limit = None if result.fid_infinity is None else result.fid_infinity.value
+                plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
+            echo(report(result.lines(), result.as_dict(), as_json=as_json))
+
+
+@stats_app.command("save")
+def stats_save(
+    images: Annotated[Path, typer.Argument(help="A folder, zip or npz of images.")],
+    output: Annotated[Path, typer.Argument(help="The .npz file to write; pytorch-fid and clean-fid read it too.")],
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
+    as_json: AsJson = False,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Write the feature statistics of a set of images."""
+    with user_errors():
+        from fastgan.metrics.options import FeatureOptions
+
+        options = FeatureOptions(
+            backbone=backbone,
+            weights=weights,
+            resize=resize,
+            precision=precision,
+            device=device,
+            dims=dims,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            skip_bad=skip_bad,
+            checkpoint=checkpoint,
+            note=warn,
+        )
+        _save(images, output, options, as_json=as_json)
 
 
 @stats_app.command("show")
 def stats_show(
     file: Annotated[Path, typer.Argument(help="An .npz file of statistics.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a file of statistics holds."""
     with user_errors():
         from fastgan.metrics import FeatureStats
 
         summary = _summary(FeatureStats.load(file))
-    typer.echo(json.dumps(summary) if as_json else "\n".join(f"{key}: {value}" for key, value in summary.items()))
+    typer.echo(report([f"{key}: {value}" for key, value in summary.items()], summary, as_json=as_json))
 
 
 @stats_app.command("merge")
@@ -96,22 +207,23 @@ def stats_merge(
 
         merged = merge_files(files)
         merged.save(output)
-    typer.echo(f"{output}: {_describe(merged)}")
+    typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")
 
 
-def _print_comparison(result: Comparison, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result.as_dict()))
-        return
-    for path, stats, skipped in zip(result.paths, result.stats, result.skipped, strict=True):
-        left_out = f", {len(skipped)} unreadable left out" if skipped else ""
-        typer.echo(f"{path}: {_describe(stats)}{left_out}")
-    typer.echo(f"{result.label}:  {result.distance}")
+def _save(images: Path, output: Path, options: FeatureOptions, *, as_json: bool) -> None:
+    from fastgan.metrics.compare import compute_and_save
+
+    with all_processes(options) as (world, echo):
+        side = compute_and_save(images, output, options, world)
+        result = {"file": str(output), **_summary(side.stats), "skipped": side.collected.skipped}
+        echo(report([f"{output}: {side.describe()}"], result, as_json=as_json))
 
 
-def _describe(stats: FeatureStats) -> str:
-    n = "N unknown" if stats.n is None else f"N = {stats.n}"
-    return f"{n}, backbone {stats.backbone or 'unknown'} ({stats.dim} features), resize {stats.resize or 'unknown'}"
+def _comparison_lines(result: Comparison) -> list[str]:
+    lines = [side.describe() for side in result.sides]
+    if result.floor_side is not None:
+        lines += [result.floor_side.describe(), f"floor, the last two sets' {result.label}:  {result.floor}"]
+    return [*lines, f"{result.label}:  {result.distance}"]
 
 
 def _summary(stats: FeatureStats) -> dict[str, object]:

@@ -1,142 +1,137 @@
-"""What ``fastgan fid`` does: two sources, each a folder or a file of statistics, to one distance with its name."""
+"""What ``fastgan fid`` does: two sources, each images or a file of statistics, to one distance with its name."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fastgan
-from fastgan.metrics.backbones import BACKBONES, PRECISIONS, Backbone, default_backbone, load_backbone
+from fastgan.metrics.backbones import Backbone
+from fastgan.metrics.collect import Collected, collect
+from fastgan.metrics.distributed import World
 from fastgan.metrics.errors import InputError
-from fastgan.metrics.features import folder_stats
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.images import ImageSource
-from fastgan.metrics.resize import RESIZE_METHODS
+from fastgan.metrics.options import FeatureOptions, progress_bar
 from fastgan.metrics.sources import open_images
 from fastgan.metrics.stats import FeatureStats, check_comparable
+from fastgan.metrics.stats_file import holds_statistics
 
 INCEPTION_DIM = 2048
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 @dataclass(frozen=True)
-class FeatureOptions:
-    """How features are computed where a source is a folder; None leaves the choice to the sources and the machine."""
+class Side:
+    """One set of images, measured."""
 
-    backbone: str | None = None
-    weights: Path | None = None
-    resize: str | None = None
-    precision: str = "fp32"
-    device: str | None = None
-    dims: int | None = None
-    batch_size: int = 64
-    num_workers: int | None = None
-    skip_bad: bool = False
-    note: Callable[[str], None] = _silent
-    """Called with each line the user should know of."""
+    label: str
+    collected: Collected
+    precision: str | None
+    """Of the forward passes made here; None for statistics from a file."""
 
-    def __post_init__(self) -> None:
-        _check_choice("--backbone", self.backbone, BACKBONES)
-        _check_choice("--resize", self.resize, RESIZE_METHODS)
-        _check_choice("--precision", self.precision, PRECISIONS)
+    @property
+    def stats(self) -> FeatureStats:
+        return self.collected.stats
+
+    def describe(self) -> str:
+        """One line: the set, N, backbone, resizing, precision."""
+        stats = self.stats
+        parts = [
+            "N unknown" if stats.n is None else f"N = {stats.n}",
+            f"backbone {stats.backbone or 'unknown'} ({stats.dim} features)",
+            f"resize {stats.resize or 'unknown'}",
+        ]
+        parts += [f"precision {self.precision}"] if self.precision else []
+        skipped = len(self.collected.skipped)
+        parts += [f"{skipped} unreadable left out"] if skipped else []
+        return f"{self.label}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A distance with all that is needed to read it."""
+    """A distance with all that is needed to read it.
 
-    paths: tuple[Path, Path]
-    stats: tuple[FeatureStats, FeatureStats]
-    skipped: tuple[list[str], list[str]]
+    Attributes:
+        floor: the distance of the second set to another split of the same data, where one was given: what a perfect
+            generator would get.
+    """
+
+    sides: tuple[Side, Side]
     distance: float
-    precision: str | None = None
-    """Of the forward passes made here; None where there was none."""
-
-    @property
-    def backbone(self) -> str | None:
-        """Name of the feature network, where a side tells."""
-        return self.stats[0].backbone or self.stats[1].backbone
+    floor: float | None = None
+    floor_side: Side | None = None
 
     @property
     def label(self) -> str:
         """``FID`` for Inception's features; with the backbone's name for any other."""
-        return distance_label(self.backbone)
+        return distance_label(self.sides[0].stats.backbone or self.sides[1].stats.backbone)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "metric": self.label,
-            "value": self.distance,
-            "backbone": self.backbone,
-            "dim": self.stats[0].dim,
-            "resize": self.stats[0].resize or self.stats[1].resize,
-            "precision": self.precision,
-            "paths": [str(path) for path in self.paths],
-            "n": [stats.n for stats in self.stats],
-            "skipped": list(self.skipped),
-            "fastgan_version": fastgan.__version__,
-        }
+        return {"metric": self.label, "value": self.distance, **describe_sides(self.sides), **self._floor_dict()}
+
+    def _floor_dict(self) -> dict[str, Any]:
+        if self.floor_side is None:
+            return {}
+        return {"floor": self.floor, "floor_path": self.floor_side.label, "floor_n": self.floor_side.stats.n}
 
 
-def distance_label(backbone: str | None) -> str:
-    """``"FID"`` for Inception's features, ``"FD (<backbone>)"`` for others."""
-    return "FID" if backbone == "inception" else f"FD ({backbone or 'unknown backbone'})"
+def describe_sides(sides: Sequence[Side]) -> dict[str, Any]:
+    """What a number depends on, for JSON."""
+    stats = [side.stats for side in sides]
+    return {
+        "backbone": next((s.backbone for s in stats if s.backbone), None),
+        "dim": stats[0].dim,
+        "resize": next((s.resize for s in stats if s.resize), None),
+        "precision": next((side.precision for side in sides if side.precision), None),
+        "paths": [side.label for side in sides],
+        "n": [s.n for s in stats],
+        "skipped": [side.collected.skipped for side in sides],
+        "fastgan_version": fastgan.__version__,
+    }
 
 
-def compare(a: Path, b: Path, options: FeatureOptions) -> Comparison:
-    """The distance of two sources, each a folder of images or an .npz file of statistics.
+def distance_label(backbone: str | None, metric: str = "FID") -> str:
+    """``"FID"`` for Inception's features, ``"FD (<backbone>)"`` for others; KID and IS likewise."""
+    others = {"FID": "FD", "FID-infinity": "FD-infinity", "KID": "KD", "IS": "class score"}
+    return metric if backbone == "inception" else f"{others[metric]} ({backbone or 'unknown backbone'})"
 
-    Both are looked at before any feature is computed.
+
+def compare(
+    a: Path, b: Path, options: FeatureOptions, *, floor: Path | None = None, world: World | None = None
+) -> Comparison:
+    """The distance of two sources, each a folder of images, a zip file, an npz of images or one of statistics.
+
+    All are looked at before any feature is computed.
 
     Raises:
         InputError: a source or an option cannot be used.
     """
-    sources = (_Source.open(a, options), _Source.open(b, options))
-    loaded = [source.stats for source in sources if source.stats is not None]
-    network = None
-    if len(loaded) < 2:
-        network, resize = _network(loaded, options), _resize(loaded, options)
-        for stats in loaded:
-            check_comparable(stats, FeatureStats(network.dim, backbone=network.name, resize=resize))
-        left, right = (source.computed(network, resize, options) for source in sources)
-    else:
-        left, right = loaded
-        check_comparable(left, right)
-        _check_dims(left.dim, options)
-    return Comparison(
-        paths=(a, b),
-        stats=(left, right),
-        skipped=(sources[0].skipped, sources[1].skipped),
-        distance=frechet_distance(left, right),
-        precision=None if network is None else options.precision,
-    )
+    paths = [a, b] if floor is None else [a, b, floor]
+    left, right, *third = measure([open_source(path, options) for path in paths], options, world or World())
+    distance = frechet_distance(left.stats, right.stats)
+    if not third:
+        return Comparison((left, right), distance)
+    return Comparison((left, right), distance, frechet_distance(right.stats, third[0].stats), third[0])
 
 
-def compute_and_save(folder: Path, output: Path, options: FeatureOptions) -> FeatureStats:
-    """Write the statistics of the images under ``folder`` to ``output``, an .npz file.
+def compute_and_save(folder: Path, output: Path, options: FeatureOptions, world: World | None = None) -> Side:
+    """Write the statistics of the images of ``folder`` to ``output``, an .npz file.
 
     Raises:
         InputError: a path or an option cannot be used; ``output`` is then as it was.
     """
+    world = world or World()
     if output.suffix != ".npz":
-        raise InputError(f"--save-stats writes an .npz file, got {output}")
+        raise InputError(f"statistics are written to an .npz file, got {output}")
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: its folder does not exist")
-    source = _Source(folder, images=open_images(folder, skip_bad=options.skip_bad))
-    stats = source.computed(_network([], options), _resize([], options), options)
-    stats.save(output)
-    if source.skipped:
-        options.note(f"{folder}: {len(source.skipped)} unreadable images left out")
-    return stats
+    (side,) = measure([open_images(folder, skip_bad=options.skip_bad)], options, world)
+    if world.is_first:
+        side.stats.save(output)
+    return side
 
 
 def merge_files(files: Sequence[Path]) -> FeatureStats:
@@ -152,39 +147,77 @@ def merge_files(files: Sequence[Path]) -> FeatureStats:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One side of a comparison: statistics from a file, or images whose statistics are still to be computed."""
+class StatsFile:
+    """Statistics from a file, in the place of a set of images."""
 
     path: Path
-    stats: FeatureStats | None = None
-    images: ImageSource | None = None
+    stats: FeatureStats
 
-    @classmethod
-    def open(cls, path: Path, options: FeatureOptions) -> _Source:
-        if path.is_dir() or path.suffix != ".npz":
-            return cls(path, images=open_images(path, skip_bad=options.skip_bad))
-        stats = FeatureStats.load(path)
-        if stats.backbone is None:
-            stats.backbone = options.backbone or _presumed_backbone(path, stats, options)
-        return cls(path, stats=stats)
 
-    @property
-    def skipped(self) -> list[str]:
-        return [] if self.images is None else self.images.skipped
+def open_source(path: Path, options: FeatureOptions) -> ImageSource | StatsFile:
+    """What is behind ``path``; the images are not read yet."""
+    if path.suffix != ".npz" or path.is_dir() or not holds_statistics(path):
+        return open_images(path, skip_bad=options.skip_bad)
+    stats = FeatureStats.load(path)
+    if stats.backbone is None:
+        stats.backbone = options.backbone or _presumed_backbone(path, stats, options)
+    return StatsFile(path, stats)
 
-    def computed(self, network: Backbone, resize: str, options: FeatureOptions) -> FeatureStats:
-        if self.images is None:
-            assert self.stats is not None
-            return self.stats.to(network.device)
-        with _progress_bar(str(self.path), len(self.images)) as advance:
-            return folder_stats(
-                self.images,
-                network,
-                batch_size=options.batch_size,
-                num_workers=options.num_workers,
-                resize=resize,
-                progress=advance,
-            )
+
+def measure(
+    sources: Sequence[ImageSource | StatsFile],
+    options: FeatureOptions,
+    world: World,
+    *,
+    keep_features: Sequence[bool] | None = None,
+    network: Backbone | None = None,
+) -> list[Side]:
+    """Statistics of each source, and features where ``keep_features`` says so, all from one network.
+
+    Raises:
+        InputError: the sources or the options do not fit each other, or an image cannot be read.
+    """
+    loaded = [source.stats for source in sources if isinstance(source, StatsFile)]
+    if len(loaded) == len(sources):
+        for stats in loaded[1:]:
+            check_comparable(loaded[0], stats)
+        if options.dims not in (None, loaded[0].dim):
+            raise InputError(f"--dims must be {loaded[0].dim} for these statistics, got {options.dims}")
+        return [_from_file(source) for source in sources if isinstance(source, StatsFile)]
+    network = network or options.network(loaded, world)
+    resize = options.resize_method(loaded, network)
+    for stats in loaded:
+        check_comparable(stats, FeatureStats(network.dim, backbone=network.name, resize=resize))
+    keep = keep_features or [False] * len(sources)
+    return [
+        _from_file(source, network)
+        if isinstance(source, StatsFile)
+        else _pass(source, network, resize, options, world, k)
+        for source, k in zip(sources, keep, strict=True)
+    ]
+
+
+def _from_file(source: StatsFile, network: Backbone | None = None) -> Side:
+    stats = source.stats if network is None else source.stats.to(network.device)
+    return Side(str(source.path), Collected(stats, None, []), None)
+
+
+def _pass(
+    source: ImageSource, network: Backbone, resize: str, options: FeatureOptions, world: World, keep_features: bool
+) -> Side:
+    with progress_bar(source.label, len(world.share(len(source)))) as advance:
+        collected = collect(
+            source,
+            network,
+            resize=resize,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            keep_features=keep_features,
+            progress=advance if world.is_first else None,
+            world=world,
+            checkpoint=options.checkpoint,
+        )
+    return Side(source.label, collected, network.precision)
 
 
 def _presumed_backbone(path: Path, stats: FeatureStats, options: FeatureOptions) -> str | None:
@@ -193,63 +226,3 @@ def _presumed_backbone(path: Path, stats: FeatureStats, options: FeatureOptions)
         return None
     options.note(f"{path} does not name its backbone; its {stats.dim} features are taken for inception's")
     return "inception"
-
-
-def _network(loaded: list[FeatureStats], options: FeatureOptions) -> Backbone:
-    device = _device(options.device)
-    name = options.backbone or (loaded[0].backbone if loaded else None)
-    if name is None:
-        name = "inception" if options.weights is not None else default_backbone()
-        if name != "inception":
-            options.note(f"inception's weights are not at hand: comparing {name} features, which give no FID")
-    # statistics computed with other weights bear their hash behind the name
-    name = name.partition("-")[0]
-    _check_choice("the backbone of the statistics", name, BACKBONES)
-    network = load_backbone(name, weights=options.weights, device=device, precision=options.precision)
-    _check_dims(network.dim, options)
-    return network
-
-
-def _resize(loaded: list[FeatureStats], options: FeatureOptions) -> str:
-    if options.resize is not None:
-        return options.resize
-    recorded = loaded[0].resize if loaded else None
-    _check_choice("the resizing of the statistics", recorded, RESIZE_METHODS)
-    return recorded or "clean"
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used: {reason}") from error
-    return device
-
-
-def _check_dims(dim: int | None, options: FeatureOptions) -> None:
-    if options.dims is not None and options.dims != dim:
-        raise InputError(f"--dims must be {dim} for these features, got {options.dims}")
-
-
-def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise InputError(f"{option} must be one of {', '.join(allowed)}, got {value}")
-
-
-@contextmanager
-def _progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -6,6 +6,7 @@ Reading by index is what lets several processes share a set and an interrupted p
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -58,6 +59,16 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a message calls image ``index``."""
+
+    def fingerprint(self) -> str:
+        """A digest that differs where the images do, as far as can be told without reading them."""
+        digest = hashlib.sha256(f"{self.label}:{len(self)}".encode())
+        for index in range(len(self)):
+            digest.update(self._identity(index).encode())
+        return digest.hexdigest()
+
+    def _identity(self, index: int) -> str:
+        return self.name(index)
 
     def batches(
         self,
@@ -138,6 +149,10 @@ class ImageFolder(ImageSource):
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def _identity(self, index: int) -> str:
+        found = self.paths[index].stat()
+        return f"{self.paths[index]}:{found.st_size}:{found.st_mtime_ns}"
 
 
 def find_images(root: str | Path) -> list[Path]:

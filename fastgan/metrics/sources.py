@@ -84,6 +84,10 @@ class ImageZip(ImageSource):
     def name(self, index: int) -> str:
         return f"{self.label}/{self.names[index]}"
 
+    def _identity(self, index: int) -> str:
+        entry = self._file.getinfo(self.names[index])
+        return f"{entry.filename}:{entry.file_size}:{entry.CRC}"
+
 
 class ImageArray(ImageSource):
     """Images of one size in one array.
@@ -111,8 +115,8 @@ class ImageArray(ImageSource):
         arrays = read_npz(Path(path))
         keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
         if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
-            allowed = ", ".join(IMAGE_KEYS)
-            raise InputError(f"{path} must hold images as one of {allowed}, it has: {', '.join(arrays) or 'nothing'}")
+            allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
+            raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
         return cls(arrays[keys[0]], label=str(path))
 
     def __len__(self) -> int:
@@ -124,6 +128,9 @@ class ImageArray(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self.label}[{index}]"
+
+    def _identity(self, index: int) -> str:
+        return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
 
 
 def _channels_last(array: np.ndarray, label: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ from fastgan.metrics.stats import FeatureStats
 _MOMENT_KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 
 
-def save_stats(stats: FeatureStats, path: str | Path) -> None:
+def save_stats(stats: FeatureStats, path: str | Path, *, extra: Mapping[str, np.ndarray] | None = None) -> None:
     """Write ``stats`` to ``path`` (exactly that name) as an npz file, whole or not at all.
 
     Keys: ``mu`` (dim,) and ``sigma`` (dim, dim) in float64, as pytorch-fid and clean-fid expect; ``n``; ``factor``, the
     centred features (n, dim), while n <= dim; ``backbone``, ``resize``, ``dtype`` (of the features) and
-    ``fastgan_version``. What is not known is left out.
+    ``fastgan_version``. What is not known is left out. ``extra`` arrays are written beside these.
 
     Raises:
         InputError: fewer than two feature vectors, or the folder of ``path`` does not exist.
@@ -42,7 +43,7 @@ def save_stats(stats: FeatureStats, path: str | Path) -> None:
         "fastgan_version": fastgan.__version__,
     }
     arrays |= {key: np.array(text) for key, text in texts.items() if text is not None}
-    _write(Path(path), arrays)
+    _write(Path(path), arrays | dict(extra or {}))
 
 
 def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
@@ -69,6 +70,17 @@ def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> Featu
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from error
     return stats.to(device)
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether an npz file is one of statistics: not where every one of its arrays may be images. A file that cannot be
+    read is taken for one, so that :func:`load_stats` says why it cannot."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = {name.removesuffix(".npy") for name in file.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return True
+    return not names or any({mu, sigma} & names for mu, sigma in _MOMENT_KEYS)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -14,11 +14,9 @@ from fastgan.metrics.backbones import inception
 from tests.accuracy import assert_as_accurate
 
 
-@pytest.fixture(scope="module")
-def network():
+def randomize(network):
     """Weights at which activations neither die nor grow, and normalisations that are not the identity."""
     generator = torch.Generator().manual_seed(0)
-    network = inception.InceptionV3().eval()
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, generator=generator)
@@ -30,7 +28,12 @@ def network():
                 (module.running_var, 0.7, 1.3),
             ):
                 nn.init.uniform_(value, low, high, generator=generator)
-    return network
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def network():
+    return randomize(inception.InceptionV3())
 
 
 @pytest.fixture(scope="module")

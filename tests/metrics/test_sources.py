@@ -104,7 +104,7 @@ def test_npz_files(tmp_path, key):
         ({"images": IMAGES.astype(np.int64)}, "got dtype int64"),
         ({"images": IMAGES[:0]}, "must hold images"),
         ({"images": IMAGES[..., :2]}, r"c = 1 or 3, got shape \(5, 6, 4, 2\)"),
-        ({"a": IMAGES, "b": IMAGES}, "must hold images as one of images, arr_0, x, samples, it has: a, b"),
+        ({"a": IMAGES, "b": IMAGES}, "or images as one of images, arr_0, x, samples, it has: a, b"),
         ({}, "it has: nothing"),
         ({"images": np.array([None])}, "pickled objects, which are never loaded"),
     ],

@@ -1,0 +1,72 @@
+"""Options that the metric commands share, and how a command's numbers reach the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fastgan.metrics.distributed import World
+    from fastgan.metrics.options import FeatureOptions
+
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+NumWorkers = Annotated[
+    int | None, typer.Option(min=0, help="Threads that decode images.  [default: one per core, at most 8]")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")]
+Dims = Annotated[int | None, typer.Option(help="Inception's features: 64, 192, 768 or 2048.  [default: 2048]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+BackboneName = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        help="inception, efficientnet_lite0, dinov2, clip, timm:NAME or torchvision:NAME.  "
+        "[default: that of the statistics given, else inception where its weights are at hand]",
+    ),
+]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="clean, legacy_pytorch or legacy_tensorflow.  "
+        "[default: that of the statistics given, else legacy_pytorch for inception, as pytorch-fid, clean for others]"
+    ),
+]
+Precision = Annotated[str, typer.Option(help="fp32, tf32, bf16, or auto: tf32 on a GPU that has it, fp32 elsewhere.")]
+Weights = Annotated[Path | None, typer.Option(help="The backbone's weights file.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images and count them.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="A folder for unfinished statistics: the same command goes on there after an interruption."),
+]
+Floor = Annotated[
+    Path | None,
+    typer.Option(help="Another split of B's data: prints its distance to B too, which no generator can beat."),
+]
+
+
+def warn(line: str) -> None:
+    """A line on stderr."""
+    typer.echo(f"fastgan: {line}", err=True)
+
+
+@contextmanager
+def all_processes(options: FeatureOptions) -> Iterator[tuple[World, Callable[..., None]]]:
+    """The processes that torchrun started, or this one; and a print that the first alone does."""
+    from fastgan.metrics.distributed import launched_world
+
+    with launched_world(options.torch_device()) as world:
+        yield world, typer.echo if world.is_first else _print_nothing
+
+
+def _print_nothing(line: str) -> None:
+    pass
+
+
+def report(lines: Sequence[str], result: dict[str, Any], *, as_json: bool) -> str:
+    """The output of a command: ``lines`` for people or ``result`` as JSON."""
+    return json.dumps(result) if as_json else "\n".join(lines)

