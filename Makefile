@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations=10
 
-.PHONY: demo test test-fast bench lint gpu clean
+.PHONY: demo test test-fast sanitize bench lint gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -16,6 +16,11 @@ test: $(VENV)/dev.stamp  ## the whole suite
 
 test-fast: $(VENV)/dev.stamp  ## the suite without its slow tests
 	$(PYTEST) -m "not slow"
+
+sanitize:  ## the C++ iterations under AddressSanitizer and UBSan: no torch, no GPU, any C++17 compiler
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc tests/csrc/sanitize.cpp -o build/sanitize
+	build/sanitize
 
 bench: $(VENV)/dev.stamp  ## time fastgan against its baselines; writes bench/results/
 	$(BIN)/python -m bench $(BENCH)

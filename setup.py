@@ -25,8 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 BLACKWELL_NVCC = (12, 8)  # the first that knows sm_100
-CPU_SOURCES = ["csrc/cpu.cpp", "csrc/trace_sqrt_product.cpp"]
-CUDA_SOURCES = ["csrc/cuda.cu"]
+CPU_SOURCES = ["csrc/cpu.cpp", "csrc/cpu_iterations.cpp", "csrc/trace_sqrt_product.cpp"]
+CUDA_SOURCES = ["csrc/cuda.cu", "csrc/cuda_iterations.cu"]
 
 
 class BuildError(SystemExit):

@@ -46,6 +46,13 @@ inline Tensor svdvals(const Tensor& a) {
   return to<Tensor>(stack[0]);
 }
 
+// out <- a b, batch by batch.
+inline void bmm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  call("aten::bmm", "out", stack);
+  to<Tensor>(stack[0]);
+}
+
 // A view of the main diagonal.
 inline Tensor diagonal(const Tensor& a) {
   std::array<StableIValue, 4> stack{from(a), from(int64_t(0)), from(int64_t(0)), from(int64_t(1))};

@@ -1,15 +1,9 @@
 // The primitives of trace_sqrt_product on the GPU: one small kernel, cuBLAS, and torch's own eigensolvers.
-#include <cublas_v2.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/c/shim.h>
-
 #include <cmath>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "aten.h"
+#include "cuda_support.cuh"
 #include "trace_sqrt_product.h"
 
 namespace fastgan {
@@ -19,21 +13,6 @@ using torch::headeronly::ScalarType;
 
 constexpr int kTile = 32;
 constexpr int kRows = 8;
-
-void check(cudaError_t code) {
-  if (code != cudaSuccess) throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(code));
-}
-
-void check(cublasStatus_t code) {
-  if (code == CUBLAS_STATUS_SUCCESS) return;
-  throw std::runtime_error(std::string("cuBLAS error: ") + cublasGetStatusString(code));
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // out = (a + a^T) / (2 scale); a block of 32 x 8 threads writes a tile of 32 x 32, transposing through shared memory.
 template <typename T>
@@ -75,9 +54,7 @@ Tensor symmetrized(const Tensor& a, double scale) {
 Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
   const Tensor l = torch::stable::contiguous(lower);
   Tensor out = torch::stable::empty_like(b);
-  void* handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-  auto* blas = static_cast<cublasHandle_t>(handle);
+  const cublasHandle_t blas = current_blas();
   const int n = static_cast<int>(b.size(0));
   const auto* u = static_cast<const double*>(l.data_ptr());
   auto* result = static_cast<double*>(out.data_ptr());

@@ -66,13 +66,27 @@ class Operand {
       const double largest = std::max(std::abs(host.front()), std::abs(host.back()));
       if (host.front() >= -kIndefinite * largest) {
         const double floor = size_ * kEpsilon * largest;
+        e.factor_noise = kNoise * frobenius_norm(host);
         const int64_t skip = std::upper_bound(host.begin(), host.end(), floor) - host.begin();
+        e.smallest = skip < size_ ? host[skip] : std::numeric_limits<double>::infinity();
         Tensor kept_values = torch::stable::narrow(values, 0, skip, size_ - skip);
         Tensor kept_vectors = torch::stable::narrow(vectors, 1, skip, size_ - skip);
         e.eigen_factor = aten::mul(kept_vectors, aten::sqrt(kept_values));
       }
     }
     return e.eigen_factor;
+  }
+
+  // How far from tr((A B)^{1/2}) the factor of eigen_factor may take `value`: as in the reference.
+  double factor_error(int64_t i, double value, Operand& other, int64_t j) {
+    const Entry& e = entry(i);
+    const double trace = other.trace(j), product_error = kNoise * std::sqrt(this->trace(i) * trace);
+    return e.factor_noise * std::min(0.5 * value / e.smallest, std::sqrt(trace / e.smallest)) + product_error;
+  }
+
+  double trace(int64_t i) {
+    const std::vector<double> diagonal = primitives_.to_host(aten::diagonal(matrix(i)));
+    return std::max(0.0, std::accumulate(diagonal.begin(), diagonal.end(), 0.0));
   }
 
   // False where A has an eigenvalue clearly below zero, by one Cholesky factorisation of A + tolerance I.
@@ -87,7 +101,7 @@ class Operand {
  private:
   struct Entry {
     std::optional<Tensor> matrix, cholesky, eigen_factor;
-    double scale = 1;
+    double scale = 1, factor_noise = 0, smallest = 0;
     bool cholesky_tried = false, eigh_tried = false;
   };
 
@@ -161,13 +175,16 @@ Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, in
     if (!b.semidefinite(j)) return {};
     const Tensor gram = torch::stable::matmul(torch::stable::matmul(f_transposed, b.matrix(j)), *f);
     const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
-    const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kEigh, &accurate);
+    Result result = from_gram_eigenvalues(eigenvalues, tolerance, kEigh, &accurate);
+    result.bound += a.factor_error(i, result.value, b, j);
     if (accurate) return result;
   }
   const auto& g = b.eigen_factor(j);
   if (!g) return {};
   if (g->size(1) == 0) return {0, 0, kEigh};
-  return from_singular_values(primitives.to_host(aten::svdvals(torch::stable::matmul(f_transposed, *g))));
+  Result result = from_singular_values(primitives.to_host(aten::svdvals(torch::stable::matmul(f_transposed, *g))));
+  result.bound += a.factor_error(i, result.value, b, j) + b.factor_error(j, result.value, a, i);
+  return result;
 }
 
 }  // namespace

@@ -5,141 +5,283 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from fastgan.checks import check_alike, check_tensor
-from fastgan.ops.trace_sqrt_product import IMPLS, asymmetry, resolve
-from fastgan.ops.trace_sqrt_product import trace_sqrt_product as trace_sqrt_product_op
-from fastgan.reference.trace_sqrt_product import CHOLESKY, EIGH, FAILED, INDEFINITE, METHODS, SVD
+from fastgan import _linalg_checks as checks
+from fastgan._linalg_checks import ASYMMETRIC, DTYPES
+from fastgan._lowrank import root_of, values_and_reports, without_mean
+from fastgan.ops import nuclear_norm as nuclear_norm_ops
+from fastgan.ops import sqrtm as sqrtm_ops
+from fastgan.ops import trace_sqrt_product as trace_ops
+from fastgan.ops.nuclear_norm import IMPLS, ITERATIONS, LOWER, METHOD, UPPER, resolve
+from fastgan.reference import nuclear_norm as norm_reference
+from fastgan.reference import trace_sqrt_product as trace_reference
+from fastgan.reference.trace_sqrt_product import FAILED, INDEFINITE
 
-DTYPES = (torch.float32, torch.float64)
-ASYMMETRIC = 1e-5
-"""A difference between A and its transpose above this share of the largest entry is no rounding error."""
+__all__ = ["ASYMMETRIC", "DTYPES", "IMPLS", "TraceSqrtInfo", "nuclear_norm", "sqrtm", "trace_sqrt_product"]
 
-_METHOD_NAMES = {CHOLESKY: "cholesky", EIGH: "eigh", SVD: "svd"}
+METHODS = (*trace_ops.METHODS, "lowrank")
+NORM_METHODS = ("auto", "svd", "gram", "polar")
+
+_TRACE_NAMES = {getattr(trace_reference, name.upper()): name for name in trace_ops.METHODS if name != "auto"}
+_NORM_NAMES = {code: name for name, code in norm_reference.METHODS.items()}
+
+Factors = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
 class TraceSqrtInfo:
-    """How :func:`trace_sqrt_product` found its values.
+    """How :func:`trace_sqrt_product` or :func:`nuclear_norm` found its values.
 
     Attributes:
-        method: the costliest of ``methods``.
-        methods: ``"cholesky"``, ``"eigh"`` or ``"svd"`` for each pair of the flattened batch.
-        error_bound: float64, shape of the value: a bound on what rounding in the eigensolver changes, in the value's
-            units.
+        method: the costliest of ``methods``; ``"lowrank"`` where factors were given.
+        methods: what was used for each matrix or pair of the flattened batch.
+        lower, upper: float64, shape of the value: bounds of what exact arithmetic would give, from the entries as they
+            are.
+        iterations: int64, shape of the value: steps of an iteration, 0 for the direct methods.
         implementation: ``"extension"`` or ``"reference"``.
     """
 
     method: str
     methods: tuple[str, ...]
-    error_bound: Tensor
+    lower: Tensor
+    upper: Tensor
+    iterations: Tensor
     implementation: str
+
+    @property
+    def error_bound(self) -> Tensor:
+        """Half the distance between the bounds."""
+        return 0.5 * (self.upper - self.lower)
+
+
+def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str = "auto") -> Tensor:
+    """The symmetric positive semi-definite root A^{1/2}, or A^{-1/2}, of symmetric positive semi-definite matrices.
+
+    Args:
+        a: shape (..., d, d), float32 or float64. May be singular unless ``inverse``. Computed in float64.
+        method: ``"eigh"`` takes eigenvectors; ``"newton_schulz"`` the coupled Newton-Schulz iteration, matrix products
+            alone (Higham, "Functions of Matrices", 2008), which resolves eigenvalues down to 1e-16 of |A|_F. ``"auto"``
+            is ``"eigh"`` on a CPU and ``"newton_schulz"`` on a GPU, where eigensolvers are slow.
+        inverse: the root of the inverse; ``a`` must be positive definite.
+        impl: ``"extension"`` (C++/CUDA), ``"reference"`` (plain PyTorch, same iteration), or ``"auto"``: the first
+            available. ``"eigh"`` is torch's in both.
+
+    Returns:
+        The root, of the shape and dtype of ``a``; differentiable any number of times. Gradients are symmetric, solve
+        the Lyapunov equation S X + X S = G in the eigenbasis, and are zero, not infinite, between directions that a
+        singular matrix lacks.
+
+    Raises:
+        ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
+            eigenvalue), of another dtype, or singular with ``inverse=True``.
+    """
+    checks.check_square("a", a)
+    checks.check_options(method, sqrtm_ops.METHODS, impl)
+    if not checks.watched():
+        impl = resolve(impl, a.device)
+        checks.check_symmetric("a", a)
+        if inverse:
+            checks.check_definite("a", a)
+        else:
+            checks.check_semidefinite("a", a)
+    return sqrtm_ops.sqrtm(a, method, inverse, impl)
+
+
+@overload
+def nuclear_norm(m: Tensor, *, method: str = ..., impl: str = ..., return_info: Literal[False] = ...) -> Tensor: ...
+@overload
+def nuclear_norm(
+    m: Tensor, *, method: str = ..., impl: str = ..., return_info: Literal[True]
+) -> tuple[Tensor, TraceSqrtInfo]: ...
+def nuclear_norm(
+    m: Tensor, *, method: str = "auto", impl: str = "auto", return_info: bool = False
+) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
+    """||M||_*, the sum of the singular values.
+
+    Args:
+        m: shape (..., rows, cols), float32 or float64. Computed in float64, but for the first iterations of ``"polar"``
+            on float32 matrices.
+        method: ``"gram"`` takes eigenvalues of M M^T (of the smaller side), ``"svd"`` singular values. ``"polar"`` is
+            <U, M> by the polar factor U, from matrix products alone: scaled Newton-Schulz (Chen & Chow, 2014).
+            ``"auto"``: on a CPU ``"gram"`` where its error bound is below 3e-10 of the value (1e-7 for float32), else
+            ``"svd"``; on a GPU ``"polar"``.
+        impl: as in :func:`sqrtm`.
+        return_info: return also a :class:`TraceSqrtInfo`.
+
+    Returns:
+        The value, of the batch shape and dtype of ``m``, differentiable twice: the gradient is the polar factor, and
+        zero in directions that a rank-deficient M lacks.
+
+    Raises:
+        ValueError: ``m`` has under two dimensions or an empty one, another dtype, or entries that are not finite.
+    """
+    checks.check_matrix("m", m)
+    checks.check_options(method, NORM_METHODS, impl)
+    if not checks.watched():
+        impl = resolve(impl, m.device)
+        checks.check_finite("m", m)
+    value, report = nuclear_norm_ops.nuclear_norm(m, method, impl, return_info)
+    return (value, _info(report, _NORM_NAMES, impl)) if return_info else value
 
 
 @overload
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, method: str = ..., impl: str = ..., return_info: Literal[False] = ...
+    a: Tensor | None,
+    b: Tensor | None,
+    *,
+    factors: Factors | None = ...,
+    method: str = ...,
+    impl: str = ...,
+    return_info: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, method: str = ..., impl: str = ..., return_info: Literal[True]
+    a: Tensor | None,
+    b: Tensor | None,
+    *,
+    factors: Factors | None = ...,
+    method: str = ...,
+    impl: str = ...,
+    return_info: Literal[True],
 ) -> tuple[Tensor, TraceSqrtInfo]: ...
 def trace_sqrt_product(
-    a: Tensor, b: Tensor, *, method: str = "auto", impl: str = "auto", return_info: bool = False
+    a: Tensor | None,
+    b: Tensor | None,
+    *,
+    factors: Factors | None = None,
+    method: str = "auto",
+    impl: str = "auto",
+    return_info: bool = False,
 ) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
     """tr((A B)^{1/2}) for symmetric positive semi-definite A and B, the cross term of the Frechet distance.
 
     It is the sum of the singular values of F^T H, where A = F F^T and B = H H^T (Dowson & Landau, "The Frechet distance
-    between multivariate normal distributions", 1982). Computed in float64 also for float32 operands: a square root of
-    an eigenvalue at rounding level keeps half the digits only. The entries are taken as exact; eigenvalues below zero,
-    and in a singular matrix those up to d * 2.2e-16 of the largest, as zero. So a singular covariance that was rounded
-    to float32 brings a relative error of about 1e-4 for each missing direction along: keep covariances in float64.
+    between multivariate normal distributions", 1982). Returned in the operands' dtype but computed in float64 also for
+    float32 ones: a square root of an eigenvalue at rounding level keeps half the digits only. The entries are taken as
+    exact; eigenvalues below zero, and in a singular matrix those up to d * 2.2e-16 of the largest, as zero. So a
+    singular covariance that was rounded to float32 brings a relative error of about 1e-4 for each missing direction
+    along: keep covariances in float64, or give factors.
+
+    ========================================  ==========================================================================
+    ``method``                                what it does
+    ========================================  ==========================================================================
+    ``"cholesky"``                            eigenvalues of L^T B L, with A = L L^T of the operand that has fewer
+                                              matrices, which must be positive definite
+    ``"eigh"``                                the same with a factor by eigenvectors, for singular A
+    ``"svd"``                                 singular values of the product of two such factors: slow, for any spectrum
+    ``"polar"``                               matrix products alone: the polar factor U of M = F^T H by scaled
+                                              Newton-Schulz, then <U, M>; float32 iterations first for float32 operands
+    ``"jacobi"``                              pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel
+                                              for the whole batch; needs ``impl="extension"``
+    ``"lowrank"``                             singular values of products of the given ``factors``
+    ========================================  ==========================================================================
+
+    ========================================  ==========================================================================
+    ``"auto"`` with                           is
+    ========================================  ==========================================================================
+    ``factors``                               ``"lowrank"``
+    CPU                                       ``"cholesky"`` where its error bound is below 3e-10 of the value (1e-7 for
+                                              float32); ``"eigh"`` where A is singular, with the same bound; else
+                                              ``"svd"``
+    GPU, d <= 64, extension built             ``"jacobi"``
+    GPU                                       ``"polar"``
+    ========================================  ==========================================================================
+
+    ``python -m bench --suite sqrtm`` times every method that a device can run.
 
     Args:
         a, b: shape (..., d, d), float32 or float64, same dtype and device. Batch dimensions broadcast; of one reference
-            against K candidates, the reference is factored once.
-        method: ``"cholesky"`` takes the eigenvalues of L^T B L, with A = L L^T the Cholesky factor of the operand that
-            has fewer matrices, which must be positive definite. ``"eigh"`` factors by eigenvectors and needs no such
-            thing. ``"svd"`` factors both and takes singular values: slow, accurate for any spectrum. ``"auto"`` is the
-            first of these whose error bound is below 3e-10 of the value (1e-7 for float32); ``"eigh"`` goes on to
-            ``"svd"`` likewise.
+            against K candidates, the reference is factored once. Either may be None where its factor is given.
+        factors: (F, H), either None: F of shape (..., n, d) with F^T F = A, e.g. centred features over sqrt(n - 1).
+            Then A is neither read nor factored. The other operand, where it has no factor, is factored once.
+        method: one of those above.
         impl: ``"extension"`` (C++/CUDA), ``"reference"`` (plain PyTorch, same algorithm), or ``"auto"``: the first
             available.
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
-        The value, of the broadcast batch shape and the operands' dtype, differentiable twice in both operands. The
-        gradients are symmetric. In directions that a singular operand lacks, where the derivative is infinite, they are
-        zero.
+        The value, of the broadcast batch shape and the operands' dtype, differentiable twice in operands or factors.
+        Gradients of ``a`` and ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
+        infinite, they are zero.
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry
             or eigenvalue), of another dtype, or does not fit the other; ``method="cholesky"`` meets a singular matrix.
     """
-    _check_shapes(a, b)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    traced = torch.compiler.is_compiling()  # checks of values would break the graph
-    if not traced:
-        impl = resolve(impl, a.device)
-        _check_values("a", a)
-        _check_values("b", b)
-    value, report = trace_sqrt_product_op(a, b, method, impl)
-    if not traced and bool((report[..., 1] == FAILED).any()):
-        raise ValueError(_failure(a, b, method))
-    if not return_info:
-        return value
-    return value, _info(report, impl)
-
-
-def _check_shapes(a: Tensor, b: Tensor) -> None:
+    checks.check_options(method, METHODS, impl)
+    if factors is not None or method == "lowrank":
+        return _lowrank(a, b, factors, method, impl, return_info)
     for name, operand in (("a", a), ("b", b)):
-        check_tensor(name, operand, dtypes=DTYPES)
-        if operand.ndim < 2 or operand.shape[-1] != operand.shape[-2] or operand.shape[-1] == 0:
-            raise ValueError(f"{name} must have shape (..., d, d) with d >= 1, got {tuple(operand.shape)}")
-    check_alike(a=a, b=b)
-    if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"b must have the d of a ({a.shape[-1]}), got {b.shape[-1]}")
-    try:
-        torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    except RuntimeError:
-        shapes = f"{tuple(a.shape[:-2])}, got {tuple(b.shape[:-2])}"
-        raise ValueError(f"b must have batch dimensions that broadcast with those of a: {shapes}") from None
-
-
-def _check_values(name: str, operand: Tensor) -> None:
-    """Raise unless every matrix is finite and symmetric up to rounding."""
-    flat = operand.detach().reshape(-1, *operand.shape[-2:])
-    for index, (gap, largest) in enumerate(asymmetry(flat).tolist()):
-        where = f"{name}, matrix {index} of the flattened batch," if len(flat) > 1 else name
-        if not (gap < float("inf") and largest < float("inf")):
-            raise ValueError(f"{where} must be finite, got NaN or infinite entries")
-        if gap > ASYMMETRIC * largest:
-            share = f"max |A - A^T| is {gap:.3g}, {gap / largest:.2g} of the largest entry (allowed: {ASYMMETRIC:g})"
-            raise ValueError(f"{where} must be symmetric: {share}")
+        checks.check_square(name, operand)  # type: ignore[arg-type]
+    assert a is not None
+    assert b is not None
+    checks.check_pair(("a", "b"), a, b)
+    watched = checks.watched()
+    if not watched:
+        impl = resolve(impl, a.device)
+        checks.check_symmetric("a", a)
+        checks.check_symmetric("b", b)
+    if method == "jacobi" and (impl == "reference" or a.shape[-1] > trace_ops.JACOBI_SIZE):
+        limit = trace_ops.JACOBI_SIZE
+        raise ValueError(f"method='jacobi' needs the extension and d <= {limit}, got impl={impl!r}, d = {a.shape[-1]}")
+    value, report = trace_ops.trace_sqrt_product(a, b, method, impl, return_info)
+    if not watched and bool((report[..., METHOD] == FAILED).any()):
+        raise ValueError(_failure(a, b, method))
+    return (value, _info(report, _TRACE_NAMES, impl)) if return_info else value
 
 
 def _failure(a: Tensor, b: Tensor, method: str) -> str:
     """Why no value was found; called after the fact only, so its own eigenvalues cost nothing in the good case."""
     for name, operand in (("a", a), ("b", b)):
-        values = torch.linalg.eigvalsh(operand.detach().double())
-        share = values[..., 0] / values.abs().amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
+        share = checks.smallest_share(operand)
         if share.min() < -INDEFINITE:
-            return (
-                f"{name} must be positive semi-definite: its smallest eigenvalue is {share.min().item():.2g} "
-                f"of the largest (allowed: {-INDEFINITE:g})"
-            )
+            return checks.indefinite(name, share)
     if method == "cholesky":
         factored = "b" if b.shape[:-2].numel() < a.shape[:-2].numel() else "a"
         return f"{factored} must be positive definite for method='cholesky', and is singular: use 'auto' or 'eigh'"
     return "a and b must be positive semi-definite"
 
 
-def _info(report: Tensor, implementation: str) -> TraceSqrtInfo:
-    codes = report[..., 1].reshape(-1).long().tolist()
-    methods = tuple(_METHOD_NAMES[code] for code in codes)
-    return TraceSqrtInfo(_METHOD_NAMES[max(codes, default=CHOLESKY)], methods, report[..., 0], implementation)
+def _lowrank(
+    a: Tensor | None, b: Tensor | None, factors: Factors | None, method: str, impl: str, return_info: bool
+) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
+    if factors is None or len(factors) != 2 or all(factor is None for factor in factors):
+        raise ValueError(f"factors must be a pair with at least one factor for method='lowrank', got {factors!r}")
+    if method not in ("auto", "lowrank"):
+        raise ValueError(f"method must be 'auto' or 'lowrank' where factors are given, got {method!r}")
+    names = tuple(f"factors[{i}]" if factor is not None else "ab"[i] for i, factor in enumerate(factors))
+    left, right = (factor if factor is not None else operand for factor, operand in zip(factors, (a, b), strict=True))
+    for name, operand, factor in zip(names, (left, right), factors, strict=True):
+        (checks.check_matrix if factor is not None else checks.check_square)(name, operand)  # type: ignore[arg-type]
+    assert left is not None
+    assert right is not None
+    checks.check_pair((names[0], names[1]), left, right)
+    if not checks.watched():
+        for name, operand, factor in zip(names, (left, right), factors, strict=True):
+            (checks.check_finite if factor is not None else checks.check_symmetric)(name, operand)
+    first, second = factors
+    if first is None:
+        first, second, right, names = second, first, left, (names[1], names[0])
+    assert first is not None
+    if second is not None:
+        other, triangular = without_mean(second.double()).mT, False
+    else:
+        other, triangular = root_of(right.double(), names[1])
+    impl = resolve(impl, first.device)
+    value, report = values_and_reports(first, other, triangular, impl, return_info)
+    value = value.to(first.dtype)
+    if not return_info:
+        return value
+    info = _info(report, _NORM_NAMES, impl)
+    return value, TraceSqrtInfo(
+        "lowrank", ("lowrank",) * len(info.methods), info.lower, info.upper, info.iterations, info.implementation
+    )
+
+
+def _info(report: Tensor, names: dict[int, str], implementation: str) -> TraceSqrtInfo:
+    codes = report[..., METHOD].reshape(-1).long().tolist()
+    methods = tuple(names[code] for code in codes)
+    method = names[max(codes, default=min(names))]
+    iterations = report[..., ITERATIONS].long()
+    return TraceSqrtInfo(method, methods, report[..., LOWER], report[..., UPPER], iterations, implementation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastgan.linalg import trace_sqrt_product
@@ -50,10 +49,7 @@ def frechet_distance(
     factor_a, factor_b = (None, None) if method == "full" else (_factor(stats_a), _factor(stats_b))
     if method == "low_rank" and factor_a is None and factor_b is None:
         raise ValueError("method='low_rank' needs a side with at most dim vectors, which then still holds its features")
-    if factor_a is None and factor_b is None:
-        trace, cross = _full(stats_a.cov, stats_b.cov.to(mean_a.device))
-    else:
-        trace, cross = _low_rank(stats_a, factor_a, stats_b, factor_b)
+    trace, cross = _traces(stats_a, factor_a, stats_b, factor_b)
     distance = (mean_a - mean_b).square().sum() + trace - 2 * cross
     return max(distance.item(), 0.0)
 
@@ -78,35 +74,21 @@ def _factor(stats: FeatureStats) -> Tensor | None:
     return centred / (stats.n - 1) ** 0.5
 
 
-def _full(cov_a: Tensor, cov_b: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        cross = trace_sqrt_product(cov_a, cov_b)
-    except ValueError as error:  # finite and symmetric they are: so one has a clearly negative eigenvalue
-        raise InputError(f"a side is no covariance: {error}") from error
-    return cov_a.trace() + cov_b.trace(), cross
-
-
-def _low_rank(
+def _traces(
     stats_a: FeatureStats, factor_a: Tensor | None, stats_b: FeatureStats, factor_b: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if factor_a is None:
-        return _low_rank(stats_b, factor_b, stats_a, factor_a)
-    if factor_b is not None:
-        factor_b = factor_b.to(factor_a.device)
-        cross = _nuclear_norm(factor_a @ factor_b.mT)
-        return factor_a.square().sum() + factor_b.square().sum(), cross
-    cov_b = stats_b.cov.to(factor_a.device)
-    return factor_a.square().sum() + cov_b.trace(), _one_sided(factor_a, cov_b)
-
-
-def _one_sided(factor: Tensor, cov: Tensor) -> Tensor:
-    """tr((F^T F S)^{1/2}) for a factor F (n, dim) and a covariance S (dim, dim)."""
-    lower, failed = torch.linalg.cholesky_ex(cov)
-    if failed.item() == 0:
-        # singular values of F L keep the digits that a square root takes from eigenvalues near zero
-        return _nuclear_norm(factor @ lower)
-    return _full(factor.mT @ factor, cov)[1]
-
-
-def _nuclear_norm(matrix: Tensor) -> Tensor:
-    return torch.linalg.svdvals(matrix).sum()
+    """tr(S_a) + tr(S_b) and tr((S_a S_b)^{1/2}), without the covariance of a side that has a factor."""
+    device = stats_a.mean.device
+    factors = (factor_a, None if factor_b is None else factor_b.to(device))
+    covs = [
+        stats.cov.to(device) if factor is None else None for stats, factor in ((stats_a, factor_a), (stats_b, factor_b))
+    ]
+    try:
+        cross = trace_sqrt_product(*covs, factors=None if factors == (None, None) else factors)
+    except ValueError as error:  # finite and symmetric they are: so one has a clearly negative eigenvalue
+        raise InputError(f"a side is no covariance: {error}") from error
+    traces = [
+        cov.trace() if cov is not None else factor.square().sum()  # type: ignore[union-attr]
+        for cov, factor in zip(covs, factors, strict=True)
+    ]
+    return traces[0] + traces[1], cross

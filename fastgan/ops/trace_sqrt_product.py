@@ -9,42 +9,77 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan import _extension
+from fastgan.ops.nuclear_norm import IMPLS, LOWER, METHOD, UPPER, direct_rows, polar_rows, power_of_two, resolve
 from fastgan.reference import trace_sqrt_product as reference
+from fastgan.reference.trace_sqrt_product import DIRECT, FAILED, JACOBI, POLAR
 
-IMPLS = ("auto", "extension", "reference")
+__all__ = ["IMPLS", "METHODS", "asymmetry", "resolve", "trace_sqrt_product"]
 
+METHODS = ("auto", "cholesky", "eigh", "svd", "polar", "jacobi")
+JACOBI_SIZE = 64
+"""Largest d of the kernel that takes a pair of matrices a block: three of them stand in its shared memory."""
 
-def resolve(impl: str, device: torch.device) -> str:
-    """Turn ``impl`` into ``"extension"`` or ``"reference"`` for operands on ``device``.
-
-    Raises:
-        ValueError: ``impl`` is ``"extension"`` where that half of it is missing.
-    """
-    supported = device.type in ("cpu", "cuda")
-    if impl == "reference" or (impl == "auto" and not supported):
-        return "reference"
-    if supported and _extension.available(device.type):
-        return "extension"
-    if impl == "extension":
-        reasons = {row.name: row.detail for row in _extension.status()}
-        reason = reasons.get(f"extension {device.type}", f"it has no half for {device.type} tensors")
-        raise ValueError(f"impl='extension' cannot be used: {reason}")
-    return "reference"
+_CHUNK_ENTRIES = 2**26  # of the products that a chunk of pairs is iterated on
 
 
 @custom_op("fastgan::trace_sqrt_product", mutates_args=())
-def trace_sqrt_product(a: Tensor, b: Tensor, method: str, impl: str) -> tuple[Tensor, Tensor]:
-    """tr((A B)^{1/2}) of (..., d, d) matrices, and (error bound, method code), float64, in a last dimension of 2."""
+def trace_sqrt_product(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """tr((A B)^{1/2}) of (..., d, d) matrices, and float64 (lower bound, upper bound, method code, iterations)."""
     shape = _batch_shape(a, b)
     matrices_a, matrices_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     pairs = torch.stack([_indices(a, shape), _indices(b, shape)], 1)
     if len(matrices_b) < len(matrices_a):  # the first operand is factored: let that be the one with fewer matrices
         matrices_a, matrices_b, pairs = matrices_b, matrices_a, pairs.flip(1)
+    value, report = _solve(matrices_a, matrices_b, pairs.contiguous(), method, impl, bounds)
+    return value.to(a.dtype, copy=True).reshape(shape), report.reshape(*shape, 4)
+
+
+def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """Values (n,) and reports (n, 4) for pairs of matrices of a and b, (., d, d)."""
     extension = resolve(impl, a.device) == "extension"
-    compute = torch.ops.fastgan_C.trace_sqrt_product if extension else reference.trace_sqrt_product
-    rows = compute(matrices_a, matrices_b, pairs.contiguous(), reference.METHODS[method]).to(a.device)
-    # An operator may not return two views of one tensor.
-    return rows[:, 0].to(a.dtype, copy=True).reshape(shape), rows[:, 1:].clone().reshape(*shape, 2)
+    if method == "auto" and a.is_cuda:
+        method = "jacobi" if extension and a.shape[-1] <= JACOBI_SIZE else "polar"
+    if len(pairs) == 0:
+        return a.new_zeros(0, dtype=torch.float64), a.new_zeros(0, 4, dtype=torch.float64)
+    if method == "polar":
+        return _polar(a, b, pairs.to(a.device), impl, bounds)
+    if method == "jacobi":
+        rows = torch.ops.fastgan_C.small_trace(a, b, pairs.to(a.device))
+        rows[:, 2] = torch.where(rows[:, 2] > 0, float(JACOBI), float(FAILED))
+    else:
+        compute = torch.ops.fastgan_C.trace_sqrt_product if extension else reference.trace_sqrt_product
+        rows = compute(a, b, pairs, DIRECT[method]).to(a.device)
+    report = direct_rows(rows[:, 0], rows[:, 1], 0)
+    report[:, METHOD] = rows[:, 2]
+    return rows[:, 0], report
+
+
+def _polar(a: Tensor, b: Tensor, pairs: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """||F^T H||_* of factors A = F F^T, B = H H^T, each taken once."""
+    scale_a, factor_a, bad_a = _factored(a)
+    scale_b, factor_b, bad_b = _factored(b)
+    noise_a, noise_b = (reference.factor_noise(factor) if bounds else None for factor in (factor_a, factor_b))
+    step = max(1, _CHUNK_ENTRIES // a.shape[-1] ** 2)
+    values, reports = [], []
+    for i, j in (chunk.unbind(1) for chunk in pairs.split(step)):
+        value, report = polar_rows(factor_a[i].mT @ factor_b[j], a.dtype, impl, bounds)
+        if noise_a is not None and noise_b is not None:
+            error = reference.factor_errors(value, noise_a[i], noise_b[j])
+            report[:, LOWER], report[:, UPPER] = (report[:, LOWER] - error).clamp(min=0), report[:, UPPER] + error
+        scale = scale_a[i].sqrt() * scale_b[j].sqrt()
+        report[:, :METHOD] *= scale[:, None]
+        bad = bad_a[i] | bad_b[j]
+        report[:, METHOD] = torch.where(bad, float(FAILED), float(POLAR))
+        values.append(torch.where(bad, float("nan"), value * scale))
+        reports.append(report)
+    return torch.cat(values), torch.cat(reports)
+
+
+def _factored(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = matrices.double()
+    scale = power_of_two(wide)
+    wide = wide / scale[:, None, None]
+    return scale, *reference.factors(0.5 * (wide + wide.mT))
 
 
 def _batch_shape(a: Tensor, b: Tensor) -> torch.Size:
@@ -58,9 +93,9 @@ def _indices(operand: Tensor, shape: torch.Size) -> Tensor:
 
 
 @trace_sqrt_product.register_fake
-def _(a: Tensor, b: Tensor, method: str, impl: str) -> tuple[Tensor, Tensor]:
+def _(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     shape = _batch_shape(a, b)
-    return a.new_empty(shape), a.new_empty((*shape, 2), dtype=torch.float64)
+    return a.new_empty(shape), a.new_empty((*shape, 4), dtype=torch.float64)
 
 
 @custom_op("fastgan::trace_sqrt_product_bwd", mutates_args=())
@@ -86,13 +121,12 @@ def _(cotangent_a: Tensor, cotangent_b: Tensor, grad: Tensor, a: Tensor, b: Tens
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, _, _ = inputs
-    ctx.save_for_backward(a, b)
+    ctx.save_for_backward(inputs[0], inputs[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *trace_sqrt_product_bwd(grad, *ctx.saved_tensors), None, None
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    return *trace_sqrt_product_bwd(grad, *ctx.saved_tensors), None, None, None
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

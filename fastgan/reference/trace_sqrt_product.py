@@ -15,8 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-FAILED, CHOLESKY, EIGH, SVD, AUTO = -1, 0, 1, 2, 3
-METHODS = {"auto": AUTO, "cholesky": CHOLESKY, "eigh": EIGH, "svd": SVD}
+from fastgan.reference.nuclear_norm import root_sum
+
+FAILED, CHOLESKY, EIGH, SVD, AUTO, POLAR, JACOBI = -1, 0, 1, 2, 3, 4, 5
+DIRECT = {"auto": AUTO, "cholesky": CHOLESKY, "eigh": EIGH, "svd": SVD}
+"""The methods of :func:`trace_sqrt_product` here and of the C++ operator of that name."""
 
 INDEFINITE = 1e-5
 """An eigenvalue below minus this share of the largest is no rounding error."""
@@ -44,7 +47,7 @@ def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tens
         a, b: float32 or float64; computed in float64. Each matrix of ``a`` is factored once, however many pairs hold
             it.
         pairs: (n, 2) int64, on the host.
-        method: one of :data:`METHODS`' values. The method in the result is :data:`FAILED`, and the value NaN, where a
+        method: one of :data:`DIRECT`'s values. The method in the result is :data:`FAILED`, and the value NaN, where a
             matrix is clearly indefinite, or singular with ``method=CHOLESKY``.
 
     Returns:
@@ -69,6 +72,7 @@ class _Operand:
         self._scaled: dict[int, tuple[Tensor, float]] = {}
         self._cholesky: dict[int, Tensor | None] = {}
         self._eigen: dict[int, Tensor | None] = {}
+        self._factor_noise: dict[int, tuple[float, float]] = {}
 
     def matrix(self, i: int) -> Tensor:
         return self._entry(i)[0]
@@ -98,7 +102,21 @@ class _Operand:
             kept = values > values.numel() * _EPSILON * largest
             definite = smallest >= -INDEFINITE * largest
             self._eigen[i] = vectors[:, kept] * values[kept].sqrt() if definite else None
+            noise = _NOISE * torch.linalg.vector_norm(values).item()
+            self._factor_noise[i] = noise, values[kept].amin().item() if kept.any() else math.inf
         return self._eigen[i]
+
+    def factor_error(self, i: int, value: float, other: _Operand, j: int) -> float:
+        """How far from tr((A B)^{1/2}) the factor of :meth:`eigen_factor` may take ``value``.
+
+        F F^T = A + E with |E| at rounding level, which moves F by at most |E| / lambda^{1/2}, lambda the smallest
+        eigenvalue kept, and the sum of the singular values of F^T H by |H| times that; or, to first order, the value by
+        <E, P> / 2, where the trace of P is at most the value over lambda. The product F^T H adds its own rounding.
+        """
+        noise, smallest = self._factor_noise[i]
+        own_trace, trace = (max(m.diagonal().sum().item(), 0.0) for m in (self.matrix(i), other.matrix(j)))
+        product_error = _NOISE * math.sqrt(own_trace * trace)
+        return noise * min(0.5 * value / smallest, math.sqrt(trace / smallest)) + product_error
 
     def semidefinite(self, i: int) -> bool:
         """False where A has an eigenvalue clearly below zero, by one Cholesky factorisation of A + tolerance I."""
@@ -146,7 +164,7 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
         gram = factor.mT @ b.matrix(j) @ factor
         value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
         if accurate:
-            return value, bound, EIGH
+            return value, bound + a.factor_error(i, value, b, j), EIGH
     other = b.eigen_factor(j)
     if other is None:
         return failed
@@ -154,7 +172,9 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
         return 0.0, 0.0, EIGH
     singular_values = torch.linalg.svdvals(factor.mT @ other)
     noise = _NOISE * torch.linalg.vector_norm(singular_values).item()
-    return singular_values.sum().item(), noise * math.sqrt(singular_values.numel()), SVD
+    value = singular_values.sum().item()
+    factor_errors = a.factor_error(i, value, b, j) + b.factor_error(j, value, a, i)
+    return value, noise * math.sqrt(singular_values.numel()) + factor_errors, SVD
 
 
 def _triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
@@ -170,18 +190,57 @@ def _triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
 
 
 def _from_gram_eigenvalues(eigenvalues: Tensor, tolerance: float) -> tuple[float, float, bool]:
-    """Sum of the square roots, a bound on its error, and whether that is within ``tolerance`` of the sum.
+    value, bound, accurate = root_sum(eigenvalues, tolerance)
+    return value.item(), bound.item(), bool(accurate)
 
-    The eigensolver's error E changes the sum by <E, G^{-1/2}> / 2, by Cauchy-Schwarz at most |E| |G^{-1/2}| / 2 in
-    Frobenius norms, where an eigenvalue stands above |E|, and by sqrt(|E|) where it does not.
+
+def cholesky_if_definite(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors, and where they fail or have a pivot at rounding level, which is noise and not a direction."""
+    lower, failed = torch.linalg.cholesky_ex(matrices)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
+    return lower, (failed != 0) | ~(pivots > 4 * matrices.shape[-1] * _EPSILON * largest)
+
+
+def factors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d, d) factors F with A = F F^T, and whether A is clearly indefinite, (n,), for scaled symmetric matrices.
+
+    Cholesky factors, and where there is none the eigenvectors of the eigenvalues above rounding. Within a CUDA graph,
+    where nobody may look, Cholesky factors alone.
     """
-    noise = _NOISE * torch.linalg.vector_norm(eigenvalues).item()
-    clipped = eigenvalues.clamp(min=0)
-    resolved = eigenvalues > 4 * noise
-    value = clipped.sqrt().sum().item()
-    bound = noise * eigenvalues[resolved].reciprocal().sum().sqrt().item() / 2
-    bound += (noise + clipped[~resolved]).sqrt().sum().item()
-    return value, bound, eigenvalues[0].item() >= -noise and bound <= tolerance * value
+    lower, singular = cholesky_if_definite(matrices)
+    indefinite = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
+    if matrices.is_cuda and torch.cuda.is_current_stream_capturing():
+        return lower, indefinite
+    if bool(singular.any()):
+        values, vectors = torch.linalg.eigh(matrices[singular])
+        largest = values.abs().amax(-1, keepdim=True)
+        floor = values.shape[-1] * _EPSILON * largest
+        lower[singular] = vectors * torch.where(values > floor, values, 0.0).sqrt()[:, None, :]
+        indefinite[singular] = values[:, 0] < -INDEFINITE * largest[:, 0]
+    return lower, indefinite
+
+
+def factor_noise(factor: Tensor) -> Tensor:
+    """For factors (n, d, d) of :func:`factors`: (rounding level, smallest eigenvalue or a bound of it, trace)."""
+    trace = factor.square().sum((1, 2))
+    noise = _NOISE * torch.linalg.matrix_norm(factor @ factor.mT)
+    columns = factor.square().sum(1)
+    by_eigenvectors = torch.where(columns > 0, columns, torch.inf).amin(-1)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    by_cholesky = inverse.square().sum((1, 2)).reciprocal()
+    triangular = (factor.triu(1) == 0).all(-1).all(-1) & (factor.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    return torch.stack([noise, torch.where(triangular, by_cholesky, by_eigenvectors), trace], 1)
+
+
+def factor_errors(value: Tensor, noise_a: Tensor, noise_b: Tensor) -> Tensor:
+    """Both operands' :meth:`_Operand.factor_error` of ``value`` (n,), from their :func:`factor_noise`."""
+    total = 2 * _NOISE * (noise_a[:, 2] * noise_b[:, 2]).sqrt()
+    for own, other in ((noise_a, noise_b), (noise_b, noise_a)):
+        noise, smallest, trace = own[:, 0], own[:, 1], other[:, 2]
+        total = total + noise * torch.minimum(0.5 * value / smallest, (trace / smallest).sqrt())
+    return total
 
 
 def trace_sqrt_product_bwd(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,82 @@
+"""``fastgan::sqrtm`` and ``fastgan::lyapunov``, each other's derivatives: differentiable as often as one likes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fastgan.ops.nuclear_norm import power_of_two, resolve
+from fastgan.reference import sqrtm as reference
+
+METHODS = ("auto", "eigh", "newton_schulz")
+
+
+@custom_op("fastgan::sqrtm", mutates_args=())
+def sqrtm(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
+    """A^{1/2}, or A^{-1/2}, of (..., d, d) matrices; computed in float64."""
+    flat = a.reshape(-1, *a.shape[-2:]).double()
+    if len(flat) == 0:
+        return a.clone()
+    scale = power_of_two(flat)[:, None, None]
+    flat = 0.5 * (flat + flat.mT) / scale
+    if method == "eigh" or (method == "auto" and not a.is_cuda):
+        root = reference.sqrtm_eigh(flat, inverse)
+    elif resolve(impl, a.device) == "extension":
+        root = torch.ops.fastgan_C.sqrtm(flat, inverse)
+    else:
+        root = reference.sqrtm_newton_schulz(flat, inverse)
+    root = root / scale.sqrt() if inverse else root * scale.sqrt()
+    return root.to(a.dtype).reshape(a.shape).contiguous()
+
+
+@sqrtm.register_fake
+def _(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
+    return a.new_empty(a.shape)
+
+
+@custom_op("fastgan::lyapunov", mutates_args=())
+def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
+    """The symmetric X (..., d, d) with root X + X root = the symmetric part of ``rhs``."""
+    flat = [m.reshape(-1, *m.shape[-2:]).double() for m in (root, rhs)]
+    if len(flat[0]) == 0:
+        return rhs.clone()
+    scale = power_of_two(flat[0])[:, None, None]
+    return (reference.lyapunov(flat[0] / scale, flat[1]) / scale).to(rhs.dtype).reshape(rhs.shape).contiguous()
+
+
+@lyapunov.register_fake
+def _(root: Tensor, rhs: Tensor) -> Tensor:
+    return rhs.new_empty(rhs.shape)
+
+
+def _save_root(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.inverse = inputs[2]
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """From S S = A: S dS + dS S = dA. From R R = A^{-1}: R dR + dR R = -R^2 dA R^2."""
+    (root,) = ctx.saved_tensors
+    adjoint = lyapunov(root, grad)
+    if ctx.inverse:
+        square = root @ root
+        adjoint = -square @ adjoint @ square
+    return adjoint, None, None, None
+
+
+def _save_equation(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _lyapunov_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """S dX + dX S = dG - dS X - X dS, and the map G -> X is its own adjoint."""
+    root, x = ctx.saved_tensors
+    y = lyapunov(root, cotangent)
+    return -(y @ x + x @ y), y
+
+
+sqrtm.register_autograd(_backward, setup_context=_save_root)
+lyapunov.register_autograd(_lyapunov_backward, setup_context=_save_equation)
