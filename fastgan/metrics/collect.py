@@ -18,7 +18,7 @@ from fastgan.metrics.images import ImageSource
 from fastgan.metrics.stats import FeatureStats
 
 COMPILE_FROM = 1500
-"""Images from which on the compilation of a network costs less time than it saves."""
+"""Images of one process from which on the compilation of a network costs less time than it saves."""
 
 _SAVE_EVERY = 60.0  # seconds between two checkpoints
 
@@ -66,8 +66,6 @@ def collect(
     if checkpoint is not None:
         saved = Checkpoint(checkpoint, source, backbone, resize, world, keep_features)
         state = _State(*saved.restore(state.stats, state.features, source.skipped))
-    if len(source) >= COMPILE_FROM * world.size:
-        backbone.compile()
     _pass(source, share, state, backbone, resize, batch_size, num_workers, progress, saved)
     state.stats.all_reduce() if world.size > 1 else None
     if (state.stats.n or 0) < 2:
@@ -108,6 +106,7 @@ def _pass(
         resize=resize,
         num_workers=num_workers,
         indices=share[state.done :],
+        device=backbone.device,
         progress=progress,
     )
     read = 0

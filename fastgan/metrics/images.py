@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgan.metrics.decode import EXTENSIONS, is_image_name, read_image
 from fastgan.metrics.errors import InputError
-from fastgan.metrics.resize import check_resize, resize_array
+from fastgan.metrics.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
 
 _PREFETCH_BATCHES = 2
 
@@ -78,16 +78,19 @@ class ImageSource(ABC):
         resize: str = "clean",
         num_workers: int | None = None,
         indices: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[Tensor]:
-        """Yield float32 batches (<= batch_size, 3, size, size) in [0, 255], decoded and resized by ``num_workers``
-        threads.
+        """Yield float32 batches (<= batch_size, 3, size, size) in [0, 255], decoded by ``num_workers`` threads.
+
+        ``clean`` resizing is Pillow's and done by these threads too; the others are done on ``device``.
 
         Args:
             size: height and width of the batches, to which each image is resized on its own; None leaves the images as
                 they are, which must then be of one size.
             num_workers: None takes one thread per core, 8 at most; 0 decodes in the calling thread.
             indices: which images, in which order; None takes all.
+            device: of the batches.
             progress: called with the number of images done since the last call.
 
         Raises:
@@ -98,22 +101,26 @@ class ImageSource(ABC):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         indices = range(len(self)) if indices is None else indices
         batch: list[Tensor] = []
-        for image in self._load(size, resize, indices, num_workers, batch_size * _PREFETCH_BATCHES):
+        early_size = size if resize == "clean" else None
+        for image in self._load(early_size, indices, num_workers, batch_size * _PREFETCH_BATCHES):
             if progress is not None:
                 progress(1)
             if image is not None:
                 batch.append(image)
             if len(batch) == batch_size:
-                yield _stack(batch)
+                yield _to_batch(batch, size, resize, device)
                 batch = []
         if batch:
-            yield _stack(batch)
+            yield _to_batch(batch, size, resize, device)
 
     def _load(
-        self, size: int | None, resize: str, indices: Sequence[int], num_workers: int | None, ahead: int
+        self, clean_size: int | None, indices: Sequence[int], num_workers: int | None, ahead: int
     ) -> Iterator[Tensor | None]:
         def load(index: int) -> Tensor:
-            return resize_array(self.read(index), size, resize)
+            image = self.read(index)
+            return torch.from_numpy(
+                channels_first(image) if clean_size is None else clean_with_pillow(image, clean_size)
+            )
 
         for index, result in _map_ahead(load, indices, _worker_count(num_workers), ahead):
             try:
@@ -170,12 +177,16 @@ def find_images(root: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def _stack(batch: list[Tensor]) -> Tensor:
+def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.device | str) -> Tensor:
+    """(n, 3, size, size), float32; resized where that is still to do."""
     shapes = {tuple(image.shape[1:]) for image in batch}
-    if len(shapes) > 1:
+    if len(shapes) == 1:
+        pixels = torch.stack(batch).to(device).float()
+        return pixels if size is None else resize_tensor(pixels, size, resize)
+    if size is None:
         sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes)[:3])
         raise InputError(f"images of different sizes ({sizes}) need a backbone with an input_size to be resized to")
-    return torch.stack(batch)
+    return torch.cat([resize_tensor(image[None].to(device).float(), size, resize) for image in batch])
 
 
 def _raise_unreadable(error: OSError) -> None:

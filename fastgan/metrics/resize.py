@@ -44,14 +44,27 @@ def resize_tensor(images: Tensor, size: int, method: str) -> Tensor:
     return _between_corners(_between_corners(images, size, dim=-2), size, dim=-1)
 
 
-def resize_array(image: np.ndarray, size: int | None, method: str) -> Tensor:
-    """Resize one image (h, w, 3), uint8 or float32 in [0, 255], to float32 (3, size, size); None keeps its size."""
+def resize_array(image: np.ndarray, size: int, method: str) -> Tensor:
+    """Resize one image (h, w, 3), uint8 or float32 in [0, 255], to float32 (3, size, size)."""
     check_resize(method)
-    if method == "clean" and size is not None and image.shape[:2] != (size, size):
-        channels = [_resize_channel(image[:, :, c], size) for c in range(image.shape[2])]
-        return torch.from_numpy(np.stack(channels)).clamp_(0, 255)
-    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
-    return tensor if size is None else resize_tensor(tensor[None], size, method)[0]
+    if method == "clean":
+        return torch.from_numpy(clean_with_pillow(image, size)).float()
+    return resize_tensor(torch.from_numpy(channels_first(image)).float()[None], size, method)[0]
+
+
+def clean_with_pillow(image: np.ndarray, size: int) -> np.ndarray:
+    """The ``clean`` resizing of one image (h, w, 3) to (3, size, size), float32 unless it has the size already.
+
+    NumPy and Pillow alone, which do not start threads of their own beside those that decode.
+    """
+    if image.shape[:2] == (size, size):
+        return channels_first(image)
+    return np.stack([_resize_channel(image[:, :, c], size) for c in range(image.shape[2])]).clip(0, 255)
+
+
+def channels_first(image: np.ndarray) -> np.ndarray:
+    """(h, w, c) to (c, h, w), contiguous."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def _resize_channel(channel: np.ndarray, size: int) -> np.ndarray:

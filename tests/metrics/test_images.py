@@ -8,7 +8,7 @@ from PIL import Image
 from fastgan.metrics import ImageFolder, InputError
 from fastgan.metrics.decode import read_image
 from fastgan.metrics.images import find_images
-from fastgan.metrics.resize import resize_array
+from fastgan.metrics.resize import RESIZE_METHODS, resize_array
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -92,6 +92,18 @@ def test_batches_hold_every_image_once_in_order(folder, workers, batch_size):
     assert sum(done) == 9
     expected = torch.stack([resize_array(read_image(path), 6, "clean") for path in images.paths])
     assert torch.equal(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize("resize", RESIZE_METHODS)
+def test_images_are_resized_one_by_one_or_together_alike(folder, resize):
+    """Of many sizes, and of one, where a batch is resized at once."""
+    (folder / "same").mkdir()
+    for i in range(3):
+        Image.fromarray(RNG.integers(0, 256, (9, 14, 3), dtype=np.uint8)).save(folder / "same" / f"{i}.png")
+    for root in (folder, folder / "same"):
+        images = ImageFolder(root)
+        expected = torch.stack([resize_array(read_image(path), 6, resize) for path in images.paths])
+        torch.testing.assert_close(torch.cat(list(images.batches(6, resize=resize))), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,8 @@
 """FeatureStats against NumPy in float64: streaming, merging, offsets, bad input."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -202,6 +204,23 @@ def test_wrong_merges():
 def test_wrong_moments(mean, cov, message):
     with pytest.raises(InputError, match=message):
         FeatureStats.from_moments(mean, cov)
+
+
+def test_memory_does_not_grow_with_the_number_of_vectors():
+    code = """
+import resource, torch
+from fastgan.metrics import FeatureStats
+stats, peaks = FeatureStats(), []
+for batches in (20, 180):
+    for _ in range(batches):
+        stats.update(torch.randn(100, 512))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(stats.n, peaks[1] - peaks[0])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    n, growth = map(int, result.stdout.split())
+    assert n == 20_000
+    assert growth < 8 * 1024  # KiB; the vectors themselves are 80 MB
 
 
 @pytest.mark.gpu
