@@ -20,7 +20,7 @@ import torch
 from fastgan.files import write_text
 from fastgan.timing import compare
 
-SUITES = ("attention", "spectral_norm", "sqrtm")
+SUITES = ("attention", "spectral_norm", "sqrtm", "fid")
 SCHEMA = 1
 
 
@@ -36,6 +36,7 @@ class Workload:
         parameters: what was asked for: sizes, dtype.
         tolerance: an implementation with a larger error is not timed.
         floor: seconds below which this device cannot do the work, where known.
+        min_rounds: the least number of timed runs of each.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Workload:
     parameters: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-3
     floor: float | None = None
+    min_rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run(suite: str, workload: Workload, seconds: float) -> list[Record]:
         records[name] = record
         expected = result if name == workload.reference else expected
     timed = {n: workload.implementations[n] for n in names if records[n].failure is None}
-    timings = compare(timed, seconds=seconds, min_rounds=3, warmup=0) if timed else {}
+    timings = compare(timed, seconds=seconds, min_rounds=workload.min_rounds, warmup=0) if timed else {}
     for name, timing in timings.items():
         memory, launches = _peak_memory(timed[name]), _launches(timed[name])
         values = asdict(timing) | {"peak_memory": memory, "launches": launches}

@@ -41,6 +41,7 @@ def small_backbone(monkeypatch):
 
     monkeypatch.setattr("fastgan.metrics.options.load_backbone", load)
     monkeypatch.setattr("fastgan.metrics.options.default_backbone", lambda: "efficientnet_lite0")
+    monkeypatch.setenv("FASTGAN_OFFLINE", "1")
     Pooled.calls = 0
 
 

@@ -26,7 +26,8 @@ BackboneName = Annotated[
     typer.Option(
         "--backbone",
         help="inception, efficientnet_lite0, dinov2, clip, timm:NAME or torchvision:NAME.  "
-        "[default: that of the statistics given, else inception where its weights are at hand]",
+        "[default: that of the statistics given, else inception, or efficientnet_lite0 where inception's weights "
+        "cannot be downloaded]",
     ),
 ]
 Resize = Annotated[

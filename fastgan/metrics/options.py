@@ -68,9 +68,7 @@ class FeatureOptions:
         """The backbone asked for, else that of the statistics ``loaded``, else the machine's default."""
         name = self.backbone or next((_network_name(s.backbone) for s in loaded if s.backbone), None)
         if name is None:
-            name = "inception" if self.weights is not None else default_backbone()
-            if name != "inception" and world.is_first:
-                self.note(f"inception's weights are not at hand: comparing {name} features, which give no FID")
+            name = self._default_network(world)
         if not is_backbone_name(name):
             raise InputError(f"the backbone of the statistics must be {BACKBONE_NAMES}, got {name}")
         dims = self.dims
@@ -79,6 +77,25 @@ class FeatureOptions:
         return load_backbone(
             name, weights=self.weights, dims=dims, device=self.torch_device(), precision=self.precision
         )
+
+    def _default_network(self, world: World) -> str:
+        """Inception, its weights downloaded once if need be; where they cannot be, what needs no download."""
+        if self.weights is not None or default_backbone() == "inception":
+            return "inception"
+        from fastgan.metrics.backbones.inception_weights import download
+
+        problems = []
+        if world.is_first:
+            try:
+                download()
+            except InputError as error:
+                problems.append(str(error))
+        if world.gather(problems)[0]:
+            name = default_backbone()
+            if world.is_first:
+                self.note(f"comparing {name} features, which give no FID. {problems[0]}")
+            return name
+        return "inception"
 
     def resize_method(self, loaded: Sequence[FeatureStats], network: Backbone) -> str:
         """The resizing asked for, else that of the statistics ``loaded``, else pytorch-fid's own for Inception and

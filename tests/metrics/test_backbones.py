@@ -1,6 +1,8 @@
 """Feature networks: real weights see what is in photographs, input conventions, other people's weights and modules."""
 
 import hashlib
+import io
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -232,7 +234,7 @@ def no_inception(monkeypatch, tmp_path):
 
     monkeypatch.delenv(inception_weights.ENVIRONMENT, raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(inception_weights, "urlopen", offline)
     return tmp_path / "hub" / "checkpoints" / inception_weights.FILE_NAME
 
 
@@ -242,6 +244,24 @@ def test_inception_offline_says_what_to_fetch_and_where_to_put_it(no_inception):
         load_backbone("inception")
     for part in (inception_weights.URL, str(no_inception), "--weights", "FASTGAN_INCEPTION_WEIGHTS", "no network"):
         assert part in str(error.value)
+
+
+def test_inception_is_downloaded_once_and_its_hash_checked(no_inception, monkeypatch):
+    fetched = []
+
+    def fetch(url, path, hash_prefix):
+        fetched.append((url, hash_prefix))
+        Path(path).write_bytes(b"weights")
+
+    monkeypatch.setattr(inception_weights, "urlopen", lambda url, timeout: io.BytesIO())
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert inception_weights.download() == no_inception
+    assert fetched == [(inception_weights.URL, "6726825d")]
+    monkeypatch.setattr(inception_weights, "HASH_PREFIX", hashlib.sha256(b"weights").hexdigest()[:8])
+    assert inception_weights.local_weights() == no_inception
+    monkeypatch.setenv(inception_weights.OFFLINE, "1")
+    with pytest.raises(InputError, match="FASTGAN_OFFLINE is set"):
+        inception_weights.download()
 
 
 def test_a_damaged_cache_is_noticed(no_inception):

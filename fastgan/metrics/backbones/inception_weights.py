@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from urllib.error import URLError
+from urllib.request import urlopen
 
 import torch
 
@@ -15,6 +16,8 @@ FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 HASH_PREFIX = "6726825d"
 ENVIRONMENT = "FASTGAN_INCEPTION_WEIGHTS"
+OFFLINE = "FASTGAN_OFFLINE"
+_CONNECT_SECONDS = 10
 
 
 def local_weights() -> Path | None:
@@ -39,9 +42,16 @@ def local_weights() -> Path | None:
 
 
 def download() -> Path:
-    """Fetch the weights into torch.hub's cache, hash checked. Raises ``InputError`` saying what to put where."""
+    """Fetch the weights into torch.hub's cache, hash checked; not where FASTGAN_OFFLINE is set.
+
+    Raises:
+        InputError: they cannot be had; the message says what to put where.
+    """
     path = _cache_path()
     try:
+        if os.environ.get(OFFLINE):
+            raise OSError(f"{OFFLINE} is set")
+        urlopen(URL, timeout=_CONNECT_SECONDS).close()  # torch.hub would wait for ever
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH_PREFIX)
     except (URLError, OSError, RuntimeError) as error:  # no network, no space, or another file than asked for
