@@ -98,7 +98,7 @@ def whole_command(n: int) -> Workload:
         check=lambda value, exact: abs(value - exact) / exact,
         parameters={"n": [n, n], "size": 64, "precision": "fp32", "resize": "legacy_pytorch", "device": "cpu"},
         tolerance=1e-3,
-        min_rounds=1,
+        once=True,
     )
 
 
@@ -112,7 +112,6 @@ def resident(n: int) -> Workload:
         check=lambda value, exact: abs(value - exact) / exact,
         parameters={"n": n, "size": 32, "resize": "legacy_pytorch", "device": "cuda"},
         tolerance=0.1,
-        min_rounds=1,
     )
 
 

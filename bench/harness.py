@@ -10,6 +10,7 @@ import importlib
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class Workload:
         parameters: what was asked for: sizes, dtype.
         tolerance: an implementation with a larger error is not timed.
         floor: seconds below which this device cannot do the work, where known.
-        min_rounds: the least number of timed runs of each.
+        once: a run takes so long that the one that is checked is also the one that is timed.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Workload:
     parameters: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-3
     floor: float | None = None
-    min_rounds: int = 3
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def run(suite: str, workload: Workload, seconds: float) -> list[Record]:
         record, result = _check(suite, workload, name, expected)
         records[name] = record
         expected = result if name == workload.reference else expected
+    if workload.once:
+        return list(records.values())
     timed = {n: workload.implementations[n] for n in names if records[n].failure is None}
-    timings = compare(timed, seconds=seconds, min_rounds=workload.min_rounds, warmup=0) if timed else {}
+    timings = compare(timed, seconds=seconds, min_rounds=3, warmup=0) if timed else {}
     for name, timing in timings.items():
         memory, launches = _peak_memory(timed[name]), _launches(timed[name])
         values = asdict(timing) | {"peak_memory": memory, "launches": launches}
@@ -92,11 +95,15 @@ def run(suite: str, workload: Workload, seconds: float) -> list[Record]:
 
 def _check(suite: str, workload: Workload, name: str, expected: Any) -> tuple[Record, Any]:
     record = Record(suite, workload.name, name, workload.parameters, floor=workload.floor)
+    start = time.perf_counter()
     try:
         result = workload.implementations[name]()
     except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return Record(**(asdict(record) | {"failure": summary[:200]})), None
+    if workload.once:
+        seconds = time.perf_counter() - start
+        record = Record(**(asdict(record) | {"median": seconds, "low": seconds, "high": seconds, "rounds": 1}))
     if name == workload.reference:
         return record, result
     if expected is None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -33,6 +34,18 @@ def test_an_implementation_that_cannot_run_says_why():
 
     records = {r.implementation: r for r in run("toy", workload(absent=fail), 0.0)}
     assert records["absent"].failure == "needs a GPU"
+
+
+def test_what_runs_once_is_timed_when_it_is_checked():
+    calls = []
+    slow = dataclasses.replace(
+        workload(wrong=lambda: torch.zeros(3), slow=lambda: calls.append(1) or torch.ones(3)), once=True
+    )
+    records = {r.implementation: r for r in run("toy", slow, 1.0)}
+    assert len(calls) == 1
+    assert (records["slow"].rounds, records["slow"].error) == (1, 0.0)
+    assert records["slow"].median > 0
+    assert records["wrong"].failure.startswith("wrong")
 
 
 def test_results_on_disk(tmp_path):

@@ -92,6 +92,15 @@ def test_several_metrics_in_one_pass(sets, features, tmp_path):
     assert float(lines[6].removeprefix("FD (efficientnet_lite0):  ")) == pytest.approx(found["fid"])
 
 
+def test_many_images_are_worth_a_compilation(sets, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("fastgan.metrics.Backbone.compile", lambda self: compiled.append(self.name))
+    for threshold, expected in ((71, 0), (70, 1)):  # 30 and 40 images
+        monkeypatch.setattr("fastgan.metrics.compare.COMPILE_FROM", threshold)
+        run("fid", *sets)
+        assert len(compiled) == expected
+
+
 def test_the_bias_falls_with_the_number_of_images():
     rows = torch.randn(3000, 10, generator=torch.Generator().manual_seed(0))
     curve = bias_curve(rows, FeatureStats.from_moments(torch.zeros(10), torch.eye(10)))

@@ -60,6 +60,7 @@ def collect(
         InputError: an image cannot be read, or fewer than two can.
     """
     world = world or World()
+    source.skipped = []
     state = _State(FeatureStats(backbone.dim, backbone=backbone.name, resize=resize), [] if keep_features else None)
     share = world.share(len(source))
     saved = None
