@@ -38,6 +38,9 @@ def main(
             with console.status(f"{name}: {workload.name}"):
                 found = run(name, workload, 1.0 if quick else seconds)
             console.print(_table(found))
+            for record in found:
+                if record.failure:
+                    console.print(f"  {record.implementation}: {record.failure}", style="dim", highlight=False)
             records += found
         path = folder / f"{name}{'-quick' if quick else ''}.json"
         save(records, path, device, quick)
@@ -49,7 +52,7 @@ def _table(records: list[Record]) -> Table:
     table = Table("implementation", "median", "20 %", "80 %", "times reference", "error", title=records[0].workload)
     for r in records:
         if r.median is None or r.low is None or r.high is None:
-            table.add_row(r.implementation, r.failure or "")
+            table.add_row(r.implementation, "-")
             continue
         error = "" if r.error is None else f"{r.error:.1e}"
         ratio = f"{slowest / r.median:.2f}" if slowest else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from fastgan.kernels.aot import AotCase
@@ -19,14 +21,20 @@ KERNELS = {
 _FLOAT32_POINTERS = {"stats_ptr", "delta_ptr", "sums_ptr"}
 _POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _CHANNEL_STRIDES = ("_sd", "_se")
+_ROW_STRIDES = ("_sn", "_sm")
 
 
 def aot_cases(capability: int) -> list[AotCase]:
-    """Every entry of the table for ``capability``, at the most channels it serves, in float16 and float32."""
+    """Every entry of the table for ``capability``, at the most channels it serves, in float16 and float32.
+
+    Operands are contiguous along channels; on sm_90 also along rows, as channels-first models have them.
+    """
     cases = []
+    layouts = (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 else (_CHANNEL_STRIDES,)
     for kernel, e, launch, dtype in entries(capability):
         precision = "tf32" if dtype == torch.float16 else "ieee" if "bwd_bwd" in kernel else "tf32x3"
-        cases += [case(kernel, MAX_QK, e, launch, dtype, o, precision) for o in output_sets(kernel, launch, e)]
+        for outputs, units in itertools.product(output_sets(kernel, launch, e), layouts):
+            cases.append(case(kernel, MAX_QK, e, launch, dtype, outputs, precision, units))
     return cases
 
 
@@ -44,8 +52,9 @@ def case(
     dtype: torch.dtype,
     outputs: dict[str, bool],
     precision: str = "tf32",
+    unit_strides: tuple[str, str] = _CHANNEL_STRIDES,
 ) -> AotCase:
-    """One launch, for operands that are contiguous along channels."""
+    """One launch, for operands whose strides of these names are 1."""
     function = KERNELS[kernel]
     constexprs: dict[str, object] = {
         "R": launch.rows,
@@ -57,9 +66,10 @@ def case(
         **outputs,
     }
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
-    constexprs |= {name: 1 for name in function.arg_names if name.endswith(_CHANNEL_STRIDES)}
+    constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
     signature = {n: _type(n, dtype) for n in function.arg_names if n not in constexprs}
     flags = " ".join(name for name, value in outputs.items() if value)
+    flags += " channels-first" if unit_strides == _ROW_STRIDES else ""
     label = f"{_POINTER[dtype][1:]} {precision} D={d} E={e} slab={launch.slab} {launch.rows}x{launch.keys} {flags}"
     return AotCase(
         kernel=function,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.attention_tiles import LOG2E, load_tile, other_slabs, row_delta, row_stats, store_tile
-from fastgan.kernels.precision import dot
+from fastgan.kernels.precision import dot, narrow
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def attention_bwd_bwd_rows_kernel(
     k_base, v_base, do_base = k_ptr + batch * k_sb, v_ptr + batch * v_sb, do_ptr + batch * do_sb
     ggk_base, ggv_base = ggk_ptr + batch * ggk_sb, ggv_ptr + batch * ggv_sb
     scale_log2 = scale * LOG2E
+    HALF: tl.constexpr = o_ptr.dtype.element_ty != tl.float32  # O is rounded, and delta with it
 
     q = load_tile(q_ptr + batch * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
     ggq = load_tile(ggq_ptr + batch * ggq_sb, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
@@ -36,6 +37,8 @@ def attention_bwd_bwd_rows_kernel(
         do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
         delta = row_delta(do_base, o_ptr + batch * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
         a_row = tl.zeros([R], tl.float32)  # rowsum(A * P)
+        if HALF:
+            pc_row = tl.zeros([R], tl.float32)  # rowsum(P * c), the rounding of delta
         pac_row = tl.zeros([R], tl.float32)  # rowsum(P * A * c)
         ph_row = tl.zeros([R], tl.float32)  # rowsum(P * (dO ggv^T))
         for start in range(0, M, C):
@@ -53,11 +56,17 @@ def attention_bwd_bwd_rows_kernel(
             a_row += tl.sum(pa, 1)
             dp = dot(do, tl.trans(v), None, PRECISION)
             dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
-            pac_row += tl.sum(pa * (dp - delta[:, None]), 1)
+            c = dp - delta[:, None]
+            if HALF:
+                pc_row += tl.sum(p * c, 1)
+            pac_row += tl.sum(pa * c, 1)
             h = dot(do, tl.trans(ggv), None, PRECISION)
             h = other_slabs(h, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION)
             ph_row += tl.sum(p * h, 1)
-        b_row = pac_row - delta * a_row + ph_row  # rowsum(P * B)
+        b_row = pac_row + ph_row  # rowsum(P * B)
+        if HALF:
+            delta += pc_row
+            b_row -= pc_row * a_row
         tl.store(sums, delta, mask=rows < N)
         tl.store(sums + plane, a_row, mask=rows < N)
         tl.store(sums + 2 * plane, b_row, mask=rows < N)
@@ -77,20 +86,20 @@ def attention_bwd_bwd_rows_kernel(
         p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
         p = tl.where(keys[None, :] < M, p, 0.0)
         a_map = dot(ggq, tl.trans(k), None, PRECISION)
-        a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale
+        a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - a_row[:, None]
         if V:
-            g_do = dot(p.to(ggv.dtype), ggv, g_do, PRECISION)
-            g_do = dot((p * (a_map - a_row[:, None])).to(v.dtype), v, g_do, PRECISION)
+            g_do = dot(narrow(p, ggv.dtype), ggv, g_do, PRECISION)
+            g_do = dot(narrow(p * a_map, v.dtype), v, g_do, PRECISION)
         if QK:
             dp = dot(do, tl.trans(v), None, PRECISION)
             dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
             c = dp - delta[:, None]
-            gq = dot((p * c).to(ggk.dtype), ggk, gq, PRECISION)
-            b_map = dot(do, tl.trans(ggv), a_map * c - dp * a_row[:, None], PRECISION)
+            gq = dot(narrow(p * c, ggk.dtype), ggk, gq, PRECISION)
+            b_map = dot(do, tl.trans(ggv), a_map * c, PRECISION)
             b_map = other_slabs(
                 b_map, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION
             )
-            gq = dot((p * (b_map - b_row[:, None])).to(k.dtype), k, gq, PRECISION)
+            gq = dot(narrow(p * (b_map - b_row[:, None]), k.dtype), k, gq, PRECISION)
     if V:
         store_tile(g_do_ptr + batch * g_do_sb, g_do, rows, cols_e, g_do_sn, g_do_se, N, e)
     if QK:
@@ -136,21 +145,21 @@ def attention_bwd_bwd_keys_kernel(
         s = dot(k, tl.trans(q), None, PRECISION)  # [C, R]
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
         a_map = dot(k, tl.trans(ggq), None, PRECISION)
-        a_map = dot(ggk, tl.trans(q), a_map, PRECISION) * scale
+        a_map = dot(ggk, tl.trans(q), a_map, PRECISION) * scale - a_row[None, :]
         if V:
-            gv = dot((p * (a_map - a_row[None, :])).to(do.dtype), do, gv, PRECISION)
+            gv = dot(narrow(p * a_map, do.dtype), do, gv, PRECISION)
         if QK:
             delta = tl.load(sums, mask=inside, other=0.0)
             b_row = tl.load(sums + 2 * plane, mask=inside, other=0.0)
             dp = dot(v, tl.trans(do), None, PRECISION)
             dp = other_slabs(dp, v_base, keys, v_sm, v_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION)
             c = dp - delta[None, :]
-            gk = dot((p * c).to(ggq.dtype), ggq, gk, PRECISION)
-            b_map = dot(ggv, tl.trans(do), a_map * c - dp * a_row[None, :], PRECISION)
+            gk = dot(narrow(p * c, ggq.dtype), ggq, gk, PRECISION)
+            b_map = dot(ggv, tl.trans(do), a_map * c, PRECISION)
             b_map = other_slabs(
                 b_map, ggv_base, keys, ggv_sm, ggv_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION
             )
-            gk = dot((p * (b_map - b_row[None, :])).to(q.dtype), q, gk, PRECISION)
+            gk = dot(narrow(p * (b_map - b_row[None, :]), q.dtype), q, gk, PRECISION)
     if QK:
         store_tile(gk_ptr + batch * gk_sb, gk * scale, keys, cols_d, gk_sm, gk_sd, M, d)
     if V:

@@ -1,7 +1,7 @@
 """Launch configurations of the attention kernels: a small frozen table.
 
 Each entry is the largest tile that compiles without local memory at 64 channels of q and k, on all architectures of
-its family (``tests/kernels/test_aot.py``). What limits it is registers: a program keeps its own operands and its
+its family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). What limits it is registers: a program keeps its own operands and its
 float32 sums, and of each tile up to five maps. On sm_90 and later the tensor cores want 64 rows of the program's own
 side; where that leaves too few registers for the sums as wide as v, v is cut into slabs rather than the tile. float32
 operands are split into three TF32 parts, which doubles what is kept, so their tiles are smaller, and their double
@@ -50,23 +50,23 @@ class Launch:
 # (kernel, bytes of the dtype, family) -> launches for v of up to 64, 128 and 256 channels.
 _TABLE: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("fwd", 2, 90): (Launch(128, 64, 64, 8), Launch(128, 64, 128, 8), Launch(128, 64, 256, 8)),
-    ("fwd", 4, 90): (Launch(128, 64, 64, 8), *(Launch(64, 32, 64, 4),) * 2),
+    ("fwd", 4, 90): (Launch(128, 32, 64, 8), *(Launch(64, 32, 64, 4),) * 2),
     ("fwd", 2, 80): (Launch(128, 64, 64, 8), *(Launch(128, 64, 128, 8),) * 2),
     ("fwd", 4, 80): (Launch(64, 32, 64, 4), Launch(64, 32, 64, 4), Launch(64, 32, 64, 4)),
     ("bwd_rows", 2, 90): (Launch(64, 64, 64, 4), Launch(64, 64, 128, 4), Launch(64, 64, 256, 4)),
     ("bwd_rows", 4, 90): (Launch(64, 32, 64, 8), Launch(64, 32, 64, 8), Launch(32, 16, 32, 4)),
     ("bwd_rows", 2, 80): (Launch(64, 64, 64, 4), Launch(64, 64, 128, 4), Launch(64, 64, 256, 4)),
     ("bwd_rows", 4, 80): (Launch(32, 32, 64, 4), Launch(32, 32, 64, 4), Launch(32, 16, 64, 4)),
-    ("bwd_keys", 2, 90): (Launch(64, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 4)),
-    ("bwd_keys", 4, 90): (Launch(32, 64, 64, 8), Launch(32, 64, 64, 8), Launch(16, 32, 64, 4)),
+    ("bwd_keys", 2, 90): (Launch(64, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 8)),
+    ("bwd_keys", 4, 90): (Launch(32, 32, 64, 8), Launch(32, 64, 64, 8), Launch(16, 32, 32, 4)),
     ("bwd_keys", 2, 80): (Launch(32, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 4)),
     ("bwd_keys", 4, 80): (Launch(32, 32, 64, 4), Launch(16, 32, 64, 4), Launch(16, 32, 64, 4)),
     ("bwd_bwd_rows", 2, 90): (Launch(64, 32, 64, 4), Launch(64, 32, 128, 8), Launch(64, 32, 128, 8)),
-    ("bwd_bwd_rows", 4, 90): (*(Launch(32, 16, 32, 8, 1, False),) * 2, Launch(16, 16, 32, 8, 1, False)),
+    ("bwd_bwd_rows", 4, 90): (*(Launch(32, 16, 32, 8, 1, False),) * 2, Launch(16, 16, 32, 4, 1, False)),
     ("bwd_bwd_rows", 2, 80): (Launch(32, 32, 64, 4, 2, False),) * 3,
     ("bwd_bwd_rows", 4, 80): (Launch(32, 16, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
-    ("bwd_bwd_keys", 2, 90): (Launch(32, 64, 64, 4), Launch(32, 64, 64, 4), Launch(32, 64, 64, 8)),
-    ("bwd_bwd_keys", 4, 90): (Launch(32, 32, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
+    ("bwd_bwd_keys", 2, 90): (Launch(32, 64, 64, 4), Launch(32, 64, 64, 4), Launch(16, 64, 64, 8)),
+    ("bwd_bwd_keys", 4, 90): (Launch(16, 32, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
     ("bwd_bwd_keys", 2, 80): (Launch(32, 64, 64, 4), Launch(32, 64, 64, 4), Launch(16, 32, 64, 4, 2, False)),
     ("bwd_bwd_keys", 4, 80): (Launch(32, 32, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
 }

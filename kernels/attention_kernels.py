@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.attention_tiles import LOG2E, load_tile, other_slabs, row_delta, row_stats, store_tile
-from fastgan.kernels.precision import dot
+from fastgan.kernels.precision import dot, narrow
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def attention_fwd_kernel(
         shrink = tl.exp2((top - new_top) * scale_log2)
         total = total * shrink + tl.sum(p, 1)
         v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
-        acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+        acc = dot(narrow(p, v.dtype), v, acc * shrink[:, None], PRECISION)
         top = new_top
     store_tile(o_ptr + batch * o_sb, acc / total[:, None], rows, cols_e, o_sn, o_se, N, e)
     if tl.program_id(1) == 0:
@@ -67,13 +67,17 @@ def attention_bwd_rows_kernel(
     cols_d, cols_e = tl.arange(0, D), tl.arange(0, SLAB)
     k_base, v_base, do_base = k_ptr + batch * k_sb, v_ptr + batch * v_sb, do_ptr + batch * do_sb
     scale_log2 = scale * LOG2E
+    # O is rounded to half precision, and delta with it; what the rows of dS then sum to is taken off at the end.
+    HALF: tl.constexpr = o_ptr.dtype.element_ty != tl.float32
 
     q = load_tile(q_ptr + batch * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
     do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
     delta = row_delta(do_base, o_ptr + batch * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
-    tl.store(delta_ptr + batch * N + rows, delta, mask=rows < N)
     top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
     dq = tl.zeros([R, D], tl.float32)
+    if HALF:
+        mean_key = tl.zeros([R, D], tl.float32)
+        missing = tl.zeros([R], tl.float32)
     for start in range(0, M, C):
         keys = start + tl.arange(0, C)
         k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
@@ -84,7 +88,14 @@ def attention_bwd_rows_kernel(
         dp = dot(do, tl.trans(v), None, PRECISION)  # [R, C]
         dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
         ds = p * (dp - delta[:, None])
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
+        if HALF:
+            mean_key = dot(narrow(p, k.dtype), k, mean_key, PRECISION)
+            missing += tl.sum(ds, 1)
+    if HALF:
+        dq -= missing[:, None] * mean_key
+        delta += missing
+    tl.store(delta_ptr + batch * N + rows, delta, mask=rows < N)
     store_tile(dq_ptr + batch * dq_sb, dq * scale, rows, cols_d, dq_sn, dq_sd, N, d)
 
 
@@ -118,13 +129,13 @@ def attention_bwd_keys_kernel(
         s = dot(k, tl.trans(q), None, PRECISION)  # [C, R]
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
         if V:
-            dv = dot(p.to(do.dtype), do, dv, PRECISION)
+            dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
         if QK:
             delta = tl.load(delta_ptr + batch * N + rows, mask=rows < N, other=0.0)
             dp = dot(v, tl.trans(do), None, PRECISION)  # [C, R]
             dp = other_slabs(dp, v_base, keys, v_sm, v_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+            dk = dot(narrow(ds, q.dtype), q, dk, PRECISION)
     if QK:
         store_tile(dk_ptr + batch * dk_sb, dk * scale, keys, cols_d, dk_sm, dk_sd, M, d)
     if V:

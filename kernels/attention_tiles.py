@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgan.kernels.precision import dot
+from fastgan.kernels.precision import dot, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,7 +22,7 @@ def store_tile(base, tile, rows, cols, stride_row, stride_col, n_rows, n_cols):
     """Store the part of base[rows, cols] that lies within n_rows x n_cols."""
     pointers = base + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
     mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, narrow(tile, base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan.kernels.attention_tiles import load_tile, store_tile
-from fastgan.kernels.precision import conv_precision, dot
+from fastgan.kernels.precision import conv_precision, dot, narrow
 from fastgan.kernels.projection_config import CHUNK, NUM_STAGES, across, block_for
 from fastgan.layout import rows_of
 
@@ -22,7 +22,7 @@ def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int
     kv = weight.new_empty(b, (height // 2) * (width // 2), outputs - d)
     index = torch.empty_like(kv, dtype=torch.int8)
     if x.numel():
-        t, (out, num_warps) = across(width), block_for(outputs)
+        t, (out, num_warps) = across(width), block_for(outputs, weight.itemsize)
         grid = (b * triton.cdiv(height, 2) * triton.cdiv(width, t) * triton.cdiv(outputs, out),)
         pooled_projection_fwd_kernel[grid](
             rows, weight, weight if bias is None else bias, q, kv, index, *rows.stride(), *weight.stride(),
@@ -56,9 +56,9 @@ def pooled_projection_fwd_kernel(
     for start in range(0, channels, CHUNK):
         ins = start + tl.arange(0, CHUNK)
         w = load_tile(w_ptr, ins, cols, w_sc, w_so, channels, outputs)  # [CHUNK, OUT]
-        top = dot(load_tile(top_base, left, ins, x_sn, x_sc, W, channels).to(w.dtype), w, top, PRECISION)
+        top = dot(narrow(load_tile(top_base, left, ins, x_sn, x_sc, W, channels), w.dtype), w, top, PRECISION)
         bottom = dot(
-            load_tile(bottom_base, left, ins, x_sn, x_sc, bottom_width, channels).to(w.dtype), w, bottom, PRECISION
+            narrow(load_tile(bottom_base, left, ins, x_sn, x_sc, bottom_width, channels), w.dtype), w, bottom, PRECISION
         )
     if BIAS:
         bias = tl.load(bias_ptr + cols, mask=cols < outputs, other=0.0).to(tl.float32)[None, :]
@@ -81,7 +81,7 @@ def pooled_projection_fwd_kernel(
     pooled = cols - d
     mask = (keys[:, None] < n_keys) & (pooled[None, :] >= 0) & (cols[None, :] < outputs)
     offsets = first + keys[:, None].to(tl.int64) * (outputs - d) + pooled[None, :]
-    tl.store(kv_ptr + offsets, largest.to(kv_ptr.dtype.element_ty), mask=mask)
+    tl.store(kv_ptr + offsets, narrow(largest, kv_ptr.dtype.element_ty), mask=mask)
     tl.store(index_ptr + offsets, index, mask=mask)
 
 

@@ -15,8 +15,8 @@ _FLOAT32 = {
     1: {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"},
     2: {"highest": "ieee", "high": "ieee", "medium": "ieee"},
 }
-# Triton's interpreter multiplies the raw bits of bfloat16 matrices.
-WIDEN_BFLOAT16 = tl.constexpr(interpreting())
+# Triton's interpreter multiplies the raw bits of bfloat16 matrices, and cuts off where hardware rounds to bfloat16.
+INTERPRETING = tl.constexpr(interpreting())
 
 
 def input_precision(dtype: torch.dtype, order: int = 1) -> str:
@@ -37,7 +37,17 @@ def conv_precision(dtype: torch.dtype) -> str:
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in float32; ``acc`` may be None."""
-    if WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
+    if INTERPRETING and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in ``DTYPE``, rounded to nearest even."""
+    if INTERPRETING and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(DTYPE)

@@ -1,7 +1,8 @@
 """Tiles of the two projection kernels, and what ahead-of-time compilation needs to know of them.
 
 Both move far more bytes than they multiply, so a tile need only be large enough to read whole cache lines and to keep
-its sums in registers: at most 64 pixels x 128 outputs x 2 image rows over 8 warps is 64 sums a thread.
+its sums in registers: at most 64 pixels x 128 outputs x 2 image rows over 8 warps is 64 sums a thread. float32 operands
+are split into three TF32 parts, which takes the registers of half of them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ def across(width: int) -> int:
     return min(64, max(16, 1 << (width - 1).bit_length()))
 
 
-def block_for(outputs: int) -> tuple[int, int]:
-    """Outputs of a tile and the warps for them."""
-    out = min(128, max(16, 1 << (outputs - 1).bit_length()))
+def block_for(outputs: int, itemsize: int) -> tuple[int, int]:
+    """Outputs of a tile and the warps for them, for weights of ``itemsize`` bytes."""
+    out = min(128 if itemsize == 2 else 64, max(16, 1 << (outputs - 1).bit_length()))
     return out, 8 if out == 128 else 4
 
 
@@ -30,9 +31,12 @@ def aot_cases(capability: int) -> list:
     from fastgan.kernels.projection_residual import PIXELS, projection_residual_fwd_kernel
 
     cases = []
+    tiles = (16, 32, 64, 128)
     for (weight, x), layout, outputs in itertools.product(
-        (("*fp16", "*fp16"), ("*fp32", "*fp32"), ("*fp16", "*fp32")), ("_sn", "_sc"), (16, 32, 64, 128)
+        (("*fp16", "*fp16"), ("*fp32", "*fp32"), ("*fp16", "*fp32")), ("_sn", "_sc"), tiles
     ):
+        if outputs > 64 and weight == "*fp32":
+            continue
         for kernel, pixels in ((pooled_projection_fwd_kernel, 64), (projection_residual_fwd_kernel, PIXELS)):
             cases.append(_case(kernel, pixels, weight, x, layout, outputs))
     return cases
@@ -41,7 +45,7 @@ def aot_cases(capability: int) -> list:
 def _case(kernel, pixels: int, weight: str, x: str, layout: str, outputs: int):
     from fastgan.kernels.aot import AotCase
 
-    out, num_warps = block_for(outputs)
+    out, num_warps = block_for(outputs, 2 if weight == "*fp16" else 4)
     precision = "tf32" if weight == "*fp16" else "tf32x3"
     sizes = {"T": pixels, "P": pixels, "OUT": out, "CHUNK": CHUNK, "BIAS": True, "PRECISION": precision}
     constexprs = {name: value for name, value in sizes.items() if name in kernel.arg_names}

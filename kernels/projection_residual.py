@@ -20,7 +20,7 @@ def projection_residual_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, x
     x_rows, y = rows_of(x), image_like(x)
     y_rows = rows_of(y)
     if y.numel():
-        out, num_warps = block_for(outputs)
+        out, num_warps = block_for(outputs, weight.itemsize)
         grid = (b * triton.cdiv(n, PIXELS) * triton.cdiv(outputs, out),)
         projection_residual_fwd_kernel[grid](
             rows, weight, weight if bias is None else bias, x_rows, y_rows,
