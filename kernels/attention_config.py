@@ -1,11 +1,11 @@
 """Launch configurations of the attention kernels: a small frozen table.
 
 Each entry is the largest tile that compiles without local memory at 64 channels of q and k, on all architectures of
-its family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). What limits it is registers: a program keeps its own operands and its
-float32 sums, and of each tile up to five maps. On sm_90 and later the tensor cores want 64 rows of the program's own
-side; where that leaves too few registers for the sums as wide as v, v is cut into slabs rather than the tile. float32
-operands are split into three TF32 parts, which doubles what is kept, so their tiles are smaller, and their double
-backward multiplies in float32 proper.
+its family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). What limits it is registers: a program
+keeps its own operands and its float32 sums, and of each tile up to five maps. On sm_90 and later the tensor cores want
+64 rows of the program's own side; where that leaves too few registers for the sums as wide as v, v is cut into slabs
+rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles are
+smaller, and their double backward multiplies in float32 proper.
 """
 
 from __future__ import annotations
