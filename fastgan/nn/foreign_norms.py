@@ -7,16 +7,13 @@ weight and one stored vector (BigGAN's ``W_`` with ``u0`` and ``sv0``, torch-mim
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastgan.nn.normed_weight import NormedWeight, Reading, Settings, dtype_of, without_supply
-
-OlderHook: Any = sys.modules["torch.nn.utils.spectral_norm"].SpectralNorm  # torch's function of that name hides it
+from fastgan.nn.normed_weight import NormedWeight, OlderHook, Reading, Settings, dtype_of, without_supply
 
 
 class OlderNorm(NormedWeight, OlderHook):

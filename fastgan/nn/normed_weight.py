@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from fastgan.ops.spectral_norm import output_dtype, spectral_norm_scale, spectra
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 Vectors = tuple[Tensor, Tensor, Tensor]
+OlderHook: Any = sys.modules["torch.nn.utils.spectral_norm"].SpectralNorm  # torch's function of that name hides it
 
 
 class Settings(NamedTuple):

@@ -11,7 +11,16 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan.backend import check_impl
 from fastgan.checks import check_tensor
-from fastgan.nn.normed_weight import AUTOCAST, TRANSPOSED, NormedWeight, Reading, Settings, dtype_of, without_supply
+from fastgan.nn.normed_weight import (
+    AUTOCAST,
+    TRANSPOSED,
+    NormedWeight,
+    OlderHook,
+    Reading,
+    Settings,
+    dtype_of,
+    without_supply,
+)
 from fastgan.nn.spectral_norm_state import complete, parametrizations
 
 
@@ -111,6 +120,13 @@ def spectral_norm(
         weight = parametrizations(module)[name].original
         if any(isinstance(norm, _SpectralNorm) for norm in parametrizations(module)[name]):
             raise ValueError(f"name={name!r}: this parameter of {type(module).__name__} has a spectral norm already")
+    if any(isinstance(hook, OlderHook) and hook.name == name for hook in module._forward_pre_hooks.values()):
+        raise ValueError(
+            f"name={name!r}: this parameter of {type(module).__name__} has the norm of torch.nn.utils.spectral_norm; "
+            "fastgan.nn.fuse takes that over"
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{name} must be initialised, by a forward of {type(module).__name__}")
     if weight is None:
         raise ValueError(f"name must be that of a parameter or buffer of {type(module).__name__}, got {name!r}")
     check_tensor(name, weight)

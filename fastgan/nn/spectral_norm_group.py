@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.nn.normed_weight import AUTOCAST, NormedWeight, Reading, Vectors, scale, update
+from fastgan.nn.normed_weight import AUTOCAST, NormedWeight, OlderHook, Reading, Vectors, scale, update
 from fastgan.nn.spectral_norm import SpectralNorm, check_settings, spectral_norm
 from fastgan.nn.spectral_norm_state import complete, only_norm, parametrizations
 
@@ -160,11 +160,18 @@ def group_spectral_norm(
         ``root``.
 
     Raises:
-        ValueError: an argument is out of range, or there is nothing to normalise below ``root``.
+        ValueError: an argument is out of range, there is nothing to normalise below ``root``, or a layer has the norm
+            of :func:`torch.nn.utils.spectral_norm`, which :func:`fastgan.nn.fuse` takes over.
     """
     check_settings(n_power_iterations, eps, impl)
     if updates not in UPDATES:
         raise ValueError(f"updates must be one of {', '.join(map(repr, UPDATES))}, got {updates!r}")
+    for path, module in root.named_modules():
+        if any(isinstance(hook, OlderHook) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"root has the norm of torch.nn.utils.spectral_norm at {path or 'itself'}; "
+                "fastgan.nn.fuse takes that over"
+            )
     layers = [(module, norm) for module in root.modules() for norm in _norms_of(module, n_power_iterations, eps, impl)]
     if not layers:
         raise ValueError("root must contain a linear, convolution or embedding layer with a weight, got none")
