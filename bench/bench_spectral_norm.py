@@ -1,21 +1,36 @@
-"""All spectral norms of a critic: one grouped update against torch's parametrization, forward and forward+backward."""
+"""All spectral norms of a network: one grouped update against torch's parametrization, its older hook, torch.compile.
+
+The networks hold the weights of published critics and generators and nothing else, so that what is timed is spectral
+normalisation. Each weight has one singular value of 1 among small ones and starts at its vectors: every order of
+updates then gives the same sigma, and the implementations can be compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as older_spectral_norm
 
 from bench.harness import Workload
 from fastgan.nn import group_spectral_norm
 
+# Passes over the weights that cannot be avoided: reads and writes of one float32 an entry.
+PASSES = {
+    "forward": 4,  # W v, W^T u, and W / sigma from W
+    "forward+backward": 8,  # and <G, W>, then dW from G
+    "double backward": 16,  # and <G, W>, <H, G>, <H, u v^T>, then dG and dW from H, G, W
+}
+
 
 class Weights(nn.Module):
-    """Layers whose weights are read, as a forward reads them, and not used: what is left is spectral normalisation."""
+    """Layers whose weights are read, as a forward reads them, and not used."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -25,92 +40,224 @@ class Weights(nn.Module):
         return [layer.weight for layer in self.layers]  # type: ignore[misc]
 
 
+class OlderWeights(Weights):
+    """The same under torch's older norm, whose hook runs at the forward of a layer."""
+
+    def forward(self) -> list[Tensor]:
+        for layer in self.layers:
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, ())
+        return super().forward()
+
+
+def _conv(c_in: int, c_out: int, size: int) -> nn.Module:
+    return nn.Conv2d(c_in, c_out, size, bias=False)
+
+
+def _linear(c_in: int, c_out: int) -> nn.Module:
+    return nn.Linear(c_in, c_out, bias=False)
+
+
 def _blocks(channels: Sequence[tuple[int, int, bool]]) -> list[nn.Module]:
-    """Residual critic blocks (in, out, has a shortcut convolution)."""
+    """Residual blocks (in, out, has a shortcut convolution)."""
     layers: list[nn.Module] = []
     for c_in, c_out, shortcut in channels:
-        layers += [nn.Conv2d(c_in, c_out, 3, bias=False), nn.Conv2d(c_out, c_out, 3, bias=False)]
+        layers += [_conv(c_in, c_out, 3), _conv(c_out, c_out, 3)]
         if shortcut:
-            layers.append(nn.Conv2d(c_in, c_out, 1, bias=False))
+            layers.append(_conv(c_in, c_out, 1))
     return layers
 
 
 def _attention(c: int) -> list[nn.Module]:
     pairs = ((c, c // 8), (c, c // 8), (c, c // 2), (c // 2, c))
-    return [nn.Conv2d(c_in, c_out, 1, bias=False) for c_in, c_out in pairs]
+    return [_conv(c_in, c_out, 1) for c_in, c_out in pairs]
 
 
-def _pyramid(ch: int) -> list[tuple[int, int, bool]]:
+def _down(ch: int) -> list[tuple[int, int, bool]]:
     widths = [3, ch, 2 * ch, 4 * ch, 8 * ch, 16 * ch]
     return [(a, b, True) for a, b in pairwise(widths)] + [(16 * ch, 16 * ch, False)]
 
 
-def sngan_32(width: int = 128) -> Weights:
+def _up(ch: int) -> list[tuple[int, int, bool]]:
+    return [(a, b, True) for a, b in pairwise([16 * ch, 16 * ch, 8 * ch, 4 * ch, 2 * ch, ch])]
+
+
+def sngan_32_critic(width: int = 128) -> list[nn.Module]:
     """SNGAN-32's critic (Miyato et al. 2018): 4 blocks of 128 channels, 11 weights."""
     blocks = [(3, width, True), (width, width, True), (width, width, False), (width, width, False)]
-    return Weights([*_blocks(blocks), nn.Linear(width, 1)])
+    return [*_blocks(blocks), _linear(width, 1)]
 
 
-def sagan_128(ch: int = 64) -> Weights:
+def sngan_32_generator(width: int = 256) -> list[nn.Module]:
+    """A generator of SNGAN-32's size, normed as SAGAN's is (SNGAN norms the critic alone): 11 weights."""
+    return [_linear(128, 16 * width), *_blocks([(width, width, True)] * 3), _conv(width, 3, 3)]
+
+
+def sagan_128_critic(ch: int = 64) -> list[nn.Module]:
     """SAGAN-128's critic (Zhang et al. 2019), 1000 classes: 23 weights."""
-    return Weights([*_blocks(_pyramid(ch)), *_attention(2 * ch), nn.Linear(16 * ch, 1), nn.Embedding(1000, 16 * ch)])
+    return [*_blocks(_down(ch)), *_attention(2 * ch), _linear(16 * ch, 1), nn.Embedding(1000, 16 * ch)]
 
 
-def biggan_128(ch: int = 96) -> Weights:
+def sagan_128_generator(ch: int = 64) -> list[nn.Module]:
+    """SAGAN-128's generator: 21 weights."""
+    return [_linear(128, 256 * ch), *_blocks(_up(ch)), *_attention(4 * ch), _conv(ch, 3, 3)]
+
+
+def biggan_128_critic(ch: int = 96) -> list[nn.Module]:
     """BigGAN-128's critic (Brock et al. 2019), 1000 classes: 23 weights."""
-    return Weights([*_blocks(_pyramid(ch)), *_attention(ch), nn.Linear(16 * ch, 1), nn.Embedding(1000, 16 * ch)])
+    return [*_blocks(_down(ch)), *_attention(ch), _linear(16 * ch, 1), nn.Embedding(1000, 16 * ch)]
 
 
-CRITICS: dict[str, Callable[[], Weights]] = {"sngan-32": sngan_32, "sagan-128": sagan_128, "biggan-128": biggan_128}
+def biggan_128_generator(ch: int = 96) -> list[nn.Module]:
+    """BigGAN-128's generator: 41 weights, 20 of them gains and biases of batch norms from 148 conditions."""
+    conditions = [_linear(148, c) for block in _up(ch) for c in block[:2] for _ in ("gain", "bias")]
+    return [_linear(20, 256 * ch), *_blocks(_up(ch)), *conditions, *_attention(2 * ch), _conv(ch, 3, 3)]
 
 
-def workloads(quick: bool, device: str) -> list[Workload]:
-    """Forward and forward+backward of every critic; ``quick`` leaves out all but the smallest."""
-    names = ["sngan-32"] if quick else list(CRITICS)
-    return [_workload(name, backward, device) for name in names for backward in (False, True)]
+NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
+    "sngan-32 critic": sngan_32_critic,
+    "sngan-32 generator": sngan_32_generator,
+    "sagan-128 critic": sagan_128_critic,
+    "sagan-128 generator": sagan_128_generator,
+    "biggan-128 critic": biggan_128_critic,
+    "biggan-128 generator": biggan_128_generator,
+}
 
 
-def _workload(name: str, backward: bool, device: str) -> Workload:
-    grouped, plain = networks(name, device)
-    numel = sum(p.numel() for p in grouped.parameters())
-    run = _forward_backward(grouped) if backward else _forward
+def workloads(quick: bool, device: str) -> Iterator[Workload]:
+    """Three depths of differentiation for every network; ``quick`` takes the smallest, and no torch.compile."""
+    for name in ["sngan-32 critic"] if quick else NETWORKS:
+        variants = networks(name, device)
+        for depth in PASSES:
+            yield _workload(name, depth, variants, device, quick)
+
+
+def networks(name: str, device: str) -> dict[str, Weights]:
+    """One network under each norm, with equal weights and vectors: grouped, torch's parametrization, its older hook."""
+    variants: dict[str, Weights] = {}
+    for implementation in ("fastgan", "torch", "torch, older hook"):
+        torch.manual_seed(0)
+        layers = NETWORKS[name]()
+        planted = [_plant(layer.weight) for layer in layers]  # type: ignore[arg-type]
+        older = implementation == "torch, older hook"
+        for layer, (u, v) in zip(layers, planted, strict=True):
+            norm: Any = older_spectral_norm(layer) if older else parametrizations.spectral_norm(layer)
+            own_u, own_v = (
+                (norm.weight_u, norm.weight_v)
+                if older
+                else (norm.parametrizations.weight[0]._u, norm.parametrizations.weight[0]._v)
+            )
+            own_u.copy_(u)
+            own_v.copy_(v)
+        network = (OlderWeights if older else Weights)(layers).to(device)
+        variants[implementation] = group_spectral_norm(network) if implementation == "fastgan" else network  # type: ignore[assignment]
+    return variants
+
+
+@torch.no_grad()
+def _plant(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Make ``weight`` u v^T and noise of a hundredth of its norm; returns u and v."""
+    rows, columns = weight.shape[0], weight[0].numel()
+    u, v = (nn.functional.normalize(torch.randn(n), dim=0) for n in (rows, columns))
+    noise = torch.randn(rows, columns) * 0.01 / (rows**0.5 + columns**0.5)
+    weight.copy_((torch.outer(u, v) + noise).view(weight.shape))
+    return u, v
+
+
+def _workload(name: str, depth: str, variants: dict[str, Weights], device: str, quick: bool) -> Workload:
+    numel = sum(p.numel() for p in variants["torch"].parameters())
+    run = _runs(variants["torch"])[depth]
+    implementations = {key: functools.partial(run, network) for key, network in variants.items()}
+    if not quick:
+        implementations["torch, torch.compile"] = functools.partial(run, torch.compile(variants["torch"]))
+    if device == "cuda":
+        implementations["fastgan, CUDA graph"] = _graphed(implementations["fastgan"])
+    moved, bandwidth = 4 * numel * PASSES[depth], copy_bandwidth(device)
     return Workload(
-        name=f"{name} critic, {'forward+backward' if backward else 'forward'}",
-        implementations={"fastgan": lambda: run(grouped), "torch": lambda: run(plain)},
+        name=f"{name}, {depth}",
+        implementations=implementations,
         reference="torch",
         check=_difference,
-        parameters={"device": device, "layers": len(grouped.layers), "numel": numel, "dtype": "float32"},
+        parameters={
+            "device": device,
+            "layers": len(variants["torch"].layers),
+            "numel": numel,
+            "dtype": "float32",
+            "bytes": moved,
+            "copy_bandwidth": bandwidth,
+        },
+        floor=moved / bandwidth,
     )
 
 
-def networks(name: str, device: str) -> tuple[Weights, Weights]:
-    """One critic twice, with equal weights and vectors: with the grouped norm, and with torch's."""
-    torch.manual_seed(0)
-    plain = CRITICS[name]()
-    for layer in plain.layers:
-        parametrizations.spectral_norm(layer)
-    grouped = CRITICS[name]()
-    group_spectral_norm(grouped)
-    grouped.load_state_dict(plain.state_dict())
-    return grouped.to(device), plain.to(device)
+def _runs(like: Weights) -> dict[str, Callable[[Any], list[Tensor]]]:
+    """The work at each depth, against fixed random cotangents in the shapes of the weights of ``like``."""
+    shapes = [p for p in like.parameters() if p.ndim > 1]
+    first, second = ([torch.randn_like(p) for p in shapes] for _ in range(2))
+
+    def parameters(network: nn.Module) -> list[Tensor]:
+        return [p for p in network.parameters() if p.ndim > 1]
+
+    def forward(network: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return network()
+
+    def backward(network: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(network(), parameters(network), first))
+
+    def double_backward(network: Any) -> list[Tensor]:
+        weights = parameters(network)
+        gradients = torch.autograd.grad(network(), weights, first, create_graph=True)
+        return list(torch.autograd.grad(gradients, weights, second))
+
+    return dict(zip(PASSES, (forward, backward, double_backward), strict=True))
 
 
-def _forward(network: Weights) -> list[Tensor]:
-    with torch.no_grad():
-        return network()
+def _graphed(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """``run`` as a CUDA graph, captured at the first call."""
+
+    @functools.cache
+    def captured() -> tuple[Any, list[Tensor]]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+        return graph, result
+
+    def replay() -> list[Tensor]:
+        graph, result = captured()
+        graph.replay()
+        return result
+
+    return replay
 
 
-def _forward_backward(like: Weights) -> Callable[[Weights], list[Tensor]]:
-    """Gradients of the normalised weights against fixed random cotangents, shaped as the weights of ``like``."""
-    cotangents = [torch.randn_like(p) for p in like.parameters() if p.ndim > 1]
+@functools.cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of the fastest of 10 copies far larger than any cache."""
+    source = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4 * source.numel() / best
 
-    def run(network: Weights) -> list[Tensor]:
-        return list(torch.autograd.grad(network(), [p for p in network.parameters() if p.ndim > 1], cotangents))
 
-    return run
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _difference(result: Any, reference: Any) -> float:
-    """The largest relative difference of a weight, in the Frobenius norm."""
+    """The largest relative difference of a weight or gradient, in the Frobenius norm."""
     pairs = zip(result, reference, strict=True)
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)

@@ -52,32 +52,37 @@ def update(
     finite, the vector it would give is undefined and the old one stays; where sigma is zero, 1 is returned, so that a
     weight of zeros stays zero.
     """
-    dtype = compute_dtype(weights[0])
-    matrices = [as_matrix(weight, dim).to(dtype) for weight, dim in zip(weights, dims, strict=True)]
-    new_us, new_vs = [u.to(dtype) for u in us], [v.to(dtype) for v in vs]
-    if v_first:  # the same iteration on the transposed matrices
-        matrices, new_us, new_vs = [w.T for w in matrices], new_vs, new_us
-    products = [] if n_power_iterations else [torch.mv(w.T, u) for w, u in zip(matrices, new_us, strict=True)]
-    for _ in range(n_power_iterations):
-        new_us = _normalize([torch.mv(w, v) for w, v in zip(matrices, new_vs, strict=True)], new_us, eps)
-        products = [torch.mv(w.T, u) for w, u in zip(matrices, new_us, strict=True)]
-        new_vs = _normalize(products, new_vs, eps)
-    # u^T W v = (W^T u) . v, so the product W v that torch computes here is not needed.
-    sigma = torch.stack([torch.dot(t, v) for t, v in zip(products, new_vs, strict=True)])
-    if v_first:
-        new_us, new_vs = new_vs, new_us
+    new_us, new_vs, sigmas = [], [], []
+    for weight, u, v, dim in zip(weights, us, vs, dims, strict=True):  # one by one, as a core's cache may hold a weight
+        matrix = as_matrix(weight, dim).to(compute_dtype(weight))
+        u, v = u.to(matrix.dtype), v.to(matrix.dtype)
+        if v_first:  # the same iteration on the transposed matrix
+            v, u, sigma = _iterate(matrix.T, v, u, n_power_iterations, eps)
+        else:
+            u, v, sigma = _iterate(matrix, u, v, n_power_iterations, eps)
+        new_us.append(u)
+        new_vs.append(v)
+        sigmas.append(sigma)
     if n_power_iterations:
         torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
+    sigma = torch.stack(sigmas)
     return torch.cat(new_us), torch.cat(new_vs), torch.where(sigma == 0, torch.ones_like(sigma), sigma)
 
 
-def _normalize(products: list[Tensor], old: list[Tensor], eps: float) -> list[Tensor]:
-    norms = torch.stack(torch._foreach_norm(products))
-    defined = (norms > 0) & (norms < torch.inf)
-    vectors = torch._foreach_div(products, list(norms.clamp_min(eps).unbind()))
-    if defined.all():
-        return list(vectors)
-    return [torch.where(d, new, before) for d, new, before in zip(defined, vectors, old, strict=True)]
+def _iterate(w: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    for _ in range(n_power_iterations):
+        u = _normalized(torch.mv(w, v), u, eps)
+        product = torch.mv(w.T, u)
+        v = _normalized(product, v, eps)
+    if n_power_iterations == 0:
+        product = torch.mv(w.T, u)
+    # u^T W v = (W^T u) . v, so the product W v that torch computes here is not needed.
+    return u, v, torch.dot(product, v)
+
+
+def _normalized(product: Tensor, old: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(product).item()
+    return product / max(norm, eps) if 0 < norm < math.inf else old
 
 
 def scale(

@@ -178,6 +178,32 @@ def test_a_fused_model_trains_as_the_original_and_their_checkpoints_are_the_same
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_gradient_penalty_through_a_fused_model(norm):
+    original = critic(NORMS[norm]).double()
+    nn.init.constant_(original[2].gamma, 0.5)
+    fused, _ = fuse(original)
+    gradients = []
+    for model in (original, fused):
+        x = images().double().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        (gradient.flatten(1).norm(dim=1) - 1).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["older", "stored"])
+def test_compiled_whole(norm):
+    fused, _ = fuse(critic(NORMS[norm]))
+    other = copy.deepcopy(fused)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images()), fused(images()), rtol=1e-4, atol=1e-6)
+    assert_same_state(other, fused)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_one_grouped_update_a_forward(norm, monkeypatch):
     from fastgan.nn import normed_weight
 
