@@ -63,6 +63,29 @@ def wasserstein_generator(fake: Tensor) -> Tensor:
     return -_full(fake=fake).mean()
 
 
+def least_squares_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean((real - 1)^2) / 2 + mean(fake^2) / 2 (Mao et al. 2017)."""
+    real, fake = _full(real=real), _full(fake=fake)
+    return (real - 1).square().mean() / 2 + fake.square().mean() / 2
+
+
+def least_squares_generator(fake: Tensor) -> Tensor:
+    """mean((fake - 1)^2) / 2 (Mao et al. 2017)."""
+    return (_full(fake=fake) - 1).square().mean() / 2
+
+
+def auxiliary_class_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """-mean(log softmax(class_logits)[label]), the L_C of an auxiliary classifier (Odena et al. 2017).
+
+    Args:
+        class_logits: (n, n_classes).
+        labels: int64 (n,).
+    """
+    check_tensor("class_logits", class_logits, ndim=2)
+    check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
+    return F.cross_entropy(_full(class_logits=class_logits), labels)
+
+
 LOSSES = {
     loss.name: loss
     for loss in (
@@ -70,6 +93,7 @@ LOSSES = {
         GANLoss("non-saturating", bce_discriminator, non_saturating_generator),
         GANLoss("saturating", bce_discriminator, saturating_generator),
         GANLoss("wasserstein", wasserstein_discriminator, wasserstein_generator),
+        GANLoss("least-squares", least_squares_discriminator, least_squares_generator),
     )
 }
 

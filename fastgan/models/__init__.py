@@ -1,5 +1,20 @@
 """Generators and discriminators."""
 
-from fastgan.models.sagan import SAGANDiscriminator, SAGANGenerator, check_labels
+from fastgan.models.base import Generator, check_labels
+from fastgan.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from fastgan.models.resnet import ResNetDiscriminator, ResNetGenerator
+from fastgan.models.sagan import SAGANDiscriminator, SAGANGenerator
+from fastgan.models.sketch import SketchDiscriminator, SketchGenerator
 
-__all__ = ["SAGANDiscriminator", "SAGANGenerator", "check_labels"]
+__all__ = [
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "Generator",
+    "ResNetDiscriminator",
+    "ResNetGenerator",
+    "SAGANDiscriminator",
+    "SAGANGenerator",
+    "SketchDiscriminator",
+    "SketchGenerator",
+    "check_labels",
+]

@@ -31,21 +31,34 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(shift, super().forward(x), gain)
 
 
+class PlainBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that takes labels and does not look at them: the unconditional twin of the one above."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def batch_norm(num_features: int, n_classes: int) -> ConditionalBatchNorm2d | PlainBatchNorm2d:
+    """Class-conditional batch norm, or the plain one for ``n_classes`` 0; both are called with labels."""
+    return ConditionalBatchNorm2d(num_features, n_classes) if n_classes else PlainBatchNorm2d(num_features)
+
+
 class UpBlock(nn.Module):
     """Residual generator block, twice the resolution: batch norm, ReLU, nearest up-sampling, 3x3 convolution, twice.
 
-    Shapes: (n, in_channels, h, w) and labels (n,) to (n, out_channels, 2h, 2w).
+    Shapes: (n, in_channels, h, w) and labels (n,) to (n, out_channels, 2h, 2w). With ``n_classes`` 0 the labels may be
+    None.
     """
 
     def __init__(self, in_channels: int, out_channels: int, n_classes: int) -> None:
         super().__init__()
-        self.norm1 = ConditionalBatchNorm2d(in_channels, n_classes)
+        self.norm1 = batch_norm(in_channels, n_classes)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = ConditionalBatchNorm2d(out_channels, n_classes)
+        self.norm2 = batch_norm(out_channels, n_classes)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         h = upsample(F.relu(self.norm1(x, labels)))
         h = self.conv2(F.relu(self.norm2(self.conv1(h), labels)))
         # A 1x1 convolution commutes with nearest up-sampling; this order is four times cheaper.
@@ -95,6 +108,58 @@ class ProjectionHead(nn.Module):
 
     def forward(self, h: Tensor, labels: Tensor) -> Tensor:
         return self.linear(h).squeeze(1) + (self.embed(labels) * h).sum(1)
+
+
+class PlainHead(nn.Module):
+    """Logit of a feature vector, (n, features) to (n,); labels are not looked at."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, 1)
+
+    def forward(self, h: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.linear(h).squeeze(1)
+
+
+class AuxiliaryHead(nn.Module):
+    """Logit and class logits of a feature vector, (n, features) to (n,) and (n, n_classes) (Odena et al. 2017)."""
+
+    def __init__(self, features: int, n_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, 1)
+        self.classes = nn.Linear(features, n_classes)
+
+    def forward(self, h: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.linear(h).squeeze(1), self.classes(h)
+
+
+HEADS = ("plain", "projection", "auxiliary")
+
+
+def make_head(kind: str, features: int, n_classes: int) -> nn.Module:
+    """A head of :data:`HEADS`, called as ``head(h, labels)``.
+
+    Raises:
+        ValueError: there is none of this name, or it needs classes and ``n_classes`` is 0.
+    """
+    if kind not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {kind!r}")
+    if kind == "plain":
+        return PlainHead(features)
+    if n_classes < 1:
+        raise ValueError(f"head {kind!r} needs n_classes of at least 1, got {n_classes}")
+    return ProjectionHead(features, n_classes) if kind == "projection" else AuxiliaryHead(features, n_classes)
+
+
+def join_one_hot(h: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Append the one-hot code of ``labels`` (n,) to the channels of ``h``, (n, c) or (n, c, height, width).
+
+    Returns:
+        (n, c + n_classes, ...), the code repeated at every pixel.
+    """
+    # Compared, not scattered: one_hot checks the range of its input, which waits for the device.
+    code = (labels[:, None] == torch.arange(n_classes, device=labels.device)).to(h.dtype)
+    return torch.cat([h, code[(...,) + (None,) * (h.ndim - 2)].expand(-1, -1, *h.shape[2:])], 1)
 
 
 def upsample(x: Tensor) -> Tensor:

@@ -4,18 +4,74 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
+PRECISIONS = ("fp32", "bf16")
+SKETCHES = ("none", "edges", "paired", "unpaired")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images.
+
+    Args:
+        source: "digits", "cifar10", or a folder: a heap of images, one subfolder a class, or ``images`` and
+            ``sketches``.
+        channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
+        sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder.
+        flip: mirror half of the images.
+        dequantise: add noise of one grey level.
+        held_out: the part of a folder's images that is scored against and not trained on.
+        on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.
+    """
+
+    source: str = "digits"
+    channels: int = 0
+    sketches: str = "none"
+    flip: bool = False
+    dequantise: bool = False
+    held_out: float = 0.1
+    on_device: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("sketches", self.sketches, SKETCHES)
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"channels must be 0, 1 or 3, got {self.channels}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be in (0, 1), got {self.held_out}")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks: arguments of the generator and of the discriminator beside classes and image channels."""
+    """The networks; what an architecture has no use for must be left at its default.
 
-    architecture: str = "sagan"
+    Args:
+        architecture: "resnet", "dcgan" or "sketch".
+        conditional: the networks are told the classes.
+        resolution: height and width of the images, a power of two.
+        dim_z: length of the noise.
+        generator_width, discriminator_width: channels where the maps are largest.
+        max_multiplier: no layer has more channels than the width times this.
+        attention_resolution: width of the maps that self-attention works on; 0 for no attention.
+        generator_spectral_norm: normalise the generator's weights.
+        discriminator_norm: "none", "batch", "instance" or "spectral".
+        head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
+        label_channels: length of the sketch generator's label embedding.
+        sees_sketch: the sketch discriminator sees the sketch beside the image.
+    """
+
+    architecture: str = "resnet"
+    conditional: bool = True
     resolution: int = 32
     dim_z: int = 128
     generator_width: int = 64
     discriminator_width: int = 64
     max_multiplier: int = 4
-    attention_resolution: int = 16
+    attention_resolution: int = 0
+    generator_spectral_norm: bool = False
+    discriminator_norm: str = "none"
+    head: str = "plain"
+    label_channels: int = 32
+    sees_sketch: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,12 +83,22 @@ class TrainConfig:
         batch_size: images a discriminator update, and latents a generator update.
         n_critic: discriminator updates a generator update.
         loss: a name in ``fastgan.losses.LOSSES``.
+        gradient_penalty: weight of the penalty on the critic's gradient between real and generated images; 0 for none.
+        r1: weight of the R1 penalty, the paper's gamma; 0 for none.
+        clip: bound of the critic's weights after each update; 0 for none.
+        class_weight_discriminator, class_weight_generator: weights of the auxiliary classifier's loss.
+        class_loss_on_generated: the discriminator learns the classes of generated images too, as in the ACGAN paper.
+        optimizer: "adam", "adamw", "rmsprop" or "sgd", with torch.optim's numerics.
         lr_generator, lr_discriminator: learning rates (two time scales: Heusel et al. 2017).
-        betas: of both Adam optimisers.
+        betas: of adam and adamw.
+        momentum: of rmsprop and sgd.
+        weight_decay: of all.
         decay_from: the part of ``steps`` after which both learning rates fall linearly to zero; 1 keeps them constant.
         ema_decay: decay of the generator's moving average a step, in [0, 1).
         augment: differentiable augmentations of real and generated images (Zhao et al. 2020), names in
-            ``fastgan.training.augment.AUGMENTATIONS``.
+            ``fastgan.diffaugment.AUGMENTATIONS``.
+        precision: "fp32", or "bf16" for autocast; weights and gradient penalty stay float32.
+        channels_last: memory layout of weights and images.
         seed: of weights, noise, labels, augmentation and batch order.
     """
 
@@ -40,12 +106,23 @@ class TrainConfig:
     batch_size: int = 64
     n_critic: int = 1
     loss: str = "hinge"
+    gradient_penalty: float = 0.0
+    r1: float = 0.0
+    clip: float = 0.0
+    class_weight_discriminator: float = 0.0
+    class_weight_generator: float = 0.0
+    class_loss_on_generated: bool = False
+    optimizer: str = "adam"
     lr_generator: float = 1e-4
     lr_discriminator: float = 4e-4
     betas: tuple[float, float] = (0.0, 0.9)
+    momentum: float = 0.0
+    weight_decay: float = 0.0
     decay_from: float = 1.0
     ema_decay: float = 0.999
     augment: tuple[str, ...] = ()
+    precision: str = "fp32"
+    channels_last: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,19 +132,69 @@ class TrainConfig:
         for name in ("lr_generator", "lr_discriminator"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in (
+            "gradient_penalty",
+            "r1",
+            "clip",
+            "class_weight_discriminator",
+            "class_weight_generator",
+            "weight_decay",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("precision", self.precision, PRECISIONS)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.decay_from <= 1:
             raise ValueError(f"decay_from must be in [0, 1], got {self.decay_from}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes, and when, in steps.
+
+    Args:
+        grid_every, checkpoint_every, score_every: intervals; grids, checkpoints and scores are also made at the end.
+        score_sizes: numbers of generated images at which the Frechet distance is taken, those that the held-out images
+            allow; the largest decides which checkpoint is the best.
+        backbone: "inception", "efficientnet_lite0", or "auto": Inception where its weights are at hand and the data is
+            not the digits.
+        tensorboard, wandb: write there too.
+    """
+
+    grid_every: int = 1000
+    checkpoint_every: int = 1000
+    score_every: int = 5000
+    score_sizes: tuple[int, ...] = (128, 1024, 10_000)
+    backbone: str = "auto"
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("grid_every", "checkpoint_every", "score_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.score_sizes or min(self.score_sizes) < 2:
+            raise ValueError(f"score_sizes must be numbers of at least 2, got {self.score_sizes}")
+        _check_choice("backbone", self.backbone, ("auto", "inception", "efficientnet_lite0"))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named system: data, networks, training."""
+    """A named system: data, networks, training, and what is written down of it."""
 
     name: str
-    data: str = "digits"
+    about: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

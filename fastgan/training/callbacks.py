@@ -20,8 +20,12 @@ class Callback:
     def on_step(self, trainer: Trainer) -> None:
         """After each step. Losses reach ``trainer.history`` with a delay, as reading them stalls a GPU."""
 
+    def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
+        """When losses have been read: a mapping for each step since the last call, up to ``trainer.step``, with
+        "discriminator", "generator", and their terms as "discriminator/adversarial" and so on."""
+
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step, or after an error."""
+        """After the last step, or after an error, once :meth:`on_start` was called."""
 
 
 class ProgressBar(Callback):

@@ -21,22 +21,26 @@ class EMA:
 
     Attributes:
         module: the averaged network, in eval mode.
+        updates: how many there have been, a scalar on the network's device: an update reads nothing on the host, so
+            that a graph can hold it.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self.updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self._averaged, self._copied = _state(self.module)
+        self.updates = torch.zeros((), dtype=torch.float64, device=self._averaged[0].device)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards ``model``, a network of the same structure."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weight = 1 - ((1 + self.updates) / (10 + self.updates)).clamp_max(self.decay)
         averaged, copied = _state(model)
-        torch._foreach_lerp_(self._averaged, averaged, 1 - decay)
+        differences = torch._foreach_sub(averaged, self._averaged)
+        torch._foreach_mul_(differences, weight)
+        torch._foreach_add_(self._averaged, differences)
         if copied:
             torch._foreach_copy_(self._copied, copied)
         self.updates += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.data import DeviceLoader, LabelledImages
-from fastgan.losses import gan_loss
-from fastgan.recipes.schema import TrainConfig
-from fastgan.training.augment import augment, check_policy
+from fastgan.draws import draw
+from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.callbacks import Callback
 from fastgan.training.ema import EMA
+from fastgan.training.gan import Batch, Objective, RecipeGan, Terms, total
+from fastgan.training.optimizers import make_optimizer
+from fastgan.training.step import discriminator_step, generator_step
 
 FLUSH_INTERVAL = 10
 
@@ -40,23 +42,32 @@ class History:
 
 
 class Trainer:
-    """Trains a conditional GAN on one device.
+    """Trains a GAN on one device.
 
     Args:
-        generator: called as ``generator(z, labels)``, with attributes ``n_classes`` and ``dim_z``.
-        discriminator: called as ``discriminator(images, labels)``, gives logits.
-        data: real images; moved to ``device``.
+        generator: called as ``generator(z, labels)`` or ``generator(sketches, labels)``; has ``n_classes`` and
+            ``dim_z``, as :class:`fastgan.models.Generator` has.
+        discriminator: called as ``discriminator(images, labels)``, gives logits, or logits and class logits.
+        data: real images; kept on ``device`` where ``images.on_device``.
         config: learning rates, batch size, loss and the rest.
+        images: flips, noise and sketches of the batches.
         device: where to train; both networks are moved there.
 
     Attributes:
+        gan: the networks and losses, a :class:`fastgan.training.gan.Gan`.
+        discriminator_step, generator_step: one update each, from a batch to the terms of the loss; to be replaced by
+            captured ones. The generator's takes the moving average along.
         ema: moving average of the generator; ``ema.module`` is the network to sample from.
         history: losses so far.
         step: generator updates done.
+        stop_requested: set it to end :meth:`run` after the step under way.
 
     Raises:
         ValueError: the networks and the data disagree in classes, or the configuration names something unknown.
     """
+
+    discriminator_step: Callable[[Batch], Terms]
+    generator_step: Callable[[Batch], Terms]
 
     def __init__(
         self,
@@ -65,61 +76,115 @@ class Trainer:
         data: LabelledImages,
         config: TrainConfig,
         *,
+        images: DataConfig | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         for name, network in (("generator", generator), ("discriminator", discriminator)):
-            if network.n_classes != data.n_classes:
+            if network.n_classes not in (0, data.n_classes):
                 raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
-        check_policy(config.augment)
-        self.loss = gan_loss(config.loss)
+        objective = Objective.of(config)
+        images = DataConfig() if images is None else images
         self.config = config
         self.device = torch.device(device)
-        self.n_classes = data.n_classes
-        self.dim_z = int(generator.dim_z)  # type: ignore[arg-type]
-        self.generator = generator.to(self.device).train()
-        self.discriminator = discriminator.to(self.device).train()
-        self.loader = DeviceLoader(data.to(self.device), config.batch_size, seed=config.seed)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.generator = generator.to(self.device, memory_format=self.layout).train()
+        self.discriminator = discriminator.to(self.device, memory_format=self.layout).train()
+        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        self.gan = RecipeGan(self.generator, self.discriminator, objective, autocast=autocast)
+        if self.gan.from_sketches and images.sketches == "none":
+            raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
+        if self.gan.sees_sketch and images.sketches == "unpaired":
+            raise ValueError("sketches must be 'edges' or 'paired' for a discriminator that sees them, got 'unpaired'")
+        self.loader = DeviceLoader(
+            data.to(self.device) if images.on_device else data,
+            config.batch_size,
+            seed=config.seed,
+            flip=images.flip,
+            dequantise=images.dequantise,
+            sketches=images.sketches,
+            device=self.device,
+        )
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.ema = EMA(self.generator, config.ema_decay)
-        self.optimizer_g = self._adam(self.generator, config.lr_generator)
-        self.optimizer_d = self._adam(self.discriminator, config.lr_discriminator)
+        self.optimizer_g = make_optimizer(self.generator, config.lr_generator, config)
+        self.optimizer_d = make_optimizer(self.discriminator, config.lr_discriminator, config)
+        self.discriminator_step = self._eager_discriminator_step
+        self.generator_step = self._eager_generator_step
         self.history = History()
         self.step = 0
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self.stop_requested = False
+        self._callbacks: Sequence[Callback] = ()
+        self._pending: list[dict[str, Tensor]] = []
 
     def run(self, steps: int | None = None, callbacks: Sequence[Callback] = ()) -> History:
-        """Do ``steps`` more steps, by default up to ``config.steps``.
+        """Do ``steps`` more steps, by default up to ``config.steps``, or fewer where a stop is requested.
 
         Raises:
             NonFiniteLossError: a loss is infinite or not a number.
         """
         steps = max(self.config.steps - self.step, 0) if steps is None else steps
-        for callback in callbacks:
-            callback.on_start(self, steps)
+        self._callbacks = callbacks
+        started: list[Callback] = []
         try:
+            for callback in callbacks:
+                started.append(callback)
+                callback.on_start(self, steps)
             for i in range(steps):
                 self.train_step()
-                if len(self._pending) >= FLUSH_INTERVAL or i == steps - 1:
-                    self._flush()
+                if len(self._pending) >= FLUSH_INTERVAL or i == steps - 1 or self.stop_requested:
+                    self.flush()
                 for callback in callbacks:
                     callback.on_step(self)
+                if self.stop_requested:
+                    break
         finally:
-            for callback in callbacks:
+            for callback in started:
                 callback.on_end(self)
+            self._callbacks = ()
         return self.history
 
     def train_step(self) -> None:
         """``n_critic`` discriminator updates and one generator update."""
         self._set_learning_rates()
-        losses_d = [self._discriminator_update(*self.loader.next()) for _ in range(self.config.n_critic)]
-        loss_g = self._generator_update()
-        self.ema.update(self.generator)
+        terms: list[Terms] = []
+        for _ in range(self.config.n_critic):
+            batch = self._next_batch()
+            terms.append(self.discriminator_step(batch))
+        terms_g = self.generator_step(batch)
         self.step += 1
-        self._pending.append((torch.stack(losses_d).mean(), loss_g))
+        means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+        self._pending.append(
+            {"discriminator": total(means), "generator": total(terms_g)}
+            | {f"discriminator/{name}": term for name, term in means.items()}
+            | {f"generator/{name}": term for name, term in terms_g.items()}
+        )
+
+    def flush(self) -> None:
+        """Read the losses of the last steps from the device, and hand them to the callbacks.
+
+        Raises:
+            NonFiniteLossError: one is infinite or not a number; the history ends before it.
+        """
+        if not self._pending:
+            return
+        names = list(self._pending[0])
+        values = torch.stack([torch.stack([row[name].float() for name in names]) for row in self._pending]).tolist()
+        first = self.step - len(values) + 1
+        self._pending = []
+        rows = []
+        for step, row in enumerate(values, first):
+            losses = dict(zip(names, row, strict=True))
+            if not (math.isfinite(losses["discriminator"]) and math.isfinite(losses["generator"])):
+                raise NonFiniteLossError(step, losses["discriminator"], losses["generator"])
+            self.history.discriminator.append(losses["discriminator"])
+            self.history.generator.append(losses["generator"])
+            rows.append(losses)
+        for callback in self._callbacks:
+            callback.on_losses(self, rows)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides the next step, as tensors and plain numbers: ``torch.load(weights_only=True)`` reads it."""
-        self._flush()
+        self.flush()
         return {
             "step": self.step,
             "generator": self.generator.state_dict(),
@@ -139,38 +204,29 @@ class Trainer:
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.ema.module.load_state_dict(state["ema"])
-        self.ema.updates = state["ema_updates"]
+        self.ema.updates.copy_(state["ema_updates"])
         self.optimizer_g.load_state_dict(state["optimizer_g"])
         self.optimizer_d.load_state_dict(state["optimizer_d"])
         self.loader.load_state_dict(state["loader"])
-        self.rng.set_state(state["rng"])
+        self.rng.set_state(state["rng"].cpu())
         history = state["history"]
         self.history = History(list(history["discriminator"]), list(history["generator"]))
         self._pending = []
 
-    def _discriminator_update(self, real: Tensor, labels: Tensor) -> Tensor:
-        z, fake_labels = self._latents()
-        with torch.no_grad():
-            fake = self.generator(z, fake_labels)
-        # One forward for both halves: one power iteration of the spectral norms, and a batch twice as large.
-        images = augment(torch.cat([real.to(fake.dtype), fake]), self.config.augment, self.rng)
-        real_logits, fake_logits = self.discriminator(images, torch.cat([labels, fake_labels])).chunk(2)
-        loss = self.loss.discriminator(real_logits, fake_logits)
-        return _minimise(loss, self.discriminator, self.optimizer_d)
+    def _eager_discriminator_step(self, batch: Batch) -> Terms:
+        draws = draw(self.gan.discriminator_draws(batch), self.rng, self.device)
+        return discriminator_step(self.gan, self.optimizer_d, batch, draws, clip=self.config.clip)
 
-    def _generator_update(self) -> Tensor:
-        z, labels = self._latents()
-        images = augment(self.generator(z, labels), self.config.augment, self.rng)
-        loss = self.loss.generator(self.discriminator(images, labels))
-        return _minimise(loss, self.generator, self.optimizer_g)
+    def _eager_generator_step(self, batch: Batch) -> Terms:
+        draws = draw(self.gan.generator_draws(batch), self.rng, self.device)
+        return generator_step(self.gan, self.optimizer_g, batch, draws, ema=self.ema)
 
-    def _latents(self) -> tuple[Tensor, Tensor]:
-        n = self.config.batch_size
-        z = torch.randn(n, self.dim_z, generator=self.rng, device=self.device)
-        return z, torch.randint(self.n_classes, (n,), generator=self.rng, device=self.device)
-
-    def _adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(network.parameters(), lr=lr, betas=self.config.betas, fused=True)
+    def _next_batch(self) -> Batch:
+        batch = self.loader.next()
+        return {
+            name: value.contiguous(memory_format=self.layout) if value.ndim == 4 else value
+            for name, value in batch.items()
+        }
 
     def _set_learning_rates(self) -> None:
         config = self.config
@@ -179,27 +235,3 @@ class Trainer:
         factor = max(config.steps - self.step, 0) / (config.steps - start) if decaying else 1.0
         self.optimizer_g.param_groups[0]["lr"] = config.lr_generator * factor
         self.optimizer_d.param_groups[0]["lr"] = config.lr_discriminator * factor
-
-    def _flush(self) -> None:
-        """Read the losses of the last steps from the device and stop at the first that is not finite."""
-        if not self._pending:
-            return
-        rows = torch.stack([torch.stack(pair) for pair in self._pending]).tolist()
-        first = self.step - len(rows) + 1
-        self._pending = []
-        for step, (loss_d, loss_g) in enumerate(rows, first):
-            if not (math.isfinite(loss_d) and math.isfinite(loss_g)):
-                raise NonFiniteLossError(step, loss_d, loss_g)
-            self.history.discriminator.append(loss_d)
-            self.history.generator.append(loss_g)
-
-
-def _minimise(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One optimiser step on ``network`` alone: gradients of the other network's weights are never computed."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()

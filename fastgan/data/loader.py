@@ -1,0 +1,176 @@
+"""Endless batches from a data set that lies in memory, on the device where it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.data.images import LabelledImages, as_float
+from fastgan.data.sketches import edge_map
+
+Batch = dict[str, Tensor]
+
+SKETCHES = ("none", "edges", "paired", "unpaired")
+
+
+class DeviceLoader:
+    """Endless shuffled batches: "images" (n, channels, h, w) in [-1, 1], "labels" (n,), and "sketches" where asked for.
+
+    Every epoch is a fresh permutation, an incomplete last batch is dropped. Order, flips and choice of sketches come
+    from a generator of the loader's own on the CPU, dequantisation noise from one on the device; :meth:`state_dict`
+    restores both, to the batch.
+
+    Args:
+        data: the images. Batches are on their device unless ``device`` says another: a set that is too large for the
+            device stays where it is, and its batches are moved.
+        batch_size: images a batch, from 1 to ``len(data)``.
+        seed: of order, flips and noise.
+        flip: mirror each image, and its own sketch with it, left to right with probability 1/2.
+        dequantise: add uniform noise of one grey level, 2/256, as wide as the quantisation of 8-bit pixels.
+        sketches: "none"; "edges", the edge map of each image; "paired", the data's sketch of each image; "unpaired", a
+            random one of the data's sketches of the same class.
+
+    Raises:
+        ValueError: an argument is outside its range, or the data has not the sketches asked for.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        dequantise: bool = False,
+        sketches: str = "none",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not 1 <= batch_size <= len(data):
+            raise ValueError(f"batch_size must be from 1 to the number of images, {len(data)}, got {batch_size}")
+        check_sketches(data, sketches)
+        self.data = data
+        self.batch_size = batch_size
+        self.flip, self.dequantise, self.sketches = flip, dequantise, sketches
+        self.device = data.images.device if device is None else torch.device(device)
+        self._rng = torch.Generator().manual_seed(seed)
+        self._noise_rng = torch.Generator(self.device).manual_seed(seed)
+        self._by_class = _ByClass(data) if sketches == "unpaired" else None
+        self._begin_epoch()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next()
+
+    def next(self) -> Batch:
+        """The next batch."""
+        if self._position + self.batch_size > len(self.data):
+            self._begin_epoch()
+        index = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return self._batch(index)
+
+    def _batch(self, index: Tensor) -> Batch:
+        images = as_float(self._moved(self.data.images[index]))
+        batch = {"images": images, "labels": self._moved(self.data.labels[index])}
+        if self.sketches in ("paired", "unpaired"):
+            batch["sketches"] = as_float(self._moved(self._chosen_sketches(index)))
+        if self.flip:
+            mirrored = self._moved(torch.rand(len(index), generator=self._rng) < 0.5)[:, None, None, None]
+            for key in ("images", "sketches"):
+                if key in batch:
+                    batch[key] = torch.where(mirrored, batch[key].flip(3), batch[key])
+        if self.sketches == "edges":
+            batch["sketches"] = edge_map(batch["images"])
+        if self.dequantise:
+            noise = torch.rand(images.shape, generator=self._noise_rng, device=self.device)
+            batch["images"] = (batch["images"] + (2 * noise - 1) / 256).clamp(-1, 1)
+        return batch
+
+    def _chosen_sketches(self, index: Tensor) -> Tensor:
+        assert self.data.sketches is not None
+        if self._by_class is None:
+            return self.data.sketches[index]
+        return self.data.sketches[self._by_class.choose(self.data.labels[index], self._rng)]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states and the position in the epoch; tensors and integers only."""
+        return {
+            "rng": self._rng.get_state(),
+            "noise_rng": self._noise_rng.get_state(),
+            "order": self._order.cpu(),
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the state belongs to a data set of another size.
+        """
+        if len(state["order"]) != len(self.data):
+            raise ValueError(f"state must be of a data set of {len(self.data)} images, got {len(state['order'])}")
+        self._rng.set_state(state["rng"])
+        self._noise_rng.set_state(state["noise_rng"])
+        self._order = state["order"].to(self.data.labels.device)
+        self._position = state["position"]
+
+    def _begin_epoch(self) -> None:
+        order = torch.randperm(len(self.data), generator=self._rng)
+        self._order = order.to(self.data.labels.device)
+        self._position = 0
+
+
+class _ByClass:
+    """Random sketches of given classes."""
+
+    def __init__(self, data: LabelledImages) -> None:
+        assert data.sketch_labels is not None
+        self.order = torch.argsort(data.sketch_labels, stable=True)
+        self.counts = torch.bincount(data.sketch_labels, minlength=data.n_classes)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def choose(self, labels: Tensor, rng: torch.Generator) -> Tensor:
+        """Indices of sketches, one for each label."""
+        part = torch.rand(len(labels), generator=rng, dtype=torch.float64).to(labels.device)
+        within = (part * self.counts[labels]).long()
+        return self.order[self.starts[labels] + within]
+
+
+def check_sketches(data: LabelledImages, sketches: str) -> None:
+    """Raise ``ValueError`` where ``sketches`` is not of :data:`SKETCHES` or ``data`` has not what it asks for."""
+    if sketches not in SKETCHES:
+        raise ValueError(f"sketches must be one of {', '.join(map(repr, SKETCHES))}, got {sketches!r}")
+    if sketches == "paired" and not data.paired:
+        raise ValueError("sketches 'paired' needs data with a sketch for each image")
+    if sketches == "unpaired" and data.sketch_labels is None:
+        raise ValueError("sketches 'unpaired' needs data with sketches and their labels")
+
+
+def sketches_of(data: LabelledImages, sketches: str) -> Tensor:
+    """Sketches for the first images of ``data`` in order, as a loader would pair them, without flips or noise: of each
+    image, or, unpaired, for each image the data's next sketch of the same class.
+
+    Raises:
+        ValueError: as :func:`check_sketches`, or ``sketches`` is "none".
+    """
+    check_sketches(data, sketches)
+    if sketches == "none":
+        raise ValueError("sketches must not be 'none' for a generator that starts from sketches")
+    if sketches == "edges":
+        return edge_map(as_float(data.images))
+    assert data.sketches is not None
+    if sketches == "paired":
+        return as_float(data.sketches)
+    by_class = _ByClass(data)
+    seen = torch.zeros_like(by_class.counts)
+    chosen = []
+    for label in data.labels.tolist():
+        chosen.append(by_class.order[by_class.starts[label] + seen[label] % by_class.counts[label]])
+        seen[label] += 1
+    return as_float(data.sketches[torch.stack(chosen)])

@@ -1,0 +1,178 @@
+"""What all generators share: their arguments are recorded, so that a folder can hold the network and rebuild it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.checks import check_tensor
+from fastgan.errors import InputError
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+G = TypeVar("G", bound="Generator")
+
+
+class Generator(nn.Module):
+    """Base class of the generators.
+
+    Subclasses are called as ``generator(z, labels)``, or as ``generator(sketches, labels)`` where ``sketch_channels``
+    is not 0, and give images in [-1, 1].
+
+    Attributes:
+        n_classes: of the labels; 0 for a generator that takes none.
+        dim_z: length of the noise; 0 for a generator from sketches.
+        sketch_channels: channels of the sketches; 0 for a generator from noise.
+        resolution: height and width of the images.
+        image_channels: 1 for grey, 3 for RGB.
+        config: the arguments that it was made with.
+    """
+
+    n_classes: int
+    dim_z: int
+    resolution: int
+    image_channels: int
+    config: dict[str, Any]
+    sketch_channels: int = 0
+    _classes: ClassVar[dict[str, type[Generator]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Generator._classes[cls.__name__] = cls
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is made where it is missing."""
+        from safetensors.torch import save
+
+        from fastgan import __version__
+        from fastgan.files import write_bytes, write_text
+
+        folder = Path(folder)
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        content = {"class": type(self).__name__, "arguments": self.config, "fastgan": __version__}
+        write_bytes(folder / WEIGHTS_FILE, save(state))
+        write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu") -> G:
+        """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
+
+        Raises:
+            InputError: a file is missing or damaged, the class is unknown or another one, or the weights do not fit.
+        """
+        folder = Path(folder)
+        name, arguments = _read_config(folder / CONFIG_FILE)
+        found = Generator._classes.get(name)
+        if found is None or not issubclass(found, cls):
+            known = ", ".join(n for n, c in Generator._classes.items() if issubclass(c, cls))
+            raise InputError(f"{folder / CONFIG_FILE}: class must be one of {known}, got {name!r}")
+        try:
+            generator = found(**arguments)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{folder / CONFIG_FILE}: arguments do not make a {name}: {error}") from error
+        _load_weights(generator, folder / WEIGHTS_FILE)
+        return generator.to(device).eval()
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["class"], dict(content["arguments"])
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: a folder written by save_pretrained is needed") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} must hold JSON with 'class' and 'arguments': {error}") from error
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        network.load_state_dict(load_file(path))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    except RuntimeError as error:
+        details = " ".join(str(error).split())
+        raise InputError(f"{path} does not fit {type(network).__name__}: {details[:200]}") from error
+
+
+def recorded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an ``__init__``, from its ``locals()`` at the first line."""
+    return {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
+
+
+def check_noise(z: Tensor, dim_z: int) -> None:
+    """Raise ``ValueError`` unless ``z`` is floating-point (n, dim_z)."""
+    check_tensor("z", z, ndim=2)
+    if z.shape[1] != dim_z:
+        raise ValueError(f"z must have shape (n, {dim_z}), got {tuple(z.shape)}")
+
+
+def check_images(images: Tensor, channels: int, resolution: int, name: str = "images") -> None:
+    """Raise ``ValueError`` unless ``images`` is floating-point (n, channels, resolution, resolution)."""
+    check_tensor(name, images, ndim=4)
+    if tuple(images.shape[1:]) != (channels, resolution, resolution):
+        raise ValueError(
+            f"{name} must have shape (n, {channels}, {resolution}, {resolution}), got {tuple(images.shape)}"
+        )
+
+
+def check_label_shape(labels: Tensor | None, n: int) -> None:
+    """Raise ``ValueError`` unless ``labels`` is int64 (n,)."""
+    if labels is None:
+        raise ValueError("labels must be given to a conditional network, got None")
+    check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
+    if labels.shape[0] != n:
+        raise ValueError(f"labels must have shape ({n},), one for each sample, got {tuple(labels.shape)}")
+
+
+def check_labels(labels: Tensor, n_classes: int) -> None:
+    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device."""
+    check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
+        raise ValueError(f"labels must be in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}")
+
+
+def check_architecture(
+    *,
+    n_classes: int,
+    resolution: int,
+    image_channels: int,
+    width: int,
+    max_multiplier: int,
+    attention_resolution: int | None = None,
+    dim_z: int = 1,
+) -> None:
+    """Raise ``ValueError`` for an argument that no network of this package can be made with."""
+    if n_classes < 0:
+        raise ValueError(f"n_classes must be at least 0 (0: unconditional), got {n_classes}")
+    if not is_power_of_two(resolution) or resolution < 16:
+        raise ValueError(f"resolution must be a power of two, at least 16, got {resolution}")
+    if image_channels < 1:
+        raise ValueError(f"image_channels must be at least 1, got {image_channels}")
+    if width < 8 or width % 8:
+        raise ValueError(f"width must be a positive multiple of 8, got {width}")
+    if max_multiplier < 1:
+        raise ValueError(f"max_multiplier must be at least 1, got {max_multiplier}")
+    if dim_z < 1:
+        raise ValueError(f"dim_z must be at least 1, got {dim_z}")
+    if attention_resolution is None:
+        return
+    if not is_power_of_two(attention_resolution) or not 8 <= attention_resolution <= resolution // 2:
+        raise ValueError(
+            f"attention_resolution must be a power of two from 8 to {resolution // 2}, got {attention_resolution}"
+        )
+
+
+def log2(n: int) -> int:
+    """Of a power of two."""
+    return n.bit_length() - 1
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0

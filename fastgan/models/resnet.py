@@ -1,0 +1,198 @@
+"""Residual generator and discriminator: conditional or not, with or without self-attention and spectral norm.
+
+The blocks are those of Miyato et al. 2018 (SNGAN) and Gulrajani et al. 2017; with attention, conditional batch norm,
+the projection head and spectral norm they are SAGAN's (:mod:`fastgan.models.sagan`).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgan.models.base import (
+    Generator,
+    check_architecture,
+    check_images,
+    check_label_shape,
+    check_noise,
+    log2,
+    recorded,
+)
+from fastgan.models.blocks import DownBlock, UpBlock, batch_norm, init_weights, make_head
+from fastgan.nn import SelfAttention2d, group_spectral_norm
+
+BASE_RESOLUTION = 4
+
+
+class ResNetGenerator(Generator):
+    """Images in [-1, 1] from noise, and from class labels where there are any.
+
+    A linear layer makes a 4x4 map, residual up-blocks with batch norm double it up to ``resolution``; self-attention
+    follows the block whose output is ``attention_resolution`` wide.
+
+    Args:
+        n_classes: number of classes, each with its row in every batch norm; 0 for an unconditional generator.
+        resolution: height and width of the images, a power of two, at least 16.
+        image_channels: 1 for grey, 3 for RGB.
+        dim_z: length of the noise vector.
+        width: channels at full resolution, a multiple of 8; doubled at each halving of the resolution.
+        max_multiplier: the channels never exceed ``width * max_multiplier``.
+        attention_resolution: a power of two from 8 to ``resolution / 2``; None for no attention.
+        spectral_norm: normalise every weight of the network by its largest singular value.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        n_classes: int = 0,
+        *,
+        resolution: int = 32,
+        image_channels: int = 3,
+        dim_z: int = 128,
+        width: int = 64,
+        max_multiplier: int = 4,
+        attention_resolution: int | None = None,
+        spectral_norm: bool = False,
+    ) -> None:
+        config = recorded(locals())
+        super().__init__()
+        check_architecture(
+            n_classes=n_classes,
+            resolution=resolution,
+            image_channels=image_channels,
+            width=width,
+            max_multiplier=max_multiplier,
+            attention_resolution=attention_resolution,
+            dim_z=dim_z,
+        )
+        self.config = config
+        self.n_classes = n_classes
+        self.resolution = resolution
+        self.image_channels = image_channels
+        self.dim_z = dim_z
+
+        # From the 4x4 map up to the image.
+        channels = _channels(resolution, width, max_multiplier)[::-1]
+        self.base_channels = channels[0]
+        self.linear = nn.Linear(dim_z, channels[0] * BASE_RESOLUTION**2)
+        self.blocks = nn.ModuleList(UpBlock(c_in, c_out, n_classes) for c_in, c_out in pairwise(channels))
+        self.attention_after = -1
+        if attention_resolution is not None:
+            self.attention_after = log2(attention_resolution // BASE_RESOLUTION) - 1
+            self.attention = SelfAttention2d(channels[self.attention_after + 1])
+        self.norm = batch_norm(channels[-1], n_classes)
+        self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
+        init_weights(self)
+        if spectral_norm:
+            group_spectral_norm(self)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Generate images.
+
+        Args:
+            z: noise, (n, dim_z).
+            labels: int64 (n,), each in [0, n_classes), not looked at by an unconditional generator. The range is not
+                checked here, as that would stall a GPU: see :func:`fastgan.models.check_labels`.
+
+        Returns:
+            (n, image_channels, resolution, resolution) in [-1, 1].
+
+        Raises:
+            ValueError: a shape or dtype is wrong.
+        """
+        check_noise(z, self.dim_z)
+        if self.n_classes:
+            check_label_shape(labels, z.shape[0])
+        h = self.linear(z).view(-1, self.base_channels, BASE_RESOLUTION, BASE_RESOLUTION)
+        for i, block in enumerate(self.blocks):
+            h = block(h, labels)
+            if i == self.attention_after:
+                h = self.attention(h)
+        return torch.tanh(self.to_image(F.relu(self.norm(h, labels))))
+
+
+class ResNetDiscriminator(nn.Module):
+    """Logits of images, given their class labels where there are any.
+
+    Residual down-blocks halve the resolution to 4x4, self-attention follows the block whose output is
+    ``attention_resolution`` wide, one more block keeps the resolution, then come sum pooling and the head.
+
+    Args:
+        head: "plain", "projection" (looks at the labels) or "auxiliary" (gives class logits too).
+
+    Other arguments as for :class:`ResNetGenerator`. There is no batch norm, so a gradient penalty is well defined.
+    """
+
+    def __init__(
+        self,
+        n_classes: int = 0,
+        *,
+        resolution: int = 32,
+        image_channels: int = 3,
+        width: int = 64,
+        max_multiplier: int = 4,
+        attention_resolution: int | None = None,
+        spectral_norm: bool = False,
+        head: str = "plain",
+    ) -> None:
+        super().__init__()
+        check_architecture(
+            n_classes=n_classes,
+            resolution=resolution,
+            image_channels=image_channels,
+            width=width,
+            max_multiplier=max_multiplier,
+            attention_resolution=attention_resolution,
+        )
+        self.n_classes = n_classes
+        self.resolution = resolution
+        self.image_channels = image_channels
+
+        # From the image down to the 4x4 map; the first block already widens its input to the next level's channels.
+        channels = [image_channels, *_channels(resolution, width, max_multiplier)[1:]]
+        self.blocks = nn.ModuleList(DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise(channels)))
+        self.attention_after = -1
+        if attention_resolution is not None:
+            self.attention_after = log2(resolution // attention_resolution) - 1
+            self.attention = SelfAttention2d(channels[self.attention_after + 1])
+        self.last_block = DownBlock(channels[-1], channels[-1], downsample=False)
+        self.head = make_head(head, channels[-1], n_classes)
+        init_weights(self)
+        if spectral_norm:
+            group_spectral_norm(self)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Score images.
+
+        Args:
+            images: (n, image_channels, resolution, resolution) in [-1, 1].
+            labels: int64 (n,), each in [0, n_classes), not looked at where ``n_classes`` is 0; the range is not
+                checked here.
+
+        Returns:
+            Logits (n,), positive for real; with an auxiliary head, class logits (n, n_classes) beside them.
+
+        Raises:
+            ValueError: a shape or dtype is wrong.
+        """
+        check_images(images, self.image_channels, self.resolution)
+        if self.n_classes:
+            check_label_shape(labels, images.shape[0])
+        h = images
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if i == self.attention_after:
+                h = self.attention(h)
+        h = F.relu(self.last_block(h)).sum((2, 3))
+        return self.head(h, labels)
+
+
+def _channels(resolution: int, width: int, max_multiplier: int) -> list[int]:
+    """Channels at ``resolution``, half of it, and so on down to 4x4."""
+    levels = log2(resolution // BASE_RESOLUTION) + 1
+    return [width * min(2**level, max_multiplier) for level in range(levels)]
