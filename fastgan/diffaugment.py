@@ -59,7 +59,7 @@ def _shifted_index(shift: Tensor, size: int) -> Tensor:
 
 def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Set a square of half the side to mid-grey (0) around each image's (rows, columns), int64 (n, 1)."""
-    n, _, height, width = images.shape
+    height, width = images.shape[2:]
     inside = _window(rows, height)[:, :, None] & _window(columns, width)[:, None, :]
     return images * (~inside)[:, None].to(images.dtype)
 

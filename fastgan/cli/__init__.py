@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fastgan.cli import metrics
+from fastgan.cli import metrics, training
 from fastgan.cli.errors import user_errors
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 metrics.register(app)
+training.register(app)
 
 
 def _print_version(wanted: bool) -> None:

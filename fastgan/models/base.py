@@ -44,6 +44,28 @@ class Generator(nn.Module):
         super().__init_subclass__(**kwargs)
         Generator._classes[cls.__name__] = cls
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """Class and arguments, from which :meth:`from_description` makes the same network with fresh weights."""
+        return {"class": type(self).__name__, "arguments": self.config}
+
+    @classmethod
+    def from_description(cls: type[G], description: dict[str, Any]) -> G:
+        """A network as ``description`` says.
+
+        Raises:
+            ValueError: the class is unknown, or not the one that this is called on, or the arguments do not fit it.
+        """
+        name = description["class"]
+        found = Generator._classes.get(name)
+        if found is None or not issubclass(found, cls):
+            known = ", ".join(n for n, c in Generator._classes.items() if issubclass(c, cls))
+            raise ValueError(f"class must be one of {known}, got {name!r}")
+        try:
+            return found(**description["arguments"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"arguments do not make a {name}: {error}") from error
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is made where it is missing."""
         from safetensors.torch import save
@@ -53,7 +75,7 @@ class Generator(nn.Module):
 
         folder = Path(folder)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        content = {"class": type(self).__name__, "arguments": self.config, "fastgan": __version__}
+        content = {**self.description, "fastgan": __version__}
         write_bytes(folder / WEIGHTS_FILE, save(state))
         write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -65,23 +87,20 @@ class Generator(nn.Module):
             InputError: a file is missing or damaged, the class is unknown or another one, or the weights do not fit.
         """
         folder = Path(folder)
-        name, arguments = _read_config(folder / CONFIG_FILE)
-        found = Generator._classes.get(name)
-        if found is None or not issubclass(found, cls):
-            known = ", ".join(n for n, c in Generator._classes.items() if issubclass(c, cls))
-            raise InputError(f"{folder / CONFIG_FILE}: class must be one of {known}, got {name!r}")
         try:
-            generator = found(**arguments)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{folder / CONFIG_FILE}: arguments do not make a {name}: {error}") from error
+            generator = cls.from_description(_read_config(folder / CONFIG_FILE))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
         _load_weights(generator, folder / WEIGHTS_FILE)
         return generator.to(device).eval()
 
 
-def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["class"], dict(content["arguments"])
+        return {"class": content["class"], "arguments": dict(content["arguments"])}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: a folder written by save_pretrained is needed") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """A rich progress bar with the latest losses.
+    """A bar with the latest losses, images a second and the time that is left.
 
     Args:
         progress: a running bar to add a task to; without it the callback owns one.
@@ -40,24 +41,42 @@ class ProgressBar(Callback):
         self._bar: Progress | None = None
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
-        from rich.progress import Progress
-
-        self._bar = self._shared if self._shared is not None else Progress()
+        self._bar = _new_bar() if self._shared is None else self._shared
         if self._shared is None:
             self._bar.start()
         self._task = self._bar.add_task("training", total=steps)
+        self._clock = time.perf_counter()
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
         if self._bar is None:
             return
-        history = trainer.history
-        losses = f" (loss D {history.discriminator[-1]:.2f}, G {history.generator[-1]:.2f})" if len(history) else ""
-        self._bar.update(self._task, advance=1, description=f"training{losses}")
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        self._clock = time.perf_counter()
+        rate = len(rows) * trainer.config.n_critic * trainer.config.batch_size / seconds
+        losses = f"loss D {rows[-1]['discriminator']:.2f}, G {rows[-1]['generator']:.2f}"
+        self._bar.update(self._task, description=f"training ({losses}, {rate:.0f} images/s)")
+
+    def on_step(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1)
 
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None and self._shared is None:
             self._bar.stop()
         self._bar = None
+
+
+def _new_bar() -> Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
 
 
 class Every(Callback):

@@ -206,9 +206,7 @@ class RecipeGan:
     def _critic_of_images(self, seen: Tensor, labels: Tensor) -> CriticOfImages:
         return CriticOfImages(self, seen, labels)
 
-    def _discriminate(
-        self, real: Tensor, labels: Tensor, fake: Tensor, fake_labels: Tensor
-    ) -> tuple[Scores, Scores]:
+    def _discriminate(self, real: Tensor, labels: Tensor, fake: Tensor, fake_labels: Tensor) -> tuple[Scores, Scores]:
         if self.has_batch_norm:
             return self._score(real, labels), self._score(fake, fake_labels)
         # One forward for both halves: one power iteration of the spectral norms, and a batch twice as large.

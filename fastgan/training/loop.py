@@ -87,8 +87,8 @@ class Trainer:
         self.config = config
         self.device = torch.device(device)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.generator = generator.to(self.device, memory_format=self.layout).train()
-        self.discriminator = discriminator.to(self.device, memory_format=self.layout).train()
+        self.generator = generator.to(self.device).to(memory_format=self.layout).train()
+        self.discriminator = discriminator.to(self.device).to(memory_format=self.layout).train()
         autocast = torch.bfloat16 if config.precision == "bf16" else None
         self.gan = RecipeGan(self.generator, self.discriminator, objective, autocast=autocast)
         if self.gan.from_sketches and images.sketches == "none":

@@ -32,9 +32,7 @@ def build_networks(model: ModelConfig, n_classes: int, image_channels: int) -> t
             built with.
     """
     if model.architecture not in USED:
-        raise InputError(
-            f"model.architecture must be one of {', '.join(map(repr, USED))}, got {model.architecture!r}"
-        )
+        raise InputError(f"model.architecture must be one of {', '.join(map(repr, USED))}, got {model.architecture!r}")
     for f in fields(model):
         if f.name not in USED[model.architecture] and getattr(model, f.name) != f.default:
             raise InputError(f"model.{f.name} has no meaning for architecture {model.architecture!r}")
@@ -53,9 +51,7 @@ def _sketch(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Ge
         "image_channels": image_channels,
         "max_multiplier": model.max_multiplier,
     }
-    generator = SketchGenerator(
-        n_classes, width=model.generator_width, label_channels=model.label_channels, **shared
-    )
+    generator = SketchGenerator(n_classes, width=model.generator_width, label_channels=model.label_channels, **shared)
     return generator, SketchDiscriminator(
         n_classes, width=model.discriminator_width, sees_sketch=model.sees_sketch, **shared
     )

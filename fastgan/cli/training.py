@@ -1,0 +1,118 @@
+"""``fastgan train``, ``fastgan recipes`` and ``fastgan sample``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastgan.cli.errors import user_errors
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to ``app``."""
+    app.command()(train)
+    app.command()(recipes)
+    app.command()(sample)
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value ...", help="Settings of the recipe to change.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A name of `fastgan recipes`, or a YAML file.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  [default: the recipe's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of the run to go on with.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how."""
+    with user_errors():
+        from fastgan.errors import InputError
+        from fastgan.recipes import load_recipe, override
+        from fastgan.training.run import resume_run, start_run
+
+        changes = [*(overrides or []), *([f"data.source={data}"] if data is not None else [])]
+        target = _device(device)
+        if (resume is None) == (out is None):
+            raise InputError("give either --out for a new run, or --resume for one to go on with")
+        chosen = None if recipe is None else load_recipe(recipe)
+        if resume is not None:
+            run = resume_run(
+                resume, recipe=chosen, overrides=changes, device=target, tell=typer.echo, show_progress=not quiet
+            )
+        else:
+            if chosen is None:
+                raise InputError("--recipe must be given for a new run: see `fastgan recipes`")
+            assert out is not None
+            run = start_run(override(chosen, changes), out, device=target, tell=typer.echo, show_progress=not quiet)
+        received = run.train()
+    if received is not None:
+        typer.echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")
+        raise typer.Exit(128 + received)
+    typer.echo(f"{run.out}: {run.trainer.step} steps done, generator in {run.out / 'generator'}")
+
+
+def recipes() -> None:
+    """The recipes that come with fastgan."""
+    with user_errors():
+        from fastgan.recipes import available, load_recipe
+
+        names = available()
+        width = max(map(len, names))
+        for name in names:
+            typer.echo(f"{name:<{width}}  {load_recipe(name).about}")
+
+
+def sample(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or one written by save_pretrained.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write; with -n the folder for PNG files.")],
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Write this many single images, all classes in turn.")
+    ] = None,
+    label: Annotated[int | None, typer.Option("--class", help="This class alone.")] = None,
+    columns: Annotated[int, typer.Option(min=2, help="Images a row of the grid.")] = 8,
+    truncation: Annotated[
+        float | None, typer.Option(help="Cut the noise off at plus and minus this: less variety, fewer bad images.")
+    ] = None,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Each row leads from one noise vector to another.")
+    ] = False,
+    sketches: Annotated[Path | None, typer.Option(help="Folder of sketches, for a generator that needs them.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    checkpoint: Annotated[str, typer.Option(help="Of a run: best or last.")] = "best",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
+) -> None:
+    """Images from a trained generator: a grid, or a folder of PNG files for `fastgan fid`."""
+    with user_errors():
+        from fastgan.training.export import SampleOptions, write_samples
+
+        options = SampleOptions(
+            n=n,
+            label=label,
+            columns=columns,
+            truncation=truncation,
+            interpolate=interpolate,
+            sketches=sketches,
+            seed=seed,
+            checkpoint=checkpoint,
+            device=_device(device),
+        )
+        written = write_samples(source, out, options)
+    typer.echo(written)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    from fastgan.errors import InputError
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return name

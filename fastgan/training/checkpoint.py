@@ -1,0 +1,109 @@
+"""Checkpoints that a crash, a truncated file or a full disk cannot take away."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgan.errors import InputError
+from fastgan.files import atomic_path
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(OSError):
+    """A checkpoint could not be written for want of room; those written before are whole."""
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last, the one before it, and the best.
+
+    A file is written beside its place, forced to the disk and moved there, so it is whole or absent.
+
+    Args:
+        folder: made at the first write.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write ``state`` as the last checkpoint; what was the last becomes the previous one.
+
+        Raises:
+            DiskFullError: there is no room; both files stay as they were.
+        """
+
+        def keep_previous() -> None:
+            if (self.folder / LAST).exists():
+                os.replace(self.folder / LAST, self.folder / PREVIOUS)
+
+        self._write(LAST, state, keep_previous)
+
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """Write ``state`` as the best checkpoint. Raises ``DiskFullError`` as :meth:`save`."""
+        self._write(BEST, state)
+
+    def load(self, note: Callable[[str], None], device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The last checkpoint, or where it cannot be read the previous one, which ``note`` is told.
+
+        Raises:
+            InputError: neither can be read.
+        """
+        failures = []
+        for name in (LAST, PREVIOUS):
+            path = self.folder / name
+            if not path.exists():
+                failures.append(f"{path} does not exist")
+                continue
+            try:
+                state = read_checkpoint(path, device)
+            except InputError as error:
+                failures.append(str(error))
+                continue
+            if failures:
+                note(f"{'; '.join(failures)}; going on from {path}, step {state['trainer']['step']}")
+            return state
+        raise InputError(f"there is no checkpoint to go on from: {'; '.join(failures)}")
+
+    def _write(self, name: str, state: Mapping[str, Any], before_move: Callable[[], None] | None = None) -> None:
+        content = BytesIO()
+        torch.save(dict(state), content)
+        path = self.folder / name
+        try:
+            with atomic_path(path) as temporary:
+                with open(temporary, "wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                if before_move is not None:
+                    before_move()
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise DiskFullError(error.errno, f"no room for {path}: {error.strerror}") from error
+            raise
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read one checkpoint, without unpickling anything but tensors and plain values.
+
+    Raises:
+        InputError: it does not exist, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        state["trainer"]["step"]
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged ({reason})") from error
+    return state

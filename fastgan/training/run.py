@@ -1,0 +1,300 @@
+"""A run: a folder with its configuration, checkpoints, metrics, grids and curves; begun, interrupted, gone on with."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fastgan import __version__
+from fastgan.data import DataSplit, load_data
+from fastgan.errors import InputError
+from fastgan.files import write_text
+from fastgan.models import Generator
+from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
+from fastgan.training.callbacks import Callback, ProgressBar
+from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
+from fastgan.training.loop import NonFiniteLossError, Trainer
+from fastgan.training.networks import build_networks
+from fastgan.training.reports import Curves, Grids, MetricsLog, Saver, Scores
+from fastgan.training.scoring import Score, Scorer
+from fastgan.training.writers import make_writers
+
+CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
+
+# What may differ where a run goes on: how far it goes, and what is written of it.
+_FREE = ("train.steps", "log.")
+
+
+class RunError(InputError):
+    """Training ended before its time; the message says why and how to go on."""
+
+
+class Run:
+    """A run in ``out``; make it with :func:`start_run` or :func:`resume_run`.
+
+    Attributes:
+        recipe: its configuration, in full.
+        data: the images.
+        trainer: networks, optimisers and loop.
+        scores: distances so far.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        data: DataSplit,
+        *,
+        device: torch.device | str,
+        tell: Callable[[str], None] = print,
+        show_progress: bool = True,
+    ) -> None:
+        self.recipe, self.out, self.data = recipe, out, data
+        self._tell, self._show_progress = tell, show_progress
+        torch.manual_seed(recipe.train.seed)
+        generator, discriminator = build_networks(recipe.model, data.train.n_classes, data.train.images.shape[1])
+        try:
+            self.trainer = Trainer(
+                generator, discriminator, data.train, recipe.train, images=recipe.data, device=device
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.checkpoints = Checkpoints(out / "checkpoints")
+        log = recipe.log
+        self._metrics = MetricsLog(out / METRICS, make_writers(recipe, out))
+        self._scores = Scores(log.score_every, self._make_scorer, self._metrics, self._save_best, tell)
+        self._saver = Saver(log.checkpoint_every, self.checkpoints, lambda _: self.state_dict())
+
+    @property
+    def scores(self) -> list[Score]:
+        return self._scores.history
+
+    def train(self) -> signal.Signals | None:
+        """Train to the last step, or until Ctrl-C or SIGTERM, which is then returned; the state is saved either way.
+
+        Raises:
+            RunError: a loss is not finite, or the disk is full; the last good checkpoint is kept.
+        """
+        log = self.recipe.log
+        stop = StopOnSignal()
+        callbacks: list[Callback] = [
+            stop,
+            *([ProgressBar()] if self._show_progress else []),
+            self._metrics,
+            self._scores,
+        ]
+        grids = Grids(
+            log.grid_every, self.out / "grids", self.data.held_out, self.recipe.data.sketches, self.recipe.train.seed
+        )
+        callbacks += [grids, Curves(log.grid_every, self.out / "curves.png", self._scores), self._saver]
+        try:
+            self.trainer.run(callbacks=callbacks)
+            self._saver.act(self.trainer)
+            self.generator.save_pretrained(self.out / GENERATOR)
+        except NonFiniteLossError as error:
+            raise RunError(f"{error}. {self._how_to_go_on()}") from error
+        except OSError as error:
+            if isinstance(error, DiskFullError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(f"the disk is full: {error}. {self._how_to_go_on()}") from error
+            raise
+        return stop.received
+
+    @property
+    def generator(self) -> Generator:
+        """The moving average of the generator."""
+        assert isinstance(self.trainer.ema.module, Generator)
+        return self.trainer.ema.module
+
+    @property
+    def resume_command(self) -> str:
+        return f"fastgan train --resume {shlex.quote(str(self.out))}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        scores = [{"step": score.step, "distances": score.distances} for score in self.scores]
+        return {
+            "trainer": self.trainer.state_dict(),
+            "generator": self.generator.description,
+            "scores": scores,
+            "fastgan": __version__,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state["trainer"])
+        self._scores.history = [Score(row["step"], dict(row["distances"])) for row in state["scores"]]
+        self._saver.saved_step = self.trainer.step
+
+    def _save_best(self, trainer: Trainer) -> None:
+        self.checkpoints.save_best(self.state_dict())
+
+    def _make_scorer(self) -> Scorer:
+        log, sketches = self.recipe.log, self.recipe.data.sketches
+        backbone = log.backbone
+        if backbone == "auto" and self.recipe.data.source == "digits":
+            backbone = "efficientnet_lite0"
+        scorer = Scorer(
+            self.data.held_out,
+            self.data.train,
+            log.score_sizes,
+            backbone=backbone,
+            device=self.trainer.device,
+            sketches=sketches,
+        )
+        floors = ", ".join(f"{value:.2f} (N = {n})" for n, value in scorer.floors.items())
+        self._tell(f"{scorer.label} of real training images to held-out ones: {floors}")
+        return scorer
+
+    def _how_to_go_on(self) -> str:
+        if self._saver.saved_step is None:
+            return "No checkpoint had been written."
+        return f"The checkpoint of step {self._saver.saved_step} is kept: {self.resume_command}"
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C and SIGTERM end the training after the step under way; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.received = signal.Signals(number)
+            trainer.stop_requested = True
+            self._restore()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, handle)
+            except ValueError:  # not in the main thread, where signals cannot be handled
+                return
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+
+def start_run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    tell: Callable[[str], None] = print,
+    show_progress: bool = True,
+) -> Run:
+    """Begin a run: load the data, build everything, and write ``config.yaml``.
+
+    Raises:
+        InputError: ``out`` holds a run already, or the recipe, the data and the networks do not fit.
+    """
+    out = Path(out)
+    if (out / CONFIG).exists():
+        raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another folder")
+    run = Run(recipe, out, load_data_of(recipe), device=device, tell=tell, show_progress=show_progress)
+    write_text(out / CONFIG, dump_recipe(recipe))
+    return run
+
+
+def resume_run(
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    overrides: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    tell: Callable[[str], None] = print,
+    show_progress: bool = True,
+) -> Run:
+    """Go on with the run in ``out`` where its last checkpoint was written.
+
+    Args:
+        out: the run's folder.
+        recipe: what the run is believed to be; None takes it from the folder.
+        overrides: ``key=value``; only ``train.steps`` and the section ``log`` may change.
+
+    Raises:
+        InputError: there is no run, no checkpoint that can be read, or the configuration differs (the keys are named).
+    """
+    out = Path(out)
+    stored = run_recipe(out)
+    wanted = override(stored if recipe is None else recipe, overrides)
+    changed = {
+        key: values
+        for key, values in differences(stored, wanted).items()
+        if not key.startswith(_FREE) and key not in ("name", "about")
+    }
+    if changed:
+        listed = "; ".join(f"{key} is {old!r} in the run, {new!r} was asked for" for key, (old, new) in changed.items())
+        raise InputError(f"{out} was begun with another configuration: {listed}")
+    wanted = replace(wanted, name=stored.name, about=stored.about)
+    run = Run(wanted, out, load_data_of(wanted), device=device, tell=tell, show_progress=show_progress)
+    try:
+        run.load_state_dict(run.checkpoints.load(tell, run.trainer.device))
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        details = " ".join(str(error).split())
+        raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
+    write_text(out / CONFIG, dump_recipe(wanted))
+    return run
+
+
+def run_recipe(out: str | Path) -> Recipe:
+    """The configuration of the run in ``out``. Raises ``InputError`` where there is none."""
+    path = Path(out) / CONFIG
+    if not path.is_file():
+        raise InputError(f"{out} holds no run: {path} does not exist")
+    return load_recipe(path)
+
+
+def load_generator(
+    folder: str | Path, *, checkpoint: str = "best", device: torch.device | str = "cpu"
+) -> tuple[Generator, int | None]:
+    """The generator of a run, its moving average, or one that ``save_pretrained`` wrote.
+
+    Args:
+        folder: of the run, or with ``config.json`` and ``model.safetensors``.
+        checkpoint: of a run: "best" by its scores (the last where none was kept), or "last".
+        device: where to put it.
+
+    Returns:
+        The generator in eval mode, and the steps that it was trained for where that is known.
+
+    Raises:
+        InputError: there is neither, or it cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} holds neither a run (config.yaml) nor a saved generator (config.json)")
+        return Generator.from_pretrained(folder, device=device), None
+    if checkpoint not in ("best", "last"):
+        raise InputError(f"checkpoint must be 'best' or 'last', got {checkpoint!r}")
+    path = folder / "checkpoints" / (BEST if checkpoint == "best" else LAST)
+    path = path if path.exists() else path.with_name(LAST)
+    state = read_checkpoint(path)
+    try:
+        generator = Generator.from_description(state["generator"])
+        generator.load_state_dict(state["trainer"]["ema"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not hold a generator: {' '.join(str(error).split())[:200]}") from error
+    return generator.to(device).eval(), int(state["trainer"]["step"])
+
+
+def load_data_of(recipe: Recipe) -> DataSplit:
+    """The images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``."""
+    data = recipe.data
+    return load_data(
+        data.source, recipe.model.resolution, channels=data.channels, sketches=data.sketches, held_out=data.held_out
+    )
