@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastgan.losses import LOSSES, gan_loss
+from fastgan.losses import LOSSES, auxiliary_class_loss, gan_loss
 
 
 def sigmoid(x):
@@ -32,6 +32,10 @@ FORMULAS = {
     "wasserstein": (
         lambda real, fake: mean(lambda f: f, fake) - mean(lambda r: r, real),
         lambda fake: -mean(lambda f: f, fake),
+    ),
+    "least-squares": (
+        lambda real, fake: mean(lambda r: (r - 1) ** 2, real) / 2 + mean(lambda f: f**2, fake) / 2,
+        lambda fake: mean(lambda f: (f - 1) ** 2, fake) / 2,
     ),
 }
 REAL = [-3.0, -0.5, 0.0, 0.75, 1.5, 4.0, 12.0]
@@ -86,6 +90,18 @@ def test_a_wrong_sign_shows():
     for loss in LOSSES.values():
         assert loss.discriminator(good, bad) < loss.discriminator(bad, good)
         assert loss.generator(good) < loss.generator(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_auxiliary_class_loss_matches_its_formula(dtype):
+    rows, labels = [[1.0, -2.0, 0.5], [30.0, 0.0, -4.0]], [2, 1]
+    expected = mean(
+        lambda pair: math.log(sum(map(math.exp, pair[0]))) - pair[0][pair[1]], list(zip(rows, labels, strict=True))
+    )
+    loss = auxiliary_class_loss(torch.tensor(rows, dtype=dtype), torch.tensor(labels))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="labels must have dtype int64"):
+        auxiliary_class_loss(torch.zeros(2, 3), torch.zeros(2))
 
 
 def test_bad_input():

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgan.models.blocks import ConditionalBatchNorm2d, DownBlock, ProjectionHead, UpBlock, init_weights
+from fastgan.models.blocks import (
+    ConditionalBatchNorm2d,
+    DownBlock,
+    ProjectionHead,
+    UpBlock,
+    init_weights,
+    join_one_hot,
+    make_head,
+)
 
 LABELS = torch.tensor([2, 0, 2, 1, 0])
 
@@ -84,3 +92,26 @@ def test_initial_weights_are_orthogonal():
         values = torch.linalg.svdvals(conv.weight.flatten(1))
         torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-5)
         assert not conv.bias.any()
+
+
+def test_unconditional_block_ignores_labels():
+    block = UpBlock(4, 4, 0).double()
+    x = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    assert torch.equal(block.eval()(x, LABELS), block(x, None))
+
+
+def test_auxiliary_head_gives_both_logits():
+    head, h = make_head("auxiliary", 6, 3), torch.randn(5, 6)
+    logits, classes = head(h, LABELS)
+    torch.testing.assert_close(logits, h @ head.linear.weight[0] + head.linear.bias)
+    torch.testing.assert_close(classes, h @ head.classes.weight.T + head.classes.bias)
+    with pytest.raises(ValueError, match="head must be one of 'plain', 'projection', 'auxiliary', got 'x'"):
+        make_head("x", 6, 3)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 2)])
+def test_join_one_hot(shape):
+    h = torch.randn(shape)
+    joined = join_one_hot(h, LABELS, 3)
+    code = F.one_hot(LABELS, 3).float().view(5, 3, *(1,) * (h.ndim - 2)).expand(5, 3, *shape[2:])
+    assert torch.equal(joined, torch.cat([h, code], 1))

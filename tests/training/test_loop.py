@@ -87,7 +87,8 @@ def test_one_discriminator_update_by_hand():
     rng.set_state(t.rng.get_state())
     t.train_step()
 
-    real, labels = loader.next()
+    batch = loader.next()
+    real, labels = batch["images"], batch["labels"]
     z = torch.randn(5, 8, generator=rng)
     fake_labels = torch.randint(3, (5,), generator=rng)
     fake = generator(z, fake_labels).detach()
@@ -101,7 +102,7 @@ def test_one_discriminator_update_by_hand():
     for name, parameter in discriminator.named_parameters():
         got = dict(t.discriminator.named_parameters())[name]
         torch.testing.assert_close(got[clear[name]], parameter[clear[name]], rtol=0, atol=1e-6)
-    t._flush()
+    t.flush()
     assert t.history.discriminator == [pytest.approx(loss.item(), rel=1e-5)]
 
 
@@ -166,6 +167,72 @@ def test_callbacks():
     assert recorder.events == [("start", 2), ("step", 1), ("step", 2), ("end", 2)]
 
 
+def test_losses_are_handed_over_with_their_terms():
+    t, seen = trainer(), []
+
+    class Losses(Callback):
+        def on_losses(self, trainer, rows):
+            seen.extend(rows)
+
+    t.run(callbacks=[Losses()])
+    assert len(seen) == 4
+    assert [row["discriminator"] for row in seen] == t.history.discriminator
+    assert all(row["discriminator"] == row["discriminator/adversarial"] for row in seen)
+
+
+def test_a_stop_is_obeyed_after_the_step_under_way():
+    t = trainer(steps=30)
+    t.run(callbacks=[Every(13, lambda t: setattr(t, "stop_requested", True))])
+    assert t.step == 13
+    t.flush()
+    assert len(t.history) == 13
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"optimizer": "adamw", "weight_decay": 0.1}, torch.optim.AdamW),
+        ({"optimizer": "rmsprop", "momentum": 0.5}, torch.optim.RMSprop),
+        ({"optimizer": "sgd", "momentum": 0.9}, torch.optim.SGD),
+    ],
+)
+def test_optimizers(changes, kind):
+    t = trainer(**changes)
+    assert isinstance(t.optimizer_d, kind)
+    group = t.optimizer_g.param_groups[0]
+    assert group["weight_decay"] == changes.get("weight_decay", 0)
+    assert group.get("momentum", 0) == changes.get("momentum", 0)
+    before = weights(t.generator)
+    t.run(2)
+    assert any(not torch.equal(before[name], p) for name, p in t.generator.named_parameters())
+
+
+def test_autocast_and_channels_last():
+    t = trainer(precision="bf16", lr_generator=1e-3)
+    dtypes, layouts = set(), set()
+    convolution = t.discriminator.blocks[0].conv1
+
+    def look(_module, _inputs, output):
+        dtypes.add(output.dtype)
+        layouts.add(output.is_contiguous(memory_format=torch.channels_last))
+
+    convolution.register_forward_hook(look)
+    history = t.run(3)
+    assert dtypes == {torch.bfloat16}
+    assert layouts == {True}
+    assert {p.dtype for p in t.generator.parameters()} == {torch.float32}
+    plain = trainer(lr_generator=1e-3, channels_last=False).run(3)
+    assert history.discriminator == pytest.approx(plain.discriminator, rel=0.1)
+    assert history.discriminator != plain.discriminator
+
+
+def test_weights_are_clipped_after_each_update():
+    t = trainer(clip=0.02, loss="wasserstein")
+    t.run(2)
+    assert max(p.abs().max().item() for p in t.discriminator.parameters()) == pytest.approx(0.02)
+    assert max(p.abs().max().item() for p in t.generator.parameters()) > 0.02
+
+
 def test_callbacks_end_after_an_error():
     t, recorder = trainer(), Recorder()
 
@@ -189,7 +256,7 @@ def test_bad_input():
         Trainer(t.generator, Unconditional(), data(), t.config)
     with pytest.raises(ValueError, match="loss must be one of"):
         Trainer(t.generator, t.discriminator, data(), TrainConfig(loss="huber"))
-    with pytest.raises(ValueError, match="augment must be names out of 'translation', got 'mixup'"):
+    with pytest.raises(ValueError, match="augment must be names out of 'color', 'translation', 'cutout', got 'mixup'"):
         Trainer(t.generator, t.discriminator, data(), TrainConfig(augment=("mixup",)))
     with pytest.raises(ValueError, match="batch_size must be from 1 to the number of images, 24, got 64"):
         Trainer(t.generator, t.discriminator, data(), TrainConfig(batch_size=64))

@@ -1,13 +1,13 @@
-"""Moving average, augmentation and sampling, each against its definition."""
+"""Moving average and sampling, each against its definition."""
 
 import pytest
 import torch
 from torch import nn
 
-from fastgan.models import SAGANGenerator
+from fastgan.models import DCGANGenerator, SAGANGenerator, SketchGenerator
 from fastgan.nn import group_spectral_norm
 from fastgan.training import EMA, class_rows, sample
-from fastgan.training.augment import augment, translate
+from fastgan.training.sampling import interpolate, noise
 
 
 class TestEMA:
@@ -53,48 +53,6 @@ class TestEMA:
             EMA(nn.Linear(2, 2), decay=1)
 
 
-class TestTranslate:
-    def test_shifts_whole_images_and_fills_in_black(self):
-        images = torch.rand(64, 2, 8, 12)
-        moved = translate(images, torch.Generator().manual_seed(0), ratio=0.25)
-        assert moved.shape == images.shape
-        seen = set()
-        for image, result in zip(images, moved, strict=True):
-            padded = nn.functional.pad(image, (3, 3, 2, 2), value=-1.0)
-            matches = [
-                (dy, dx)
-                for dy in range(5)
-                for dx in range(7)
-                if torch.equal(padded[:, dy : dy + 8, dx : dx + 12], result)
-            ]
-            assert len(matches) == 1
-            seen.update(matches)
-        assert len(seen) > 20
-
-    def test_gradient_goes_to_the_pixels_that_stay(self):
-        images = torch.rand(4, 1, 8, 8, requires_grad=True)
-        moved = translate(images, torch.Generator().manual_seed(0))
-        moved.sum().backward()
-        assert images.grad.sum() == (moved > -1).sum()
-        assert set(images.grad.unique().tolist()) <= {0.0, 1.0}
-
-    def test_seed(self):
-        images = torch.rand(16, 1, 8, 8)
-        first, second, other = (translate(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-        assert torch.equal(first, second)
-        assert not torch.equal(first, other)
-
-    def test_policy(self):
-        rng, images = torch.Generator(), torch.rand(2, 1, 8, 8)
-        assert augment(images, (), rng) is images
-        expected = translate(images, torch.Generator().manual_seed(1))
-        assert torch.equal(augment(images, ["translation"], rng.manual_seed(1)), expected)
-        with pytest.raises(ValueError, match="augment must be names out of"):
-            augment(images, ["colour"], rng)
-        with pytest.raises(ValueError, match="images must have 4 dimensions"):
-            augment(images[0], (), rng)
-
-
 class TestSample:
     @pytest.fixture
     def generator(self):
@@ -132,3 +90,42 @@ class TestSample:
             sample(generator, torch.zeros(2))
         with pytest.raises(ValueError, match="batch_size must be at least 1"):
             sample(generator, torch.tensor([1]), batch_size=0)
+        with pytest.raises(ValueError, match="truncation must be positive"):
+            sample(generator, torch.tensor([1]), truncation=0)
+        with pytest.raises(ValueError, match="sketches must be None"):
+            sample(generator, torch.tensor([1]), sketches=torch.zeros(1, 1, 16, 16))
+
+    def test_truncated_noise_has_the_truncated_distribution(self):
+        z = noise((200, 500), 0, truncation=0.5)
+        assert z.abs().max() <= 0.5
+        u = (torch.special.ndtr(z.double()) - torch.special.ndtr(torch.tensor(-0.5).double())) / (
+            torch.special.ndtr(torch.tensor(0.5).double()) - torch.special.ndtr(torch.tensor(-0.5).double())
+        )
+        histogram = torch.histc(u, 10, 0, 1) / u.numel()
+        torch.testing.assert_close(histogram, torch.full((10,), 0.1, dtype=u.dtype), rtol=0, atol=0.005)
+
+    def test_an_unconditional_generator_takes_labels_as_a_count(self):
+        generator = DCGANGenerator(resolution=16, image_channels=1, dim_z=4, width=8)
+        assert sample(generator, torch.tensor([7, 7, 7])).shape == (3, 1, 16, 16)
+
+    def test_sketches(self):
+        generator = SketchGenerator(2, resolution=16, image_channels=1, width=8)
+        labels, sketches = torch.tensor([0, 1, 1]), torch.randn(3, 1, 16, 16)
+        images = sample(generator, labels, sketches=sketches, batch_size=2)
+        assert not torch.equal(images[1], images[2])
+        with pytest.raises(ValueError, match="sketches must be given, one for each of the 3 labels, got None"):
+            sample(generator, labels)
+        with pytest.raises(ValueError, match="has no noise to interpolate"):
+            interpolate(generator, labels, 3)
+
+    def test_interpolation_ends_at_the_two_vectors(self, generator):
+        labels = torch.tensor([0, 2])
+        rows = interpolate(generator, labels, 5, seed=3).view(2, 5, 1, 16, 16)
+        ends = noise((2, 2, 8), 3)
+        with torch.no_grad():
+            for end, column in ((0, 0), (1, 4)):
+                expected = generator.eval()(ends[end].double(), labels)
+                torch.testing.assert_close(rows[:, column], expected, rtol=0, atol=1e-5)
+        assert not torch.allclose(rows[:, 0], rows[:, 2])
+        with pytest.raises(ValueError, match="steps must be at least 2"):
+            interpolate(generator, labels, 1)

@@ -54,12 +54,7 @@ def load(
     """
     if dims not in (None, DIM):
         raise InputError(f"dims must be {DIM} for efficientnet_lite0, got {dims}")
-    path = Path(weights) if weights is not None else _wheel_weights()
-    network = EfficientNetLite0()
-    state = load_weights(path)
-    load_state(network, {key.lstrip("_").replace("._", "."): value for key, value in state.items()}, path)
-    network.eval()
-    digest = sha256(path)
+    network, digest = load_network(weights)
     name = "efficientnet_lite0" if digest.startswith(HASH_PREFIX) else f"efficientnet_lite0-{digest[:8]}"
     return Backbone(
         network.fold_batch_norm().to(memory_format=torch.channels_last),
@@ -72,6 +67,19 @@ def load(
         own=True,
         head=copy.deepcopy(network.fc),
     )
+
+
+def load_network(weights: str | Path | None = None) -> tuple[EfficientNetLite0, str]:
+    """The network itself with its batch norms, in eval mode, and the SHA-256 of its weights file; for fine-tuning.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    path = Path(weights) if weights is not None else _wheel_weights()
+    network = EfficientNetLite0()
+    state = load_weights(path)
+    load_state(network, {key.lstrip("_").replace("._", "."): value for key, value in state.items()}, path)
+    return network.eval(), sha256(path)
 
 
 def normalize(pixels: Tensor) -> Tensor:

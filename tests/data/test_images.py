@@ -1,4 +1,4 @@
-"""The digits, their split, and the loader's order and state."""
+"""The digits, labelled images and their split."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.data import DeviceLoader, LabelledImages, digits, stratified_split
+from fastgan.data import LabelledImages, as_float, digits, stratified_split
 
 
 def labelled(n=10, n_classes=3):
@@ -81,51 +81,6 @@ def test_split_keeps_order_and_every_class():
     assert held_out.labels.bincount(minlength=3).tolist() == [1, 1, 1]
 
 
-class TestLoader:
-    def test_an_epoch_visits_each_image_once(self):
-        data = labelled(10)
-        loader = DeviceLoader(data, 3)
-        for _ in range(4):
-            seen = [index for _ in range(3) for index in identities(loader.next()[0])]
-            assert len(set(seen)) == 9
-
-    def test_labels_belong_to_images(self):
-        images, labels = DeviceLoader(labelled(10), 7).next()
-        assert labels.tolist() == [i % 3 for i in identities(images)]
-
-    def test_epochs_differ_and_seeds_repeat(self):
-        def order(seed, batches=4):
-            loader = iter(DeviceLoader(labelled(20), 10, seed=seed))
-            return [identities(next(loader)[0]) for _ in range(batches)]
-
-        first = order(0)
-        assert first[0] + first[1] != first[2] + first[3]
-        assert order(0) == first
-        assert order(1) != first
-
-    def test_independent_of_the_global_seed(self):
-        torch.manual_seed(1)
-        first = identities(DeviceLoader(labelled(20), 10).next()[0])
-        torch.manual_seed(2)
-        assert identities(DeviceLoader(labelled(20), 10).next()[0]) == first
-
-    def test_state_resumes_within_an_epoch(self):
-        loader = DeviceLoader(labelled(10), 3)
-        for _ in range(4):
-            loader.next()
-        state = loader.state_dict()
-        expected = [identities(loader.next()[0]) for _ in range(7)]
-        other = DeviceLoader(labelled(10), 3, seed=9)
-        other.load_state_dict(state)
-        assert [identities(other.next()[0]) for _ in range(7)] == expected
-
-    def test_bad_input(self):
-        with pytest.raises(ValueError, match="batch_size must be from 1 to the number of images, 10, got 11"):
-            DeviceLoader(labelled(10), 11)
-        with pytest.raises(ValueError, match="state must be of a data set of 10 images, got 12"):
-            DeviceLoader(labelled(10), 2).load_state_dict(DeviceLoader(labelled(12), 2).state_dict())
-
-
 class TestLabelledImages:
     @pytest.mark.parametrize(
         ("images", "labels", "match"),
@@ -141,3 +96,27 @@ class TestLabelledImages:
     def test_bad_input(self, images, labels, match):
         with pytest.raises(ValueError, match=match):
             LabelledImages(images, labels, n_classes=3)
+
+    def test_bad_sketches(self):
+        images, labels = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 2])
+        with pytest.raises(ValueError, match="paired sketches must be as many as the images, 4, got 3"):
+            LabelledImages(images, labels, 3, sketches=torch.zeros(3, 1, 8, 8))
+        with pytest.raises(ValueError, match=r"sketches must be as large as the images, \(8, 8\), got \(4, 4\)"):
+            LabelledImages(images, labels, 3, sketches=torch.zeros(4, 1, 4, 4))
+        with pytest.raises(ValueError, match="none is of class 2"):
+            LabelledImages(images, labels, 3, sketches=torch.zeros(2, 1, 8, 8), sketch_labels=torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="sketches must be given where sketch_labels are"):
+            LabelledImages(images, labels, 3, sketch_labels=torch.tensor([0, 1]))
+
+    def test_subset_keeps_pairs(self):
+        images = torch.arange(4.0)[:, None, None, None]
+        data = LabelledImages(images, torch.tensor([0, 1, 0, 1]), 2, sketches=images + 10)
+        part = data.subset(torch.tensor([3, 0]))
+        assert part.sketches.flatten().tolist() == [13, 10]
+        assert part.labels.tolist() == [1, 0]
+
+
+def test_as_float_spans_the_range():
+    assert as_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    exact = torch.tensor([0.5])
+    assert as_float(exact) is exact

@@ -1,0 +1,120 @@
+"""A classifier of real images, to tell whether generated ones show the class that was asked for.
+
+EfficientNet-Lite0 with its ImageNet weights and a new last layer, fine-tuned on the images that the GAN was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgan.data import DeviceLoader, LabelledImages, as_float, stratified_split
+from fastgan.metrics.backbones.efficientnet_lite0 import DIM, INPUT_SIZE, load_network, normalize
+
+MIN_INPUT_SIZE = 96  # what the deepest maps still see as 3x3
+_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Parts of real images that were classified right: those learnt from, those that chose the epoch, and others."""
+
+    train: float
+    validation: float
+    test: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Classifier(nn.Module):
+    """Class logits (n, n_classes) of images (n, 1 or 3, h, w) in [-1, 1], which are resized to ``input_size``."""
+
+    def __init__(self, n_classes: int, input_size: int) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.network = load_network()[0]
+        self.network.fc = nn.Linear(DIM, n_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = (images + 1) * 127.5
+        if pixels.shape[-1] != self.input_size:
+            pixels = F.interpolate(pixels, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
+        return self.network.logits(normalize(pixels).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Class probabilities (n, n_classes) in float64, in eval mode, batch by batch."""
+        device = next(self.parameters()).device
+        self.eval()
+        parts = [self(as_float(batch).float().to(device)).double().softmax(1) for batch in images.split(_BATCH)]
+        return torch.cat(parts).cpu()
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """The part of ``images`` whose most probable class is its label."""
+        return (self.probabilities(images).argmax(1) == labels.cpu()).double().mean().item()
+
+
+def train_classifier(
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    epochs: int = 4,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    held_out: float = 0.1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> tuple[Classifier, Accuracies]:
+    """Fine-tune on ``train`` but for a part ``held_out`` of each class, on which the best epoch is chosen.
+
+    Args:
+        train: of at least 2 classes.
+        test: images that are only classified, at the end.
+        epochs, batch_size, lr: of Adam, whose learning rate falls linearly to zero.
+        seed: of the last layer, the split and the order.
+        device: where to train.
+        on_epoch: told the epoch, from 1, and its validation accuracy.
+
+    Returns:
+        The classifier in eval mode, and its accuracies on the three sets.
+
+    Raises:
+        InputError: the weights of EfficientNet-Lite0 are not installed.
+        ValueError: there are fewer than two classes, or too few images to hold some out.
+    """
+    if train.n_classes < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, got {train.n_classes}")
+    learnt, validation = stratified_split(train, held_out=held_out, seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = Classifier(train.n_classes, min(INPUT_SIZE, max(MIN_INPUT_SIZE, train.images.shape[-1])))
+    classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = DeviceLoader(learnt.to(device), min(batch_size, len(learnt)), seed=seed)
+    steps = max(1, len(learnt) // loader.batch_size) * epochs
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    best, best_state = -1.0, classifier.state_dict()
+    for step in range(1, steps + 1):
+        classifier.train()
+        batch = loader.next()
+        loss = F.cross_entropy(classifier(batch["images"]), batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % (steps // epochs) == 0:
+            accuracy = classifier.accuracy(validation.images, validation.labels)
+            if accuracy > best:
+                best, best_state = accuracy, {k: v.clone() for k, v in classifier.state_dict().items()}
+            if on_epoch is not None:
+                on_epoch(step * epochs // steps, accuracy)
+    classifier.load_state_dict(best_state)
+    return classifier.eval(), Accuracies(
+        classifier.accuracy(learnt.images, learnt.labels), best, classifier.accuracy(test.images, test.labels)
+    )

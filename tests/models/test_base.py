@@ -1,0 +1,58 @@
+"""Generators in a folder: written, read back, and what is wrong with one."""
+
+import json
+
+import pytest
+import torch
+
+from fastgan.errors import InputError
+from fastgan.models import DCGANGenerator, Generator, ResNetGenerator, SAGANGenerator, SketchGenerator
+
+SMALL = {"resolution": 16, "image_channels": 1, "width": 8}
+MAKERS = {
+    "dcgan": lambda: DCGANGenerator(3, dim_z=4, **SMALL),
+    "resnet": lambda: ResNetGenerator(dim_z=4, **SMALL),
+    "sagan": lambda: SAGANGenerator(3, dim_z=4, attention_resolution=8, **SMALL),
+    "sketch": lambda: SketchGenerator(3, label_channels=5, **SMALL),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_round_trip(name, tmp_path):
+    generator = MAKERS[name]()
+    inputs = torch.randn(2, 1, 16, 16) if name == "sketch" else torch.randn(2, 4)
+    generator(inputs, torch.tensor([0, 2]))  # moves the batch norms' statistics
+    generator.save_pretrained(tmp_path / "new" / "folder")
+    assert sorted(p.name for p in (tmp_path / "new/folder").iterdir()) == ["config.json", "model.safetensors"]
+    for cls in (Generator, type(generator)):
+        loaded = cls.from_pretrained(tmp_path / "new" / "folder")
+        assert type(loaded) is type(generator)
+        assert loaded.config == generator.config
+        assert not loaded.training
+        assert torch.equal(loaded(inputs, torch.tensor([0, 2])), generator.eval()(inputs, torch.tensor([0, 2])))
+
+
+def test_bad_folders(tmp_path):
+    MAKERS["dcgan"]().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="class must be one of SketchGenerator, got 'DCGANGenerator'"):
+        SketchGenerator.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="config.json does not exist: a folder written by save_pretrained is needed"):
+        Generator.from_pretrained(tmp_path / "nothing")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, match in (
+        ({"class": "StyleGAN"}, "class must be one of .*, got 'StyleGAN'"),
+        ({"arguments": {"resolution": 48}}, "arguments do not make a DCGANGenerator: resolution must be a power"),
+        ({"arguments": {"depth": 3}}, "arguments do not make a DCGANGenerator: .*depth"),
+        ({"arguments": {**config["arguments"], "width": 16}}, "model.safetensors does not fit DCGANGenerator"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError, match=match):
+            Generator.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json must hold JSON with 'class' and 'arguments'"):
+        Generator.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="model.safetensors cannot be read"):
+        Generator.from_pretrained(tmp_path)
