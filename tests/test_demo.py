@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastgan.demo
+import fastgan.models
 from fastgan.demo import run_demo
 from fastgan.metrics.errors import InputError
 
@@ -68,7 +69,7 @@ def test_timed_implementations_agree():
 
     def weights(normalise):
         torch.manual_seed(0)
-        root = demo_timings.Weights(fastgan.demo.SAGANDiscriminator(3, width=8, spectral_norm=False))
+        root = demo_timings.Weights(fastgan.models.SAGANDiscriminator(3, width=8, spectral_norm=False))
         normalise(root)
         for _ in range(30):
             root()

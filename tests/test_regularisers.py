@@ -59,7 +59,9 @@ def test_second_order_gradients_of_the_penalties():
     names, values = zip(*hidden.named_parameters(), strict=True)
 
     def penalty(*weights):
-        critic = lambda x: torch.func.functional_call(hidden, dict(zip(names, weights, strict=True)), (x,))
+        def critic(x):
+            return torch.func.functional_call(hidden, dict(zip(names, weights, strict=True)), (x,))
+
         return gradient_penalty(critic, real, fake, alpha) + r1_penalty(critic, real)
 
     inputs = [v.detach().clone().requires_grad_(True) for v in values[:-1]]

@@ -44,7 +44,9 @@ class Classifier(nn.Module):
         pixels = (images + 1) * 127.5
         if pixels.shape[-1] != self.input_size:
             pixels = F.interpolate(pixels, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
-        return self.network.logits(normalize(pixels).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
+        return self.network.logits(
+            normalize(pixels).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        )
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = Classifier(train.n_classes, min(INPUT_SIZE, max(MIN_INPUT_SIZE, train.images.shape[-1])))
-    classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier.to(device).to(memory_format=torch.channels_last)
     loader = DeviceLoader(learnt.to(device), min(batch_size, len(learnt)), seed=seed)
     steps = max(1, len(learnt) // loader.batch_size) * epochs
     optimizer = torch.optim.Adam(classifier.parameters(), lr=lr, fused=True)

@@ -67,8 +67,8 @@ def test_a_sketch_without_its_partner_is_named(tmp_path):
 def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="data must be one of digits, cifar10 or a folder; .* does not exist"):
         load_data(tmp_path / "nowhere", 16)
+    (tmp_path / "half" / "images").mkdir(parents=True)
     with pytest.raises(InputError, match="sketches is missing"):
-        (tmp_path / "half" / "images").mkdir(parents=True)
         sketch_folder(tmp_path / "half", 16, paired=True)
     with pytest.raises(InputError, match="data digits has no sketches"):
         load_data("digits", 16, sketches="paired")
