@@ -1,0 +1,126 @@
+"""``python -m bench.training``: train recipes on the handwritten digits and keep what shows that they learn.
+
+For each, ``bench/results/training/<recipe>/`` gets the final grid, the curves, and ``metrics.json`` with distances over
+the steps, the agreement of a classifier with the classes asked for, seed, wall time and machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from bench.harness import environment
+from fastgan.data import LabelledImages, sketches_of
+from fastgan.files import write_text
+from fastgan.recipes import load_recipe, override
+from fastgan.training import class_rows, sample
+from fastgan.training.run import Run, start_run
+
+RESULTS = Path(__file__).parent / "results" / "training"
+RECIPES = {
+    "sagan": "sagan-digits",
+    "wgan-gp": "wgan-gp-digits",
+    "acgan": "acgan-digits",
+    "sketch-cgan": "sketch-cgan-digits",
+}
+PER_CLASS = 50
+SAMPLE_SEED = 2
+LEAST_HELD_OUT = 0.97
+
+
+def main(
+    recipes: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(RECIPES)}.  [default: all]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    change: Annotated[list[str] | None, typer.Option(help="key=value, a setting of the recipe to change.")] = None,
+) -> None:
+    """Train on digits and write what came out."""
+    unknown = set(recipes or ()) - set(RECIPES)
+    if unknown:
+        raise typer.BadParameter(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    for name in recipes or RECIPES:
+        result = train(name, out / name, change or ())
+        typer.echo(f"{name}: {result['classifier']['summary']}; {result['wall_seconds']['total']:.0f} s")
+
+
+def train(name: str, folder: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Train one recipe, judge it, and write the results."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = override(load_recipe(RECIPES[name]), changes)
+    start, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        run = start_run(recipe, Path(scratch) / "run", device=device, tell=typer.echo, show_progress=False)
+        if run.train() is not None:
+            raise KeyboardInterrupt
+        wall = {"total": time.perf_counter() - start, "processor": time.process_time() - cpu}
+        result = {
+            "recipe": asdict(recipe),
+            "seed": recipe.train.seed,
+            "environment": environment(device),
+            "wall_seconds": {key: round(value, 1) for key, value in wall.items()},
+            "metric": None if run._scores.scorer is None else run._scores.scorer.label,
+            "distances": [{"step": score.step, **_named(score.distances)} for score in run.scores],
+            "real_against_real": {} if run._scores.scorer is None else _named(run._scores.scorer.floors),
+            "classifier": judge(run),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        grids = sorted((run.out / "grids").iterdir())
+        shutil.copy(grids[-1], folder / "grid.png")
+        shutil.copy(run.out / "curves.png", folder / "curves.png")
+    write_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def judge(run: Run) -> dict[str, Any]:
+    """What a support vector classifier of real pixels makes of generated images."""
+    from sklearn.svm import SVC
+
+    data, held_out = run.data.train, run.data.held_out
+    classifier = SVC().fit(_pixels(data.images), data.labels.numpy())
+    accuracy = float(classifier.score(_pixels(held_out.images), held_out.labels.numpy()))
+    if accuracy <= LEAST_HELD_OUT:
+        raise RuntimeError(
+            f"the classifier must be right on {LEAST_HELD_OUT:.0%} of held-out digits, got {accuracy:.1%}"
+        )
+    images, labels = _generated(run, held_out)
+    predicted = torch.from_numpy(classifier.predict(_pixels(images)))
+    found: dict[str, Any] = {"kind": "SVC of pixels", "held_out_accuracy": accuracy, "images": len(images)}
+    if run.generator.n_classes:
+        right = (predicted == labels).double()
+        per_class = [right[labels == label].mean().item() for label in range(data.n_classes)]
+        found |= {"agreement": right.mean().item(), "per_class": per_class}
+        summary = f"{right.mean().item():.1%} of generated images are of the class asked for"
+    else:
+        shares = torch.bincount(predicted, minlength=data.n_classes).double() / len(predicted)
+        found["class_shares"] = shares.tolist()
+        summary = f"classes are predicted from {shares.min().item():.1%} to {shares.max().item():.1%} of the time"
+    return found | {"summary": f"{summary} ({accuracy:.1%} of held-out real ones are classified right)"}
+
+
+def _generated(run: Run, held_out: LabelledImages) -> tuple[Tensor, Tensor]:
+    if run.generator.sketch_channels:
+        sketches = sketches_of(held_out, run.recipe.data.sketches)
+        return sample(run.generator, held_out.labels, sketches=sketches), held_out.labels
+    labels = class_rows(held_out.n_classes, PER_CLASS)
+    return sample(run.generator, labels, seed=SAMPLE_SEED), labels
+
+
+def _pixels(images: Tensor) -> Any:
+    return images.cpu().flatten(1).numpy()
+
+
+def _named(distances: dict[int, float]) -> dict[str, float]:
+    return {f"N = {n}": round(value, 3) for n, value in distances.items()}
+
+
+if __name__ == "__main__":
+    typer.run(main)
