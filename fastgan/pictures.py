@@ -16,8 +16,6 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def grid_png(images: Tensor, columns: int, *, scale: int = 2, gap: int = 4) -> bytes:
     """A PNG of images (n, 1 or 3, h, w) in [-1, 1], row by row, each pixel ``scale`` pixels wide, on grey."""
-    from PIL import Image
-
     pixels = to_pixels(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     n, channels, height, width = pixels.shape
     rows = -(-n // columns)
@@ -25,8 +23,15 @@ def grid_png(images: Tensor, columns: int, *, scale: int = 2, gap: int = 4) -> b
     for i, image in enumerate(pixels):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         grid[:, top : top + height, left : left + width] = image
+    return png_bytes(grid)
+
+
+def png_bytes(pixels: Tensor) -> bytes:
+    """A PNG of one uint8 RGB image (3, h, w)."""
+    from PIL import Image
+
     buffer = BytesIO()
-    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

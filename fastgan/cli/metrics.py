@@ -103,6 +103,10 @@ def evaluate(
     subsets: Annotated[int, typer.Option(help="Of the kernel distance.")] = 100,
     subset_size: Annotated[int, typer.Option(help="Images in each, or all where there are fewer.")] = 1000,
     splits: Annotated[int, typer.Option(help="Of the inception score.")] = 10,
+    classify: Annotated[
+        bool,
+        typer.Option(help="Of a training run with classes: let a classifier of its real images judge its samples."),
+    ] = True,
     k: Annotated[int, typer.Option("-k", help="Neighbour that the balls of prdc reach to.")] = 5,
     seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
     batch_size: BatchSize = 64,
@@ -123,7 +127,10 @@ def evaluate(
         from fastgan.metrics.evaluate import METRICS, EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
         from fastgan.metrics.options import FeatureOptions
+        from fastgan.metrics.sources import open_images, register_opener
+        from fastgan.training.evaluation import RunSamples, classify_run, open_run
 
+        register_opener(open_run)
         wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, bias_curve=plot is not None)
         options = FeatureOptions(
@@ -140,11 +147,16 @@ def evaluate(
             note=warn,
         )
         with all_processes(options) as (world, echo):
-            result = measure(a, b, options, what, floor=floor, world=world)
+            images = open_images(a, skip_bad=skip_bad)
+            result = measure(images, b, options, what, floor=floor, world=world)
             if plot is not None and result.curve is not None and world.is_first:
                 limit = None if result.fid_infinity is None else result.fid_infinity.value
                 plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
-            echo(report(result.lines(), result.as_dict(), as_json=as_json))
+            lines, content = result.lines(), result.as_dict()
+            if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
+                judged = classify_run(images, device=device, tell=warn)
+                lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
+            echo(report(lines, content, as_json=as_json))
 
 
 @stats_app.command("save")

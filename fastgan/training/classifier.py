@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgan.data import DeviceLoader, LabelledImages, as_float, stratified_split
-from fastgan.metrics.backbones.efficientnet_lite0 import DIM, INPUT_SIZE, load_network, normalize
+from fastgan.metrics.backbones.efficientnet_lite0 import DIM, INPUT_SIZE, EfficientNetLite0, load_network, normalize
 
 MIN_INPUT_SIZE = 96  # what the deepest maps still see as 3x3
 _BATCH = 100
@@ -34,6 +34,8 @@ class Accuracies:
 class Classifier(nn.Module):
     """Class logits (n, n_classes) of images (n, 1 or 3, h, w) in [-1, 1], which are resized to ``input_size``."""
 
+    network: EfficientNetLite0
+
     def __init__(self, n_classes: int, input_size: int) -> None:
         super().__init__()
         self.input_size = input_size
@@ -44,21 +46,24 @@ class Classifier(nn.Module):
         pixels = (images + 1) * 127.5
         if pixels.shape[-1] != self.input_size:
             pixels = F.interpolate(pixels, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
-        return self.network.logits(
-            normalize(pixels).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        )
+        inputs = normalize(pixels).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return self.network.fc(self.network(inputs))
+
+    @staticmethod
+    def size_for(data: LabelledImages) -> int:
+        """The input size for images of this size: theirs, from 96 to the 224 of the first training."""
+        return min(INPUT_SIZE, max(MIN_INPUT_SIZE, data.images.shape[-1]))
 
     @torch.no_grad()
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Class probabilities (n, n_classes) in float64, in eval mode, batch by batch."""
+    def logits(self, images: Tensor) -> Tensor:
+        """Those of any number of images, batch by batch in eval mode, on the CPU."""
         device = next(self.parameters()).device
         self.eval()
-        parts = [self(as_float(batch).float().to(device)).double().softmax(1) for batch in images.split(_BATCH)]
-        return torch.cat(parts).cpu()
+        return torch.cat([self(as_float(batch).float().to(device)).cpu() for batch in images.split(_BATCH)])
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """The part of ``images`` whose most probable class is its label."""
-        return (self.probabilities(images).argmax(1) == labels.cpu()).double().mean().item()
+        return (self.logits(images).argmax(1) == labels.cpu()).double().mean().item()
 
 
 def train_classifier(
@@ -95,7 +100,7 @@ def train_classifier(
     learnt, validation = stratified_split(train, held_out=held_out, seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        classifier = Classifier(train.n_classes, min(INPUT_SIZE, max(MIN_INPUT_SIZE, train.images.shape[-1])))
+        classifier = Classifier(train.n_classes, Classifier.size_for(train))
     classifier.to(device).to(memory_format=torch.channels_last)
     loader = DeviceLoader(learnt.to(device), min(batch_size, len(learnt)), seed=seed)
     steps = max(1, len(learnt) // loader.batch_size) * epochs

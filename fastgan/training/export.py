@@ -14,12 +14,10 @@ from fastgan.errors import InputError
 from fastgan.files import write_bytes
 from fastgan.metrics.images import find_images
 from fastgan.models import Generator
-from fastgan.pictures import grid_png, to_pixels
+from fastgan.pictures import grid_png, png_bytes, to_pixels
 from fastgan.training.reports import MAX_ROWS, scale_of
 from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
 from fastgan.training.sampling import interpolate, sample
-
-_BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -98,15 +96,13 @@ def _grid(source: Path, generator: Generator, options: SampleOptions) -> bytes:
 
 
 def _write_folder(source: Path, generator: Generator, out: Path, options: SampleOptions) -> None:
-    from torchvision.io import encode_png
-
     assert options.n is not None
     labels, sketches = _labels(generator, options.n, options), None
     if generator.sketch_channels:
         sketches, labels = _sketches(source, generator, labels, options)
     images = sample(generator, labels, seed=options.seed, truncation=options.truncation, sketches=sketches)
     for i, pixels in enumerate(to_pixels(images)):
-        write_bytes(out / f"{i:06d}.png", bytes(encode_png(pixels.contiguous()).numpy()))
+        write_bytes(out / f"{i:06d}.png", png_bytes(pixels))
 
 
 def _sketches(source: Path, generator: Generator, labels: Tensor, options: SampleOptions) -> tuple[Tensor, Tensor]:

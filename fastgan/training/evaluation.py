@@ -1,0 +1,150 @@
+"""Scoring a run: its samples as a source of images for the metrics, and a classifier's judgement of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan.data import LabelledImages, as_float, sketches_of
+from fastgan.errors import InputError
+from fastgan.files import write_bytes, write_text
+from fastgan.metrics.class_scores import InceptionScoreResult, inception_score
+from fastgan.metrics.images import ImageSource
+from fastgan.metrics.sources import ImageArray
+from fastgan.pictures import to_pixels
+from fastgan.recipes import Recipe
+from fastgan.training.classifier import Accuracies, Classifier, train_classifier
+from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
+from fastgan.training.sampling import sample
+
+SEED = 1
+MAX_SAMPLES = 10_000
+_SPLITS = 10
+
+
+class RunSamples(ImageArray):
+    """As many samples of a run's best generator as it has held-out images (at most 10,000), with their classes and,
+    from sketches, their sketches. The held-out images are the reference.
+
+    Raises:
+        InputError: the run or its data cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, *, device: torch.device | str | None = None) -> None:
+        self.folder = Path(folder)
+        self.recipe: Recipe = run_recipe(folder)
+        self.data = load_data_of(self.recipe)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        generator, step = load_generator(folder, device=device)
+        self.n_classes = generator.n_classes
+        held_out = _part(self.data.held_out, MAX_SAMPLES)
+        self.labels = held_out.labels.cpu()
+        sketches = sketches_of(held_out, self.recipe.data.sketches) if generator.sketch_channels else None
+        self.generated = sample(generator, self.labels, seed=SEED, sketches=sketches).cpu()
+        super().__init__(to_pixels(self.generated), label=f"{folder} (samples after {step} steps)")
+        real = to_pixels(as_float(held_out.images))
+        self.reference: Path | ImageSource | None = ImageArray(real, label=f"{self.recipe.data.source} (held out)")
+
+    def name(self, index: int) -> str:
+        return f"{self.folder} sample {index}"
+
+
+def open_run(path: Path, skip_bad: bool) -> ImageSource | None:
+    """An opener for :func:`fastgan.metrics.sources.register_opener`: the folder of a run, or None."""
+    return RunSamples(path) if (path / CONFIG).is_file() else None
+
+
+def _part(data: LabelledImages, n: int) -> LabelledImages:
+    if len(data) <= n:
+        return data
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))[:n])
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """What a classifier fine-tuned on the real images makes of a run.
+
+    Attributes:
+        real: its accuracies on real images.
+        generated: the part of the generated images classified as the class asked for; None where none was.
+        score: the inception score with this classifier, of generated images.
+        real_score: the same of as many held-out real ones.
+    """
+
+    real: Accuracies
+    generated: float | None
+    score: InceptionScoreResult
+    real_score: InceptionScoreResult
+
+    def lines(self) -> list[str]:
+        """For people."""
+        real = self.real
+        accuracy = "" if self.generated is None else f", generated {self.generated:.1%}"
+        return [
+            f"classifier accuracy: train {real.train:.1%}, validation {real.validation:.1%}, test {real.test:.1%}"
+            + accuracy,
+            f"IS with this classifier: real {self.real_score.mean:.3f} +- {self.real_score.std:.3f}, "
+            f"generated {self.score.mean:.3f} +- {self.score.std:.3f}",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def classify_run(
+    samples: RunSamples, *, device: torch.device | str | None = None, tell: Callable[[str], None] = print
+) -> ClassReport:
+    """Fine-tune a classifier on the run's real images, or take the one that an earlier call left in its folder, and
+    judge the samples with it.
+
+    Raises:
+        InputError: the data has one class only, or the classifier's first weights are not installed.
+    """
+    data = samples.data
+    if data.train.n_classes < 2:
+        raise InputError(f"{samples.folder}: a classifier needs data with at least 2 classes")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    classifier, accuracies = _classifier(samples, device, tell)
+    logits, real_logits = (
+        classifier.logits(samples.generated),
+        classifier.logits(_part(data.held_out, MAX_SAMPLES).images),
+    )
+    agreement = None
+    if samples.n_classes:
+        agreement = (logits.argmax(1) == samples.labels).double().mean().item()
+    return ClassReport(accuracies, agreement, _score(logits), _score(real_logits))
+
+
+def _score(logits: Tensor) -> InceptionScoreResult:
+    return inception_score(logits, splits=min(_SPLITS, len(logits)))
+
+
+def _classifier(
+    samples: RunSamples, device: torch.device | str, tell: Callable[[str], None]
+) -> tuple[Classifier, Accuracies]:
+    from safetensors.torch import load_file, save
+
+    weights, report = samples.folder / "classifier.safetensors", samples.folder / "classifier.json"
+    data = samples.data
+    if weights.exists() and report.exists():
+        classifier = Classifier(data.train.n_classes, Classifier.size_for(data.train))
+        classifier.load_state_dict(load_file(weights))
+        return classifier.to(device).eval(), Accuracies(**json.loads(report.read_text(encoding="utf-8")))
+    tell(f"fine-tuning a classifier on {len(data.train)} real images")
+    classifier, accuracies = train_classifier(
+        data.train,
+        data.held_out,
+        device=device,
+        on_epoch=lambda epoch, accuracy: tell(f"epoch {epoch}: validation accuracy {accuracy:.1%}"),
+    )
+    state = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
+    write_bytes(weights, save(state))
+    write_text(report, json.dumps(accuracies.as_dict(), indent=2) + "\n")
+    return classifier, accuracies

@@ -1,0 +1,82 @@
+"""``fastgan train``, ``recipes`` and ``sample``."""
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastgan.cli import app
+from fastgan.models import DCGANGenerator, SketchGenerator
+from fastgan.recipes import available
+
+pytest.importorskip("sklearn")
+SMALL = ("resolution=16", "generator_width=8", "discriminator_width=8", "batch_size=4", "score_sizes=[2]")
+
+
+def fastgan(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_recipes_are_listed_with_a_line_each():
+    lines = fastgan("recipes").splitlines()
+    assert [line.split()[0] for line in lines] == available()
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_train_resume_and_sample(tmp_path):
+    out = tmp_path / "run"
+    said = fastgan("train", "--recipe", "acgan", "--data", "digits", "--out", out, "--quiet", "steps=1", *SMALL)
+    assert f"{out}: 1 steps done" in said
+    assert f"{out}: 2 steps done" in fastgan("train", "--resume", out, "--quiet", "steps=2")
+    refused = fastgan("train", "--resume", out, "--quiet", "batch_size=8", status=2)
+    assert "train.batch_size is 4 in the run, 8 was asked for" in refused
+    for options in ((), ("--class", 3), ("--truncation", 0.5), ("--interpolate", "--columns", 5)):
+        fastgan("sample", out, "--out", tmp_path / "grid.png", *options)
+        with Image.open(tmp_path / "grid.png") as image:
+            columns = 5 if "--interpolate" in options else 8
+            rows = 8 if "--class" in options else 10
+            assert image.size == (columns * 68 + 4, rows * 68 + 4)
+    fastgan("sample", out, "--out", tmp_path / "many", "-n", 12)
+    assert sorted(p.name for p in (tmp_path / "many").iterdir())[-1] == "000011.png"
+    fastgan("sample", out / "generator", "--out", tmp_path / "pretrained.png")
+    assert (tmp_path / "pretrained.png").stat().st_size > 1000
+
+
+def test_sketches_for_a_saved_generator(tmp_path):
+    SketchGenerator(2, resolution=16, image_channels=1, width=8).save_pretrained(tmp_path / "g")
+    for i in range(3):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        Image.new("L", (20, 20), 80 * i).save(tmp_path / "s" / f"{i}.png")
+    fastgan("sample", tmp_path / "g", "--sketches", tmp_path / "s", "--out", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (8 * 68 + 4, 2 * 68 + 4)
+    assert "--sketches must be given" in fastgan("sample", tmp_path / "g", "--out", tmp_path / "x.png", status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--recipe", "sagan"), "give either --out for a new run, or --resume"),
+        (("train", "--out", "run"), "--recipe must be given for a new run"),
+        (("train", "--recipe", "sgan", "--out", "run"), "recipe must be one of"),
+        (("train", "--recipe", "sagan", "--out", "run", "stps=3"), "no key 'stps' in a recipe; did you mean 'steps'?"),
+        (("train", "--recipe", "sagan", "--out", "run", "--data", "nowhere"), "nowhere does not exist"),
+        (("train", "--recipe", "sagan", "--out", "run", "--device", "gpu7"), "--device gpu7 cannot be used"),
+        (("train", "--resume", "nowhere"), "nowhere holds no run"),
+        (("sample", "nowhere", "--out", "x.png"), "nowhere holds neither a run"),
+        (("sample", "g", "--out", "x.png", "--class", 3), "--class must be in [0, 3), got 3"),
+        (("sample", "g", "--out", "x.png", "--truncation", -1), "truncation must be positive"),
+        (("sample", "g", "--out", "x", "--interpolate", "-n", 3), "--interpolate makes a grid"),
+        (("sample", "g", "--out", "x", "--sketches", "s"), "--sketches must not be given"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    DCGANGenerator(3, resolution=16, width=8).save_pretrained("g")
+    said = fastgan(*arguments, status=2)
+    assert message in " ".join(said.split())
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]

