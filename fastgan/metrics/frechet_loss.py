@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgan.linalg import nuclear_norm
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.stats import FeatureStats
 
@@ -46,7 +47,7 @@ class FrechetLoss(nn.Module):
         rows = features.double()
         mean = rows.mean(dim=0)
         centred = (rows - mean) / (len(rows) - 1) ** 0.5
-        cross = torch.linalg.svdvals(centred @ self.factor).sum()
+        cross = nuclear_norm(centred @ self.factor)
         distance = (mean - self.mean).square().sum() + centred.square().sum() + self.trace - 2 * cross
         return distance.to(features.dtype)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.linalg import trace_sqrt_product
+from fastgan.linalg import nuclear_norm, trace_sqrt_product
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.stats import FeatureStats, check_comparable
@@ -95,7 +95,7 @@ def _full(mean: Tensor, cov: Tensor, means: Tensor, covs: Tensor) -> Tensor:
 
 def _low_rank(real: Sequence[FeatureStats], fake: Sequence[FeatureStats]) -> Tensor:
     x, y = _padded_factors(real), _padded_factors(fake)
-    cross = torch.linalg.svdvals(x @ y.mT).sum(-1)
+    cross = nuclear_norm(x @ y.mT)
     means = [torch.stack([stats.mean for stats in side]).to(x.device) for side in (real, fake)]
     traces = x.square().sum((-2, -1)) + y.square().sum((-2, -1))
     return ((means[0] - means[1]).square().sum(-1) + traces - 2 * cross).clamp(min=0).cpu()

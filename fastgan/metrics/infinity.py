@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgan.linalg import trace_sqrt_product
+from fastgan.linalg import sqrtm, trace_sqrt_product
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.feature_checks import check_features
 from fastgan.metrics.frechet_many import frechet_distances
@@ -95,7 +95,17 @@ def _standard_error(groups: list[FeatureStats], whole: FeatureStats, reference: 
 
 
 def _covariance_gradient(cov: Tensor, reference: Tensor) -> Tensor:
-    """d / dS of tr(S) - 2 tr((S R)^{1/2})."""
+    """d / dS of tr(S) - 2 tr((S R)^{1/2}): I - T, with T the optimal transport map, T S T = R."""
+    identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    if failed.item() != 0:
+        return identity - 2 * _trace_gradient(cov, reference)
+    # T = L^{-T} (L^T R L)^{1/2} L^{-1}: a quarter of the cost of the gradient of the trace
+    half = torch.linalg.solve_triangular(lower.mT, sqrtm(lower.mT @ reference @ lower), upper=True)
+    return identity - torch.linalg.solve_triangular(lower.mT, half.mT, upper=True)
+
+
+def _trace_gradient(cov: Tensor, reference: Tensor) -> Tensor:
     cov = cov.requires_grad_()
     with torch.enable_grad():
         try:
@@ -103,4 +113,4 @@ def _covariance_gradient(cov: Tensor, reference: Tensor) -> Tensor:
         except ValueError as error:
             raise InputError(f"a side is no covariance: {error}") from error
         (gradient,) = torch.autograd.grad(cross, cov)
-    return torch.eye(len(cov), dtype=cov.dtype, device=cov.device) - 2 * gradient
+    return gradient

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from fastgan.linalg import trace_sqrt_product
 from fastgan.metrics import FeatureStats, InputError, frechet_distance
 from fastgan.metrics.frechet_loss import FrechetLoss
 from fastgan.metrics.frechet_many import frechet_distances, paired_frechet_distances
-from fastgan.metrics.infinity import fid_infinity
+from fastgan.metrics.infinity import _covariance_gradient, _trace_gradient, fid_infinity
 
 
 def rows(n, dim=8, seed=0, shift=0.0):
@@ -57,6 +58,17 @@ def test_infinity_is_unbiased_and_its_error_is_right():
     assert 0.6 < errors.square().mean().sqrt() < 1.6
     assert found[0].distance == pytest.approx(
         frechet_distance(reference, FeatureStats().update(1.2 * rows(n, dim) + 0.3))
+    )
+
+
+def test_the_gradient_behind_the_error_is_the_distances():
+    a, b = stats(40), stats(30, seed=1)
+    cov = a.cov.requires_grad_()
+    (expected,) = torch.autograd.grad(cov.trace() - 2 * trace_sqrt_product(cov, b.cov), cov)
+    torch.testing.assert_close(_covariance_gradient(a.cov, b.cov), expected, rtol=1e-9, atol=1e-12)
+    singular = stats(5).cov
+    torch.testing.assert_close(
+        _covariance_gradient(singular, b.cov), torch.eye(8, dtype=torch.float64) - 2 * _trace_gradient(singular, b.cov)
     )
 
 
