@@ -63,7 +63,7 @@ _TABLE: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("bwd_keys", 4, 80): (Launch(32, 32, 64, 4), Launch(16, 32, 64, 4), Launch(16, 32, 64, 4)),
     ("bwd_bwd_rows", 2, 90): (Launch(64, 32, 64, 4), Launch(64, 32, 128, 8), Launch(64, 32, 128, 8)),
     ("bwd_bwd_rows", 4, 90): (*(Launch(32, 16, 32, 8, 1, False),) * 2, Launch(16, 16, 32, 4, 1, False)),
-    ("bwd_bwd_rows", 2, 80): (Launch(32, 32, 64, 4, 2, False),) * 3,
+    ("bwd_bwd_rows", 2, 80): (Launch(32, 32, 64, 4, 2, False), *(Launch(32, 32, 64, 8, 2, False),) * 2),
     ("bwd_bwd_rows", 4, 80): (Launch(32, 16, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
     ("bwd_bwd_keys", 2, 90): (Launch(32, 64, 64, 4), Launch(32, 64, 64, 4), Launch(16, 64, 64, 8)),
     ("bwd_bwd_keys", 4, 90): (Launch(16, 32, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),

@@ -22,7 +22,7 @@ def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int
     kv = weight.new_empty(b, (height // 2) * (width // 2), outputs - d)
     index = torch.empty_like(kv, dtype=torch.int8)
     if x.numel():
-        t, (out, num_warps) = across(width), block_for(outputs, weight.itemsize)
+        t, (out, num_warps) = across(width, weight.itemsize), block_for(outputs, weight.itemsize)
         grid = (b * triton.cdiv(height, 2) * triton.cdiv(width, t) * triton.cdiv(outputs, out),)
         pooled_projection_fwd_kernel[grid](
             rows, weight, weight if bias is None else bias, q, kv, index, *rows.stride(), *weight.stride(),

@@ -48,6 +48,6 @@ def narrow(x, DTYPE: tl.constexpr):
     """x in ``DTYPE``, rounded to nearest even."""
     if INTERPRETING and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(DTYPE)

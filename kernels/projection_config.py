@@ -1,8 +1,8 @@
 """Tiles of the two projection kernels, and what ahead-of-time compilation needs to know of them.
 
-Both move far more bytes than they multiply, so a tile need only be large enough to read whole cache lines and to keep
-its sums in registers: at most 64 pixels x 128 outputs x 2 image rows over 8 warps is 64 sums a thread. float32 operands
-are split into three TF32 parts, which takes the registers of half of them.
+Both move far more bytes than they multiply, so a tile need only be large enough to read whole cache lines and to
+keep its sums in registers: at most 64 pixels x 128 outputs x 2 image rows over 8 warps is 64 sums a thread. float32
+operands are split into three TF32 parts, which leaves registers for a quarter of that.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ CHUNK = 32  # input channels of a step
 NUM_STAGES = 2
 
 
-def across(width: int) -> int:
+def across(width: int, itemsize: int) -> int:
     """Neighbouring pixels of a tile for images of ``width``; 16 at least, as the matrix units demand."""
-    return min(64, max(16, 1 << (width - 1).bit_length()))
+    return min(64 if itemsize == 2 else 32, max(16, 1 << (width - 1).bit_length()))
 
 
 def block_for(outputs: int, itemsize: int) -> tuple[int, int]:
     """Outputs of a tile and the warps for them, for weights of ``itemsize`` bytes."""
-    out = min(128 if itemsize == 2 else 64, max(16, 1 << (outputs - 1).bit_length()))
-    return out, 8 if out == 128 else 4
+    most = 128 if itemsize == 2 else 64
+    out = min(most, max(16, 1 << (outputs - 1).bit_length()))
+    return out, 8 if out == most else 4
 
 
 def aot_cases(capability: int) -> list:
@@ -37,7 +38,8 @@ def aot_cases(capability: int) -> list:
     ):
         if outputs > 64 and weight == "*fp32":
             continue
-        for kernel, pixels in ((pooled_projection_fwd_kernel, 64), (projection_residual_fwd_kernel, PIXELS)):
+        widest = across(64, 2 if weight == "*fp16" else 4)
+        for kernel, pixels in ((pooled_projection_fwd_kernel, widest), (projection_residual_fwd_kernel, PIXELS)):
             cases.append(_case(kernel, pixels, weight, x, layout, outputs))
     return cases
 
