@@ -58,7 +58,7 @@ _TABLE: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("bwd_rows", 2, 80): (Launch(64, 64, 64, 4), Launch(64, 64, 128, 4), Launch(64, 64, 256, 4)),
     ("bwd_rows", 4, 80): (Launch(32, 32, 64, 4), Launch(32, 32, 64, 4), Launch(32, 16, 64, 4)),
     ("bwd_keys", 2, 90): (Launch(64, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 8)),
-    ("bwd_keys", 4, 90): (Launch(32, 32, 64, 8), Launch(32, 64, 64, 8), Launch(16, 32, 32, 4)),
+    ("bwd_keys", 4, 90): (*(Launch(16, 64, 64, 8),) * 2, Launch(16, 32, 32, 4)),
     ("bwd_keys", 2, 80): (Launch(32, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 4)),
     ("bwd_keys", 4, 80): (Launch(32, 32, 64, 4), Launch(16, 32, 64, 4), Launch(16, 32, 64, 4)),
     ("bwd_bwd_rows", 2, 90): (Launch(64, 32, 64, 4), Launch(64, 32, 128, 8), Launch(64, 32, 128, 8)),
