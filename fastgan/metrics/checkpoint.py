@@ -15,7 +15,7 @@ from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.distributed import World
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.images import ImageSource
-from fastgan.metrics.stats import FeatureStats
+from fastgan.metrics.stats import FeatureStats, float64_device
 from fastgan.metrics.stats_file import load_stats, read_npz, save_stats
 
 
@@ -42,6 +42,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         name = re.sub(r"[^\w.-]+", "_", Path(source.label).name) or "images"
         self.path = folder / f"{name}-{digest}.npz"
+        self._device = backbone.device
 
     def restore(
         self, stats: FeatureStats, features: list[Tensor] | None, skipped: list[str]
@@ -54,7 +55,7 @@ class Checkpoint:
         skipped[:] = json.loads(str(arrays["skipped"]))
         if features is not None:
             features = [torch.from_numpy(arrays["features"])]
-        return load_stats(self.path), features, int(arrays["done"])
+        return load_stats(self.path).to(float64_device(self._device)), features, int(arrays["done"])
 
     def save(self, stats: FeatureStats, features: list[Tensor] | None, skipped: list[str], done: int) -> None:
         """Write the file, whole or not at all; nothing while there are fewer than two vectors."""

@@ -16,7 +16,7 @@ from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.images import ImageSource
 from fastgan.metrics.options import FeatureOptions, progress_bar
 from fastgan.metrics.sources import open_images
-from fastgan.metrics.stats import FeatureStats, check_comparable
+from fastgan.metrics.stats import FeatureStats, check_comparable, float64_device
 from fastgan.metrics.stats_file import holds_statistics
 
 INCEPTION_DIM = 2048
@@ -200,7 +200,7 @@ def measure(
 
 
 def _from_file(source: StatsFile, network: Backbone | None = None) -> Side:
-    stats = source.stats if network is None else source.stats.to(network.device)
+    stats = source.stats if network is None else source.stats.to(float64_device(network.device))
     return Side(str(source.path), Collected(stats, None, []), None)
 
 

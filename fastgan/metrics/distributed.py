@@ -84,10 +84,11 @@ def all_reduce_stats(stats: FeatureStats, group: dist.ProcessGroup | None = None
     check_comparable(stats, total)
     if not total.n:
         return
-    device = stats.device or _collective_device(group)
+    device = _collective_device(group)
+    home = stats.device or device
     if total.n <= (total.dim or 0):
         parts = _gather_rows(stats.rows(), [header["n"] for header in headers], total.dim or 0, device, group)
-        stats.replace_by_rows(torch.cat(parts), like=total)
+        stats.replace_by_rows(torch.cat(parts).to(home), like=total)
         return
     n, mean, scatter = stats.moments(total.dim or 0, device)
     means = _gather_rows(mean[None], [1] * len(headers), total.dim or 0, device, group)
@@ -96,7 +97,7 @@ def all_reduce_stats(stats: FeatureStats, group: dist.ProcessGroup | None = None
     delta = mean - joint_mean
     scatter.addr_(delta, delta, alpha=n)
     dist.all_reduce(scatter, group=group)
-    stats.replace_by_moments(total.n, joint_mean, scatter, like=total)
+    stats.replace_by_moments(total.n, joint_mean.to(home), scatter.to(home), like=total)
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
@@ -105,7 +106,8 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
         return rows
     shapes = world.gather((rows.shape[0], rows.shape[1]))
     dim = max(shape[1] for shape in shapes)
-    return torch.cat(_gather_rows(rows, [shape[0] for shape in shapes], dim, rows.device, None))
+    parts = _gather_rows(rows, [shape[0] for shape in shapes], dim, _collective_device(None), None)
+    return torch.cat(parts).to(rows.device)
 
 
 def _header(stats: FeatureStats) -> dict[str, Any]:
@@ -160,6 +162,7 @@ def _gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors must be to be sent."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

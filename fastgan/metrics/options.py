@@ -54,8 +54,10 @@ class FeatureOptions:
 
     def torch_device(self) -> torch.device:
         """The device asked for, else this process's GPU, else the CPU. Raises ``InputError`` where it is not usable."""
-        if self.device is None:
+        if self.device in (None, "cuda") and torch.cuda.is_available():
             return local_device()
+        if self.device is None:
+            return torch.device("cpu")
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)

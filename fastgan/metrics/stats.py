@@ -132,7 +132,7 @@ class FeatureStats:
             return self
         self.dtype = str(batch.dtype).removeprefix("torch.") if self.dtype is None else self.dtype
         self._dim = batch.shape[1]
-        device = self.device or _float64_device(batch.device)
+        device = self.device or float64_device(batch.device)
         # a copy even of float64 input: the caller may write into its buffer again
         self._join_rows([batch.to(device=device, dtype=torch.float64, copy=True)])
         return self
@@ -342,9 +342,9 @@ def _as_float64(value: Any) -> Tensor:
     tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
     if tensor.is_complex():
         raise InputError("statistics must be real, got complex numbers")
-    return tensor.to(device=_float64_device(tensor.device), dtype=torch.float64, copy=True)
+    return tensor.to(device=float64_device(tensor.device), dtype=torch.float64, copy=True)
 
 
-def _float64_device(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Apple's GPUs have no float64; their features are gathered on the CPU."""
     return torch.device("cpu") if device.type == "mps" else device

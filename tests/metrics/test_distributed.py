@@ -51,6 +51,7 @@ def work(rank, size, store, folder):
 CASES = {2: [(40, 3), (0, 50), (2, 3), (0, 4)], 3: [(30, 1, 12), (1, 0, 40), (2, 2, 1), (0, 0, 7)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_reduce_equals_one_process(tmp_path, size):
     mp.spawn(work, args=(size, tmp_path / "store", tmp_path), nprocs=size)

@@ -63,6 +63,7 @@ class Backbone:
         self._own = own and isinstance(network, nn.Module)
         self._input_dtype = torch.bfloat16 if self._own and self.precision == "bf16" else torch.float32
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._compiled_size = 0
         if self._own:
             self._module.to(self._input_dtype)
 
@@ -123,14 +124,16 @@ class Backbone:
         return self._checked(features, pixels.shape[0])
 
     def _run_compiled(self, inputs: Tensor) -> Tensor:
-        """One shape, one graph: a last, smaller batch is filled up with copies of its first image."""
+        """One shape, one graph: a smaller batch than before is filled up with copies of its first image."""
         assert self._compiled is not None
-        missing = self._chunk - inputs.shape[0]
+        n = inputs.shape[0]
+        self._compiled_size = max(self._compiled_size, n)
+        missing = self._compiled_size - n
         if missing:
             filling = inputs[:1].expand(missing, -1, -1, -1)
             inputs = torch.cat([inputs, filling]).contiguous(memory_format=torch.channels_last)
         with _frozen_weights(self.device):
-            return self._compiled(inputs)[: self._chunk - missing]
+            return self._compiled(inputs)[:n]
 
     def _checked(self, features: Tensor, n: int) -> Tensor:
         if features.ndim == 4:
