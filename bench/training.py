@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,8 @@ from fastgan.data import LabelledImages, sketches_of
 from fastgan.files import write_text
 from fastgan.recipes import load_recipe, override
 from fastgan.training import class_rows, sample
-from fastgan.training.run import Run, start_run
+from fastgan.training.reports import read_metrics
+from fastgan.training.run import CONFIG, METRICS, Run, resume_run, start_run
 
 RESULTS = Path(__file__).parent / "results" / "training"
 RECIPES = {
@@ -41,42 +41,47 @@ LEAST_HELD_OUT = 0.97
 def main(
     recipes: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(RECIPES)}.  [default: all]")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Keep the runs here, and go on with those that are.  [default: a temporary folder]"),
+    ] = None,
     change: Annotated[list[str] | None, typer.Option(help="key=value, a setting of the recipe to change.")] = None,
 ) -> None:
     """Train on digits and write what came out."""
     unknown = set(recipes or ()) - set(RECIPES)
     if unknown:
         raise typer.BadParameter(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
-    for name in recipes or RECIPES:
-        result = train(name, out / name, change or ())
-        typer.echo(f"{name}: {result['classifier']['summary']}; {result['wall_seconds']['total']:.0f} s")
-
-
-def train(name: str, folder: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Train one recipe, judge it, and write the results."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = override(load_recipe(RECIPES[name]), changes)
-    start, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
-        run = start_run(recipe, Path(scratch) / "run", device=device, tell=typer.echo, show_progress=False)
-        if run.train() is not None:
-            raise KeyboardInterrupt
-        wall = {"total": time.perf_counter() - start, "processor": time.process_time() - cpu}
-        result = {
-            "recipe": asdict(recipe),
-            "seed": recipe.train.seed,
-            "environment": environment(device),
-            "wall_seconds": {key: round(value, 1) for key, value in wall.items()},
-            "metric": None if run._scores.scorer is None else run._scores.scorer.label,
-            "distances": [{"step": score.step, **_named(score.distances)} for score in run.scores],
-            "real_against_real": {} if run._scores.scorer is None else _named(run._scores.scorer.floors),
-            "classifier": judge(run),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        grids = sorted((run.out / "grids").iterdir())
-        shutil.copy(grids[-1], folder / "grid.png")
-        shutil.copy(run.out / "curves.png", folder / "curves.png")
-    write_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")
+        for name in recipes or RECIPES:
+            result = train(name, (runs or Path(scratch)) / name, out / name, change or ())
+            typer.echo(f"{name}: {result['classifier']['summary']}; {result['wall_seconds']:.0f} s")
+
+
+def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Train one recipe in ``folder``, or go on with what is there; judge it, and write ``results``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"device": device, "tell": typer.echo, "show_progress": False}
+    if (folder / CONFIG).exists():
+        run = resume_run(folder, overrides=changes, **options)
+    else:
+        run = start_run(override(load_recipe(RECIPES[name]), changes), folder, **options)
+    if run.train() is not None:
+        typer.echo(f"interrupted at step {run.trainer.step}")
+        raise typer.Exit(1)
+    rows = read_metrics(folder / METRICS)
+    result = {
+        "recipe": asdict(run.recipe),
+        "seed": run.recipe.train.seed,
+        "environment": environment(device),
+        "wall_seconds": rows[-1]["seconds"],
+        "real_against_real": {key: value for key, value in rows[0].items() if "/real/" in key},
+        "distances": [{"step": score.step, **_named(score.distances)} for score in run.scores],
+        "classifier": judge(run),
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    shutil.copy(sorted((folder / "grids").iterdir())[-1], results / "grid.png")
+    shutil.copy(folder / "curves.png", results / "curves.png")
+    write_text(results / "metrics.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -50,7 +50,8 @@ class Scheduled(Callback):
 
 
 class MetricsLog(Callback):
-    """``metrics.jsonl``: a line for the mean losses of some steps with images a second, and a line for each score.
+    """``metrics.jsonl``: a line for the mean losses of some steps with images a second, and a line for each score. Each
+    tells the seconds that the run has taken, interruptions left out.
 
     Lines of steps after the one where a run goes on, which it left when it ended badly, are dropped at the start.
 
@@ -64,9 +65,12 @@ class MetricsLog(Callback):
         self.writers = writers
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
+        before = 0.0
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= trainer.step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            before = kept[-1]["seconds"] if kept else 0.0
+        self._began = time.perf_counter() - before
         self.restart_clock()
 
     def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
@@ -83,7 +87,8 @@ class MetricsLog(Callback):
         """Append a line, and tell the writers."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            seconds = round(time.perf_counter() - self._began, 2)
+            file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
         for writer in self.writers:
             writer(step, values)
 
@@ -129,6 +134,7 @@ class Scores(Scheduled):
         if steps and self.scorer is None:
             self.scorer = self._make_scorer()
             if not self.history:
+                self._log_distances(trainer, self.scorer.floors, "real/")
                 self.act(trainer)
         self._log.restart_clock()
 
@@ -137,13 +143,17 @@ class Scores(Scheduled):
         score = self.scorer.score(trainer.ema.module, trainer.step)
         best = not self.history or score.decisive < min(s.decisive for s in self.history)
         self.history.append(score)
-        key = "fid" if self.scorer.label == "FID" else f"frechet_{self.scorer.backbone.name}"
-        self._log.write(trainer.step, {f"{key}/{n}": value for n, value in score.distances.items()})
+        self._log_distances(trainer, score.distances)
         values = ", ".join(f"{value:.2f} (N = {n})" for n, value in score.distances.items())
         self._tell(f"step {trainer.step}: {self.scorer.label} {values}{', the best so far' if best else ''}")
         if best and trainer.step:
             self._save_best(trainer)
         self._log.restart_clock()
+
+    def _log_distances(self, trainer: Trainer, distances: dict[int, float], of: str = "") -> None:
+        assert self.scorer is not None
+        name = "fid" if self.scorer.label == "FID" else f"frechet_{self.scorer.backbone.name}"
+        self._log.write(trainer.step, {f"{name}/{of}{n}": value for n, value in distances.items()})
 
 
 class Grids(Scheduled):

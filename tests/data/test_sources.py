@@ -1,5 +1,6 @@
 """Data sets by name and from folders, and what is wrong with a folder."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -93,3 +94,34 @@ def test_digits_in_colour():
     pytest.importorskip("sklearn")
     split = load_data("digits", 16, channels=3)
     assert split.train.images.shape == (1198, 3, 16, 16)
+
+
+class FakeCIFAR10:
+    """What torchvision's class looks like from outside, without the download."""
+
+    def __init__(self, root, train, download):
+        if "offline" in str(root):
+            raise OSError("no route to host")
+        assert download
+        self.data = np.full((6 if train else 4, 32, 32, 3), 7, dtype=np.uint8)
+        self.data[..., 2] = 200
+        self.targets = [i % 10 for i in range(len(self.data))]
+        self.classes = tuple("abcdefghij")
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    split = load_data("cifar10", 32)
+    assert (len(split.train), len(split.held_out)) == (6, 4)
+    assert split.train.images.dtype == torch.uint8
+    assert split.train.images[0, :, 0, 0].tolist() == [7, 7, 200]
+    assert split.train.class_names == tuple("abcdefghij")
+    assert load_data("cifar10", 64).train.images.shape == (6, 3, 64, 64)
+    with pytest.raises(InputError, match="cifar10 is in colour"):
+        load_data("cifar10", 32, channels=1)
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "offline")
+    with pytest.raises(InputError, match="cannot be downloaded .no route to host.*: put cifar-10-python.tar.gz there"):
+        load_data("cifar10", 32)

@@ -174,6 +174,8 @@ def test_a_truncated_checkpoint_goes_on_from_the_previous_one(tmp_path):
     again.train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss/generator" in row]
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
     assert steps == sorted(set(steps))  # those after the checkpoint were dropped before they came again
     assert_same(again.trainer.state_dict(), run.trainer.state_dict())
 
