@@ -194,6 +194,14 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        auxiliary = self.model.head == "auxiliary"
+        if auxiliary and not self.train.class_weight_discriminator:
+            raise ValueError("model.head 'auxiliary' needs a train.class_weight_discriminator, which is 0")
+        for name in ("class_weight_discriminator", "class_weight_generator"):
+            if getattr(self.train, name) and not auxiliary:
+                raise ValueError(f"train.{name} needs model.head 'auxiliary', it is {self.model.head!r}")
+
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:

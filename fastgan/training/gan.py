@@ -6,7 +6,7 @@ their own - so that a step can be run eagerly or captured as one graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,14 +150,13 @@ class RecipeGan:
                 if objective.class_loss_on_generated:
                     loss = loss + _class_loss(fake_scores, fake_labels)
                 terms["class"] = objective.class_weight_discriminator * loss
+            channels = batch["images"].shape[1]
+            critic = self._critic_of_images(real[:, channels:], labels)
             if objective.gradient_penalty:
-                critic = self._critic_of_images(real, labels)
-                images, fakes = real[:, : self._channels(batch)], fake[:, : self._channels(batch)]
-                penalty = gradient_penalty(critic, images, fakes, draws["alpha"])
+                penalty = gradient_penalty(critic, real[:, :channels], fake[:, :channels], draws["alpha"])
                 terms["gradient_penalty"] = objective.gradient_penalty * penalty
             if objective.r1:
-                critic = self._critic_of_images(real, labels)
-                terms["r1"] = objective.r1 * r1_penalty(critic, real[:, : self._channels(batch)])
+                terms["r1"] = objective.r1 * r1_penalty(critic, real[:, :channels])
         return terms
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
@@ -200,11 +199,14 @@ class RecipeGan:
             return augment(images, policy, draws, prefix)
         return augment(torch.cat([images, batch["sketches"].to(images.dtype)], 1), policy, draws, prefix)
 
-    def _channels(self, batch: Batch) -> int:
-        return batch["images"].shape[1]
+    def _critic_of_images(self, sketches: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        """The discriminator as a function of the images alone: labels and sketches are those of the real ones."""
 
-    def _critic_of_images(self, seen: Tensor, labels: Tensor) -> CriticOfImages:
-        return CriticOfImages(self, seen, labels)
+        def critic(images: Tensor) -> Tensor:
+            seen = torch.cat([images, sketches.to(images.dtype)], 1) if self.sees_sketch else images
+            return self._score(seen, labels).logits
+
+        return critic
 
     def _discriminate(self, real: Tensor, labels: Tensor, fake: Tensor, fake_labels: Tensor) -> tuple[Scores, Scores]:
         if self.has_batch_norm:
@@ -231,17 +233,6 @@ class Scores:
 
     logits: Tensor
     classes: Tensor | None = None
-
-
-class CriticOfImages:
-    """The discriminator as a function of the images alone: labels and sketches are those of the real images."""
-
-    def __init__(self, gan: RecipeGan, seen: Tensor, labels: Tensor) -> None:
-        self.gan, self.seen, self.labels = gan, seen, labels
-
-    def __call__(self, images: Tensor) -> Tensor:
-        sketches = self.seen[:, images.shape[1] :].to(images.dtype)
-        return self.gan._score(torch.cat([images, sketches], 1) if self.gan.sees_sketch else images, self.labels).logits
 
 
 def _class_loss(scores: Scores, labels: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ def test_bad_override(assignment, match):
         ({"name": "x", "data": {"channels": 2}}, "channels must be 0, 1 or 3, got 2"),
         ({"name": "x", "data": {"sketches": "some"}}, "sketches must be one of"),
         ({"name": "x", "log": {"score_sizes": [1]}}, "score_sizes must be numbers of at least 2"),
+        ({"name": "x", "train": {"class_weight_generator": 1}}, "class_weight_generator needs model.head 'auxiliary'"),
+        ({"name": "x", "model": {"head": "auxiliary"}}, "'auxiliary' needs a train.class_weight_discriminator"),
         ({"name": "x", "log": {"grid_every": 0}}, "grid_every must be at least 1"),
     ],
 )
