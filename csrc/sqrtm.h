@@ -47,11 +47,12 @@ struct Symmetrized {
 };
 
 // `root` receives A^{1/2}, or A^{-1/2} where `inverse`, of each matrix of `a`; returns the iterations. Eigenvalues are
-// resolved down to 1e-16 of |A|_F.
+// resolved down to 1e-10 of |A|_F, for the inverse to 1e-16: rounding leaves the zeros of a singular matrix at about
+// -1e-17, and what is below zero grows without end where it is given the time.
 template <class Device>
 int coupled_newton_schulz(Device& device, typename Device::template Matrix<double> a,
                           typename Device::template Matrix<double> root, bool inverse) {
-  constexpr double kSmallest = 1e-8;
+  const double smallest = inverse ? 1e-8 : 1e-5;
   const int64_t count = a.count, rows = a.rows, size = rows * rows;
   auto matrix = [&] { return device.template empty<double>(count, rows, rows); };
   auto y = matrix(), z = matrix(), t = matrix(), next = matrix();
@@ -61,7 +62,7 @@ int coupled_newton_schulz(Device& device, typename Device::template Matrix<doubl
   device.map(count, 1, SquareRoot{scale.data});
   device.map(count, size, Scale<double, double>{a.data, y.data, scale.data, none_done.data, size});
   device.map(count, size, Identity{z.data, rows});
-  const auto steps = scaled_newton_schulz(kSmallest);
+  const auto steps = scaled_newton_schulz(smallest);
   for (const Step& step : steps) {
     device.multiply(z, y, false, t);
     device.map(count, size, Polynomial{t.data, rows, step.linear, step.cubic});

@@ -61,8 +61,9 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
     Args:
         a: shape (..., d, d), float32 or float64. May be singular unless ``inverse``. Computed in float64.
         method: ``"eigh"`` takes eigenvectors; ``"newton_schulz"`` the coupled Newton-Schulz iteration, matrix products
-            alone (Higham, "Functions of Matrices", 2008), which resolves eigenvalues down to 1e-16 of |A|_F. ``"auto"``
-            is ``"eigh"`` on a CPU and ``"newton_schulz"`` on a GPU, where eigensolvers are slow.
+            alone (Higham, "Functions of Matrices", 2008), which resolves eigenvalues down to 1e-10 of |A|_F, 1e-16 for
+            the inverse. ``"auto"`` is ``"eigh"`` on a CPU; on a GPU, where eigensolvers are slow, ``"newton_schulz"``,
+            and ``"eigh"`` for what does not converge.
         inverse: the root of the inverse; ``a`` must be positive definite.
         impl: ``"extension"`` (C++/CUDA), ``"reference"`` (plain PyTorch, same iteration), or ``"auto"``: the first
             available. ``"eigh"`` is torch's in both.
@@ -75,6 +76,7 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
     Raises:
         ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
             eigenvalue), of another dtype, or singular with ``inverse=True``.
+        RuntimeError: ``method="newton_schulz"`` did not converge.
     """
     checks.check_square("a", a)
     checks.check_options(method, sqrtm_ops.METHODS, impl)

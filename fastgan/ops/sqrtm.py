@@ -13,6 +13,9 @@ from fastgan.reference import sqrtm as reference
 
 METHODS = ("auto", "eigh", "newton_schulz")
 
+_RESIDUAL, _INVERSE_RESIDUAL = 1e-8, 1e-6
+"""Above these an iteration has not converged."""
+
 
 @custom_op("fastgan::sqrtm", mutates_args=())
 def sqrtm(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
@@ -24,12 +27,26 @@ def sqrtm(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     flat = 0.5 * (flat + flat.mT) / scale
     if method == "eigh" or (method == "auto" and not a.is_cuda):
         root = reference.sqrtm_eigh(flat, inverse)
-    elif resolve(impl, a.device) == "extension":
-        root = torch.ops.fastgan_C.sqrtm(flat, inverse)
     else:
-        root = reference.sqrtm_newton_schulz(flat, inverse)
+        root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     root = root / scale.sqrt() if inverse else root * scale.sqrt()
     return root.to(a.dtype).reshape(a.shape).contiguous()
+
+
+def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
+    """By Newton-Schulz; where that has not converged by eigenvectors, or a RuntimeError."""
+    compute = torch.ops.fastgan_C.sqrtm if resolve(impl, a.device) == "extension" else reference.sqrtm_newton_schulz
+    root = compute(a, inverse)
+    if a.is_cuda and torch.cuda.is_current_stream_capturing():
+        return root
+    residual = reference.residual(a, root, inverse)
+    failed = ~(residual <= (_INVERSE_RESIDUAL if inverse else _RESIDUAL))
+    if bool(failed.any()):
+        if not fall_back:
+            share = residual[failed].amax().item()
+            raise RuntimeError(f"method='newton_schulz' did not converge (residual {share:.1e}): use 'eigh'")
+        root[failed] = reference.sqrtm_eigh(a[failed], inverse)
+    return root
 
 
 @sqrtm.register_fake

@@ -8,7 +8,6 @@ from torch import Tensor
 from fastgan.reference.nuclear_norm import scaled_newton_schulz
 
 EPSILON = torch.finfo(torch.float64).eps
-_SMALLEST = 1e-8
 
 
 def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
@@ -16,22 +15,32 @@ def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
     values, vectors = torch.linalg.eigh(_symmetric(a))
     floor = values.shape[-1] * EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
-    return (vectors * roots[..., None, :]) @ vectors.mT
+    return _symmetric((vectors * roots[..., None, :]) @ vectors.mT)
 
 
 def sqrtm_newton_schulz(a: Tensor, inverse: bool) -> Tensor:
     """From matrix products alone: the coupled iteration (Higham, "Functions of Matrices", 2008, section 6.7), scaled.
 
     Y (Z Y)^{-1/2} and (Z Y)^{-1/2} Z stay as they are while Z Y goes to I, so Y ends at A^{1/2} and Z at A^{-1/2}.
+    Eigenvalues are resolved down to 1e-10 of |A|_F, for the inverse to 1e-16: rounding leaves the zeros of a singular
+    matrix at about -1e-17, and what is below zero grows without end where it is given the time.
     """
     scale = a.square().sum((-2, -1), keepdim=True).sqrt()
     y = torch.where(scale > 0, a / scale, 0.0)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     z = eye.expand_as(a)
-    for linear, cubic in scaled_newton_schulz(_SMALLEST):
+    for linear, cubic in scaled_newton_schulz(1e-8 if inverse else 1e-5):
         t = linear * eye - cubic * (z @ y)
         y, z = y @ t, t @ z
     return _symmetric(z) / scale.sqrt() if inverse else _symmetric(y) * scale.sqrt()
+
+
+def residual(a: Tensor, root: Tensor, inverse: bool) -> Tensor:
+    """|R R - A| / |A|, or |R A R - I| / |I| for the inverse root, in Frobenius norms, (n,)."""
+    target = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a) if inverse else a
+    found = root @ a @ root if inverse else root @ root
+    size = torch.linalg.matrix_norm(target)
+    return torch.linalg.matrix_norm(found - target) / torch.where(size > 0, size, 1.0)
 
 
 def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
@@ -40,7 +49,7 @@ def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     sums = values[..., :, None] + values[..., None, :]
     floor = (values.shape[-1] * EPSILON) ** 0.5 * values[..., -1].abs()[..., None, None]
     rotated = vectors.mT @ _symmetric(rhs) @ vectors
-    return vectors @ torch.where(sums > floor, rotated / sums, 0.0) @ vectors.mT
+    return _symmetric(vectors @ torch.where(sums > floor, rotated / sums, 0.0) @ vectors.mT)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Covariances with a known spectrum, for the tests of matrix square roots."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan import _extension
+
+SIZES = (1, 2, 3, 31, 64, 65, 192)
+SPECTRA = ("flat", "geometric", "dominant", "clustered", "singular", "repeated")
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+IMPLS = [
+    pytest.param("extension", marks=pytest.mark.skipif(bool(_extension._load()), reason="the extension is not built")),
+    "reference",
+]
+
+
+def spectrum(name: str, d: int) -> Tensor:
+    steps = torch.arange(d, dtype=torch.float64) / max(d - 1, 1)
+    values = {
+        "flat": torch.ones_like(steps),
+        "geometric": 10 ** (-8 * steps),
+        "dominant": 1e-3 ** (steps > 0),
+        "clustered": (1 + 1e-9 * torch.rand_like(steps)) * 1e-4 ** (steps >= 0.5),
+        "singular": (0.1 + torch.rand_like(steps)) * (steps <= 0.5),
+        "repeated": 0.25 ** (steps >= 0.4),
+    }
+    return values[name].double()
+
+
+def rotation(d: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
+
+
+def factor(name: str, d: int) -> Tensor:
+    """F of A = F F^T with the named spectrum, in directions of its own."""
+    return rotation(d) * spectrum(name, d).sqrt()
+
+
+def covariance(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A well-conditioned positive definite matrix (*shape, d), d the last of ``shape``."""
+    x = torch.randn(*shape, 2 * shape[-1] + 5, dtype=torch.float64)
+    return (x @ x.mT / x.shape[-1]).to(dtype)
+
+
+def nuclear_norm(factor_a: Tensor, factor_b: Tensor) -> Tensor:
+    return torch.linalg.svdvals(factor_a.mT @ factor_b).sum(-1)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).abs() / truth).max().item()
