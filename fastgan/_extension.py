@@ -45,5 +45,7 @@ def status() -> tuple[Backend, Backend]:
     rows = []
     for device_type in ("cpu", "cuda"):
         missing = _missing(device_type)
-        rows.append(Backend(f"extension {device_type}", not missing, missing or "loaded"))
+        idle = device_type == "cuda" and not torch.cuda.is_available()
+        loaded = "built, with no CUDA device to run on" if idle else "loaded"
+        rows.append(Backend(f"extension {device_type}", not missing, missing or loaded))
     return rows[0], rows[1]

@@ -185,7 +185,8 @@ def trace_sqrt_product(
     ``factors``                               ``"lowrank"``
     CPU                                       ``"cholesky"`` where its error bound is below 3e-10 of the value (1e-7 for
                                               float32); ``"eigh"`` where A is singular, with the same bound; else
-                                              ``"svd"``
+                                              ``"svd"``. As one batch from 4 pairs on where d <= 128, else pair by
+                                              pair
     GPU, d <= 64, extension built             ``"jacobi"``
     GPU                                       ``"polar"``
     ========================================  ==========================================================================

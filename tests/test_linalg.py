@@ -162,6 +162,18 @@ def test_mixed_batch_reports_the_method_of_each():
     assert (info.error_bound < 1e-12 * value).all()
 
 
+def test_a_batch_is_what_its_pairs_are():
+    singular = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])).double()
+    a, b = torch.stack([covariance(4), singular, covariance(4), singular]), torch.stack([singular, covariance(4)])
+    value, info = trace_sqrt_product(a[:, None], b, return_info=True)
+    for i in range(4):
+        for j in range(2):
+            single, single_info = trace_sqrt_product(a[i], b[j], return_info=True)
+            assert abs(value[i, j] - single) <= info.error_bound[i, j] + single_info.error_bound
+            assert relative_error(value[i, j], single) < 1e-13
+    assert set(info.methods) >= {"cholesky", "eigh"}
+
+
 def asymmetric(d: int) -> Tensor:
     a = covariance(d)
     a[0, 1] += 0.1

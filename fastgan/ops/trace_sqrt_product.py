@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,15 +10,30 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan import _extension
-from fastgan.ops.nuclear_norm import IMPLS, LOWER, METHOD, UPPER, direct_rows, polar_rows, power_of_two, resolve
+from fastgan.ops.nuclear_norm import (
+    IMPLS,
+    LOWER,
+    METHOD,
+    UPPER,
+    direct_rows,
+    polar_rows,
+    power_of_two,
+    resolve,
+    value_tolerance,
+)
 from fastgan.reference import trace_sqrt_product as reference
-from fastgan.reference.trace_sqrt_product import DIRECT, FAILED, JACOBI, POLAR
+from fastgan.reference.nuclear_norm import root_sum
+from fastgan.reference.trace_sqrt_product import CHOLESKY, DIRECT, FAILED, JACOBI, POLAR
 
 __all__ = ["IMPLS", "METHODS", "asymmetry", "resolve", "trace_sqrt_product"]
 
 METHODS = ("auto", "cholesky", "eigh", "svd", "polar", "jacobi")
 JACOBI_SIZE = 64
 """Largest d of the kernel that takes a pair of matrices a block: three of them stand in its shared memory."""
+
+BATCH_SIZE, BATCH_PAIRS = 128, 4
+"""On a CPU, at least this many pairs of matrices of up to this size are worked on as a batch: a call for each costs
+more than the arithmetic."""
 
 _CHUNK_ENTRIES = 2**26  # of the products that a chunk of pairs is iterated on
 
@@ -48,10 +64,29 @@ def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: 
         rows[:, 2] = torch.where(rows[:, 2] > 0, float(JACOBI), float(FAILED))
     else:
         compute = torch.ops.fastgan_C.trace_sqrt_product if extension else reference.trace_sqrt_product
-        rows = compute(a, b, pairs, DIRECT[method]).to(a.device)
+        if method == "auto" and a.shape[-1] <= BATCH_SIZE and len(pairs) >= BATCH_PAIRS:
+            rows = _batched(a, b, pairs, compute)
+        else:
+            rows = compute(a, b, pairs, DIRECT[method]).to(a.device)
     report = direct_rows(rows[:, 0], rows[:, 1], 0)
     report[:, METHOD] = rows[:, 2]
     return rows[:, 0], report
+
+
+def _batched(a: Tensor, b: Tensor, pairs: Tensor, compute: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Tensor:
+    """The rows of ``compute``, from Cholesky factors of all of ``a`` at once; ``compute`` does what they cannot."""
+    (scale_a, wide_a), (scale_b, wide_b) = _scaled(a), _scaled(b)
+    lower, singular = reference.cholesky_if_definite(wide_a)
+    i, j = pairs.unbind(1)
+    factor = lower[i]
+    eigenvalues = torch.linalg.eigvalsh(factor.mT @ wide_b[j] @ factor)
+    value, bound, accurate = root_sum(eigenvalues, value_tolerance(a.dtype))
+    scale = scale_a[i].sqrt() * scale_b[j].sqrt()
+    rows = torch.stack([value * scale, bound * scale, torch.full_like(value, CHOLESKY)], 1)
+    rest = singular[i] | ~accurate
+    if bool(rest.any()):
+        rows[rest] = compute(a, b, pairs[rest].contiguous(), DIRECT["auto"])
+    return rows
 
 
 def _polar(a: Tensor, b: Tensor, pairs: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
@@ -76,10 +111,16 @@ def _polar(a: Tensor, b: Tensor, pairs: Tensor, impl: str, bounds: bool) -> tupl
 
 
 def _factored(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, wide = _scaled(matrices)
+    return scale, *reference.factors(wide)
+
+
+def _scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of two, and the symmetric float64 matrices divided by them."""
     wide = matrices.double()
     scale = power_of_two(wide)
     wide = wide / scale[:, None, None]
-    return scale, *reference.factors(0.5 * (wide + wide.mT))
+    return scale, 0.5 * (wide + wide.mT)
 
 
 def _batch_shape(a: Tensor, b: Tensor) -> torch.Size:

@@ -1,0 +1,20 @@
+"""The C++ iterations without torch, under AddressSanitizer and UBSan: what ``make sanitize`` runs."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None or shutil.which("c++") is None, reason="needs make and a C++ compiler")
+def test_iterations_are_clean_and_right():
+    done = subprocess.run(["make", "sanitize", "CXX=c++"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if "cannot find" in done.stderr and "asan" in done.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("0 failures")
+    assert done.stdout.count("\nok ") > 30
