@@ -7,8 +7,10 @@ the steps, the agreement of a classifier with the classes asked for, seed, wall 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,14 +56,16 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         for name in recipes or RECIPES:
             result = train(name, (runs or Path(scratch)) / name, out / name, change or ())
-            typer.echo(f"{name}: {result['classifier']['summary']}; {result['wall_seconds']:.0f} s")
+            typer.echo(f"{name}: {result['classifier']['summary']}; {result['wall_seconds']['total']:.0f} s")
 
 
 def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Train one recipe in ``folder``, or go on with what is there; judge it, and write ``results``."""
+    start = time.process_time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"device": device, "tell": typer.echo, "show_progress": False}
-    if (folder / CONFIG).exists():
+    resumed = (folder / CONFIG).exists()
+    if resumed:
         run = resume_run(folder, overrides=changes, **options)
     else:
         run = start_run(override(load_recipe(RECIPES[name]), changes), folder, **options)
@@ -69,12 +73,19 @@ def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -
         typer.echo(f"interrupted at step {run.trainer.step}")
         raise typer.Exit(1)
     rows = read_metrics(folder / METRICS)
+    floors = {key.split("/real/")[1]: value for key, value in rows[0].items() if "/real/" in key}
     result = {
         "recipe": asdict(run.recipe),
         "seed": run.recipe.train.seed,
         "environment": environment(device),
-        "wall_seconds": rows[-1]["seconds"],
-        "real_against_real": {key: value for key, value in rows[0].items() if "/real/" in key},
+        "machine": f"{os.cpu_count()}-core CPU" if device == "cpu" else torch.cuda.get_device_name(),
+        # On a machine with other work, seconds of the processor say more; a run that was gone on with has none.
+        "wall_seconds": {
+            "total": rows[-1]["seconds"],
+            "processor": None if resumed else round(time.process_time() - start, 1),
+        },
+        "metric": next(key for key in rows[0] if "/real/" in key).partition("/")[0],
+        "real_against_real": _named({int(n): value for n, value in floors.items()}),
         "distances": [{"step": score.step, **_named(score.distances)} for score in run.scores],
         "classifier": judge(run),
     }
