@@ -43,7 +43,12 @@ def trace_sqrt_product(a: Tensor, b: Tensor, method: str, impl: str, bounds: boo
     """tr((A B)^{1/2}) of (..., d, d) matrices, and float64 (lower bound, upper bound, method code, iterations)."""
     shape = _batch_shape(a, b)
     matrices_a, matrices_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    pairs = torch.stack([_indices(a, shape), _indices(b, shape)], 1)
+    if method == "auto" and a.is_cuda:
+        small = a.shape[-1] <= JACOBI_SIZE and resolve(impl, a.device) == "extension"
+        method = "jacobi" if small else "polar"
+    # made where they are used: within a CUDA graph nothing may be copied to the device
+    device = a.device if method in ("polar", "jacobi") else torch.device("cpu")
+    pairs = torch.stack([_indices(a, shape, device), _indices(b, shape, device)], 1)
     if len(matrices_b) < len(matrices_a):  # the first operand is factored: let that be the one with fewer matrices
         matrices_a, matrices_b, pairs = matrices_b, matrices_a, pairs.flip(1)
     value, report = _solve(matrices_a, matrices_b, pairs.contiguous(), method, impl, bounds)
@@ -53,14 +58,12 @@ def trace_sqrt_product(a: Tensor, b: Tensor, method: str, impl: str, bounds: boo
 def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """Values (n,) and reports (n, 4) for pairs of matrices of a and b, (., d, d)."""
     extension = resolve(impl, a.device) == "extension"
-    if method == "auto" and a.is_cuda:
-        method = "jacobi" if extension and a.shape[-1] <= JACOBI_SIZE else "polar"
     if len(pairs) == 0:
         return a.new_zeros(0, dtype=torch.float64), a.new_zeros(0, 4, dtype=torch.float64)
     if method == "polar":
-        return _polar(a, b, pairs.to(a.device), impl, bounds)
+        return _polar(a, b, pairs, impl, bounds)
     if method == "jacobi":
-        rows = torch.ops.fastgan_C.small_trace(a, b, pairs.to(a.device))
+        rows = torch.ops.fastgan_C.small_trace(a, b, pairs)
         rows[:, 2] = torch.where(rows[:, 2] > 0, float(JACOBI), float(FAILED))
     else:
         compute = torch.ops.fastgan_C.trace_sqrt_product if extension else reference.trace_sqrt_product
@@ -127,10 +130,10 @@ def _batch_shape(a: Tensor, b: Tensor) -> torch.Size:
     return torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
 
 
-def _indices(operand: Tensor, shape: torch.Size) -> Tensor:
+def _indices(operand: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """For each pair of the broadcast batch, which matrix of ``operand`` it holds."""
     batch = operand.shape[:-2]
-    return torch.arange(batch.numel()).reshape(batch).expand(shape).reshape(-1)
+    return torch.arange(batch.numel(), device=device).reshape(batch).expand(shape).reshape(-1)
 
 
 @trace_sqrt_product.register_fake

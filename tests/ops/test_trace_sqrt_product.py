@@ -168,3 +168,18 @@ def test_cuda_equals_cpu(name, dtype):
         value = trace_sqrt_product(a.cuda(), b.cuda(), impl=impl)
         assert value.is_cuda
         assert relative_error(value.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d", "method"), [(32, "jacobi"), (96, "polar")])
+def test_captured_in_a_cuda_graph(d, method):
+    if method == "jacobi" and not _extension.available("cuda"):
+        pytest.skip("the CUDA half is not built")
+    a, b = covariance(3, d).cuda(), covariance(d).cuda()
+    trace_sqrt_product(a, b, method=method)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = trace_sqrt_product(a, b, method=method)
+    a.mul_(4)
+    graph.replay()
+    assert relative_error(value.cpu(), trace_sqrt_product(a.cpu(), b.cpu())) < 1e-9
