@@ -1,5 +1,7 @@
 """Covariances with a known spectrum, for the tests of matrix square roots."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,3 +51,18 @@ def nuclear_norm(factor_a: Tensor, factor_b: Tensor) -> Tensor:
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).abs() / truth).max().item()
+
+
+def covariance_of_rank(n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features X (n, d) with standard deviations from 1 to 1e-2, centred, over sqrt(n - 1); and their covariance."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, d, dtype=torch.float64)
+    x = (x - x.mean(0)) / math.sqrt(n - 1)
+    return x, x.mT @ x
+
+
+def count_factorisations(call) -> int:
+    """Cholesky factorisations, in the extension too: it calls them through the dispatcher."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::linalg_cholesky_ex")

@@ -13,7 +13,9 @@ from tests.spectra import (
     SIZES,
     SPECTRA,
     TOLERANCE,
+    count_factorisations,
     covariance,
+    covariance_of_rank,
     factor,
     nuclear_norm,
     relative_error,
@@ -294,14 +296,6 @@ def test_every_method_on_every_spectrum_and_scale(method, dtype):
             assert (info.iterations > 0) == (method == "polar")
 
 
-def covariance_of_rank(n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Features X (n, d) with standard deviations from 1 to 1e-2, centred, over sqrt(n - 1); and their covariance."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, d, dtype=torch.float64)
-    x = (x - x.mean(0)) / math.sqrt(n - 1)
-    return x, x.mT @ x
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("d", [768, 2048])
 def test_large_matrices(d):
@@ -382,13 +376,6 @@ def test_bounds_contain_the_truth(sides, method):
     assert info.error_bound <= 1e-5 * truth + slack
 
 
-def count_factorisations(call) -> int:
-    """Cholesky factorisations, in the extension too: it calls them through the dispatcher."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    return sum(event.count for event in profile.key_averages() if event.key == "aten::linalg_cholesky_ex")
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("method", ["auto", "polar"])
 def test_one_reference_against_many_is_factored_once(method, impl):
@@ -397,60 +384,3 @@ def test_one_reference_against_many_is_factored_once(method, impl):
     for pair in ((candidates, one), (one, candidates)):
         found = count_factorisations(lambda pair=pair: trace_sqrt_product(*pair, method=method, impl=impl))
         assert found == 1 + own_factors
-
-
-def test_a_factor_that_is_given_is_not_computed():
-    candidates = torch.randn(4, 5, 33, dtype=torch.float64)
-    reference = torch.linalg.cholesky(covariance(33)).mT  # (33, 33), F^T F the covariance
-    assert count_factorisations(lambda: trace_sqrt_product(None, None, factors=(reference, candidates))) == 0
-    one = reference.mT @ reference
-    assert count_factorisations(lambda: trace_sqrt_product(one, None, factors=(None, candidates))) == 1
-    expected = trace_sqrt_product(one, candidates.mT @ candidates)
-    for value in (
-        trace_sqrt_product(None, None, factors=(reference, candidates)),
-        trace_sqrt_product(one, None, factors=(None, candidates)),
-    ):
-        torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("definite", [True, False])
-def test_one_factor_against_a_covariance(definite):
-    x, _ = covariance_of_rank(6, 20, 0)
-    y, b = covariance_of_rank(60 if definite else 7, 20, 1)
-    batch = torch.stack([x, 2 * x, -x])
-    value, info = trace_sqrt_product(None, b, factors=(batch, None), return_info=True)
-    truth = torch.linalg.svdvals(x @ y.mT).sum() * torch.tensor([1.0, 2.0, 1.0]).double()
-    assert relative_error(value, truth) < 1e-9
-    assert value.shape == info.lower.shape == (3,)
-    assert relative_error(trace_sqrt_product(b, None, factors=(None, batch)), truth) < 1e-9
-    single = trace_sqrt_product(None, b.float(), factors=(batch.float(), None))
-    assert single.dtype == torch.float32
-
-
-def test_gradients_of_factors():
-    x, y = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (3, 4))
-    b = covariance(6).requires_grad_()
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda x, y: trace_sqrt_product(None, None, factors=(x, y)), (x, y))
-        assert check(lambda x, b: trace_sqrt_product(None, (b + b.mT) / 2, factors=(x, None)), (x, b))
-
-
-def test_bad_factors():
-    eye, x = torch.eye(3), torch.ones(2, 3)
-    for arguments, message in (
-        ({"factors": (None, None)}, "factors must be a pair with at least one factor"),
-        ({"method": "lowrank"}, "factors must be a pair with at least one factor"),
-        ({"factors": (x, None), "method": "polar"}, "method must be 'auto' or 'lowrank' where factors are given"),
-        ({"factors": (torch.ones(3), None)}, r"factors\[0\] must have shape \(\.\.\., n, d\)"),
-        ({"factors": (None, torch.ones(2, 4))}, r"factors\[1\] must have the d of a \(3\), got 4"),
-        ({"factors": (x * math.nan, None)}, r"factors\[0\] must be finite"),
-        ({"factors": (x.double(), None)}, r"b must have the dtype of factors\[0\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            trace_sqrt_product(eye, eye, **arguments)
-    with pytest.raises(TypeError, match=r"b must be a torch\.Tensor, got NoneType"):
-        trace_sqrt_product(None, None, factors=(x, None))
-    with pytest.raises(ValueError, match="b must be positive semi-definite"):
-        trace_sqrt_product(None, torch.diag(torch.tensor([1.0, 1.0, -1.0])), factors=(x, None))
-    with pytest.raises(ValueError, match="method='jacobi' needs the extension and d <= 64, got .* d = 65"):
-        trace_sqrt_product(torch.eye(65), torch.eye(65), method="jacobi")
