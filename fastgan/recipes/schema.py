@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
 PRECISIONS = ("fp32", "bf16")
+STEP_MODES = ("auto", "eager", "compile", "cudagraph")
 SKETCHES = ("none", "edges", "paired", "unpaired")
 
 
@@ -99,6 +100,8 @@ class TrainConfig:
             ``fastgan.diffaugment.AUGMENTATIONS``.
         precision: "fp32", or "bf16" for autocast; weights and gradient penalty stay float32.
         channels_last: memory layout of weights and images.
+        step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or
+            "auto", compiled on a GPU and eager on a CPU.
         seed: of weights, noise, labels, augmentation and batch order.
     """
 
@@ -123,6 +126,7 @@ class TrainConfig:
     augment: tuple[str, ...] = ()
     precision: str = "fp32"
     channels_last: bool = True
+    step_mode: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -144,6 +148,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("step_mode", self.step_mode, STEP_MODES)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         for name in ("momentum", "ema_decay"):

@@ -7,6 +7,7 @@ from fastgan.training.gan import Gan, Objective, RecipeGan
 from fastgan.training.loop import History, NonFiniteLossError, Trainer
 from fastgan.training.networks import build_networks
 from fastgan.training.sampling import class_rows, sample
+from fastgan.training.train_step import OwnGan, TrainStep
 
 __all__ = [
     "EMA",
@@ -16,9 +17,11 @@ __all__ = [
     "History",
     "NonFiniteLossError",
     "Objective",
+    "OwnGan",
     "ProgressBar",
     "RecipeGan",
     "TrainConfig",
+    "TrainStep",
     "Trainer",
     "build_networks",
     "class_rows",

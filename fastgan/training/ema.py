@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from fastgan.training.update_ops import ema_
 
 
 class EMA:
@@ -33,17 +36,20 @@ class EMA:
         self._averaged, self._copied = _state(self.module)
         self.updates = torch.zeros((), dtype=torch.float64, device=self._averaged[0].device)
 
+    def tensors(self) -> list[Tensor]:
+        """What an update changes: averages, copies, and the count."""
+        return [*self._averaged, *self._copied, self.updates]
+
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards ``model``, a network of the same structure."""
-        weight = 1 - ((1 + self.updates) / (10 + self.updates)).clamp_max(self.decay)
-        averaged, copied = _state(model)
-        differences = torch._foreach_sub(averaged, self._averaged)
-        torch._foreach_mul_(differences, weight)
-        torch._foreach_add_(self._averaged, differences)
-        if copied:
-            torch._foreach_copy_(self._copied, copied)
-        self.updates += 1
+    def update(self, model: nn.Module, tensors: Sequence[Tensor] | None = None) -> None:
+        """Move the average towards ``model``, a network of the same structure.
+
+        While a step is captured, ``tensors`` is what stands for :meth:`tensors`.
+        """
+        *own, updates = self.tensors() if tensors is None else tensors
+        values, originals = _state(model)
+        n = len(self._averaged)
+        ema_(own[:n], values, own[n:], originals, updates, self.decay)
 
 
 def _state(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.data import DeviceLoader, LabelledImages
-from fastgan.draws import draw
 from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.callbacks import Callback
 from fastgan.training.ema import EMA
 from fastgan.training.gan import Batch, Objective, RecipeGan, Terms, total
 from fastgan.training.optimizers import make_optimizer
-from fastgan.training.step import discriminator_step, generator_step
+from fastgan.training.train_step import TrainStep
 
 FLUSH_INTERVAL = 10
 
@@ -55,8 +54,9 @@ class Trainer:
 
     Attributes:
         gan: the networks and losses, a :class:`fastgan.training.gan.Gan`.
-        discriminator_step, generator_step: one update each, from a batch to the terms of the loss; to be replaced by
-            captured ones. The generator's takes the moving average along.
+        steps: both updates, eager or captured as ``config.step_mode`` says.
+        discriminator_step, generator_step: those of ``steps``, from a batch to the terms of the loss. The generator's
+            takes the moving average along.
         ema: moving average of the generator; ``ema.module`` is the network to sample from.
         history: losses so far.
         step: generator updates done.
@@ -108,8 +108,16 @@ class Trainer:
         self.ema = EMA(self.generator, config.ema_decay)
         self.optimizer_g = make_optimizer(self.generator, config.lr_generator, config)
         self.optimizer_d = make_optimizer(self.discriminator, config.lr_discriminator, config)
-        self.discriminator_step = self._eager_discriminator_step
-        self.generator_step = self._eager_generator_step
+        self.steps = TrainStep(
+            self.gan,
+            self.optimizer_g,
+            self.optimizer_d,
+            mode=_mode(config, self.device),
+            ema=self.ema,
+            clip=config.clip,
+            rng=self.rng,
+        )
+        self.discriminator_step, self.generator_step = self.steps.discriminator, self.steps.generator
         self.history = History()
         self.step = 0
         self.stop_requested = False
@@ -213,14 +221,6 @@ class Trainer:
         self.history = History(list(history["discriminator"]), list(history["generator"]))
         self._pending = []
 
-    def _eager_discriminator_step(self, batch: Batch) -> Terms:
-        draws = draw(self.gan.discriminator_draws(batch), self.rng, self.device)
-        return discriminator_step(self.gan, self.optimizer_d, batch, draws, clip=self.config.clip)
-
-    def _eager_generator_step(self, batch: Batch) -> Terms:
-        draws = draw(self.gan.generator_draws(batch), self.rng, self.device)
-        return generator_step(self.gan, self.optimizer_g, batch, draws, ema=self.ema)
-
     def _next_batch(self) -> Batch:
         batch = self.loader.next()
         return {
@@ -235,3 +235,9 @@ class Trainer:
         factor = max(config.steps - self.step, 0) / (config.steps - start) if decaying else 1.0
         self.optimizer_g.param_groups[0]["lr"] = config.lr_generator * factor
         self.optimizer_d.param_groups[0]["lr"] = config.lr_discriminator * factor
+
+
+def _mode(config: TrainConfig, device: torch.device) -> str:
+    if config.step_mode == "auto":
+        return "compile" if device.type == "cuda" else "eager"
+    return config.step_mode

@@ -29,8 +29,8 @@ from fastgan.training.writers import make_writers
 
 CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
 
-# What may differ where a run goes on: how far it goes, and what is written of it.
-_FREE = ("train.steps", "log.")
+# What may differ where a run goes on: how far it goes, how its steps are run, and what is written of it.
+_FREE = ("train.steps", "train.step_mode", "log.")
 
 
 class RunError(InputError):
@@ -221,7 +221,7 @@ def resume_run(
     Args:
         out: the run's folder.
         recipe: what the run is believed to be; None takes it from the folder.
-        overrides: ``key=value``; only ``train.steps`` and the section ``log`` may change.
+        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change.
 
     Raises:
         InputError: there is no run, no checkpoint that can be read, or the configuration differs (the keys are named).

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastgan.regularisers import clip_weights_
 from fastgan.training.ema import EMA
 from fastgan.training.gan import Batch, Draws, Gan, Terms, total
+from fastgan.training.update_ops import laid_out_like
 
 
 def discriminator_step(
@@ -35,7 +36,7 @@ def generator_step(
 def _minimise(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One optimiser step on ``network`` alone: gradients of the other network's weights are never computed."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters)
+    gradients = laid_out_like(parameters, torch.autograd.grad(loss, parameters))
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
