@@ -52,11 +52,13 @@ class CudaGraph:
         kept, rng_state = [t.detach().clone() for t in self.tensors], rng.get_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function(self._batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            for tensor, value in zip(self.tensors, kept, strict=True):
-                tensor.copy_(value)
-        rng.set_state(rng_state)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    function(self._batch)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.no_grad():
+                for tensor, value in zip(self.tensors, kept, strict=True):
+                    tensor.copy_(value)
+            rng.set_state(rng_state)

@@ -136,7 +136,24 @@ class _Step:
             self._capture(batch)
         if self._captured is None or not self._captured.fits(batch):
             return self._eager(batch, self.draws(batch))
-        return self._captured(batch)
+        if self.owner.mode == "cudagraph":
+            return self._replay(self._captured, batch)
+        draws = self.draws(batch)
+        try:
+            return self._captured(batch, draws)
+        except Exception as error:
+            if not _failed_to_compile(error):
+                raise
+            self._give_up(error)  # torch.compile compiles at the first call, before anything is updated
+            return self._eager(batch, draws)
+
+    def _replay(self, captured: _Captured, batch: Batch) -> Terms:
+        try:
+            graph = captured.cuda_graph(batch)
+        except Exception as error:  # whatever warm-up or capture may raise: both leave the state as it was
+            self._give_up(error)
+            return self._eager(batch, self.draws(batch))
+        return graph(batch)
 
     def draws(self, batch: Batch) -> Draws:
         return draw(self._specs(batch), self.owner.rng, self.owner.device)
@@ -154,10 +171,19 @@ class _Step:
             if self.owner.mode == "cudagraph" and self.owner.device.type != "cuda":
                 raise CaptureError(f"CUDA graphs need a CUDA device, the generator is on {self.owner.device}")
             self._captured = _Captured(self, self._make_update(), batch)
-        except Exception as error:  # whatever torch.compile may raise: an eager step needs none of it
-            self._is_eager = True
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warn_once(f"the {self.name} step runs eagerly: {reason}")
+        except Exception as error:  # whatever tracing may raise: an eager step needs none of it
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._is_eager, self._captured = True, None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warn_once(f"the {self.name} step runs eagerly: {reason}")
+
+
+def _failed_to_compile(error: Exception) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # takes long to import
+
+    return isinstance(error, TorchDynamoException)
 
 
 class _Captured:
@@ -181,20 +207,28 @@ class _Captured:
         )
         return False
 
-    def __call__(self, batch: Batch) -> Terms:
+    def __call__(self, batch: Batch, draws: Draws) -> Terms:
         self._update.optimizer.refresh()
-        if self._step.owner.mode != "cudagraph":
-            return self._run(self._update.tensors(), batch)
+        return self._run(self._update.tensors(), batch, draws)
+
+    def cuda_graph(self, batch: Batch) -> CudaGraph:
+        """The same as a CUDA graph, the draws in it; made anew where state tensors have been replaced."""
+        self._update.optimizer.refresh()
         tensors = self._update.tensors()
         if self._replay is None or not all(a is b for a, b in zip(tensors, self._replay.tensors, strict=True)):
-            run = functools.partial(self._run, tensors)
             owner = self._step.owner
-            self._replay = CudaGraph(run, batch, tensors, owner.device_rng(), owner.graph_pool())
-        return self._replay(batch)
+            self._replay = CudaGraph(
+                lambda batch: self._run(tensors, batch, self._step.draws(batch)),
+                batch,
+                tensors,
+                owner.device_rng(),
+                owner.graph_pool(),
+            )
+        return self._replay
 
-    def _run(self, tensors: Sequence[Tensor], batch: Batch) -> Terms:
+    def _run(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> Terms:
         with torch.no_grad():
-            terms = self._compiled(tensors, dict(batch), self._step.draws(batch))
+            terms = self._compiled(tensors, dict(batch), draws)
         return dict(zip(self._names, terms, strict=True))
 
     def _key_of(self, batch: Batch) -> tuple[Any, ...]:

@@ -50,9 +50,8 @@ class Setup:
         for module in (*g.modules(), *d.modules()):
             if isinstance(module, SelfAttention2d):
                 nn.init.constant_(module.gamma, 0.5)
-                module.impl = (
-                    impl  # "reference": the op, where "auto" would take plain PyTorch for maps as small as these
-                )
+                # "reference" is the op, where "auto" would take plain PyTorch for maps as small as these.
+                module.impl = impl
         self.optimizer_g = make_optimizer(g, 1e-3, recipe.train)
         self.optimizer_d = make_optimizer(d, 1e-3, recipe.train)
         for group in (*self.optimizer_g.param_groups, *self.optimizer_d.param_groups):
@@ -344,6 +343,23 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_reason(make_optimizer, mo
     eager, _ = own_gan(make_optimizer, "eager", loss)
     step = eager
     torch.testing.assert_close(results, steps(eager, range(3)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_failing_compiler_leaves_an_eager_step_with_the_same_draws():
+    def loss(batch, draws):
+        return step.gan.discriminator(batch["images"] + draws["z"].mean()).mean()
+
+    @torch._dynamo.register_backend(name="fastgan_test_failing")
+    def failing(module, inputs):
+        raise RuntimeError("no compiler here")
+
+    step, _ = own_gan(OPTIMIZERS["adam"], "compile", loss)
+    step.backend = "fastgan_test_failing"
+    with pytest.warns(BackendWarning, match="discriminator step runs eagerly: .*"):
+        results = steps(step, range(3))
+    assert step.compilations == 0
+    step, _ = own_gan(OPTIMIZERS["adam"], "eager", loss)
+    torch.testing.assert_close(results, steps(step, range(3)), rtol=0, atol=0)
 
 
 def test_a_wrong_loss_fails_as_it_does_eagerly():
