@@ -76,10 +76,11 @@ def test_opcheck():
 def test_small_maps_are_kept_on_a_cpu_and_large_ones_recomputed():
     def graph(rows):
         q = torch.zeros(1, rows, 1, requires_grad=True)
-        return attention(q, torch.zeros(1, SMALL_MAPS // 4 // 64, 1), torch.zeros(1, SMALL_MAPS // 4 // 64, 1)).grad_fn
+        keys = torch.zeros(1, SMALL_MAPS // 4 // 64, 1)
+        return type(attention(q, keys, keys).grad_fn).__name__
 
-    assert "fastgan" not in graph(64).name()
-    assert "fastgan_attention" in graph(65).name()
+    assert "fastgan" not in graph(64)
+    assert "fastgan_attention" in graph(65)
 
 
 def test_third_order_is_refused_not_wrong():
