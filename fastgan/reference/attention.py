@@ -91,8 +91,7 @@ def attention_bwd_bwd(
         g_dO = E V + P ggv                 gq = scale (S2 K + dS ggk)
         gk = scale (S2^T Q + dS^T ggq)     gv = E^T dO             dS = P * c
 
-    S2 does not see what is constant along a row of B, which is why B may have a * delta more than in
-    ``fastgan.kernels``.
+    S2 does not see what is constant along a row of B, so that a * delta may be left in it.
     """
     g_do = torch.empty_like(o)
     gq = torch.empty_like(q)
