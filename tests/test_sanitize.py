@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None or shutil.which("c++") is None, reason="needs make and a C++ compiler")
 def test_iterations_are_clean_and_right():
-    done = subprocess.run(["make", "sanitize", "CXX=c++"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = ["make", "--no-print-directory", "sanitize", "CXX=c++"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if "cannot find" in done.stderr and "asan" in done.stderr:
         pytest.skip("the compiler has no sanitizers")
     assert done.returncode == 0, done.stdout + done.stderr
