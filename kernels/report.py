@@ -64,7 +64,7 @@ def _compile(task: tuple[str, int, int]) -> tuple[dict, list[str]]:
     op, capability, i = task
     case = _cases(op, capability)[i]
     report = compile_case(case, capability)
-    return asdict(report), report.violations(case)
+    return {"op": op} | asdict(report), report.violations(case)
 
 
 def _line(row: dict) -> str:

@@ -2,6 +2,11 @@
 
 import os
 
+# pytest-xdist's workers share the cores; read by OpenMP and BLAS when torch and NumPy are first imported.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
+
 import torch
 
 if not torch.cuda.is_available():

@@ -22,16 +22,15 @@ def report(*arguments):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("op", ["attention", "projection", "spectral_norm"])
 @pytest.mark.parametrize(
     "capability", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 )
-def test_every_configuration(op, capability):
-    rows = report("--op", op, "--capability", str(capability))
-    assert rows
+def test_every_configuration(capability):
+    rows = report("--capability", str(capability))
+    assert {row["op"] for row in rows} == {"attention", "projection", "spectral_norm"}
     assert [v for row in rows for v in row["violations"]] == []
-    if op != "spectral_norm":
-        assert all(row["mma"] for row in rows if "ieee" not in row["label"])
+    # The spectral norm multiplies matrices by vectors, "ieee" asks for plain float32 instructions.
+    assert all(row["mma"] for row in rows if row["op"] != "spectral_norm" and "ieee" not in row["label"])
 
 
 def test_a_configuration_that_spills_is_found():
