@@ -1,4 +1,4 @@
-"""``python -m bench``: run the suites, print a table, write one JSON for each."""
+"""``python -m bench``: run the suites, print a table a workload, write one JSON a suite."""
 
 from __future__ import annotations
 
@@ -7,58 +7,111 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from bench.harness import SUITES, Record, load, run, save
+from bench import compare as comparison
+from bench.harness import SUITES, load
+from bench.records import RecordError, read_run, results_folder
+from bench.session import Session
 
 RESULTS = Path(__file__).parent / "results"
+SECONDS, QUICK_SECONDS = 3.0, 0.5
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     suite: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SUITES)}; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option(help="Small sizes, short timings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, short timings.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    seconds: Annotated[float, typer.Option(help="Measured time of each workload.")] = 3.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=f"Timed seconds a workload  [default: {SECONDS}, or {QUICK_SECONDS} with --quick].",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Print ratios against this implementation  [default: each workload's reference]."
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="OLD.json NEW.json",
+            help="List what NEW does worse than OLD beyond the noise; status 1 if anything.",
+        ),
+    ] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Print workloads and implementations; run nothing.")
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the JSON files [default: bench/results/DEVICE].")
+        Path | None, typer.Option(help="Folder of the JSON files  [default: bench/results/DEVICE].")
     ] = None,
 ) -> None:
-    """Measure fastgan against eager references."""
-    unknown = set(suite or ()) - set(SUITES)
+    """Measure fastgan against its baselines, all in one process. Status 1: a reference or fastgan failed somewhere."""
+    if context.invoked_subcommand:
+        return
+    if compare:
+        raise typer.Exit(_compare(*compare))
+    suites = suite or list(SUITES)
+    _check_options(suites, device)
+    if list_only or baseline:
+        catalogue = {name: {w.name: w.order for w in load(name, quick, device)} for name in suites}
+        if list_only:
+            return _print_catalogue(catalogue)
+        names = sorted({name for found in catalogue.values() for order in found.values() for name in order})
+        if baseline not in names:
+            raise typer.BadParameter(
+                f"no workload has {baseline!r}; there are {', '.join(names)}", param_hint="--baseline"
+            )
+    session = Session(
+        folder=output or RESULTS / results_folder(device),
+        quick=quick,
+        device=device,
+        seconds=seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS,
+        baseline=baseline,
+    )
+    failures = [failure for name in suites for failure in session.run_suite(name)]
+    for failure in failures:
+        typer.echo(failure, err=True)
+    raise typer.Exit(1 if failures else 0)
+
+
+def _check_options(suites: list[str], device: str) -> None:
+    unknown = sorted(set(suites) - set(SUITES))
     if unknown:
-        raise typer.BadParameter(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+        raise typer.BadParameter(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}", param_hint="--suite")
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu or cuda, got {device}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda: no CUDA device is visible")
-    console = Console()
-    folder = output or RESULTS / device
-    for name in suite or SUITES:
-        records: list[Record] = []
-        for workload in load(name, quick, device):
-            with console.status(f"{name}: {workload.name}"):
-                found = run(name, workload, 1.0 if quick else seconds)
-            console.print(_table(found))
-            for record in found:
-                if record.failure:
-                    console.print(f"  {record.implementation}: {record.failure}", style="dim", highlight=False)
-            records += found
-        path = folder / f"{name}{'-quick' if quick else ''}.json"
-        save(records, path, device, quick)
-        console.print(f"{name}: {path}")
+        raise typer.BadParameter("no CUDA device is visible", param_hint="--device cuda")
 
 
-def _table(records: list[Record]) -> Table:
-    slowest = next((r.median for r in records if r.median), None)
-    table = Table("implementation", "median", "20 %", "80 %", "times reference", "error", title=records[0].workload)
-    for r in records:
-        if r.median is None or r.low is None or r.high is None:
-            table.add_row(r.implementation, "-")
-            continue
-        error = "" if r.error is None else f"{r.error:.1e}"
-        ratio = f"{slowest / r.median:.2f}" if slowest else ""
-        table.add_row(r.implementation, *(f"{1e3 * t:.2f} ms" for t in (r.median, r.low, r.high)), ratio, error)
-    return table
+def _print_catalogue(catalogue: dict[str, dict[str, list[str]]]) -> None:
+    for suite, workloads in catalogue.items():
+        typer.echo(suite)
+        for name, implementations in workloads.items():
+            typer.echo(f"  {name}: {', '.join(implementations)}")
+
+
+def _compare(old: Path, new: Path) -> int:
+    try:
+        before, after = read_run(old), read_run(new)
+        regressions = comparison.regressions(before, after)
+    except RecordError as error:
+        raise typer.BadParameter(str(error), param_hint="--compare") from None
+    for note in comparison.notes(before, after):
+        typer.echo(note)
+    for regression in regressions:
+        typer.echo(regression)
+    typer.echo(f"{len(regressions)} regression{'' if len(regressions) == 1 else 's'}")
+    return 1 if regressions else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m bench")

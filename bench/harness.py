@@ -7,22 +7,25 @@ implementation is timed only after its result was found equal to the reference's
 from __future__ import annotations
 
 import importlib
-import json
-import platform
-import subprocess
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgan.files import write_text
+from bench.peak_memory import peak_memory
+from bench.records import Record, environment
 from fastgan.timing import compare
 
-SUITES = ("attention", "spectral_norm", "sqrtm", "fid")
-SCHEMA = 1
+__all__ = ["SUITES", "Record", "Workload", "environment", "flush_cache", "load", "measure", "run"]
+
+SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
+CACHE_FLUSH_BYTES = 256 << 20
+LONG = 2.0
+"""Seconds of a call above which its memory is not measured on a CPU, where the profiler has to run for that."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Workload:
         tolerance: an implementation with a larger error is not timed.
         floor: seconds below which this device cannot do the work, where known.
         once: a run takes so long that the one that is checked is also the one that is timed.
+        images: real images that one call consumes; images per second are reported.
+        cold: on a GPU the second-level cache is overwritten before each timed call, as for work that is bound by
+            memory and whose operands come from there in a real step.
+        warmup: untimed calls of each implementation after the one that is checked.
+        min_rounds: the least number of timed calls of each.
     """
 
     name: str
@@ -48,120 +56,108 @@ class Workload:
     tolerance: float = 1e-3
     floor: float | None = None
     once: bool = False
+    images: int | None = None
+    cold: bool = False
+    warmup: int = 1
+    min_rounds: int = 3
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the implementations, the reference first."""
+        return [self.reference, *(name for name in self.implementations if name != self.reference)]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One implementation on one workload. Times in seconds; ``failure`` says why there are none."""
-
-    suite: str
-    workload: str
-    implementation: str
-    parameters: dict[str, Any]
-    error: float | None = None
-    median: float | None = None
-    low: float | None = None
-    high: float | None = None
-    rounds: int = 0
-    peak_memory: int | None = None
-    launches: int | None = None
-    floor: float | None = None
-    failure: str | None = None
-
-
-def load(suite: str, quick: bool, device: str) -> Iterator[Workload]:
+def load(suite: str, quick: bool, device: str) -> Iterable[Workload]:
     """The workloads of one suite."""
     return importlib.import_module(f"bench.bench_{suite}").workloads(quick, device)
 
 
-def run(suite: str, workload: Workload, seconds: float) -> list[Record]:
-    """Check every implementation against the reference, then time the right ones, interleaved."""
-    names = [workload.reference, *(n for n in workload.implementations if n != workload.reference)]
-    records, expected = {}, None
-    for name in names:
-        record, result = _check(suite, workload, name, expected)
-        records[name] = record
-        expected = result if name == workload.reference else expected
-    if workload.once:
+def run(suite: str, workload: Workload, seconds: float, device: str | None = None) -> list[Record]:
+    """Check every implementation against the reference, then time the right ones, interleaved.
+
+    Args:
+        suite: the suite's name, for the records.
+        workload: what to measure.
+        seconds: about how long to time the workload, all implementations together.
+        device: ``cpu`` or ``cuda``, where the work is done; a GPU where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly, and would be timed so
+    records = check_all(suite, workload, device)
+    right = {name: workload.implementations[name] for name, record in records.items() if record.failure is None}
+    if workload.once or not right:
         return list(records.values())
-    timed = {n: workload.implementations[n] for n in names if records[n].failure is None}
-    timings = compare(timed, seconds=seconds, min_rounds=3, warmup=0) if timed else {}
+    timings = compare(
+        right,
+        seconds=seconds,
+        min_rounds=workload.min_rounds,
+        warmup=workload.warmup,
+        device=device,
+        prepare=flush_cache if workload.cold and device == "cuda" else None,
+    )
     for name, timing in timings.items():
-        memory, launches = _peak_memory(timed[name]), _launches(timed[name])
-        values = asdict(timing) | {"peak_memory": memory, "launches": launches}
-        records[name] = Record(**(asdict(records[name]) | values))
+        records[name] = replace(records[name], **asdict(timing), **measure(right[name], timing.median, device))
     return list(records.values())
 
 
-def _check(suite: str, workload: Workload, name: str, expected: Any) -> tuple[Record, Any]:
-    record = Record(suite, workload.name, name, workload.parameters, floor=workload.floor)
+def check_all(suite: str, workload: Workload, device: str) -> dict[str, Record]:
+    """One call of each implementation; a record has a ``failure`` where it raised or differs from the reference."""
+    records: dict[str, Record] = {}
+    expected = None
+    for name in workload.order:
+        records[name], result = _check(suite, workload, name, expected, device)
+        if name == workload.reference:
+            expected = result
+    return records
+
+
+def _check(suite: str, workload: Workload, name: str, expected: Any, device: str) -> tuple[Record, Any]:
+    record = Record(suite, workload.name, name, workload.parameters, floor=workload.floor, images=workload.images)
     start = time.perf_counter()
     try:
         result = workload.implementations[name]()
-    except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
-        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Record(**(asdict(record) | {"failure": summary[:200]})), None
+        _wait(device)
+        elapsed = time.perf_counter() - start
+        if name == workload.reference:
+            error = None
+        elif expected is None:
+            return replace(record, failure="the reference failed"), None
+        else:
+            error = workload.check(result, expected)
+    except Exception as failure:  # whatever an implementation raises is a result of this benchmark
+        return replace(record, failure=_first_line(failure)), None
+    if error is not None and not error <= workload.tolerance:
+        finite = error if math.isfinite(error) else None
+        return replace(record, error=finite, failure=f"wrong: relative error {error:.1e}"), result
+    record = replace(record, error=error, first_call=elapsed)
     if workload.once:
-        seconds = time.perf_counter() - start
-        record = Record(**(asdict(record) | {"median": seconds, "low": seconds, "high": seconds, "rounds": 1}))
-    if name == workload.reference:
-        return record, result
-    if expected is None:
-        return Record(**(asdict(record) | {"failure": "the reference failed"})), None
-    found = workload.check(result, expected)
-    failure = None if found <= workload.tolerance else f"wrong: relative error {found:.1e}"
-    return Record(**(asdict(record) | {"error": found, "failure": failure})), result
+        record = replace(record, median=elapsed, low=elapsed, high=elapsed, rounds=1)
+    return record, result
 
 
-def _peak_memory(implementation: Callable[[], Any]) -> int | None:
-    """Bytes allocated on the GPU above what was there before; not known on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    implementation()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def _launches(implementation: Callable[[], Any]) -> int | None:
-    if not torch.cuda.is_available():
-        return None
+def measure(implementation: Callable[[], Any], seconds: float, device: str) -> dict[str, int | None]:
+    """Peak memory and kernel launches of one call that takes about ``seconds``; None where they are not known."""
+    memory = peak_memory(implementation, device) if seconds < LONG or device == "cuda" else None
+    return {"peak_memory": memory, "launches": _launches(implementation) if device == "cuda" else None}
+
+
+def _launches(implementation: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         implementation()
         torch.cuda.synchronize()
     return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def environment(device: str) -> dict[str, str]:
-    """What the figures depend on: device, versions, revision of the code."""
+def flush_cache() -> None:
+    """Overwrite the GPU's second-level cache."""
+    torch.empty(CACHE_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+
+
+def _wait(device: str) -> None:
     if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numpy", "scipy"):
-        try:
-            versions[package] = importlib.import_module(package).__version__
-        except ImportError:
-            versions[package] = "none"
-    return {"device": name, "cuda": str(torch.version.cuda), **versions, "revision": _revision()}
-
-
-def _revision() -> str:
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def save(records: list[Record], path: Path, device: str, quick: bool) -> None:
-    """Write one run as JSON."""
-    run_record = {
-        "schema": SCHEMA,
-        "environment": environment(device),
-        "quick": quick,
-        "records": [asdict(r) for r in records],
-    }
-    write_text(path, json.dumps(run_record, indent=1) + "\n")
+        torch.cuda.synchronize()

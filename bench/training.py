@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from bench.harness import environment
+from bench.records import environment
 from fastgan.data import LabelledImages, sketches_of
 from fastgan.files import write_text
 from fastgan.recipes import load_recipe, override

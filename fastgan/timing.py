@@ -21,7 +21,13 @@ class Timing:
 
 
 def compare(
-    implementations: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, min_rounds: int = 5, warmup: int = 1
+    implementations: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 2.0,
+    min_rounds: int = 5,
+    warmup: int = 1,
+    device: str | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time callables in turn, round after round.
 
@@ -30,7 +36,11 @@ def compare(
         seconds: stop after about this much measured time, once ``min_rounds`` rounds are done.
         min_rounds: the least number of rounds.
         warmup: untimed calls of each implementation first.
+        device: ``cuda`` times with events on the current stream, ``cpu`` with the clock; the default is a GPU where
+            there is one.
+        prepare: called before each timed call, outside its time.
     """
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     for run in implementations.values():
         for _ in range(warmup):
             run()
@@ -38,14 +48,16 @@ def compare(
     spent = 0.0
     while spent < seconds or len(next(iter(samples.values()))) < min_rounds:
         for name, run in implementations.items():
-            elapsed = _time_once(run)
+            if prepare:
+                prepare()
+            elapsed = _time_once(run, on_gpu)
             samples[name].append(elapsed)
             spent += elapsed
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def _time_once(run: Callable[[], object]) -> float:
-    if not torch.cuda.is_available():
+def _time_once(run: Callable[[], object], on_gpu: bool) -> float:
+    if not on_gpu:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start

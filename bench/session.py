@@ -1,0 +1,88 @@
+"""One ``python -m bench``: suites in turn, a table a workload on the terminal, a file a suite."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness import load, run
+from bench.records import Record, Run, environment, write_run
+
+
+@dataclass(frozen=True)
+class Session:
+    """How to run suites and where their files go.
+
+    Args:
+        folder: of the JSON files.
+        quick: small sizes.
+        device: ``cpu`` or ``cuda``.
+        seconds: about how long to time each workload.
+        baseline: the implementation that ratios are against; None for the reference of each workload.
+    """
+
+    folder: Path
+    quick: bool
+    device: str
+    seconds: float
+    baseline: str | None = None
+    console: Console = field(default_factory=Console)
+
+    def run_suite(self, suite: str) -> list[str]:
+        """Run a suite and write its file; a line for every reference or fastgan implementation that failed."""
+        start = time.perf_counter()
+        records: list[Record] = []
+        for workload in load(suite, self.quick, self.device):
+            with self.console.status(f"{suite}: {workload.name}"):
+                found = run(suite, workload, self.seconds, self.device)
+            self._print(found)
+            records += found
+        path = self.folder / f"{suite}{'-quick' if self.quick else ''}.json"
+        write_run(Run(environment(self.device), self.quick, tuple(records)), path)
+        self.console.print(f"{suite}: {path} ({time.perf_counter() - start:.0f} s)", highlight=False)
+        return [f"{r.suite} / {r.workload} / {r.implementation}: {r.failure}" for r in _failed(records)]
+
+    def _print(self, records: list[Record]) -> None:
+        self.console.print(_table(records, self.baseline))
+        for record in records:
+            if record.failure:
+                self.console.print(f"  {record.implementation}: {record.failure}", style="dim", highlight=False)
+
+
+def _failed(records: list[Record]) -> list[Record]:
+    references = {}
+    for record in records:
+        references.setdefault(record.workload, record)
+    return [r for r in records if r.failure and (r.implementation.startswith("fastgan") or r is references[r.workload])]
+
+
+def _table(records: list[Record], baseline: str | None) -> Table:
+    against = next((r for r in records if r.implementation == baseline), None) if baseline else records[0]
+    columns = {
+        "median": lambda r: _milliseconds(r.median),
+        "20 %": lambda r: _milliseconds(r.low),
+        "80 %": lambda r: _milliseconds(r.high),
+        f"times {baseline or 'reference'}": lambda r: (
+            f"{against.median / r.median:.2f}" if against and against.median else ""
+        ),
+        "error": lambda r: "" if r.error is None else f"{r.error:.1e}",
+        "first call": lambda r: _milliseconds(r.first_call),
+        "memory": lambda r: "" if r.peak_memory is None else f"{r.peak_memory / 1e6:.1f} MB",
+        "launches": lambda r: "" if r.launches is None else str(r.launches),
+        "times floor": lambda r: "" if r.floor is None else f"{r.median / r.floor:.2f}",
+        "images/s": lambda r: "" if r.images is None else f"{r.images / r.median:.1f}",
+    }
+    timed = [r for r in records if r.median]
+    used = {name: cell for name, cell in columns.items() if any(cell(r) for r in timed)}
+    table = Table("implementation", *used, title=records[0].workload)
+    for r in records:
+        table.add_row(r.implementation, *((cell(r) for cell in used.values()) if r.median else ("-",)))
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.2f} ms"
