@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fastgan import _linalg_checks as checks
-from fastgan.ops.nuclear_norm import nuclear_norm
+from fastgan.ops.nuclear_norm import direct_rows, nuclear_norm, power_of_two, value_tolerance
 from fastgan.ops.sqrtm import sqrtm
-from fastgan.reference.trace_sqrt_product import cholesky_if_definite
+from fastgan.ops.trace_sqrt_product import scaled
+from fastgan.reference.nuclear_norm import GRAM, root_sum
+from fastgan.reference.trace_sqrt_product import cholesky_if_definite, triangular_sandwich
 
 _BLOCK = 256
 _CHUNK_ENTRIES = 2**23
@@ -44,27 +46,96 @@ def root_of(cov: Tensor, name: str) -> tuple[Tensor, bool]:
     return lower, True
 
 
-def values_and_reports(
-    factor: Tensor, other: Tensor, triangular: bool, impl: str, bounds: bool
-) -> tuple[Tensor, Tensor]:
-    """``fastgan::nuclear_norm`` of F ``other``, F (..., n, d) and ``other`` (..., d, m), in float64.
+def row_root(name: str, cov: Tensor) -> Tensor:
+    """R (r, d) with R^T R = cov (d, d): a transposed Cholesky factor, or r = rank scaled eigenvectors.
 
-    Without gradients, a batch of F against one ``other`` goes in chunks that stay near the processor.
+    Raises:
+        ValueError: the covariance is clearly indefinite.
+    """
+    lower, singular = cholesky_if_definite(cov)
+    if not bool(singular):
+        return lower.mT.contiguous()
+    checks.check_semidefinite(name, cov)
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    kept[-1] = True  # of a zero matrix, a row of zeros
+    return (vectors[:, kept] * values[kept].clamp(min=0).sqrt()).mT.contiguous()
+
+
+def is_upper(matrix: Tensor) -> bool:
+    """Whether a matrix is square and has zeros alone below its diagonal."""
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return square and not checks.watched() and not bool(matrix.tril(-1).any())
+
+
+def against_factor(factor: Tensor, other: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """Values and reports of F (..., n, d) and a factor R (..., m, d) of the other covariance R^T R."""
+    return _products(factor, without_mean(other.double()).mT, _is_upper(other), impl, bounds)
+
+
+def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """Values and reports of F (..., n, d) and covariances (..., d, d), called ``name`` in errors.
+
+    F that has about as many rows as columns goes by eigenvalues of F cov F^T, which needs no factor of cov.
+    """
+    differentiable = torch.is_grad_enabled() and (factor.requires_grad or cov.requires_grad)
+    if differentiable or factor.ndim > 2 or factor.is_cuda or checks.watched() or 2 * len(factor) <= cov.shape[-1]:
+        return _products(factor, *root_of(_symmetric(cov), name), impl, bounds)
+    rows = without_mean(factor.double())
+    upper, tolerance = _is_upper(rows), value_tolerance(factor.dtype)
+    flat = cov.reshape(-1, *cov.shape[-2:])
+    value, report = flat.new_zeros(len(flat), dtype=torch.float64), flat.new_zeros(len(flat), 4, dtype=torch.float64)
+    for i, matrix in enumerate(flat):
+        found = _by_congruence(rows, upper, name, matrix, tolerance)
+        value[i], report[i] = found or _products(factor, *root_of(_symmetric(matrix), name), impl, bounds)
+    return value.reshape(cov.shape[:-2]), report.reshape(*cov.shape[:-2], 4)
+
+
+def _is_upper(matrix: Tensor) -> bool:
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return square and not checks.watched() and not bool(matrix.tril(-1).any())
+
+
+def _by_congruence(rows: Tensor, upper: bool, name: str, cov: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+    """None where the error bound is too wide a share of the value."""
+    row_scale, (cov_scale, (wide,)) = power_of_two(rows[None]), scaled(cov[None])
+    rows = rows / row_scale
+    gram = triangular_sandwich(rows.mT, wide) if upper else rows @ wide @ rows.mT
+    value, bound, accurate = root_sum(torch.linalg.eigvalsh(gram)[None], tolerance)
+    if not bool(accurate):
+        return None
+    if len(rows) < len(wide):  # of a square factor, eigenvalues that are all positive have told
+        checks.check_semidefinite(name, wide)
+    scale = row_scale * cov_scale.sqrt()
+    return (value * scale)[0], direct_rows(value * scale, bound * scale, GRAM)[0]
+
+
+def _symmetric(matrices: Tensor) -> Tensor:
+    wide = matrices.double()
+    return 0.5 * (wide + wide.mT)
+
+
+def _products(factor: Tensor, other: Tensor, triangular: bool, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """``fastgan::nuclear_norm`` of F ``other``, F (..., n, d) and ``other`` (..., d, m), maybe lower triangular.
+
+    Without gradients, a batch against one matrix goes in chunks that stay near the processor.
     """
 
-    def solve(part: Tensor) -> tuple[Tensor, Tensor]:
-        part = without_mean(part.double())
-        product = _times_lower(part, other) if triangular and not differentiable else part @ other
+    def solve(factor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        rows = without_mean(factor.double())
+        product = _times_lower(rows, other) if triangular else rows @ other
         return nuclear_norm(product, "auto", impl, bounds)
 
     differentiable = torch.is_grad_enabled() and (factor.requires_grad or other.requires_grad)
-    n, d = factor.shape[-2:]
-    if differentiable or factor.ndim == 2 or other.ndim > 2 or checks.watched():
-        triangular = triangular and other.ndim == 2
-        return solve(factor)
-    chunks = factor.reshape(-1, n, d).split(max(1, _CHUNK_ENTRIES // (n * d)))
-    values, reports = zip(*(solve(chunk) for chunk in chunks), strict=True)
-    return torch.cat(values).reshape(factor.shape[:-2]), torch.cat(reports).reshape(*factor.shape[:-2], -1)
+    triangular = triangular and other.ndim == 2 and not differentiable
+    if differentiable or checks.watched() or (factor.ndim == 2) == (other.ndim == 2):
+        return solve(factor, other)
+    batch = factor if factor.ndim > 2 else other
+    matrices = batch.reshape(-1, *batch.shape[-2:])
+    chunks = matrices.split(max(1, _CHUNK_ENTRIES // batch.shape[-2:].numel()))
+    parts = [solve(chunk, other) if batch is factor else solve(factor, chunk) for chunk in chunks]
+    values, reports = zip(*parts, strict=True)
+    return torch.cat(values).reshape(batch.shape[:-2]), torch.cat(reports).reshape(*batch.shape[:-2], 4)
 
 
 def _times_lower(factor: Tensor, lower: Tensor) -> Tensor:

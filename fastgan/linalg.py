@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgan import _linalg_checks as checks
 from fastgan._linalg_checks import ASYMMETRIC, DTYPES
-from fastgan._lowrank import root_of, values_and_reports, without_mean
+from fastgan._lowrank import against_covariance, against_factor
 from fastgan.ops import nuclear_norm as nuclear_norm_ops
 from fastgan.ops import sqrtm as sqrtm_ops
 from fastgan.ops import trace_sqrt_product as trace_ops
@@ -176,7 +176,9 @@ def trace_sqrt_product(
                                               Newton-Schulz, then <U, M>; float32 iterations first for float32 operands
     ``"jacobi"``                              pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel
                                               for the whole batch; needs ``impl="extension"``
-    ``"lowrank"``                             singular values of products of the given ``factors``
+    ``"lowrank"``                             with the given ``factors``: singular values of F H^T, or of F L with
+                                              B = L L^T; on a CPU, for one F of more than d / 2 rows, eigenvalues of
+                                              F B F^T where their error bound is as small as for ``"auto"``
     ========================================  ==========================================================================
 
     ========================================  ==========================================================================
@@ -197,7 +199,7 @@ def trace_sqrt_product(
         a, b: shape (..., d, d), float32 or float64, same dtype and device. Batch dimensions broadcast; of one reference
             against K candidates, the reference is factored once. Either may be None where its factor is given.
         factors: (F, H), either None: F of shape (..., n, d) with F^T F = A, e.g. centred features over sqrt(n - 1).
-            Then A is neither read nor factored. The other operand, where it has no factor, is factored once.
+            Then A is neither read nor factored.
         method: one of those above.
         impl: ``"extension"`` (C++/CUDA), ``"reference"`` (plain PyTorch, same algorithm), or ``"auto"``: the first
             available.
@@ -267,12 +269,11 @@ def _lowrank(
     if first is None:
         first, second, right, names = second, first, left, (names[1], names[0])
     assert first is not None
-    if second is not None:
-        other, triangular = without_mean(second.double()).mT, False
-    else:
-        other, triangular = root_of(right.double(), names[1])
     impl = resolve(impl, first.device)
-    value, report = values_and_reports(first, other, triangular, impl, return_info)
+    if second is not None:
+        value, report = against_factor(first, second, impl, return_info)
+    else:
+        value, report = against_covariance(first, names[1], right, impl, return_info)
     value = value.to(first.dtype)
     if not return_info:
         return value

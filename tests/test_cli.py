@@ -124,6 +124,17 @@ def test_statistics_saved_shown_merged_and_compared(folders, features, tmp_path)
     assert (cov - torch.cov(rows.T)).abs().max() < 1e-5 * cov.abs().max()
 
 
+def test_a_root_is_written_where_asked_for(tmp_path):
+    rows = torch.randn(12, 6, dtype=torch.float64)
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for part, file in zip(rows.split(6), files, strict=True):
+        FeatureStats().update(part).save(file)
+    for options in ([], ["--root"]):
+        assert run("stats", "merge", *files, "-o", tmp_path / "all.npz", *options).exit_code == 0
+        shown = json.loads(run("stats", "show", tmp_path / "all.npz", "--json").stdout)
+        assert (shown["factor"], shown["root"]) == (False, bool(options))
+
+
 def test_only_inceptions_distance_is_called_fid(tmp_path):
     rows = torch.randn(40, 6, dtype=torch.float64)
     for backbone, label in (("inception", "FID:  "), ("inception-0a1b2c3d", "FD (inception-0a1b2c3d):  ")):

@@ -21,6 +21,7 @@ from fastgan.cli.options import (
     Resize,
     SkipBad,
     Weights,
+    WithRoot,
     all_processes,
     report,
     warn,
@@ -53,6 +54,7 @@ def fid(
     save_stats: Annotated[
         bool, typer.Option("--save-stats", help="Write the statistics of the images A to the file B.")
     ] = False,
+    root: WithRoot = False,
     as_json: AsJson = False,
     backbone: BackboneName = None,
     resize: Resize = None,
@@ -81,7 +83,7 @@ def fid(
             note=warn,
         )
         if save_stats:
-            _save(a, b, options, as_json=as_json)
+            _save(a, b, options, root=root, as_json=as_json)
             return
         with all_processes(options) as (world, echo):
             result = compare(a, b, options, floor=floor, world=world)
@@ -167,6 +169,7 @@ def stats_save(
     num_workers: NumWorkers = None,
     device: Device = None,
     dims: Dims = None,
+    root: WithRoot = False,
     as_json: AsJson = False,
     backbone: BackboneName = None,
     resize: Resize = None,
@@ -192,7 +195,7 @@ def stats_save(
             checkpoint=checkpoint,
             note=warn,
         )
-        _save(images, output, options, as_json=as_json)
+        _save(images, output, options, root=root, as_json=as_json)
 
 
 @stats_app.command("show")
@@ -212,21 +215,22 @@ def stats_show(
 def stats_merge(
     files: Annotated[list[Path], typer.Argument(help="Files of statistics with their n.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file to write.")],
+    root: WithRoot = False,
 ) -> None:
     """Join statistics of disjoint sets of images into those of all of them."""
     with user_errors():
         from fastgan.metrics.compare import merge_files
 
         merged = merge_files(files)
-        merged.save(output)
+        merged.save(output, root=root)
     typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")
 
 
-def _save(images: Path, output: Path, options: FeatureOptions, *, as_json: bool) -> None:
+def _save(images: Path, output: Path, options: FeatureOptions, *, root: bool, as_json: bool) -> None:
     from fastgan.metrics.compare import compute_and_save
 
     with all_processes(options) as (world, echo):
-        side = compute_and_save(images, output, options, world)
+        side = compute_and_save(images, output, options, world, root=root)
         result = {"file": str(output), **_summary(side.stats), "skipped": side.collected.skipped}
         echo(report([f"{output}: {side.describe()}"], result, as_json=as_json))
 
@@ -246,6 +250,7 @@ def _summary(stats: FeatureStats) -> dict[str, object]:
         "resize": stats.resize,
         "dtype": stats.dtype,
         "factor": stats.factor is not None,
+        "root": stats.factor is None and stats.known_root is not None,
         "mean_norm": stats.mean.norm().item(),
         "trace": stats.cov.trace().item(),
     }

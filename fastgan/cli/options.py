@@ -44,6 +44,14 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(help="A folder for unfinished statistics: the same command goes on there after an interruption."),
 ]
+WithRoot = Annotated[
+    bool,
+    typer.Option(
+        "--root",
+        help="Write a factor of the covariance too, so that no distance to these statistics has to compute it: twice "
+        "the file, 32 MB more at 2048 features.",
+    ),
+]
 Floor = Annotated[
     Path | None,
     typer.Option(help="Another split of B's data: prints its distance to B too, which no generator can beat."),

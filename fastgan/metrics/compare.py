@@ -117,8 +117,10 @@ def compare(
     return Comparison((left, right), distance, frechet_distance(right.stats, third[0].stats), third[0])
 
 
-def compute_and_save(folder: Path, output: Path, options: FeatureOptions, world: World | None = None) -> Side:
-    """Write the statistics of the images of ``folder`` to ``output``, an .npz file.
+def compute_and_save(
+    folder: Path, output: Path, options: FeatureOptions, world: World | None = None, *, root: bool = False
+) -> Side:
+    """Write the statistics of the images of ``folder`` to ``output``, an .npz file; ``root`` as in ``save_stats``.
 
     Raises:
         InputError: a path or an option cannot be used; ``output`` is then as it was.
@@ -130,7 +132,7 @@ def compute_and_save(folder: Path, output: Path, options: FeatureOptions, world:
         raise InputError(f"cannot write {output}: its folder does not exist")
     (side,) = measure([open_images(folder, skip_bad=options.skip_bad)], options, world)
     if world.is_first:
-        side.stats.save(output)
+        side.stats.save(output, root=root)
     return side
 
 

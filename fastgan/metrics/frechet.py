@@ -32,7 +32,8 @@ def frechet_distance(
         a, b: statistics, or a pair (mean (dim,), unbiased covariance (dim, dim)).
         method: ``"low_rank"`` works on the centred features X where a side still holds them (n <= dim):
             ``||X_a X_b^T||_* / sqrt((n_a - 1)(n_b - 1))`` for the cross term, and likewise with a Cholesky factor for a
-            side that does not. ``"full"`` always takes the covariances. ``"auto"`` is low_rank where it can be.
+            side that does not. ``"full"`` always takes the covariances. ``"auto"`` is low_rank where it can be, and
+            where it cannot factors no side whose :attr:`FeatureStats.known_root` is there.
 
     Returns:
         The distance, at least 0: a negative rounding error of two equal sets becomes 0.
@@ -46,10 +47,10 @@ def frechet_distance(
     stats_a, stats_b = _as_stats("a", a), _as_stats("b", b)
     check_comparable(stats_a, stats_b)
     mean_a, mean_b = stats_a.mean, stats_b.mean.to(stats_a.mean.device)
-    factor_a, factor_b = (None, None) if method == "full" else (_factor(stats_a), _factor(stats_b))
-    if method == "low_rank" and factor_a is None and factor_b is None:
+    factors = (None, None) if method == "full" else known_factors(stats_a, stats_b)
+    if method == "low_rank" and stats_a.factor is None and stats_b.factor is None:
         raise ValueError("method='low_rank' needs a side with at most dim vectors, which then still holds its features")
-    trace, cross = _traces(stats_a, factor_a, stats_b, factor_b)
+    trace, cross = _traces(stats_a, factors[0], stats_b, factors[1])
     distance = (mean_a - mean_b).square().sum() + trace - 2 * cross
     return max(distance.item(), 0.0)
 
@@ -66,12 +67,15 @@ def _as_stats(name: str, value: Any) -> FeatureStats:
     return stats
 
 
-def _factor(stats: FeatureStats) -> Tensor | None:
-    """F (n, dim) with F^T F = cov, where the features are still held."""
-    centred = stats.factor
-    if centred is None or stats.n is None:
-        return None
-    return centred / (stats.n - 1) ** 0.5
+def known_factors(a: FeatureStats, b: FeatureStats) -> tuple[Tensor | None, Tensor | None]:
+    """For each side F with F^T F = cov, or None where the covariance serves better or alone is known.
+
+    That is so of the second of two roots of full size: F cov F^T is one triangular product, and F G^T a full one.
+    """
+    known_a, known_b = a.known_root, b.known_root
+    if known_a is not None and known_b is not None and a.factor is None and b.factor is None:
+        return known_a, None
+    return known_a, known_b
 
 
 def _traces(

@@ -19,28 +19,50 @@ _MATRIX_BYTES = 1 << 30
 def frechet_distances(reference: FeatureStats, candidates: Sequence[FeatureStats]) -> Tensor:
     """Frechet distances of ``reference`` to each of ``candidates``, (len(candidates),) float64.
 
-    The reference is factored once, and candidates whose features are not held any more (n > dim) are worked on as
-    batches; the others take the low-rank path of :func:`frechet_distance`.
+    The reference is factored once in all, or not at all where :attr:`FeatureStats.known_root` is there; it keeps the
+    root for later calls. Candidates of one n <= dim, which still hold their features, are one batched call, and so are
+    those of n > dim; on a CPU the latter are not factored either.
 
     Raises:
         InputError: as :func:`frechet_distance`; the candidate is named by its index.
     """
     values = torch.zeros(len(candidates), dtype=torch.float64)
-    full = []
     for index, candidate in enumerate(candidates):
         try:
             _check(reference, candidate)
         except InputError as error:
             raise InputError(f"candidate {index}: {error}") from error
-        if reference.factor is None and candidate.factor is None:
-            full.append(index)
-        else:
-            values[index] = frechet_distance(reference, candidate)
-    mean, cov = reference.mean, reference.cov
-    for group in _groups(full, cov.numel() * cov.element_size()):
-        means, covs = (torch.stack([getattr(candidates[i], part) for i in group]) for part in ("mean", "cov"))
-        values[group] = _full(mean, cov, means.to(mean.device), covs.to(cov.device)).cpu()
+    if not candidates:
+        return values
+    root, dim = reference.root(), len(reference.mean)
+    for rows, same_size in _by_held_rows(candidates).items():
+        for group in _groups(same_size, 8 * dim * (rows or dim)):
+            values[group] = _against_root(reference.mean, root, [candidates[i] for i in group], held=rows > 0)
     return values
+
+
+def _by_held_rows(candidates: Sequence[FeatureStats]) -> dict[int, list[int]]:
+    """The candidates' indices by the number of vectors that they hold, 0 for those that hold none any more."""
+    sizes: dict[int, list[int]] = {}
+    for index, candidate in enumerate(candidates):
+        held = 0 if candidate.factor is None else candidate.n or 0
+        sizes.setdefault(held, []).append(index)
+    return sizes
+
+
+def _against_root(mean: Tensor, root: Tensor, candidates: Sequence[FeatureStats], *, held: bool) -> Tensor:
+    parts = [stats.root() if held else stats.cov for stats in candidates]
+    batch = torch.stack([part.to(root.device) for part in parts])
+    try:
+        if held:
+            cross = trace_sqrt_product(None, None, factors=(batch, root))
+        else:
+            cross = trace_sqrt_product(None, batch, factors=(root, None))
+    except ValueError as error:
+        raise InputError(f"a side is no covariance: {error}") from error
+    traces = batch.square().sum((-2, -1)) if held else batch.diagonal(dim1=-2, dim2=-1).sum(-1)
+    means = torch.stack([stats.mean for stats in candidates]).to(mean.device)
+    return ((means - mean).square().sum(-1) + root.square().sum() + traces - 2 * cross).clamp(min=0).cpu()
 
 
 def paired_frechet_distances(real: Sequence[FeatureStats], fake: Sequence[FeatureStats]) -> Tensor:
@@ -82,15 +104,6 @@ def _check(a: FeatureStats, b: FeatureStats) -> None:
 def _groups(indices: list[int], matrix_bytes: int) -> list[list[int]]:
     size = max(1, _MATRIX_BYTES // matrix_bytes)
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def _full(mean: Tensor, cov: Tensor, means: Tensor, covs: Tensor) -> Tensor:
-    try:
-        cross = trace_sqrt_product(cov, covs)
-    except ValueError as error:
-        raise InputError(f"a side is no covariance: {error}") from error
-    traces = cov.trace() + covs.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return ((means - mean).square().sum(-1) + traces - 2 * cross).clamp(min=0)
 
 
 def _low_rank(real: Sequence[FeatureStats], fake: Sequence[FeatureStats]) -> Tensor:

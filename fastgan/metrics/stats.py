@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastgan._lowrank import row_root
 from fastgan.checks import check_tensor
 from fastgan.metrics.errors import InputError
 
@@ -40,6 +41,7 @@ class FeatureStats:
         self._dim = dim
         self._n: int | None = 0
         self._rows: list[Tensor] | None = []  # each (batch, dim); None once there are more than dim
+        self._root: Tensor | None = None  # (r, dim), of what is here now
         self._mean: Tensor | None = None  # [dim], once the rows are dropped
         self._scatter: Tensor | None = (
             None  # [dim, dim], the sum of centred outer products; the covariance if n is None
@@ -53,17 +55,19 @@ class FeatureStats:
         *,
         n: int | None = None,
         factor: Tensor | npt.ArrayLike | None = None,
+        root: Tensor | npt.ArrayLike | None = None,
         backbone: str | None = None,
         resize: str | None = None,
     ) -> FeatureStats:
         """Statistics from a mean (dim,) and an unbiased covariance (dim, dim).
 
         Without ``n``, the number of vectors behind them, they can be compared and saved but not extended. ``factor``,
-        the centred vectors (n, dim), keeps the low-rank form of :attr:`factor` where n <= dim.
+        the centred vectors (n, dim), keeps the low-rank form of :attr:`factor` where n <= dim; ``root`` (r, dim) is
+        what :meth:`root` would compute.
 
         Raises:
             InputError: shapes disagree, values are not finite, ``cov`` is not symmetric or has a negative diagonal,
-                ``n`` is under 2, or ``factor`` is not that of ``cov``.
+                ``n`` is under 2, or ``factor`` or ``root`` is not that of ``cov``.
         """
         mean, cov = _as_float64(mean), _as_float64(cov)
         _check_moments(mean, cov)
@@ -78,6 +82,9 @@ class FeatureStats:
             _check_factor(rows, cov, n)
             if rows.shape[0] <= rows.shape[1]:
                 stats._rows, stats._mean, stats._scatter = [rows + mean], None, None
+        if root is not None:
+            stats._root = _as_float64(root)
+            _check_root(stats._root, cov)
         return stats
 
     @property
@@ -115,6 +122,31 @@ class FeatureStats:
         if self._rows is None or not self._n:
             return None
         return _centre(torch.cat(self._rows))[1]
+
+    @property
+    def known_root(self) -> Tensor | None:
+        """What :meth:`root` returns, where that needs no work: None for n > dim before its first call."""
+        return self._root if self._rows is None or not self._n or self._n < 2 else self.root()
+
+    def root(self) -> Tensor:
+        """R (r, dim), float64, with ``R^T R = cov``: factored when first asked for, and kept until vectors are added.
+
+        The transposed Cholesky factor, upper triangular; for a singular covariance from its eigenvectors, r its rank;
+        while n <= dim, from :attr:`factor`. Distances to statistics with a known root do not factor these again.
+
+        Raises:
+            InputError: under two vectors, or the covariance has a clearly negative eigenvalue.
+        """
+        self._require(2, "root")
+        factor = self.factor
+        if factor is not None and self._n is not None:
+            return factor / (self._n - 1) ** 0.5
+        if self._root is None:
+            try:
+                self._root = row_root("cov", self.cov)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        return self._root
 
     def update(self, features: Tensor | npt.ArrayLike) -> FeatureStats:
         """Add a batch of features (batch, dim) of any floating dtype; returns self.
@@ -178,11 +210,11 @@ class FeatureStats:
         all_reduce_stats(self, group)
         return self
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, root: bool = False) -> None:
         """Write an npz that pytorch-fid and clean-fid read too; see :func:`fastgan.metrics.stats_file.save_stats`."""
         from fastgan.metrics.stats_file import save_stats
 
-        save_stats(self, path)
+        save_stats(self, path, root=root)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
@@ -197,6 +229,7 @@ class FeatureStats:
             self._rows = [rows.to(device) for rows in self._rows]
         if self._mean is not None and self._scatter is not None:
             self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        self._root = None if self._root is None else self._root.to(device)
         return self
 
     def __repr__(self) -> str:
@@ -226,12 +259,12 @@ class FeatureStats:
     def replace_by_rows(self, rows: Tensor, *, like: FeatureStats) -> None:
         """Become the statistics of ``rows`` (n, dim), float64, n <= dim, with the header of ``like``."""
         self._take_header(like)
-        self._n, self._rows, self._mean, self._scatter = rows.shape[0], [rows], None, None
+        self._n, self._rows, self._mean, self._scatter, self._root = rows.shape[0], [rows], None, None, None
 
     def replace_by_moments(self, n: int, mean: Tensor, scatter: Tensor, *, like: FeatureStats) -> None:
         """Become the statistics with these :meth:`moments` and the header of ``like``."""
         self._take_header(like)
-        self._n, self._rows, self._mean, self._scatter = n, None, mean, scatter
+        self._n, self._rows, self._mean, self._scatter, self._root = n, None, mean, scatter, None
 
     def _take_header(self, other: FeatureStats) -> None:
         self._dim, self.backbone, self.resize, self.dtype = other._dim, other.backbone, other.resize, other.dtype
@@ -240,6 +273,7 @@ class FeatureStats:
         assert self._n is not None
         assert self._dim is not None
         added = sum(r.shape[0] for r in rows)
+        self._root = None
         if self._rows is not None and self._n + added <= self._dim:
             self._rows.extend(rows)
             self._n += added
@@ -253,7 +287,7 @@ class FeatureStats:
             scatter = own_scatter + scatter
             scatter.addr_(delta, delta, alpha=self._n * n / total)
             mean, n = own_mean + delta * (n / total), total
-        self._n, self._rows, self._mean, self._scatter = n, None, mean, scatter
+        self._n, self._rows, self._mean, self._scatter, self._root = n, None, mean, scatter, None
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         if self._rows is not None:
@@ -336,6 +370,18 @@ def _check_factor(factor: Tensor, cov: Tensor, n: int | None) -> None:
     off_variance = (factor.square().sum(dim=0) / (n - 1) - variance).abs().max() > 1e-6 * scale
     if off_mean or off_variance:
         raise InputError("factor must be the centred vectors behind mean and cov")
+
+
+def _check_root(root: Tensor, cov: Tensor) -> None:
+    if root.ndim != 2 or not 0 < root.shape[0] <= root.shape[1] or root.shape[1] != cov.shape[0]:
+        raise InputError(f"root must have shape (r, dim) with r <= dim = {cov.shape[0]}, got {tuple(root.shape)}")
+    if not torch.isfinite(root).all():
+        raise InputError("root must be finite, it has NaN or infinity")
+    # R^T R v = cov v for one v of which no entry is alike: the product R^T R itself would cost as much as a root
+    v = torch.linspace(1, 2, cov.shape[0], dtype=cov.dtype, device=cov.device).sin()
+    off = (root.mT @ (root @ v) - cov @ v).abs().max() / (cov.diagonal().max() * len(v) ** 0.5).clamp(min=1e-300)
+    if off > 1e-6:
+        raise InputError(f"root must have root^T root = cov: they differ by {off.item():.2g} of the largest variance")
 
 
 def _as_float64(value: Any) -> Tensor:

@@ -78,7 +78,7 @@ def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: 
 
 def _batched(a: Tensor, b: Tensor, pairs: Tensor, compute: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Tensor:
     """The rows of ``compute``, from Cholesky factors of all of ``a`` at once; ``compute`` does what they cannot."""
-    (scale_a, wide_a), (scale_b, wide_b) = _scaled(a), _scaled(b)
+    (scale_a, wide_a), (scale_b, wide_b) = scaled(a), scaled(b)
     lower, singular = reference.cholesky_if_definite(wide_a)
     i, j = pairs.unbind(1)
     factor = lower[i]
@@ -114,11 +114,11 @@ def _polar(a: Tensor, b: Tensor, pairs: Tensor, impl: str, bounds: bool) -> tupl
 
 
 def _factored(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale, wide = _scaled(matrices)
+    scale, wide = scaled(matrices)
     return scale, *reference.factors(wide)
 
 
-def _scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two, and the symmetric float64 matrices divided by them."""
     wide = matrices.double()
     scale = power_of_two(wide)

@@ -143,7 +143,7 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
     if method in (AUTO, CHOLESKY):
         lower = a.cholesky(i)
         if lower is not None:
-            gram = _triangular_sandwich(lower, b.matrix(j))
+            gram = triangular_sandwich(lower, b.matrix(j))
             value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
             if accurate:
                 return value, bound, CHOLESKY
@@ -177,7 +177,7 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
     return value, noise * math.sqrt(singular_values.numel()) + factor_errors, SVD
 
 
-def _triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
+def triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
     """Lower triangle of L^T B L.
 
     Column block J needs B and L from J on only: a third of the operations of two full products.

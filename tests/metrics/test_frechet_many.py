@@ -8,6 +8,7 @@ from fastgan.metrics import FeatureStats, InputError, frechet_distance
 from fastgan.metrics.frechet_loss import FrechetLoss
 from fastgan.metrics.frechet_many import frechet_distances, paired_frechet_distances
 from fastgan.metrics.infinity import _covariance_gradient, _trace_gradient, fid_infinity
+from tests.spectra import count_factorisations
 
 
 def rows(n, dim=8, seed=0, shift=0.0):
@@ -30,6 +31,58 @@ def test_many_against_one_equal_one_by_one(reference, monkeypatch):
         frechet_distances(one, [many[0], stats(9, dim=5)])
     with pytest.raises(InputError, match="candidate 0: at least 2 feature vectors"):
         frechet_distances(one, [stats(1)])
+
+
+def test_the_reference_is_factored_once_and_a_known_root_never(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.frechet_many._MATRIX_BYTES", 2 * 8 * 8 * 8)
+    many = [stats(n, seed) for seed, n in enumerate((30, 5, 40, 6, 60, 5), start=1)]
+    one = stats(50)
+    assert count_factorisations(lambda: frechet_distances(one, many)) == 1
+    expected = frechet_distances(one, many)
+    stats(50).save(tmp_path / "with.npz", root=True)
+    for known in (one, FeatureStats.load(tmp_path / "with.npz")):
+        assert count_factorisations(lambda known=known: frechet_distances(known, many)) == 0
+        assert torch.equal(frechet_distances(known, many), expected)
+        assert count_factorisations(lambda known=known: [frechet_distance(known, c) for c in many]) == 0
+        assert count_factorisations(lambda known=known: [frechet_distance(c, known) for c in many]) == 0
+        assert frechet_distance(known, many[0]) == pytest.approx(expected[0].item(), rel=1e-9)
+    one.update(rows(3, seed=9))
+    assert one.known_root is None
+    assert count_factorisations(lambda: frechet_distances(one, many)) == 1
+    other = frechet_distance(one, many[0])
+    assert other == pytest.approx(frechet_distance(one, many[0], method="full"), rel=1e-9)
+    assert other != pytest.approx(expected[0].item(), rel=1e-3)
+
+
+def test_candidates_of_one_size_are_one_call(monkeypatch):
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs["factors"])
+        return trace_sqrt_product(*args, **kwargs)
+
+    monkeypatch.setattr("fastgan.metrics.frechet_many.trace_sqrt_product", spy)
+    frechet_distances(stats(50), [stats(n, seed) for seed, n in enumerate((5, 7, 30, 5, 20, 5))])
+    assert [tuple(None if f is None else tuple(f.shape) for f in factors) for factors in calls] == [
+        ((3, 5, 8), (8, 8)),
+        ((1, 7, 8), (8, 8)),
+        ((8, 8), None),
+    ]
+
+
+@pytest.mark.parametrize("n", [4, 30])
+def test_a_singular_reference_of_many(n):
+    """Features of rank 5 or below in 8 dimensions, also where there are more vectors than dimensions."""
+    reference = FeatureStats().update(rows(n, 5) @ rows(5, 8, seed=3))
+    many = [stats(n, seed) for seed, n in enumerate((30, 5, 40, 12), start=1)]
+    many.append(FeatureStats().update(rows(30, 3, seed=4) @ rows(3, 8, seed=5)))
+    expected = [frechet_distance(reference, other, method="full") for other in many]
+    root = reference.root()
+    assert root.shape == (min(n, 5), 8)
+    torch.testing.assert_close(root.mT @ root, reference.cov, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        frechet_distances(reference, many), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_pairs_equal_one_by_one(monkeypatch):

@@ -97,7 +97,7 @@ def test_clean_fids_numbers_and_files(folders, tmp_path, monkeypatch, mode):
     torch.testing.assert_close(ours[1].mean, theirs.mean, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(ours[1].cov, theirs.cov, rtol=1e-4, atol=1e-3)
 
-    ours[0].save(tmp_path / "stats" / f"a_{mode}_custom_na.npz")
+    ours[0].save(tmp_path / "stats" / f"a_{mode}_custom_na.npz", root=True)
     mu, sigma = fid.get_reference_statistics("a", "na", mode=mode, split="custom")
     expected = fid.frechet_distance(mu, sigma, theirs.mean.numpy(), theirs.cov.numpy())
     assert frechet_distance(ours[0], theirs) == pytest.approx(expected, rel=1e-6)

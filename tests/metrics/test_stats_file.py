@@ -43,6 +43,20 @@ def test_the_file_has_the_documented_keys(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
 
 
+@pytest.mark.parametrize("n", [6, 30])
+def test_the_root_is_written_where_asked_for(tmp_path, n):
+    stats = some_stats(n)
+    stats.root()
+    stats.save(tmp_path / "without.npz")
+    stats.save(tmp_path / "with.npz", root=True)
+    with np.load(tmp_path / "without.npz") as without, np.load(tmp_path / "with.npz") as file:
+        assert set(file.files) - set(without.files) == ({"root"} if n > 9 else set())
+        np.testing.assert_array_equal(file["sigma"], without["sigma"])
+    assert (FeatureStats.load(tmp_path / "without.npz").known_root is None) == (n > 9)
+    root = FeatureStats.load(tmp_path / "with.npz").known_root
+    torch.testing.assert_close(root.mT @ root, stats.cov, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("keys", [("mu", "sigma"), ("mu_s", "sigma_s")])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_files_of_other_tools(tmp_path, keys, dtype):
@@ -74,6 +88,9 @@ MU, SIGMA = np.zeros(3), np.eye(3)
         ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(2)}, "factor must have shape"),
         ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(3)}, "factor must be the centred vectors"),
         ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.full((3, 3), np.inf)}, "factor must be finite"),
+        ({"mu": MU, "sigma": SIGMA, "root": np.eye(4)}, r"root must have shape \(r, dim\) with r <= dim = 3"),
+        ({"mu": MU, "sigma": SIGMA, "root": np.full((3, 3), np.nan)}, "root must be finite"),
+        ({"mu": MU, "sigma": SIGMA, "root": np.diag([1, 1, 2.0])}, r"root must have root\^T root = cov: they differ"),
         ({"mu": np.array(["a", "b", "c"]), "sigma": SIGMA}, "can't convert"),
         ({"mu": np.array([None] * 3), "sigma": SIGMA}, "pickled objects, which are never loaded"),
     ],
