@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgan.kernels.attention_bwd_bwd_kernels import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
 from fastgan.kernels.attention_config import MAX_E, MAX_QK, Launch, launch_for, padded
 from fastgan.kernels.attention_kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
+from fastgan.kernels.device import on_its_device
 from fastgan.kernels.precision import input_precision
 from fastgan.layout import empty_rows_like
 
@@ -25,6 +26,7 @@ def check_supported(d: int, e: int) -> None:
         raise ValueError(f"v must have at most {MAX_E} channels for impl='triton', got {e}")
 
 
+@on_its_device
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the output (B, N, e) in q's dtype and two statistics of each row, float32 (2, B, N).
 
@@ -48,6 +50,7 @@ def empty_stats(q: Tensor) -> Tensor:
     return q.new_empty(2, *q.shape[:2], dtype=torch.float32)
 
 
+@on_its_device
 def attention_bwd(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +75,7 @@ def attention_bwd(
     return dq, dk, dv
 
 
+@on_its_device
 def attention_bwd_bwd(
     ggq: Tensor,
     ggk: Tensor,

@@ -10,6 +10,7 @@ smaller, and their double backward multiplies in float32 proper.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -80,9 +81,18 @@ def padded(channels: int) -> int:
 
 def launch_for(kernel: str, e: int, q: Tensor) -> Launch:
     """The launch of ``kernel`` for values of ``e`` channels and operands like ``q``."""
-    capability = torch.cuda.get_device_capability(q.device)[0] * 10 if q.is_cuda else 90
-    launch = _TABLE[kernel, q.dtype.itemsize, _family(capability)][_class(e)]
+    return _launch(kernel, q.dtype.itemsize, _family_of(q.device), e)
+
+
+@functools.cache
+def _launch(kernel: str, itemsize: int, family: int, e: int) -> Launch:
+    launch = _TABLE[kernel, itemsize, family][_class(e)]
     return replace(launch, slab=min(launch.slab, padded(e)))
+
+
+@functools.cache
+def _family_of(device: torch.device) -> int:
+    return _family(torch.cuda.get_device_capability(device)[0] * 10 if device.type == "cuda" else 90)
 
 
 def entries(capability: int) -> Iterator[tuple[str, int, Launch, torch.dtype]]:

@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan.kernels.attention_tiles import load_tile, store_tile
+from fastgan.kernels.device import on_its_device
 from fastgan.kernels.precision import conv_precision, dot, narrow
 from fastgan.kernels.projection_config import CHUNK, NUM_STAGES, across, block_for
 from fastgan.layout import rows_of
 
 
+@on_its_device
 def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fastgan.reference.pooled_projection.pooled_projection_fwd`."""
     b, channels, height, width = x.shape

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan.kernels.attention_tiles import load_tile, store_tile
+from fastgan.kernels.device import on_its_device
 from fastgan.kernels.precision import conv_precision, dot
 from fastgan.kernels.projection_config import CHUNK, NUM_STAGES, block_for
 from fastgan.layout import image_like, rows_of
@@ -14,6 +15,7 @@ from fastgan.layout import image_like, rows_of
 PIXELS = 64
 
 
+@on_its_device
 def projection_residual_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """As :func:`fastgan.reference.projection_residual.projection_residual_fwd`."""
     (b, n, e), outputs = rows.shape, weight.shape[0]

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastgan.kernels.device import on_its_device
 from fastgan.kernels.spectral_norm_kernels import (
     spectral_norm_combine_kernel,
     spectral_norm_dots_kernel,
@@ -20,7 +21,7 @@ from fastgan.kernels.spectral_norm_kernels import (
     spectral_norm_matvec_t_kernel,
     spectral_norm_scale_kernel,
 )
-from fastgan.kernels.spectral_norm_plan import LAUNCH, Layout, Plan, layout_of, plan_for, table_of
+from fastgan.kernels.spectral_norm_plan import LAUNCH, Plan, table_of, walk_of
 
 _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _OPTIONS = {"num_warps": LAUNCH.num_warps, "num_stages": LAUNCH.num_stages}
@@ -32,6 +33,7 @@ _COMBINE_BLOCKS = {"BLOCK_R": LAUNCH.tile_r, "BLOCK_C": LAUNCH.block_c, "CHUNK":
 _DOTS_BLOCKS = {**_COMBINE_BLOCKS, "REDUCE_BLOCK": LAUNCH.reduce_block}
 
 
+@on_its_device
 def update(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -46,7 +48,7 @@ def update(
     own_us, own_vs = _plain_vectors(us, weights[0].dtype), _plain_vectors(vs, weights[0].dtype)
     sizes = (plan.partials, plan.u_size, plan.v_size, len(weights))
     partials, u, v, sigma = (torch.empty(size, dtype=torch.float32, device=weights[0].device) for size in sizes)
-    pointers = table_of(weights, own_us, own_vs)
+    pointers = table_of(weights, own_us, own_vs).pointers
     dtypes = {"W_DTYPE": _TL_DTYPES[weights[0].dtype], **_OPTIONS}
     args = (partials, u, v, sigma, eps, len(weights))
 
@@ -73,27 +75,30 @@ def update(
     return u, v, sigma
 
 
+@on_its_device
 def scale(
     weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
     """W / sigma in 1 launch; see :func:`fastgan.reference.spectral_norm.scale`."""
     given, (weights, plan) = weights, _planned(weights, dims)
     out = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    table = table_of(weights, out)
     spectral_norm_scale_kernel[(len(plan.flat_tiles),)](
-        table_of(weights, out),
+        table.pointers,
         plan.geometry,
         plan.flat_tiles,
         sigma,
         len(weights),
         W_DTYPE=_TL_DTYPES[weights[0].dtype],
         O_DTYPE=_TL_DTYPES[dtype],
-        ALIGNMENT=16 if all(t.data_ptr() % 16 == 0 for t in (*weights, *out)) else 1,
+        ALIGNMENT=16 if table.aligned else 1,
         BLOCK=LAUNCH.block_flat,
         **_OPTIONS,
     )
     return _restored(out, weights, given)
 
 
+@on_its_device
 def scale_bwd(
     grads: Sequence[Tensor], weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int]
 ) -> list[Tensor]:
@@ -105,6 +110,7 @@ def scale_bwd(
     return _restored(d_weights, weights, given)
 
 
+@on_its_device
 def scale_bwd_bwd(
     grad_grads: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -128,7 +134,7 @@ def _launch_gradients(plan: Plan, lists: tuple[Sequence[Tensor], ...], u: Tensor
     weights, grads, *_ = lists
     n, n_tiles, double = len(weights), len(plan.tiles), len(lists) == 5
     partials, dots = sigma.new_empty((3 if double else 1) * n_tiles), sigma.new_empty((3 if double else 1) * n)
-    tables = (table_of(*lists), plan.geometry, plan.tiles)
+    tables = (table_of(*lists).pointers, plan.geometry, plan.tiles)
     dtypes = {"W_DTYPE": _TL_DTYPES[weights[0].dtype], "G_DTYPE": _TL_DTYPES[grads[0].dtype], **_OPTIONS}
     spectral_norm_dots_kernel[(n_tiles,)](
         *tables, partials, dots, u, v, n, n_tiles, DOUBLE=double, **dtypes, **_DOTS_BLOCKS
@@ -136,41 +142,25 @@ def _launch_gradients(plan: Plan, lists: tuple[Sequence[Tensor], ...], u: Tensor
     spectral_norm_combine_kernel[(n_tiles,)](*tables, dots, u, v, sigma, n, DOUBLE=double, **dtypes, **_COMBINE_BLOCKS)
 
 
-def _planned(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[list[Tensor], Plan]:
+def _planned(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Sequence[Tensor], Plan]:
     """Weights that the kernels can walk (copies of those that have gaps or too many levels), and their tables."""
-    walkable, layouts = [], []
-    for weight, dim in zip(weights, dims, strict=True):
-        layout = layout_of(weight.shape, weight.stride(), dim) if _is_dense(weight) else None
-        if layout is None:
-            weight = weight.contiguous()
-            layout = layout_of(weight.shape, weight.stride(), dim)
-        assert isinstance(layout, Layout)
-        walkable.append(weight)
-        layouts.append(layout)
-    return walkable, plan_for(tuple(layouts), weights[0].device)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """True where the entries fill a stretch of memory once."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    forms = tuple([(weight.shape, weight.stride()) for weight in weights])
+    copied, plan = walk_of(forms, tuple(dims), weights[0].device)
+    if not copied:
+        return weights, plan
+    return [weight.contiguous() if i in copied else weight for i, weight in enumerate(weights)], plan
 
 
 def _plain_vectors(vectors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The vectors themselves where they are contiguous and of ``dtype``, else copies that are."""
-    return [vector.to(dtype).contiguous() for vector in vectors]
+    return [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
 
 
 def _laid_out_as(weights: Sequence[Tensor], tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The tensors themselves where they are of ``dtype`` and laid out as the weights, else copies that are."""
     return [
         tensor
-        if tensor.dtype == dtype and _strides(tensor) == _strides(weight)
+        if tensor.dtype == dtype and (tensor.stride() == weight.stride() or _strides(tensor) == _strides(weight))
         else torch.empty_like(weight, dtype=dtype).copy_(tensor)
         for tensor, weight in zip(tensors, weights, strict=True)
     ]

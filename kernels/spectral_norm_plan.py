@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +108,34 @@ class Plan:
     v_size: int
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
+def walk_of(
+    forms: tuple[tuple[Sequence[int], Sequence[int]], ...], dims: tuple[int, ...], device: torch.device
+) -> tuple[frozenset[int], Plan]:
+    """For weights of these shapes and strides: which ones must be made contiguous to be walked, and the plan then."""
+    layouts, copied = [], set()
+    for i, ((shape, strides), dim) in enumerate(zip(forms, dims, strict=True)):
+        layout = layout_of(shape, strides, dim) if _is_dense(shape, strides) else None
+        if layout is None:
+            copied.add(i)
+            layout = layout_of(shape, [math.prod(shape[d + 1 :]) for d in range(len(shape))], dim)
+        assert isinstance(layout, Layout)
+        layouts.append(layout)
+    return frozenset(copied), plan_for(tuple(layouts), device)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """True where the entries fill a stretch of memory once."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+@functools.cache  # for good: CUDA graphs keep the addresses
 def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch = LAUNCH) -> Plan:
     """The tables for weights of these layouts; made once, whatever their addresses."""
     rows_of_geometry: list[list[int]] = []
@@ -135,11 +164,11 @@ def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch =
         u_offset, v_offset = u_offset + rows, v_offset + columns
         s_partials, t_partials = s_partials + s_chunks * rows, t_partials + t_chunks * columns
     return Plan(
-        geometry=torch.tensor(rows_of_geometry, dtype=torch.int64, device=device),
-        s_tiles=torch.tensor(s_tiles, dtype=torch.int32, device=device),
-        t_tiles=torch.tensor(t_tiles, dtype=torch.int32, device=device),
-        tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
-        flat_tiles=torch.tensor(flat_tiles, dtype=torch.int32, device=device),
+        geometry=_kept(torch.tensor(rows_of_geometry, dtype=torch.int64), device),
+        s_tiles=_kept(torch.tensor(s_tiles, dtype=torch.int32), device),
+        t_tiles=_kept(torch.tensor(t_tiles, dtype=torch.int32), device),
+        tiles=_kept(torch.tensor(tiles, dtype=torch.int32), device),
+        flat_tiles=_kept(torch.tensor(flat_tiles, dtype=torch.int32), device),
         partials=max(s_partials, t_partials),
         u_size=u_offset,
         v_size=v_offset,
@@ -152,32 +181,59 @@ def _grid(layer: int, owned: int, block: int, walked: int, chunk: int) -> list[t
 
 @dataclass(frozen=True)
 class Table:
-    """Device pointers, (lists, layers) int64, followed by a row of zeros: the counters of finished programs."""
+    """Addresses of tensors on the device."""
 
-    pointers: Tensor
-    source: Tensor  # pinned; a captured graph copies from it at each replay
+    pointers: Tensor  # (lists + 1, layers) int64; the last row, of zeros, counts programs that are done
+    source: Tensor  # on the host, pinned beside a GPU: a captured graph copies from it at each replay
+    aligned: bool  # all addresses are multiples of 16
 
 
 _tables: OrderedDict[tuple[torch.device, tuple[int, ...]], Table] = OrderedDict()
-_captured: list[Table] = []
+_in_graphs: dict[int, Table | Tensor] = {}
 _TABLES = 512
 
 
-def table_of(*lists: Sequence[Tensor]) -> Tensor:
-    """The pointer table of these tensors, reused while their addresses are the same."""
+def table_of(*lists: Sequence[Tensor]) -> Table:
+    """The pointer table of these tensors, reused while their addresses are the same.
+
+    A CUDA graph that is being captured takes the table of earlier calls, which then stays for good. Where there is
+    none, the graph copies the table to memory of its own pool at each replay.
+    """
     device = lists[0][0].device
-    addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
+    addresses = tuple([tensor.data_ptr() for tensors in lists for tensor in tensors])
     key = (device, addresses)
-    if key in _tables:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
+    if table is not None:
         _tables.move_to_end(key)
-        return _tables[key].pointers
+        if capturing:
+            _in_graphs[id(table)] = table
+        return table
     rows = [*addresses, *[0] * len(lists[0])]
     source = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").view(-1, len(lists[0]))
-    table = Table(source.to(device, non_blocking=True), source)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(table)  # its memory belongs to the graph, so no eager call may use it, nor may it be dropped
-        return table.pointers
-    _tables[key] = table
+    aligned = all(address % 16 == 0 for address in addresses)
+    if capturing:
+        _in_graphs[id(source)] = source
+        return Table(source.to(device, non_blocking=True), source, aligned)
+    table = _tables[key] = Table(_kept(source, device), source, aligned)
     if len(_tables) > _TABLES:
         _tables.popitem(last=False)
-    return table.pointers
+    return table
+
+
+def _kept(source: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` outside the memory pools of CUDA graphs, which serve the thread that prepares a graph."""
+    if device.type != "cuda":
+        return source.to(device)
+    stream = torch.cuda.current_stream(device)
+
+    def copy() -> Tensor:
+        with torch.cuda.stream(stream):
+            return source.to(device, non_blocking=True)
+
+    return _other_thread().submit(copy).result()
+
+
+@functools.cache
+def _other_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "fastgan-tables")
