@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,3 +32,19 @@ def check_alike(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def runs_at_once(*tensors: Tensor) -> bool:
+    """True where nothing stands between a call and these tensors' memory: no trace, transform, mode or subclass.
+
+    What needs no gradient may then be computed without a pass through torch's dispatcher, which takes Python some
+    microseconds for each tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)

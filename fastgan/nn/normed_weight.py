@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgan.ops.spectral_norm import output_dtype, spectral_norm_scale, spectral_norm_update
+from fastgan.ops.spectral_norm import output_dtype, scaled, update_vectors
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -51,7 +51,7 @@ class NormedWeight:
         raise NotImplementedError
 
     def supply(self, weight: Tensor | None) -> None:
-        self._supplied = weight
+        self.__dict__["_supplied"] = weight  # past nn.Module's own way, which takes several times as long
 
     @property
     def is_supplied(self) -> bool:
@@ -79,7 +79,7 @@ def update(readings: Sequence[Reading]) -> Vectors:
     us, vs = [r.u for r in readings], [r.v for r in readings]
     if settings.iterations and not settings.writes:
         us, vs = [u.clone() for u in us], [v.clone() for v in vs]
-    vectors = spectral_norm_update(
+    vectors = update_vectors(
         [r.weight for r in readings],
         us,
         vs,
@@ -89,8 +89,8 @@ def update(readings: Sequence[Reading]) -> Vectors:
         settings.impl,
         settings.v_first,
     )
-    kept = [(r.sigma, value) for r, value in zip(readings, vectors[2].unbind(), strict=True) if r.sigma is not None]
-    if kept and settings.writes:
+    if settings.writes and any(r.sigma is not None for r in readings):
+        kept = [(r.sigma, value) for r, value in zip(readings, vectors[2].unbind(), strict=True) if r.sigma is not None]
         targets, values = zip(*kept, strict=True)
         with torch.no_grad():
             torch._foreach_copy_([target.view(()) for target in targets], list(values))
@@ -102,12 +102,12 @@ def scale(readings: Sequence[Reading], vectors: Vectors) -> list[Tensor]:
     u, v, sigma = vectors
     weights, dims, impl = [r.weight for r in readings], [r.dim for r in readings], readings[0].settings.impl
     if len({r.dtype for r in readings}) == 1:
-        return spectral_norm_scale(weights, u, v, sigma, dims, readings[0].dtype, impl)
+        return scaled(weights, u, v, sigma, dims, readings[0].dtype, impl)
     u_parts, v_parts = u.split([len(r.u) for r in readings]), v.split([len(r.v) for r in readings])
     results: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(r.dtype for r in readings):
         indices = [i for i, r in enumerate(readings) if r.dtype == dtype]
-        scaled = spectral_norm_scale(
+        part = scaled(
             [weights[i] for i in indices],
             torch.cat([u_parts[i] for i in indices]),
             torch.cat([v_parts[i] for i in indices]),
@@ -116,7 +116,7 @@ def scale(readings: Sequence[Reading], vectors: Vectors) -> list[Tensor]:
             dtype,
             impl,
         )
-        results.update(zip(indices, scaled, strict=True))
+        results.update(zip(indices, part, strict=True))
     return [results[i] for i in range(len(readings))]
 
 

@@ -61,17 +61,24 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         return super().forward(weight) if weight.ndim == 1 else self._normalized(self._reading(weight))
 
+    def take(self) -> Tensor | None:
+        """The weight that a group has supplied."""
+        return self._take(self.training)
+
     def reading(self, module: nn.Module) -> Reading | None:
-        if not parametrize.is_parametrized(module):
-            return None
-        lists: Any = module.parametrizations
-        weights = [norms.original for norms in lists.values() if len(norms) == 1 and norms[0] is self]
-        return self._reading(weights[0]) if weights else None
+        lists = module._modules.get("parametrizations")
+        for norms in () if lists is None else lists._modules.values():
+            if norms is not None and len(norms._modules) == 1 and norms._modules.get("0") is self:
+                return self._reading(norms.original)  # type: ignore[arg-type]
+        return None
 
     def _reading(self, weight: Tensor) -> Reading:
         iterations = self.n_power_iterations if self.training else 0
         settings = Settings(iterations, self.eps, False, self.training, self.impl)
-        return Reading(weight, self._u, self._v, self.dim, settings, dtype_of(weight, autocast=self.autocast))
+        buffers: dict[str, Any] = self._buffers  # attributes of a module take several times as long
+        return Reading(
+            weight, buffers["_u"], buffers["_v"], self.dim, settings, dtype_of(weight, autocast=self.autocast)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return without_supply(self.__dict__)

@@ -35,10 +35,35 @@ def complete(module: nn.Module) -> None:
         cls.__reduce_ex__ = _reduce
         if "__deepcopy__" in cls.__dict__:  # torch's; one that the user's class brings is left alone
             cls.__deepcopy__ = _deepcopy
+    for name in parametrizations(module):
+        _shorten(cls, name)
     if not any(
         getattr(hook, "hook", None) is _read_other_formats for hook in module._load_state_dict_pre_hooks.values()
     ):
         module.register_load_state_dict_pre_hook(_read_other_formats)
+
+
+def _shorten(cls: Any, name: str) -> None:
+    """Let the attribute ``name`` answer at once with a weight that a group has supplied.
+
+    torch's way to it, through the calls of two modules, takes longer than to launch a kernel.
+    """
+    own = cls.__dict__.get(name)
+    if not isinstance(own, property) or isinstance(own, _Shortcut) or own.fget is None:
+        return
+
+    def get(module: Any, slow: Any = own.fget) -> Tensor:
+        if not torch.compiler.is_compiling():
+            norms = module._modules["parametrizations"]._modules[name]._modules
+            if len(norms) == 1 and norms["0"].__dict__.get("_supplied") is not None:
+                return norms["0"].take()
+        return slow(module)
+
+    setattr(cls, name, _Shortcut(get, own.fset, own.fdel, own.__doc__))
+
+
+class _Shortcut(property):
+    """A property that :func:`_shorten` has made."""
 
 
 def _deepcopy(module: Any, memo: dict[int, Any]) -> nn.Module:
@@ -58,6 +83,7 @@ def _rebuild(cls: type[nn.Module], names: list[str]) -> nn.Module:
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)
+        _shorten(type(module), name)
     injected: Any = type(module)
     injected.__reduce_ex__ = _reduce
     if "__deepcopy__" in injected.__dict__:

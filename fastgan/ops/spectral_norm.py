@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan.backend import check_impl, implementation, resolve
-from fastgan.checks import check_tensor
+from fastgan.checks import check_tensor, runs_at_once
 from fastgan.reference.spectral_norm import compute_dtype, matrix_shape
 
 
@@ -58,11 +58,31 @@ def spectral_norm_update(
     _check_vectors("vs", vs, weights, [matrix_shape(w, d)[1] for w, d in zip(weights, dims, strict=True)])
     if n_power_iterations < 0:
         raise ValueError(f"n_power_iterations must be 0 or more, got {n_power_iterations}")
+    return update_vectors(weights, us, vs, dims, n_power_iterations, eps, impl, v_first)
+
+
+def update_vectors(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dims: Sequence[int],
+    n_power_iterations: int,
+    eps: float,
+    impl: str,
+    v_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`spectral_norm_update` of operands that are known to fit one another, ``dims`` not negative."""
     with torch.no_grad():
+        if runs_at_once(*weights, *us, *vs):
+            compute = implementation("spectral_norm", impl, weights[0]).update
+            vectors = compute(weights, us, vs, dims, n_power_iterations, float(eps), v_first)
+            if n_power_iterations:
+                torch.autograd.graph.increment_version([*us, *vs])
+            return vectors
         if n_power_iterations == 0:
-            return spectral_norm_sigma_op(list(weights), list(us), list(vs), dims, impl)
+            return spectral_norm_sigma_op(list(weights), list(us), list(vs), list(dims), impl)
         return spectral_norm_update_op(
-            list(weights), list(us), list(vs), dims, n_power_iterations, float(eps), impl, v_first
+            list(weights), list(us), list(vs), list(dims), n_power_iterations, float(eps), impl, v_first
         )
 
 
@@ -101,7 +121,16 @@ def spectral_norm_scale(
                 f"{name} must have {size} entries on {weights[0].device} for these weights, "
                 f"got {tensor.shape[0]} on {tensor.device}"
             )
-    return spectral_norm_scale_op(list(weights), u, v, sigma, dims, dtype or output_dtype(weights[0]), impl)
+    return scaled(weights, u, v, sigma, dims, dtype or output_dtype(weights[0]), impl)
+
+
+def scaled(
+    weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype, impl: str
+) -> list[Tensor]:
+    """:func:`spectral_norm_scale` of operands that are known to fit one another, ``dims`` not negative."""
+    if not torch.is_grad_enabled() and runs_at_once(*weights):
+        return implementation("spectral_norm", impl, weights[0]).scale(weights, u, v, sigma, dims, dtype)
+    return spectral_norm_scale_op(list(weights), u, v, sigma, list(dims), dtype, impl)
 
 
 def output_dtype(weight: Tensor) -> torch.dtype:

@@ -24,9 +24,9 @@ def test_grouping_plain_layers_draws_the_vectors_torch_draws():
 
 def test_one_update_for_a_layer_used_twice_and_one_op_for_all(monkeypatch):
     calls = []
-    update = normed_weight.spectral_norm_update
+    update = normed_weight.update_vectors
     monkeypatch.setattr(
-        normed_weight, "spectral_norm_update", lambda weights, *a: calls.append(len(weights)) or update(weights, *a)
+        normed_weight, "update_vectors", lambda weights, *a: calls.append(len(weights)) or update(weights, *a)
     )
     layer = nn.Linear(4, 4)
     root = group_spectral_norm(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 2)))
@@ -93,8 +93,8 @@ def test_parts_in_eval_mode_keep_their_vectors():
 def test_eval_computes_once_until_weights_change(monkeypatch):
     ours = grouped().eval()
     calls = []
-    scale = normed_weight.spectral_norm_scale
-    monkeypatch.setattr(normed_weight, "spectral_norm_scale", lambda *a: calls.append(1) or scale(*a))
+    scale = normed_weight.scaled
+    monkeypatch.setattr(normed_weight, "scaled", lambda *a: calls.append(1) or scale(*a))
     before = vectors(ours)
     with torch.no_grad():
         outputs = [ours(images()) for _ in range(3)]

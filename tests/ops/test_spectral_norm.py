@@ -1,8 +1,11 @@
+import contextlib
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgan.ops import spectral_norm as ops
 from fastgan.ops import spectral_norm_scale, spectral_norm_update
@@ -214,3 +217,14 @@ def test_bad_vectors_of_scale():
         spectral_norm_scale([weight], torch.randn(2), torch.randn(4), torch.ones(1))
     with pytest.raises(ValueError, match="sigma must have dtype float32"):
         spectral_norm_scale([weight], torch.randn(3), torch.randn(4), torch.ones(1).double())
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_vectors_that_are_written_count_as_changed(traced):
+    """Also where the call does not pass through torch's dispatcher, as without a trace, mode or transform."""
+    weights, us, vs = [torch.randn(3, 4)], [torch.randn(3)], [torch.randn(4)]
+    before = us[0]._version, vs[0]._version
+    with FlopCounterMode(display=False) if traced else contextlib.nullcontext():
+        spectral_norm_update(weights, us, vs)
+    assert us[0]._version > before[0]
+    assert vs[0]._version > before[1]
