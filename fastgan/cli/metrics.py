@@ -8,24 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastgan.cli.errors import user_errors
-from fastgan.cli.options import (
-    AsJson,
-    BackboneName,
-    BatchSize,
-    Checkpoint,
-    Device,
-    Dims,
-    Floor,
-    NumWorkers,
-    Precision,
-    Resize,
-    SkipBad,
-    Weights,
-    WithRoot,
-    all_processes,
-    report,
-    warn,
-)
+from fastgan.cli.options import AsJson, Floor, WithRoot, all_processes, computes_features, report, warn
 
 if TYPE_CHECKING:
     from fastgan.metrics import FeatureStats
@@ -44,54 +27,34 @@ def register(app: typer.Typer) -> None:
     app.add_typer(stats_app, name="stats")
 
 
+@computes_features
 def fid(
     a: Annotated[Path, typer.Argument(help="A folder, zip or npz of images, or an .npz file of statistics.")],
     b: Annotated[Path, typer.Argument(help="The same; with --save-stats the .npz file to write.")],
-    batch_size: BatchSize = 64,
-    num_workers: NumWorkers = None,
-    device: Device = None,
-    dims: Dims = None,
+    options: FeatureOptions,
     save_stats: Annotated[
         bool, typer.Option("--save-stats", help="Write the statistics of the images A to the file B.")
     ] = False,
     root: WithRoot = False,
     as_json: AsJson = False,
-    backbone: BackboneName = None,
-    resize: Resize = None,
-    precision: Precision = "auto",
-    weights: Weights = None,
-    skip_bad: SkipBad = False,
-    checkpoint: Checkpoint = None,
     floor: Floor = None,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
-    with user_errors():
-        from fastgan.metrics.compare import compare
-        from fastgan.metrics.options import FeatureOptions
+    from fastgan.metrics.compare import compare, finish
 
-        options = FeatureOptions(
-            backbone=backbone,
-            weights=weights,
-            resize=resize,
-            precision=precision,
-            device=device,
-            dims=dims,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            skip_bad=skip_bad,
-            checkpoint=checkpoint,
-            note=warn,
-        )
-        if save_stats:
-            _save(a, b, options, root=root, as_json=as_json)
-            return
-        with all_processes(options) as (world, echo):
-            result = compare(a, b, options, floor=floor, world=world)
-            echo(report(_comparison_lines(result), result.as_dict(), as_json=as_json))
+    if save_stats:
+        _save(a, b, options, root=root, as_json=as_json)
+        return
+    with all_processes(options) as (world, echo):
+        result = compare(a, b, options, floor=floor, world=world)
+        echo(report(_comparison_lines(result), result.as_dict(), as_json=as_json))
+        finish(*result.all_sides)
 
 
+@computes_features
 def evaluate(
     a: Annotated[Path, typer.Argument(help="The images to judge: a folder, zip or npz, or what knows its reference.")],
+    options: FeatureOptions,
     b: Annotated[
         Path | None, typer.Argument(help="The real images, or for fid alone an .npz of their statistics.")
     ] = None,
@@ -111,91 +74,44 @@ def evaluate(
     ] = True,
     k: Annotated[int, typer.Option("-k", help="Neighbour that the balls of prdc reach to.")] = 5,
     seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
-    batch_size: BatchSize = 64,
-    num_workers: NumWorkers = None,
-    device: Device = None,
-    dims: Dims = None,
     as_json: AsJson = False,
-    backbone: BackboneName = None,
-    resize: Resize = None,
-    precision: Precision = "auto",
-    weights: Weights = None,
-    skip_bad: SkipBad = False,
-    checkpoint: Checkpoint = None,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
-    with user_errors():
-        from fastgan.metrics.bias import plot_bias
-        from fastgan.metrics.evaluate import METRICS, EvaluateOptions
-        from fastgan.metrics.evaluate import evaluate as measure
-        from fastgan.metrics.options import FeatureOptions
-        from fastgan.metrics.sources import open_images, register_opener
-        from fastgan.training.evaluation import RunSamples, classify_run, open_run
+    from fastgan.metrics.bias import plot_bias
+    from fastgan.metrics.compare import finish
+    from fastgan.metrics.evaluate import METRICS, EvaluateOptions
+    from fastgan.metrics.evaluate import evaluate as measure
+    from fastgan.metrics.sources import open_images, register_opener
+    from fastgan.training.evaluation import RunSamples, classify_run, open_run
 
-        register_opener(open_run)
-        wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
-        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, bias_curve=plot is not None)
-        options = FeatureOptions(
-            backbone=backbone,
-            weights=weights,
-            resize=resize,
-            precision=precision,
-            device=device,
-            dims=dims,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            skip_bad=skip_bad,
-            checkpoint=checkpoint,
-            note=warn,
-        )
-        with all_processes(options) as (world, echo):
-            images = open_images(a, skip_bad=skip_bad)
-            result = measure(images, b, options, what, floor=floor, world=world)
-            if plot is not None and result.curve is not None and world.is_first:
-                limit = None if result.fid_infinity is None else result.fid_infinity.value
-                plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
-            lines, content = result.lines(), result.as_dict()
-            if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
-                judged = classify_run(images, device=device, tell=warn)
-                lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
-            echo(report(lines, content, as_json=as_json))
+    register_opener(open_run)
+    wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
+    what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, bias_curve=plot is not None)
+    with all_processes(options) as (world, echo):
+        images = open_images(a, skip_bad=options.skip_bad)
+        result = measure(images, b, options, what, floor=floor, world=world)
+        if plot is not None and result.curve is not None and world.is_first:
+            limit = None if result.fid_infinity is None else result.fid_infinity.value
+            plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
+        lines, content = result.lines(), result.as_dict()
+        if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
+            judged = classify_run(images, device=options.device, tell=warn)
+            lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
+        echo(report(lines, content, as_json=as_json))
+        finish(*result.all_sides)
 
 
 @stats_app.command("save")
+@computes_features
 def stats_save(
     images: Annotated[Path, typer.Argument(help="A folder, zip or npz of images.")],
     output: Annotated[Path, typer.Argument(help="The .npz file to write; pytorch-fid and clean-fid read it too.")],
-    batch_size: BatchSize = 64,
-    num_workers: NumWorkers = None,
-    device: Device = None,
-    dims: Dims = None,
+    options: FeatureOptions,
     root: WithRoot = False,
     as_json: AsJson = False,
-    backbone: BackboneName = None,
-    resize: Resize = None,
-    precision: Precision = "auto",
-    weights: Weights = None,
-    skip_bad: SkipBad = False,
-    checkpoint: Checkpoint = None,
 ) -> None:
     """Write the feature statistics of a set of images."""
-    with user_errors():
-        from fastgan.metrics.options import FeatureOptions
-
-        options = FeatureOptions(
-            backbone=backbone,
-            weights=weights,
-            resize=resize,
-            precision=precision,
-            device=device,
-            dims=dims,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            skip_bad=skip_bad,
-            checkpoint=checkpoint,
-            note=warn,
-        )
-        _save(images, output, options, root=root, as_json=as_json)
+    _save(images, output, options, root=root, as_json=as_json)
 
 
 @stats_app.command("show")
@@ -227,12 +143,13 @@ def stats_merge(
 
 
 def _save(images: Path, output: Path, options: FeatureOptions, *, root: bool, as_json: bool) -> None:
-    from fastgan.metrics.compare import compute_and_save
+    from fastgan.metrics.compare import compute_and_save, finish
 
     with all_processes(options) as (world, echo):
         side = compute_and_save(images, output, options, world, root=root)
         result = {"file": str(output), **_summary(side.stats), "skipped": side.collected.skipped}
         echo(report([f"{output}: {side.describe()}"], result, as_json=as_json))
+        finish(side)
 
 
 def _comparison_lines(result: Comparison) -> list[str]:
@@ -249,6 +166,7 @@ def _summary(stats: FeatureStats) -> dict[str, object]:
         "backbone": stats.backbone,
         "resize": stats.resize,
         "dtype": stats.dtype,
+        "precision": stats.precision,
         "factor": stats.factor is not None,
         "root": stats.factor is None and stats.known_root is not None,
         "mean_norm": stats.mean.norm().item(),

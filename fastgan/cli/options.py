@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from fastgan.cli.errors import user_errors
 
 if TYPE_CHECKING:
     from fastgan.metrics.distributed import World
@@ -42,7 +46,10 @@ Weights = Annotated[Path | None, typer.Option(help="The backbone's weights file.
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images and count them.")]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="A folder for unfinished statistics: the same command goes on there after an interruption."),
+    typer.Option(
+        help="A folder for unfinished statistics: the same command goes on there after an interruption, and empties "
+        "it in the end."
+    ),
 ]
 WithRoot = Annotated[
     bool,
@@ -56,6 +63,46 @@ Floor = Annotated[
     Path | None,
     typer.Option(help="Another split of B's data: prints its distance to B too, which no generator can beat."),
 ]
+
+
+def _feature_options(
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """The signature of what is common to all commands that compute features."""
+
+
+def computes_features(command: Callable[..., None]) -> Callable[..., None]:
+    """Join the options of :func:`_feature_options` to those of ``command``, which gets them as its argument
+    ``options``, a ``FeatureOptions``; and tell a user's mistake in one line."""
+    shared = inspect.signature(_feature_options, eval_str=True).parameters
+    hints = get_type_hints(command, localns={"FeatureOptions": object}, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "options"
+    ]
+    joined = own + [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shared.values()]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with user_errors():
+            from fastgan.metrics.options import FeatureOptions
+
+            options = FeatureOptions(**{name: given.pop(name) for name in shared}, note=warn)
+            command(**given, options=options)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in joined}
+    run.__signature__ = inspect.Signature(joined)  # type: ignore[attr-defined]
+    return run
 
 
 def warn(line: str) -> None:

@@ -31,11 +31,13 @@ class Collected:
         stats: mean and covariance of the features.
         features: the features (n, dim), float32 on the CPU, in the order of the images; None where not asked for.
         skipped: the names of the images that could not be read.
+        checkpoint: this process's file of the pass, for who made use of the rest to remove.
     """
 
     stats: FeatureStats
     features: Tensor | None
     skipped: list[str]
+    checkpoint: Path | None = None
 
 
 def collect(
@@ -54,14 +56,15 @@ def collect(
 
     Args:
         checkpoint: a folder in which each process saves what it has, once a minute and at the end; a later call on the
-            same images goes on from there.
+            same images goes on from there. The file stays: what is computed of the features may fail too.
 
     Raises:
         InputError: an image cannot be read, or fewer than two can.
     """
     world = world or World()
     source.skipped = []
-    state = _State(FeatureStats(backbone.dim, backbone=backbone.name, resize=resize), [] if keep_features else None)
+    stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize, precision=backbone.precision)
+    state = _State(stats, [] if keep_features else None)
     share = world.share(len(source))
     saved = None
     if checkpoint is not None:
@@ -74,7 +77,8 @@ def collect(
             f"{source.label} must hold at least 2 readable images for a covariance, it holds {state.stats.n}"
         )
     features = None if state.features is None else gather_rows(_joined(state.features, backbone.dim), world)
-    return Collected(state.stats, features, [name for names in world.gather(source.skipped) for name in names])
+    skipped = [name for names in world.gather(source.skipped) for name in names]
+    return Collected(state.stats, features, skipped, None if saved is None else saved.path)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.images import ImageSource
 from fastgan.metrics.options import FeatureOptions, progress_bar
 from fastgan.metrics.sources import open_images
-from fastgan.metrics.stats import FeatureStats, check_comparable, float64_device
+from fastgan.metrics.stats import FeatureStats, check_comparable, float64_device, joint_precision
 from fastgan.metrics.stats_file import holds_statistics
 
 INCEPTION_DIM = 2048
@@ -28,8 +28,6 @@ class Side:
 
     label: str
     collected: Collected
-    precision: str | None
-    """Of the forward passes made here; None for statistics from a file."""
 
     @property
     def stats(self) -> FeatureStats:
@@ -42,8 +40,8 @@ class Side:
             "N unknown" if stats.n is None else f"N = {stats.n}",
             f"backbone {stats.backbone or 'unknown'} ({stats.dim} features)",
             f"resize {stats.resize or 'unknown'}",
+            f"precision {stats.precision or 'unknown'}",
         ]
-        parts += [f"precision {self.precision}"] if self.precision else []
         skipped = len(self.collected.skipped)
         parts += [f"{skipped} unreadable left out"] if skipped else []
         return f"{self.label}: {', '.join(parts)}"
@@ -62,6 +60,11 @@ class Comparison:
     distance: float
     floor: float | None = None
     floor_side: Side | None = None
+
+    @property
+    def all_sides(self) -> tuple[Side, ...]:
+        """With that of the floor, where there is one."""
+        return self.sides if self.floor_side is None else (*self.sides, self.floor_side)
 
     @property
     def label(self) -> str:
@@ -85,7 +88,7 @@ def describe_sides(sides: Sequence[Side]) -> dict[str, Any]:
         "backbone": next((s.backbone for s in stats if s.backbone), None),
         "dim": stats[0].dim,
         "resize": next((s.resize for s in stats if s.resize), None),
-        "precision": next((side.precision for side in sides if side.precision), None),
+        "precision": joint_precision(s.precision for s in stats),
         "paths": [side.label for side in sides],
         "n": [s.n for s in stats],
         "skipped": [side.collected.skipped for side in sides],
@@ -134,6 +137,13 @@ def compute_and_save(
     if world.is_first:
         side.stats.save(output, root=root)
     return side
+
+
+def finish(*sides: Side) -> None:
+    """Remove the checkpoints of what has come to its end: to be called once the result is printed and written."""
+    for side in sides:
+        if side.collected.checkpoint is not None:
+            side.collected.checkpoint.unlink(missing_ok=True)
 
 
 def merge_files(files: Sequence[Path]) -> FeatureStats:
@@ -203,7 +213,7 @@ def measure(
 
 def _from_file(source: StatsFile, network: Backbone | None = None) -> Side:
     stats = source.stats if network is None else source.stats.to(float64_device(network.device))
-    return Side(str(source.path), Collected(stats, None, []), None)
+    return Side(str(source.path), Collected(stats, None, []))
 
 
 def _pass(
@@ -221,7 +231,7 @@ def _pass(
             world=world,
             checkpoint=options.checkpoint,
         )
-    return Side(source.label, collected, network.precision)
+    return Side(source.label, collected)
 
 
 def _presumed_backbone(path: Path, stats: FeatureStats, options: FeatureOptions) -> str | None:

@@ -111,7 +111,7 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
 
 
 def _header(stats: FeatureStats) -> dict[str, Any]:
-    return {key: getattr(stats, key) for key in ("n", "dim", "backbone", "resize", "dtype")}
+    return {key: getattr(stats, key) for key in ("n", "dim", "backbone", "resize", "dtype", "precision")}
 
 
 def _check_headers(headers: Sequence[dict[str, Any]]) -> None:
@@ -126,11 +126,11 @@ def _check_headers(headers: Sequence[dict[str, Any]]) -> None:
 
 def _empty_like(headers: Sequence[dict[str, Any]]) -> FeatureStats:
     """Statistics with the joint header and nothing in them; ``n`` is the joint number."""
-    from fastgan.metrics.stats import FeatureStats
+    from fastgan.metrics.stats import FeatureStats, joint_precision
 
     known = {key: next((h[key] for h in headers if h[key] is not None), None) for key in headers[0]}
     total = FeatureStats(known["dim"], backbone=known["backbone"], resize=known["resize"])
-    total.dtype = known["dtype"]
+    total.dtype, total.precision = known["dtype"], joint_precision(header["precision"] for header in headers)
     total._n = sum(header["n"] for header in headers)
     return total
 

@@ -68,6 +68,11 @@ class Evaluation:
     neighbourhoods: Neighbourhoods | None = None
     curve: BiasCurve | None = None
 
+    @property
+    def all_sides(self) -> tuple[Side, ...]:
+        """With that of the floor, where there is one."""
+        return self.sides if self.floor_side is None else (*self.sides, self.floor_side)
+
     def name(self, metric: str) -> str:
         """The metric's name with these features."""
         return distance_label(self.sides[0].stats.backbone, metric)
@@ -120,7 +125,7 @@ def evaluate(
     Args:
         a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.metrics.sources` knows.
         b: the same, or an npz of statistics, with which the Frechet distances alone can be had.
-        floor: a second split of the images of ``b``.
+        floor: a second split of the images of ``b``, by default the one that ``a`` names beside its reference.
 
     Raises:
         InputError: a source or an option cannot be used, or a metric needs what is not there.
@@ -128,7 +133,8 @@ def evaluate(
     world = world or World()
     fakes = a if isinstance(a, ImageSource) else open_images(a, skip_bad=options.skip_bad)
     reference = _reference(fakes, b, options, what)
-    extra = [] if floor is None else [open_source(floor, options)]
+    second_split = None if reference is None else _second_split(fakes, b, floor, options, what)
+    extra = [] if second_split is None else [second_split]
     sources = [fakes, *([] if reference is None else [reference]), *extra]
     network = options.network([s.stats for s in sources if isinstance(s, StatsFile)], world)
     if "is" in what.metrics and network.head is None:
@@ -153,6 +159,14 @@ def _reference(
     if isinstance(reference, StatsFile) and needing:
         raise InputError(f"--metrics {','.join(needing)} needs images on both sides, {reference.path} holds statistics")
     return reference
+
+
+def _second_split(
+    fakes: ImageSource, b: Path | ImageSource | None, floor: Path | None, options: FeatureOptions, what: EvaluateOptions
+) -> ImageSource | StatsFile | None:
+    if floor is not None:
+        return open_source(floor, options)
+    return fakes.second_split if b is None and ("fid" in what.metrics or what.bias_curve) else None
 
 
 def _evaluation(sides: list[Side], has_reference: bool, network: Backbone, what: EvaluateOptions) -> Evaluation:

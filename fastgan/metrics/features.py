@@ -55,7 +55,7 @@ def image_stats(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize)
+    stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize, precision=backbone.precision)
     if isinstance(images, Tensor):
         for batch in images.split(batch_size):
             stats.update(backbone(batch, resize=resize))

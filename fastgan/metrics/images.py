@@ -35,7 +35,9 @@ class ImageSource(ABC):
 
     Attributes:
         reference: what ``fastgan evaluate`` compares this set with where it is given nothing else: another source, or
-            the path of one. None for most; the samples of a training run have the run's data.
+            the path of one. None for most; the samples of a training run have the run's held-out images.
+        second_split: other images of the same data, whose distance to the reference is then told as the floor; those
+            that a run was trained on.
     """
 
     def __init__(self, label: str, *, skip_bad: bool = False) -> None:
@@ -43,6 +45,7 @@ class ImageSource(ABC):
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
         self.reference: Path | ImageSource | None = None
+        self.second_split: ImageSource | None = None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,23 @@ class FeatureStats:
         dim: features per vector; None takes it from the first batch.
         backbone: name of the network the features come from; distances between different ones are refused.
         resize: how the images were brought to that network's input size.
+        precision: of the network's arithmetic; ``"mixed"`` once statistics of several are merged. It moves a distance
+            by little, so that statistics of different precisions are compared, but it is told with each.
     """
 
-    def __init__(self, dim: int | None = None, *, backbone: str | None = None, resize: str | None = None) -> None:
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        backbone: str | None = None,
+        resize: str | None = None,
+        precision: str | None = None,
+    ) -> None:
         if dim is not None and dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.backbone = backbone
         self.resize = resize
+        self.precision = precision
         self.dtype: str | None = None  # of the features as they came
         self._dim = dim
         self._n: int | None = 0
@@ -58,6 +69,7 @@ class FeatureStats:
         root: Tensor | npt.ArrayLike | None = None,
         backbone: str | None = None,
         resize: str | None = None,
+        precision: str | None = None,
     ) -> FeatureStats:
         """Statistics from a mean (dim,) and an unbiased covariance (dim, dim).
 
@@ -73,7 +85,7 @@ class FeatureStats:
         _check_moments(mean, cov)
         if n is not None and n < 2:
             raise InputError(f"n must be at least 2 for a covariance, got {n}")
-        stats = cls(mean.shape[0], backbone=backbone, resize=resize)
+        stats = cls(mean.shape[0], backbone=backbone, resize=resize, precision=precision)
         stats._n, stats._rows, stats._mean = n, None, mean
         cov = (cov + cov.mT) / 2
         stats._scatter = cov if n is None else cov * (n - 1)
@@ -184,6 +196,7 @@ class FeatureStats:
         self.backbone = self.backbone or other.backbone
         self.resize = self.resize or other.resize
         self.dtype = self.dtype or other.dtype
+        self.precision = joint_precision([self.precision, other.precision])
         if not other._n:
             return self
         self._dim = other._dim
@@ -268,6 +281,7 @@ class FeatureStats:
 
     def _take_header(self, other: FeatureStats) -> None:
         self._dim, self.backbone, self.resize, self.dtype = other._dim, other.backbone, other.resize, other.dtype
+        self.precision = other.precision
 
     def _join_rows(self, rows: list[Tensor]) -> None:
         assert self._n is not None
@@ -311,6 +325,12 @@ class FeatureStats:
             raise InputError(f"{name} must have at least one feature per vector, got {dim}")
         if self._dim is not None and dim != self._dim:
             raise InputError(f"{name} must have {self._dim} features per vector, got {dim}")
+
+
+def joint_precision(precisions: Iterable[str | None]) -> str | None:
+    """Of statistics of these precisions together, as far as they are known."""
+    known = {precision for precision in precisions if precision is not None}
+    return "mixed" if len(known) > 1 else next(iter(known), None)
 
 
 def check_comparable(a: FeatureStats, b: FeatureStats) -> None:

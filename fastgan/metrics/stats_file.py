@@ -26,8 +26,8 @@ def save_stats(
     """Write ``stats`` to ``path`` (exactly that name) as an npz file, whole or not at all.
 
     Keys: ``mu`` (dim,) and ``sigma`` (dim, dim) in float64, as pytorch-fid and clean-fid expect; ``n``; ``factor``, the
-    centred features (n, dim), while n <= dim; ``backbone``, ``resize``, ``dtype`` (of the features) and
-    ``fastgan_version``. What is not known is left out. ``extra`` arrays are written beside these.
+    centred features (n, dim), while n <= dim; ``backbone``, ``resize``, ``precision``, ``dtype`` (of the
+    features) and ``fastgan_version``. What is not known is left out. ``extra`` arrays are written beside these.
 
     ``root=True`` writes also ``root`` (r, dim), :meth:`FeatureStats.root`, where there is no ``factor``: distances to
     the statistics read again then factor them no more. It makes the file twice as large, by 32 MB at dim 2048.
@@ -47,6 +47,7 @@ def save_stats(
     texts = {
         "backbone": stats.backbone,
         "resize": stats.resize,
+        "precision": stats.precision,
         "dtype": stats.dtype,
         "fastgan_version": fastgan.__version__,
     }
@@ -74,6 +75,7 @@ def load_stats(path: str | Path, *, device: torch.device | str = "cpu") -> Featu
             root=arrays.get("root"),
             backbone=_text(arrays, "backbone"),
             resize=_text(arrays, "resize"),
+            precision=_text(arrays, "precision"),
         )
         stats.dtype = _text(arrays, "dtype")
     except (ValueError, TypeError) as error:

@@ -30,7 +30,7 @@ _SPLITS = 10
 
 class RunSamples(ImageArray):
     """As many samples of a run's best generator as it has held-out images (at most 10,000), with their classes and,
-    from sketches, their sketches. The held-out images are the reference.
+    from sketches, their sketches. The held-out images are the reference, as many of those trained on the second split.
 
     Raises:
         InputError: the run or its data cannot be read.
@@ -48,11 +48,16 @@ class RunSamples(ImageArray):
         sketches = sketches_of(held_out, self.recipe.data.sketches) if generator.sketch_channels else None
         self.generated = sample(generator, self.labels, seed=SEED, sketches=sketches).cpu()
         super().__init__(to_pixels(self.generated), label=f"{folder} (samples after {step} steps)")
-        real = to_pixels(as_float(held_out.images))
-        self.reference: Path | ImageSource | None = ImageArray(real, label=f"{self.recipe.data.source} (held out)")
+        source = self.recipe.data.source
+        self.reference = _real_images(held_out, f"{source} (held out)")
+        self.second_split = _real_images(_part(self.data.train, len(held_out)), f"{source} (trained on)")
 
     def name(self, index: int) -> str:
         return f"{self.folder} sample {index}"
+
+
+def _real_images(data: LabelledImages, label: str) -> ImageArray:
+    return ImageArray(to_pixels(as_float(data.images)), label=label)
 
 
 def open_run(path: Path, skip_bad: bool) -> ImageSource | None:

@@ -121,6 +121,13 @@ def test_an_unreadable_image_is_named_or_skipped(folder, workers, damage):
     assert images.skipped == [str(bad)]
 
 
+def test_a_changed_image_changes_the_fingerprint(folder):
+    before = ImageFolder(folder).fingerprint()
+    assert ImageFolder(folder).fingerprint() == before
+    Image.fromarray(RGB).save(folder / "1.png")
+    assert ImageFolder(folder).fingerprint() != before
+
+
 def test_no_folder_and_no_images(tmp_path):
     with pytest.raises(InputError, match="none: no such folder"):
         ImageFolder(tmp_path / "none")

@@ -11,7 +11,7 @@ ROWS = torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=torch
 
 
 def some_stats(n=6):
-    stats = FeatureStats(backbone="inception", resize="clean")
+    stats = FeatureStats(backbone="inception", resize="clean", precision="bf16")
     return stats.update(ROWS.repeat(5, 1)[:n].float() + torch.arange(n)[:, None])
 
 
@@ -20,7 +20,7 @@ def test_round_trip(tmp_path, n):
     stats = some_stats(n)
     stats.save(tmp_path / "stats.npz")
     loaded = FeatureStats.load(tmp_path / "stats.npz")
-    for name in ("n", "dim", "backbone", "resize", "dtype"):
+    for name in ("n", "dim", "backbone", "resize", "precision", "dtype"):
         assert getattr(loaded, name) == getattr(stats, name)
     scale = stats.cov.abs().max()
     assert (loaded.mean - stats.mean).abs().max() <= 1e-15 * stats.mean.abs().max()
@@ -34,7 +34,7 @@ def test_the_file_has_the_documented_keys(tmp_path):
     stats = some_stats()
     stats.save(tmp_path / "stats.npz")
     with np.load(tmp_path / "stats.npz", allow_pickle=False) as file:
-        assert set(file.files) == {"mu", "sigma", "n", "factor", "backbone", "resize", "dtype", "fastgan_version"}
+        assert set(file.files) == {"mu", "sigma", "n", "factor", "backbone", "resize", "precision", "dtype", "fastgan_version"}
         assert file["mu"].dtype == file["sigma"].dtype == np.float64
         np.testing.assert_array_equal(file["mu"], stats.mean.numpy())
         np.testing.assert_array_equal(file["sigma"], stats.cov.numpy())
