@@ -34,7 +34,17 @@ def test_the_file_has_the_documented_keys(tmp_path):
     stats = some_stats()
     stats.save(tmp_path / "stats.npz")
     with np.load(tmp_path / "stats.npz", allow_pickle=False) as file:
-        assert set(file.files) == {"mu", "sigma", "n", "factor", "backbone", "resize", "precision", "dtype", "fastgan_version"}
+        assert set(file.files) == {
+            "mu",
+            "sigma",
+            "n",
+            "factor",
+            "backbone",
+            "resize",
+            "precision",
+            "dtype",
+            "fastgan_version",
+        }
         assert file["mu"].dtype == file["sigma"].dtype == np.float64
         np.testing.assert_array_equal(file["mu"], stats.mean.numpy())
         np.testing.assert_array_equal(file["sigma"], stats.cov.numpy())
