@@ -7,7 +7,7 @@ same step runs on fresh noise, on noise that a test made, on static buffers, or 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,26 @@ def integers(*shape: int, low: int = 0, high: int) -> Draw:
     return Draw("integers", shape, low, high)
 
 
-def draw(specs: Mapping[str, Draw], rng: torch.Generator | None, device: torch.device | str) -> dict[str, Tensor]:
-    """All of ``specs``, in their order, from ``rng``; None stands for the device's default generator."""
-    return {name: spec.make(rng, device) for name, spec in specs.items()}
+def draw(
+    specs: Mapping[str, Draw],
+    rng: torch.Generator | None,
+    device: torch.device | str,
+    *,
+    n: int = 0,
+    rank: int = 0,
+    parts: int = 1,
+) -> dict[str, Tensor]:
+    """All of ``specs``, in their order, from ``rng``; None stands for the device's default generator.
+
+    Where a batch is shared by ``parts`` processes and ``specs`` are for the ``n`` samples of one, what has a row a
+    sample is drawn for the whole batch, and the rows of process ``rank`` are returned: with generators in the same
+    state, all processes together draw what one alone would.
+    """
+    drawn = {}
+    for name, spec in specs.items():
+        if parts > 1 and spec.shape[:1] == (n,):
+            whole = replace(spec, shape=(n * parts, *spec.shape[1:])).make(rng, device)
+            drawn[name] = whole[n * rank : n * (rank + 1)]
+        else:
+            drawn[name] = spec.make(rng, device)
+    return drawn

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastgan.cli.errors import user_errors
+
+if TYPE_CHECKING:
+    import torch
 
 
 def register(app: typer.Typer) -> None:
@@ -28,31 +32,36 @@ def train(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how."""
+    """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how.
+
+    On several devices: torchrun --nproc-per-node K -m fastgan train ...; batch_size is that of all together.
+    """
     with user_errors():
         from fastgan.errors import InputError
+        from fastgan.metrics.distributed import launched_world
         from fastgan.recipes import load_recipe, override
         from fastgan.training.run import resume_run, start_run
 
         changes = [*(overrides or []), *([f"data.source={data}"] if data is not None else [])]
-        target = _device(device)
         if (resume is None) == (out is None):
             raise InputError("give either --out for a new run, or --resume for one to go on with")
         chosen = None if recipe is None else load_recipe(recipe)
-        if resume is not None:
-            run = resume_run(
-                resume, recipe=chosen, overrides=changes, device=target, tell=typer.echo, show_progress=not quiet
-            )
-        else:
-            if chosen is None:
-                raise InputError("--recipe must be given for a new run: see `fastgan recipes`")
-            assert out is not None
-            run = start_run(override(chosen, changes), out, device=target, tell=typer.echo, show_progress=not quiet)
-        received = run.train()
+        target = _own_device(device)
+        with launched_world(target) as world:
+            echo = typer.echo if world.is_first else lambda _: None
+            options: dict[str, Any] = {"device": target, "tell": echo, "show_progress": not quiet and world.is_first}
+            if resume is not None:
+                run = resume_run(resume, recipe=chosen, overrides=changes, **options)
+            else:
+                if chosen is None:
+                    raise InputError("--recipe must be given for a new run: see `fastgan recipes`")
+                assert out is not None
+                run = start_run(override(chosen, changes), out, **options)
+            received = run.train()
     if received is not None:
-        typer.echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")
+        echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")
         raise typer.Exit(128 + received)
-    typer.echo(f"{run.out}: {run.trainer.step} steps done, generator in {run.out / 'generator'}")
+    echo(f"{run.out}: {run.trainer.step} steps done, generator in {run.out / 'generator'}")
 
 
 def recipes() -> None:
@@ -116,3 +125,23 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return name
+
+
+def _own_device(name: str | None) -> torch.device:
+    """The device of this process: of several that torchrun started, each has a GPU of its own."""
+    import torch
+
+    from fastgan.errors import InputError
+    from fastgan.metrics.distributed import local_device
+
+    device = torch.device(_device(name))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type != "cuda" or processes == 1:
+        return device
+    if device.index is not None:
+        raise InputError(f"--device must be cuda or cpu where torchrun starts several processes, got {name}")
+    if processes > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got {processes}"
+        )
+    return local_device()

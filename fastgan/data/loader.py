@@ -32,6 +32,8 @@ class DeviceLoader:
         dequantise: add uniform noise of one grey level, 2/256, as wide as the quantisation of 8-bit pixels.
         sketches: "none"; "edges", the edge map of each image; "paired", the data's sketch of each image; "unpaired", a
             random one of the data's sketches of the same class.
+        rank, parts: give this one of ``parts`` equal parts of each batch: loaders of the same seed that give all parts
+            give the batches of one that gives them whole, and come to the end of an epoch together.
 
     Raises:
         ValueError: an argument is outside its range, or the data has not the sketches asked for.
@@ -47,10 +49,17 @@ class DeviceLoader:
         dequantise: bool = False,
         sketches: str = "none",
         device: torch.device | str | None = None,
+        rank: int = 0,
+        parts: int = 1,
     ) -> None:
         if not 1 <= batch_size <= len(data):
             raise ValueError(f"batch_size must be from 1 to the number of images, {len(data)}, got {batch_size}")
+        if batch_size % parts:
+            raise ValueError(f"batch_size must be divisible by the number of processes, {parts}, got {batch_size}")
+        if not 0 <= rank < parts:
+            raise ValueError(f"rank must be from 0 to {parts - 1}, got {rank}")
         check_sketches(data, sketches)
+        self._part = slice(rank * batch_size // parts, (rank + 1) * batch_size // parts)
         self.data = data
         self.batch_size = batch_size
         self.flip, self.dequantise, self.sketches = flip, dequantise, sketches
@@ -72,28 +81,32 @@ class DeviceLoader:
         self._position += self.batch_size
         return self._batch(index)
 
-    def _batch(self, index: Tensor) -> Batch:
+    def _batch(self, whole: Tensor) -> Batch:
+        """This loader's part of the batch of the images at ``whole``, for all of which random numbers are drawn."""
+        index = whole[self._part]
         images = as_float(self._moved(self.data.images[index]))
         batch = {"images": images, "labels": self._moved(self.data.labels[index])}
         if self.sketches in ("paired", "unpaired"):
-            batch["sketches"] = as_float(self._moved(self._chosen_sketches(index)))
+            batch["sketches"] = as_float(self._moved(self._chosen_sketches(whole)))
         if self.flip:
-            mirrored = self._moved(torch.rand(len(index), generator=self._rng) < 0.5)[:, None, None, None]
+            flipped = torch.rand(len(whole), generator=self._rng)[self._part] < 0.5
+            mirrored = self._moved(flipped)[:, None, None, None]
             for key in ("images", "sketches"):
                 if key in batch:
                     batch[key] = torch.where(mirrored, batch[key].flip(3), batch[key])
         if self.sketches == "edges":
             batch["sketches"] = edge_map(batch["images"])
         if self.dequantise:
-            noise = torch.rand(images.shape, generator=self._noise_rng, device=self.device)
+            shape = (len(whole), *images.shape[1:])
+            noise = torch.rand(shape, generator=self._noise_rng, device=self.device)[self._part]
             batch["images"] = (batch["images"] + (2 * noise - 1) / 256).clamp(-1, 1)
         return batch
 
-    def _chosen_sketches(self, index: Tensor) -> Tensor:
+    def _chosen_sketches(self, whole: Tensor) -> Tensor:
         assert self.data.sketches is not None
         if self._by_class is None:
-            return self.data.sketches[index]
-        return self.data.sketches[self._by_class.choose(self.data.labels[index], self._rng)]
+            return self.data.sketches[whole[self._part]]
+        return self.data.sketches[self._by_class.choose(self.data.labels[whole], self._rng)[self._part]]
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

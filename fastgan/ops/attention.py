@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastgan.autocast import outside_autocast
 from fastgan.backend import check_impl, implementation, resolve
 from fastgan.checks import check_alike, check_tensor
 from fastgan.layout import empty_rows_like
@@ -83,6 +84,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, impl: str) -> None:
 
 
 @custom_op("fastgan::attention", mutates_args=())
+@outside_autocast
 def attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
     return implementation("attention", impl, q).attention_fwd(q, k, v, scale)
 
@@ -93,6 +95,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tuple[Tensor,
 
 
 @custom_op("fastgan::attention_bwd", mutates_args=())
+@outside_autocast
 def attention_bwd_op(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +110,7 @@ def _(
 
 
 @custom_op("fastgan::attention_bwd_bwd", mutates_args=())
+@outside_autocast
 def attention_bwd_bwd_op(
     ggq: Tensor,
     ggk: Tensor,

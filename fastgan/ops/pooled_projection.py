@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastgan.autocast import outside_autocast
 from fastgan.backend import check_impl, implementation, resolve
 from fastgan.checks import check_tensor
 from fastgan.reference.pooled_projection import pooled_projection_bwd
@@ -51,6 +52,7 @@ def pooled_projection(
 
 
 @custom_op("fastgan::pooled_projection", mutates_args=())
+@outside_autocast
 def pooled_projection_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, d: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

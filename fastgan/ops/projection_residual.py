@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.library import custom_op
 
+from fastgan.autocast import outside_autocast
 from fastgan.backend import check_impl, implementation, resolve
 from fastgan.checks import check_alike, check_tensor
 from fastgan.layout import image_like
@@ -48,6 +49,7 @@ def projection_residual(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Te
 
 
 @custom_op("fastgan::projection_residual", mutates_args=())
+@outside_autocast
 def projection_residual_op(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str) -> Tensor:
     return implementation("projection_residual", impl, weight).projection_residual_fwd(rows, weight, bias, x)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastgan.autocast import outside_autocast
 from fastgan.backend import check_impl, implementation, resolve
 from fastgan.checks import check_tensor, runs_at_once
 from fastgan.reference.spectral_norm import compute_dtype, matrix_shape
@@ -183,6 +184,7 @@ def _check_vectors(name: str, vectors: Sequence[Tensor], weights: Sequence[Tenso
 
 
 @custom_op("fastgan::spectral_norm_update", mutates_args=("us", "vs"))
+@outside_autocast
 def spectral_norm_update_op(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -212,6 +214,7 @@ def _(
 
 
 @custom_op("fastgan::spectral_norm_sigma", mutates_args=())
+@outside_autocast
 def spectral_norm_sigma_op(
     weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,6 +238,7 @@ def _fake_vectors(
 
 
 @custom_op("fastgan::spectral_norm_scale", mutates_args=())
+@outside_autocast
 def spectral_norm_scale_op(
     weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype, impl: str
 ) -> list[Tensor]:
@@ -249,6 +253,7 @@ def _(
 
 
 @custom_op("fastgan::spectral_norm_scale_bwd", mutates_args=())
+@outside_autocast
 def spectral_norm_scale_bwd_op(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -275,6 +280,7 @@ def _(
 
 
 @custom_op("fastgan::spectral_norm_scale_bwd_bwd", mutates_args=())
+@outside_autocast
 def spectral_norm_scale_bwd_bwd_op(
     grad_grads: Sequence[Tensor],
     grads: Sequence[Tensor],

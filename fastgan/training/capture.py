@@ -7,7 +7,9 @@ in place. Tracing runs on fake tensors and changes no weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,25 @@ from fastgan.regularisers import clip_weights_
 from fastgan.training.ema import EMA
 from fastgan.training.gan import Batch, Draws, Gan, Terms, total
 from fastgan.training.optimizer_state import OptimizerState
+from fastgan.training.process_mean import ProcessMean, Shared, floating_buffers
+
+
+@dataclass
+class Traced:
+    """An update as graphs, with arguments like those that they take.
+
+    Attributes:
+        graph: from :meth:`Update.tensors`, batch and draws to the terms of the loss. Where several processes share a
+            batch, to buckets for :meth:`fastgan.training.process_mean.ProcessMean.reduce_`.
+        names: of the terms.
+        second: None, or from :meth:`Update.tensors` and the reduced buckets to the terms.
+    """
+
+    graph: GraphModule
+    arguments: tuple[Any, ...]
+    names: list[str]
+    second: GraphModule | None = None
+    second_arguments: tuple[Any, ...] = ()
 
 
 class Update:
@@ -31,7 +52,7 @@ class Update:
         optimizer: of that network.
         clip: bound of its weights after; 0 for none.
         ema: an average of that network that moves after.
-        reduce: takes gradients to their mean over processes.
+        mean: over the processes that share a batch; the update is then two graphs.
 
     Raises:
         CaptureError: there is no captured form of the optimiser.
@@ -45,9 +66,9 @@ class Update:
         *,
         clip: float = 0.0,
         ema: EMA | None = None,
-        reduce: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        mean: ProcessMean | None = None,
     ) -> None:
-        self.gan, self.name, self.clip, self.ema, self.reduce = gan, name, clip, ema, reduce
+        self.gan, self.name, self.clip, self.ema, self.mean = gan, name, clip, ema, mean
         self.network: nn.Module = getattr(gan, name)
         self.loss: Callable[[Batch, Draws], Terms] = getattr(gan, f"{name}_loss")
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
@@ -61,44 +82,85 @@ class Update:
         averages = self.ema.tensors() if self.ema else []
         return [*networks, *self.optimizer.tensors(), *self.optimizer.rates, *averages]
 
-    def trace(self, batch: Batch, draws: Draws) -> tuple[GraphModule, list[str]]:
-        """The graph, from :meth:`tensors`, batch and draws to the terms of the loss, and the names of these."""
-        names: list[str] = []
+    def trace(self, batch: Batch, draws: Draws) -> Traced:
+        """One graph, or two with what processes exchange between them."""
+        function = self._whole if self.mean is None else self._first
+        arguments = (self.tensors(), dict(batch), dict(draws))
+        graph = _graph_of(function, arguments)
+        if self.mean is None:
+            return Traced(graph, arguments, self._names)
+        buckets = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in _example_outputs(graph)]
+        exchanged = (self.tensors(), buckets)
+        return Traced(graph, arguments, self._names, _graph_of(self._second, exchanged), exchanged)
 
-        def function(tensors: list[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
-            terms = self._run(tensors, batch, draws)
-            names[:] = terms
-            return list(terms.values())
+    def _whole(self, tensors: list[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
+        computed = self._differentiated(tensors, batch, draws)
+        self._apply(tensors, computed.gradients)
+        self._names = list(computed.terms)
+        return list(computed.terms.values())
 
-        # Constants that a loss closes over may stay what they are.
-        trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
-        return trace(self.tensors(), dict(batch), dict(draws)), names
+    def _first(self, tensors: list[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
+        """All but the update, packed for the other processes."""
+        assert self.mean is not None
+        self._computed = self._differentiated(tensors, batch, draws)
+        self._names = list(self._computed.terms)
+        return self.mean.pack(self._computed.tensors())
 
-    def _run(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> Terms:
-        n_slots, n_rates = len(self._slots), len(self.optimizer.rates)
-        n_states = len(self.optimizer.tensors())
-        networks = dict(zip(self._slots, tensors[:n_slots], strict=True))
-        states = tensors[n_slots : n_slots + n_states]
-        rates = tensors[n_slots + n_states : n_slots + n_states + n_rates]
-        averages = tensors[n_slots + n_states + n_rates :]
-        traced = {id(owner[key]): networks[name] for name, (owner, key) in self._slots.items()}
+    def _second(self, tensors: list[Tensor], buckets: list[Tensor]) -> list[Tensor]:
+        """The update by what the processes have in common."""
+        assert self.mean is not None
+        common = self._computed.replaced(self.mean.unpack(buckets, self._computed.tensors()))
+        torch._foreach_copy_(self._buffers(tensors), common.buffers)
+        self._apply(tensors, common.gradients)
+        return [term.clone() for term in common.terms.values()]
+
+    def _differentiated(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> Shared:
+        networks, traced = self._standing_for(tensors)
         with torch.enable_grad():
             terms = _with_tensors(self._networks, networks, self.loss, batch, draws)
-            leaves = [traced[id(p)] for p in self.trained]
-            gradients = list(torch.autograd.grad(total(terms), leaves))
-        with torch.no_grad():
-            if self.reduce:
-                gradients = self.reduce(gradients)
-            by_id = {id(p): gradient for p, gradient in zip(self.trained, gradients, strict=True)}
-            self.optimizer.update(traced, by_id, states, rates)
-            _with_tensors(self._networks, networks, self._finish, averages)
-        return {name: term.detach() for name, term in terms.items()}
+            gradients = list(torch.autograd.grad(total(terms), [traced[id(p)] for p in self.trained]))
+        return Shared(gradients, self._buffers(tensors), {name: term.detach() for name, term in terms.items()})
+
+    @torch.no_grad()
+    def _apply(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        networks, traced = self._standing_for(tensors)
+        states, rates, averages = self._split(tensors[len(self._slots) :])
+        by_id = {id(p): gradient for p, gradient in zip(self.trained, gradients, strict=True)}
+        self.optimizer.update(traced, by_id, states, rates)
+        _with_tensors(self._networks, networks, self._finish, averages)
+
+    def _standing_for(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """What stands for the networks' tensors: by name, and by the identity of the tensor."""
+        networks = dict(zip(self._slots, tensors, strict=False))
+        return networks, {id(owner[key]): networks[name] for name, (owner, key) in self._slots.items()}
+
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        n = len(self.optimizer.tensors())
+        m = n + len(self.optimizer.rates)
+        return tensors[:n], tensors[n:m], tensors[m:]
+
+    def _buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What stands for :func:`fastgan.training.process_mean.floating_buffers`."""
+        _, traced = self._standing_for(tensors)
+        return [traced[id(buffer)] for buffer in floating_buffers(self.gan)]
 
     def _finish(self, averages: Sequence[Tensor]) -> None:
         if self.clip:
             clip_weights_(self.network, self.clip)
         if self.ema:
             self.ema.update(self.network, averages)
+
+
+def _graph_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> GraphModule:
+    # Not the bound method, whose `self` make_fx would count as an argument. Constants that a loss closes over may stay
+    # what they are.
+    make = make_fx(functools.partial(function), tracing_mode="fake", _allow_non_fake_inputs=True)
+    return make(*arguments)
+
+
+def _example_outputs(graph: GraphModule) -> list[Tensor]:
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    return [node.meta["val"] for node in output.args[0]]
 
 
 def _slots(networks: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

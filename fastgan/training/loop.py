@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.data import DeviceLoader, LabelledImages
+from fastgan.metrics.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.callbacks import Callback
 from fastgan.training.ema import EMA
@@ -41,7 +42,9 @@ class History:
 
 
 class Trainer:
-    """Trains a GAN on one device.
+    """Trains a GAN on one device, or on several: see :class:`TrainStep` for what processes have in common.
+
+    Processes take equal parts of the same batches, and so the same number of steps.
 
     Args:
         generator: called as ``generator(z, labels)`` or ``generator(sketches, labels)``; has ``n_classes`` and
@@ -51,6 +54,7 @@ class Trainer:
         config: learning rates, batch size, loss and the rest.
         images: flips, noise and sketches of the batches.
         device: where to train; both networks are moved there.
+        world: the processes; None for those of the default process group, where it is initialised.
 
     Attributes:
         gan: the networks and losses, a :class:`fastgan.training.gan.Gan`.
@@ -60,10 +64,12 @@ class Trainer:
         ema: moving average of the generator; ``ema.module`` is the network to sample from.
         history: losses so far.
         step: generator updates done.
-        stop_requested: set it to end :meth:`run` after the step under way.
+        stop_requested: set it to end :meth:`run` after the step under way; of several processes any may, and all end
+            together within the next :data:`FLUSH_INTERVAL` steps.
 
     Raises:
-        ValueError: the networks and the data disagree in classes, or the configuration names something unknown.
+        ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
+            batch size is not divisible by the number of processes.
     """
 
     discriminator_step: Callable[[Batch], Terms]
@@ -78,7 +84,9 @@ class Trainer:
         *,
         images: DataConfig | None = None,
         device: torch.device | str = "cpu",
+        world: World | None = None,
     ) -> None:
+        self.world = current_world() if world is None else world
         for name, network in (("generator", generator), ("discriminator", discriminator)):
             if network.n_classes not in (0, data.n_classes):
                 raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
@@ -103,6 +111,8 @@ class Trainer:
             dequantise=images.dequantise,
             sketches=images.sketches,
             device=self.device,
+            rank=self.world.rank,
+            parts=self.world.size,
         )
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.ema = EMA(self.generator, config.ema_decay)
@@ -116,6 +126,7 @@ class Trainer:
             ema=self.ema,
             clip=config.clip,
             rng=self.rng,
+            world=self.world,
         )
         self.discriminator_step, self.generator_step = self.steps.discriminator, self.steps.generator
         self.history = History()
@@ -143,7 +154,8 @@ class Trainer:
                     self.flush()
                 for callback in callbacks:
                     callback.on_step(self)
-                if self.stop_requested:
+                if self._all_stop():
+                    self.flush()
                     break
         finally:
             for callback in started:
@@ -220,6 +232,15 @@ class Trainer:
         history = state["history"]
         self.history = History(list(history["discriminator"]), list(history["generator"]))
         self._pending = []
+
+    def _all_stop(self) -> bool:
+        """Whether to stop, which all processes must find at the same step."""
+        if self.world.size == 1:
+            return self.stop_requested
+        if self.step % FLUSH_INTERVAL == 0:
+            self.stop_requested = any(self.world.gather(self.stop_requested))
+            return self.stop_requested
+        return False
 
     def _next_batch(self) -> Batch:
         batch = self.loader.next()

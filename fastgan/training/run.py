@@ -17,6 +17,7 @@ from fastgan import __version__
 from fastgan.data import DataSplit, load_data
 from fastgan.errors import InputError
 from fastgan.files import write_text
+from fastgan.metrics.distributed import World, current_world
 from fastgan.models import Generator
 from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
 from fastgan.training.callbacks import Callback, ProgressBar
@@ -32,6 +33,8 @@ CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
 # What may differ where a run goes on: how far it goes, how its steps are run, and what is written of it.
 _FREE = ("train.steps", "train.step_mode", "log.")
 
+ONE_PROCESS = World()
+
 
 class RunError(InputError):
     """Training ended before its time; the message says why and how to go on."""
@@ -39,6 +42,8 @@ class RunError(InputError):
 
 class Run:
     """A run in ``out``; make it with :func:`start_run` or :func:`resume_run`.
+
+    Of several processes that train together, the first alone scores and writes, and ``out`` is a folder that all see.
 
     Attributes:
         recipe: its configuration, in full.
@@ -56,20 +61,22 @@ class Run:
         device: torch.device | str,
         tell: Callable[[str], None] = print,
         show_progress: bool = True,
+        world: World | None = None,
     ) -> None:
         self.recipe, self.out, self.data = recipe, out, data
+        self.world = current_world() if world is None else world
         self._tell, self._show_progress = tell, show_progress
         torch.manual_seed(recipe.train.seed)
         generator, discriminator = build_networks(recipe.model, data.train.n_classes, data.train.images.shape[1])
         try:
             self.trainer = Trainer(
-                generator, discriminator, data.train, recipe.train, images=recipe.data, device=device
+                generator, discriminator, data.train, recipe.train, images=recipe.data, device=device, world=self.world
             )
         except ValueError as error:
             raise InputError(str(error)) from error
         self.checkpoints = Checkpoints(out / "checkpoints")
         log = recipe.log
-        self._metrics = MetricsLog(out / METRICS, make_writers(recipe, out))
+        self._metrics = MetricsLog(out / METRICS, make_writers(recipe, out) if self.world.is_first else ())
         self._scores = Scores(log.score_every, self._make_scorer, self._metrics, self._save_best, tell)
         self._saver = Saver(log.checkpoint_every, self.checkpoints, lambda _: self.state_dict())
 
@@ -83,22 +90,12 @@ class Run:
         Raises:
             RunError: a loss is not finite, or the disk is full; the last good checkpoint is kept.
         """
-        log = self.recipe.log
         stop = StopOnSignal()
-        callbacks: list[Callback] = [
-            stop,
-            *([ProgressBar()] if self._show_progress else []),
-            self._metrics,
-            self._scores,
-        ]
-        grids = Grids(
-            log.grid_every, self.out / "grids", self.data.held_out, self.recipe.data.sketches, self.recipe.train.seed
-        )
-        callbacks += [grids, Curves(log.grid_every, self.out / "curves.png", self._scores), self._saver]
         try:
-            self.trainer.run(callbacks=callbacks)
-            self._saver.act(self.trainer)
-            self.generator.save_pretrained(self.out / GENERATOR)
+            self.trainer.run(callbacks=[stop, *(self._writing_callbacks() if self.world.is_first else ())])
+            if self.world.is_first:
+                self._saver.act(self.trainer)
+                self.generator.save_pretrained(self.out / GENERATOR)
         except NonFiniteLossError as error:
             raise RunError(f"{error}. {self._how_to_go_on()}") from error
         except OSError as error:
@@ -106,6 +103,13 @@ class Run:
                 raise RunError(f"the disk is full: {error}. {self._how_to_go_on()}") from error
             raise
         return stop.received
+
+    def _writing_callbacks(self) -> list[Callback]:
+        log, recipe = self.recipe.log, self.recipe
+        grids = Grids(log.grid_every, self.out / "grids", self.data.held_out, recipe.data.sketches, recipe.train.seed)
+        curves = Curves(log.grid_every, self.out / "curves.png", self._scores)
+        bar = [ProgressBar()] if self._show_progress else []
+        return [*bar, self._metrics, self._scores, grids, curves, self._saver]
 
     @property
     def generator(self) -> Generator:
@@ -199,11 +203,12 @@ def start_run(
     Raises:
         InputError: ``out`` holds a run already, or the recipe, the data and the networks do not fit.
     """
-    out = Path(out)
-    if (out / CONFIG).exists():
+    out, world = Path(out), current_world()
+    if any(world.gather((out / CONFIG).exists())):  # before the first process writes it
         raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another folder")
-    run = Run(recipe, out, load_data_of(recipe), device=device, tell=tell, show_progress=show_progress)
-    write_text(out / CONFIG, dump_recipe(recipe))
+    run = Run(recipe, out, load_data_of(recipe, world), device=device, tell=tell, show_progress=show_progress)
+    if world.is_first:
+        write_text(out / CONFIG, dump_recipe(recipe))
     return run
 
 
@@ -226,7 +231,7 @@ def resume_run(
     Raises:
         InputError: there is no run, no checkpoint that can be read, or the configuration differs (the keys are named).
     """
-    out = Path(out)
+    out, world = Path(out), current_world()
     stored = run_recipe(out)
     wanted = override(stored if recipe is None else recipe, overrides)
     changed = {
@@ -238,7 +243,7 @@ def resume_run(
         listed = "; ".join(f"{key} is {old!r} in the run, {new!r} was asked for" for key, (old, new) in changed.items())
         raise InputError(f"{out} was begun with another configuration: {listed}")
     wanted = replace(wanted, name=stored.name, about=stored.about)
-    run = Run(wanted, out, load_data_of(wanted), device=device, tell=tell, show_progress=show_progress)
+    run = Run(wanted, out, load_data_of(wanted, world), device=device, tell=tell, show_progress=show_progress)
     try:
         run.load_state_dict(run.checkpoints.load(tell, run.trainer.device))
     except (ValueError, RuntimeError) as error:
@@ -246,7 +251,9 @@ def resume_run(
             raise
         details = " ".join(str(error).split())
         raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
-    write_text(out / CONFIG, dump_recipe(wanted))
+    world.gather(None)  # until all have read
+    if world.is_first:
+        write_text(out / CONFIG, dump_recipe(wanted))
     return run
 
 
@@ -292,9 +299,17 @@ def load_generator(
     return generator.to(device).eval(), int(state["trainer"]["step"])
 
 
-def load_data_of(recipe: Recipe) -> DataSplit:
-    """The images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``."""
+def load_data_of(recipe: Recipe, world: World = ONE_PROCESS) -> DataSplit:
+    """The images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
+
+    Of several processes the first loads, and downloads where it must, before the others do.
+    """
     data = recipe.data
-    return load_data(
+    if not world.is_first:
+        world.gather(None)
+    loaded = load_data(
         data.source, recipe.model.resolution, channels=data.channels, sketches=data.sketches, held_out=data.held_out
     )
+    if world.is_first:
+        world.gather(None)
+    return loaded

