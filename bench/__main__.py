@@ -14,7 +14,8 @@ from bench.records import RecordError, read_run, results_folder
 from bench.session import Session
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS, QUICK_SECONDS = 3.0, 0.5
+SECONDS = {"cpu": 3.0, "cuda": 1.0}
+QUICK_SECONDS = 0.5
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -29,7 +30,7 @@ def main(
         float | None,
         typer.Option(
             min=0,
-            help=f"Timed seconds a workload  [default: {SECONDS}, or {QUICK_SECONDS} with --quick].",
+            help=f"Timed seconds a workload  [default: 3 on a CPU, 1 on a GPU, {QUICK_SECONDS} with --quick].",
             show_default=False,
         ),
     ] = None,
@@ -73,13 +74,31 @@ def main(
         folder=output or RESULTS / results_folder(device),
         quick=quick,
         device=device,
-        seconds=seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS,
+        seconds=seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS[device],
         baseline=baseline,
     )
     failures = [failure for name in suites for failure in session.run_suite(name)]
     for failure in failures:
         typer.echo(failure, err=True)
     raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def report(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; status 1 if a document is not up to date.")
+    ] = False,
+) -> None:
+    """Make tables, plots and the README's results from the JSON files in bench/results."""
+    from bench.report import check_report, write_report
+
+    try:
+        problems = check_report() if check else write_report()
+    except RecordError as error:
+        raise typer.BadParameter(str(error)) from None
+    for problem in problems:
+        typer.echo(problem, err=True)
+    raise typer.Exit(1 if problems else 0)
 
 
 def _check_options(suites: list[str], device: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -21,6 +22,8 @@ from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 
 SHAPES = ((256, 16), (128, 32), (256, 32), (64, 64), (96, 64), (128, 64), (192, 64), (384, 64))  # channels, height
+SHAPES_ON_A_CPU = ((256, 16), (128, 32), (64, 64))
+TYPICAL = (128, 32)
 PASSES = ("forward", "backward", "penalty")
 # What one H100 can do: exponentials and float16 products a second, bytes of device memory a second.
 EXPONENTIALS, PRODUCTS, BYTES = 4e12, 8e14, 3.0e12
@@ -48,19 +51,38 @@ class EagerBlock(nn.Module):
 
 
 def workloads(quick: bool, device: str) -> Iterator[Workload]:
-    """Workloads of one size on a CPU where ``quick``, else of all sizes; batch 32 and 64 on a GPU, 4 on a CPU."""
+    """On a GPU every size in bfloat16 and two in float32, at batch 32; on a CPU three sizes at batch 4.
+
+    ``quick`` takes one size, at batch 8. Inductor takes minutes for what is left out: on a quick CPU it compiles the
+    core alone, and nowhere more than one workload under a penalty, which torch.compile refuses after the work.
+    """
     cuda = device == "cuda"
-    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
-    shapes = ((128, 32),) if quick else SHAPES if cuda else ((256, 16), (128, 32), (64, 64))
-    for batch in (32, 64) if cuda and not quick else (8,) if quick else (4,):
-        for channels, height in shapes:
-            for dtype in dtypes:
-                for mode in PASSES:
-                    yield _core(batch, channels, height, dtype, device, mode)
-                    yield _block(batch, channels, height, dtype, device, mode)
+    batch = 8 if quick else 32 if cuda else 4
+    for channels, height, dtype in _sizes(quick, cuda):
+        for mode in PASSES:
+            size = (batch, channels, height, dtype, device, mode)
+            compiled = mode != "penalty" or (not quick and (channels, height) == TYPICAL)
+            yield _core(*size, compiled=compiled, flex=compiled and (cuda or not quick))
+            yield _block(*size, compiled=compiled and (cuda or not quick))
 
 
-def _core(batch: int, channels: int, height: int, dtype: torch.dtype, device: str, mode: str) -> Workload:
+def _sizes(quick: bool, cuda: bool) -> list[tuple[int, int, torch.dtype]]:
+    if not cuda:
+        return [(*size, torch.float32) for size in ((TYPICAL,) if quick else SHAPES_ON_A_CPU)]
+    in_float32 = [(*size, torch.float32) for size in ((TYPICAL,) if quick else (TYPICAL, (64, 64)))]
+    return [(*size, torch.bfloat16) for size in ((TYPICAL,) if quick else SHAPES)] + in_float32
+
+
+def _core(
+    batch: int,
+    channels: int,
+    height: int,
+    dtype: torch.dtype,
+    device: str,
+    mode: str,
+    compiled: bool,
+    flex: bool,
+) -> Workload:
     n, m, d, e = height**2, height**2 // 4, channels // 8, channels // 2
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
@@ -70,9 +92,11 @@ def _core(batch: int, channels: int, height: int, dtype: torch.dtype, device: st
     functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "eager": attention_eager,
         "fastgan": attention,
-        "compile": torch.compile(attention_eager, dynamic=False),
     }
-    functions["flex"] = _flex()
+    if compiled:
+        functions["compile"] = torch.compile(attention_eager, dynamic=False)
+    if flex:
+        functions["flex"] = _flex()
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         functions[f"sdpa {backend.name.split('_')[0].lower()}"] = _sdpa(backend)
     return Workload(
@@ -86,7 +110,9 @@ def _core(batch: int, channels: int, height: int, dtype: torch.dtype, device: st
     )
 
 
-def _block(batch: int, channels: int, height: int, dtype: torch.dtype, device: str, mode: str) -> Workload:
+def _block(
+    batch: int, channels: int, height: int, dtype: torch.dtype, device: str, mode: str, compiled: bool
+) -> Workload:
     torch.manual_seed(0)
     eager = EagerBlock(channels)
     nn.init.constant_(eager.gamma, 0.5)
@@ -99,13 +125,12 @@ def _block(batch: int, channels: int, height: int, dtype: torch.dtype, device: s
         parameters = [p for name, p in sorted(block.named_parameters())]
         return _passes(lambda x, *_: run(x), (x, *parameters), mode)
 
+    implementations = {"eager": passes(eager, eager), "fastgan": passes(fused, fused)}
+    if compiled:
+        implementations["compile"] = passes(eager, torch.compile(eager, dynamic=False))
     return Workload(
         name=f"block {mode}, C={channels} H={height} B={batch} {_short(dtype)}",
-        implementations={
-            "eager": passes(eager, eager),
-            "fastgan": passes(fused, fused),
-            "compile": passes(eager, torch.compile(eager, dynamic=False)),
-        },
+        implementations=implementations,
         reference="eager",
         check=_largest_error,
         parameters=_parameters(batch, channels, height, dtype, mode),
@@ -116,13 +141,17 @@ def _block(batch: int, channels: int, height: int, dtype: torch.dtype, device: s
 def _passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Callable[[], list[Tensor]]:
     """The output; or the gradients of its sum of squares; or the gradients of a WGAN-GP penalty on the first input."""
 
+    without_gradients = [x.detach() for x in inputs]
+
     def forward() -> list[Tensor]:
         with torch.no_grad():
-            return [function(*inputs)]
+            return [function(*without_gradients)]
 
     def backward() -> list[Tensor]:
         return list(torch.autograd.grad(function(*inputs).float().square().sum(), inputs))
 
+    # Without this, torch.compile refuses a second gradient for its buffers' sake and not for want of one.
+    @functorch_config.patch(donated_buffer=False)
     def penalty() -> list[Tensor]:
         x = inputs[0]
         (gradient,) = torch.autograd.grad(function(*inputs).float().square().sum(), x, create_graph=True)

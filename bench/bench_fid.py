@@ -47,6 +47,7 @@ def forward(dims: int, n: int, precision: str, device: str) -> Workload:
         check=relative_norm,
         parameters={"n": n, "dims": dims, "precision": precision, "device": device},
         tolerance=1e-4 if precision == "fp32" else 2e-2,
+        images=n,
     )
 
 
@@ -56,8 +57,8 @@ def precision_error(n: int, device: str) -> Workload:
     low = ("tf32", "bf16") if device == "cuda" else ("bf16",)
     return Workload(
         name=f"precision-efficientnet_lite0-{n}",
-        implementations={p: partial(photograph_distance, n, p, device) for p in ("fp32", *low)},
-        reference="fp32",
+        implementations={f"fastgan {p}": partial(photograph_distance, n, p, device) for p in ("fp32", *low)},
+        reference="fastgan fp32",
         check=lambda value, exact: abs(value - exact) / exact,
         parameters={"n": n, "device": device, "backbone": "efficientnet_lite0"},
         tolerance=0.1,
@@ -78,8 +79,11 @@ def many_small(device: str) -> Workload:
 
     return Workload(
         name=f"class_distances-{classes}x{n}x{dim}",
-        implementations={"one by one": one_by_one, "batched": lambda: paired_frechet_distances(real, fake)},
-        reference="one by one",
+        implementations={
+            "fastgan, one by one": one_by_one,
+            "fastgan, batched": lambda: paired_frechet_distances(real, fake),
+        },
+        reference="fastgan, one by one",
         check=lambda a, b: ((a - b).abs() / b).max().item(),
         parameters={"classes": classes, "n": n, "dim": dim, "device": device},
         tolerance=1e-9,
@@ -99,6 +103,7 @@ def whole_command(n: int) -> Workload:
         parameters={"n": [n, n], "size": 64, "precision": "fp32", "resize": "legacy_pytorch", "device": "cpu"},
         tolerance=1e-3,
         once=True,
+        images=2 * n,
     )
 
 
@@ -112,6 +117,7 @@ def resident(n: int) -> Workload:
         check=lambda value, exact: abs(value - exact) / exact,
         parameters={"n": n, "size": 32, "resize": "legacy_pytorch", "device": "cuda"},
         tolerance=0.1,
+        images=2 * n,
     )
 
 

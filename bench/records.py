@@ -198,7 +198,8 @@ def device_name(device: str) -> str:
     """The GPU's name, or the number of CPU threads that torch uses and the processor's name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of {_processor()}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'' if threads == 1 else 's'} of {_processor()}"
 
 
 def results_folder(device: str) -> str:
@@ -218,11 +219,18 @@ def _processor() -> str:
 
 
 def _driver() -> str:
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).splitlines()[0]
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
 
 
 def _revision() -> str:
-    return _output(["git", "describe", "--always", "--dirty", "--abbrev=12"])
+    """The commit, with ``-dirty`` where files other than results were changed since."""
+    commit = _output(["git", "rev-parse", "--short=12", "HEAD"])
+    if commit == "unknown":
+        return commit
+    changed = _output(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"]
+    )
+    return f"{commit}-dirty" if changed else commit
 
 
 def _output(command: list[str]) -> str:
@@ -230,4 +238,4 @@ def _output(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()

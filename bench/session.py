@@ -13,7 +13,7 @@ from bench.harness import load, run
 from bench.records import Record, Run, environment, write_run
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """How to run suites and where their files go.
 
@@ -31,6 +31,10 @@ class Session:
     seconds: float
     baseline: str | None = None
     console: Console = field(default_factory=Console)
+    environment: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.environment = environment(self.device)
 
     def run_suite(self, suite: str) -> list[str]:
         """Run a suite and write its file; a line for every reference or fastgan implementation that failed."""
@@ -42,7 +46,7 @@ class Session:
             self._print(found)
             records += found
         path = self.folder / f"{suite}{'-quick' if self.quick else ''}.json"
-        write_run(Run(environment(self.device), self.quick, tuple(records)), path)
+        write_run(Run(self.environment, self.quick, tuple(records)), path)
         self.console.print(f"{suite}: {path} ({time.perf_counter() - start:.0f} s)", highlight=False)
         return [f"{r.suite} / {r.workload} / {r.implementation}: {r.failure}" for r in _failed(records)]
 

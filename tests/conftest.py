@@ -18,11 +18,13 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    """``-m gpu`` takes what needs a GPU and, where there is one, every test that runs its kernels on it."""
     for item in items:
-        if "gpu" in item.keywords:
+        if torch.cuda.is_available() and "device" in item.fixturenames:
+            item.add_marker(pytest.mark.gpu)
+        elif "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

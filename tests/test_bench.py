@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench import sanitize
 from bench.__main__ import app
 from bench.compare import regressions
 from bench.harness import SUITES, Workload, load, run
@@ -182,6 +183,13 @@ def test_compare_on_the_command_line(tmp_path):
     assert "2.00 times as long" in worse.output
     for impossible in ("other", "absent"):
         assert compare("old", impossible).exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("device")
+def test_what_the_sanitizer_runs_equals_the_reference(capsys):
+    sanitize.main(["attention", "spectral_norm"])
+    assert capsys.readouterr().out.splitlines() == ["attention: as the reference", "spectral_norm: as the reference"]
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -1,0 +1,171 @@
+"""Plots of records. Each PNG carries a digest of the records it was drawn from, so that a stale one is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.digest import lines, seconds
+from bench.records import Record, Run
+from fastgan.files import atomic_path
+
+DIGEST = "fastgan-records"
+COLOUR, GREY = "#1f6fb4", "#9aa5b1"
+
+
+def write_plots(runs: dict[str, Run], folder: Path) -> None:
+    """Draw what the runs of one device allow into its folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    for name, draw in _drawable(runs).items():
+        figure = Figure(layout="constrained", dpi=110)
+        draw(figure, runs)
+        with atomic_path(folder / f"{name}.png") as path:
+            figure.savefig(path, metadata={DIGEST: _digest(runs)})
+
+
+def expected_plots(runs: dict[str, Run], folder: Path) -> list[Path]:
+    """The plots that the runs allow."""
+    return [folder / f"{name}.png" for name in _drawable(runs)]
+
+
+def stale_plots(runs: dict[str, Run], folder: Path) -> list[Path]:
+    """Plots that are missing, not drawn from these records, or no longer of any use."""
+    from PIL import Image
+
+    expected = expected_plots(runs, folder)
+    stale = [path for path in folder.glob("*.png") if path not in expected]
+    for path in expected:
+        if not path.exists():
+            stale.append(path)
+            continue
+        with Image.open(path) as image:
+            if image.info.get(DIGEST) != _digest(runs):
+                stale.append(path)
+    return stale
+
+
+def _digest(runs: dict[str, Run]) -> str:
+    content = json.dumps({suite: asdict(run) for suite, run in runs.items()}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _drawable(runs: dict[str, Run]) -> dict[str, Callable[[Any, dict[str, Run]], None]]:
+    attention = [r for r in _timed(runs, "attention") if r.workload.startswith("core")]
+    plots: dict[str, Callable[[Any, dict[str, Run]], None]] = {}
+    if any(lines(suite, run) for suite, run in runs.items()):
+        plots["speedup"] = _speedup
+    if attention:
+        plots["attention-time"] = lambda figure, _: _against_n(figure, attention, "median", "ms", 1e3)
+    if any(r.peak_memory for r in attention):
+        remembered = [r for r in attention if r.peak_memory]
+        plots["attention-memory"] = lambda figure, _: _against_n(figure, remembered, "peak_memory", "MB", 1e-6)
+    if any(r.error for r in _timed(runs, "sqrtm")):
+        plots["sqrtm-error"] = _sqrtm_error
+    if any(r.images for suite in runs for r in _timed(runs, suite)):
+        plots["images"] = _images
+    return plots
+
+
+def _timed(runs: dict[str, Run], suite: str) -> list[Record]:
+    return [r for r in runs[suite].records if r.median is not None] if suite in runs else []
+
+
+def _speedup(figure: Any, runs: dict[str, Run]) -> None:
+    """How many times as fast as the reference, for the workloads of the README."""
+    found = [line for suite, run in runs.items() for line in lines(suite, run)][::-1]
+    figure.set_size_inches(9, 1.0 + 0.3 * len(found))
+    axes = figure.subplots()
+    axes.barh(
+        [f"{line.suite}: {line.workload}" for line in found],
+        [line.speedup - 1 for line in found],
+        left=1,
+        color=COLOUR,
+    )
+    for row, line in enumerate(found):
+        text = f" {line.speedup:.2g}× {line.reference.implementation}"
+        axes.annotate(text, (max(line.speedup, 1), row), va="center", fontsize=8)
+    axes.axvline(1, color=GREY, linestyle="--")
+    axes.set_xscale("log")
+    speedups = [line.speedup for line in found]
+    axes.set_xlim(min(*speedups, 1) / 1.3, max(*speedups, 2) ** 1.6)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel(f"times as fast as the reference, {next(iter(runs.values())).environment['device']}")
+
+
+def _against_n(figure: Any, records: Iterable[Record], field: str, unit: str, factor: float) -> None:
+    """One panel a pass: ``field`` of the attention core against its number of queries."""
+    records = list(records)
+    modes = list(dict.fromkeys(r.parameters["mode"] for r in records))
+    figure.set_size_inches(4 * len(modes), 3.6)
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+        chosen = [r for r in records if r.parameters["mode"] == mode]
+        for dtype in dict.fromkeys(r.parameters["dtype"] for r in chosen):
+            for name in dict.fromkeys(r.implementation for r in chosen):
+                _curve(
+                    axes,
+                    [r for r in chosen if (r.implementation, r.parameters["dtype"]) == (name, dtype)],
+                    field,
+                    factor,
+                )
+        axes.set(title=mode, xlabel="queries N (keys: N / 4)", ylabel=unit, xscale="log", yscale="log")
+        axes.legend(fontsize=7)
+
+
+def _curve(axes: Any, records: list[Record], field: str, factor: float) -> None:
+    """The widest heads at each N."""
+    widest: dict[int, Record] = {}
+    for r in sorted(records, key=lambda r: r.parameters["channels"]):
+        widest[r.parameters["height"] ** 2] = r
+    if not widest:
+        return
+    values = [factor * getattr(widest[n], field) for n in sorted(widest)]
+    first = records[0]
+    label = f"{first.implementation}, {first.parameters['dtype']}"
+    axes.plot(
+        sorted(widest),
+        values,
+        marker="o",
+        markersize=4,
+        label=label,
+        zorder=3 if first.implementation == "fastgan" else 2,
+    )
+
+
+def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
+    """Error against time, a panel a workload of full rank."""
+    workloads = {
+        name: [r for r in records if r.median is not None and r.error is not None]
+        for name, records in runs["sqrtm"].workloads().items()
+        if "full_rank" in name
+    }
+    figure.set_size_inches(5 * len(workloads), 4.2)
+    for axes, (name, records) in zip(
+        figure.subplots(1, len(workloads), squeeze=False)[0], workloads.items(), strict=True
+    ):
+        for r in records:
+            own = r.implementation.startswith("fastgan")
+            axes.scatter(1e3 * seconds(r), max(r.error or 0.0, 1e-17), color=COLOUR if own else GREY)
+            axes.annotate(r.implementation, (1e3 * seconds(r), max(r.error or 0.0, 1e-17)), fontsize=7, rotation=20)
+        axes.set(title=name, xlabel="ms", ylabel="relative error", xscale="log", yscale="log")
+        axes.margins(0.3)
+
+
+def _images(figure: Any, runs: dict[str, Run]) -> None:
+    """Real images a second."""
+    found = [(suite, r) for suite in runs for r in _timed(runs, suite) if r.images][::-1]
+    figure.set_size_inches(9, 1.0 + 0.25 * len(found))
+    axes = figure.subplots()
+    rates = [(r.images or 0) / seconds(r) for _, r in found]
+    colours = [COLOUR if r.implementation.startswith("fastgan") else GREY for _, r in found]
+    bars = axes.barh(range(len(found)), rates, color=colours)
+    axes.set_yticks(range(len(found)), [f"{suite}: {r.workload}: {r.implementation}" for suite, r in found], fontsize=7)
+    axes.bar_label(bars, [f" {rate:.3g}" for rate in rates], fontsize=7)
+    axes.set(xscale="log", xlabel="images a second")

@@ -1,0 +1,210 @@
+"""``python -m bench report``: tables and plots of the records, beside them and in README.md between markers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+from bench.digest import Line, lines, read_runs, times
+from bench.records import Record, RecordError, Run
+from fastgan.files import write_text
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- {}: made by `python -m bench report` -->", "<!-- /{} -->"
+UNITS = "ms|µs|us|ns|s|sec|seconds?|minutes?|min|x|×|times|images/s|img/s|[kMG]i?B"
+FIGURE = re.compile(rf"(?<![\w.])\d[\d.,]*\s?(?:{UNITS})(?![\w/])")
+
+
+def write_report(root: Path = ROOT) -> list[str]:
+    """Write every table and plot; what then is still wrong, a line each."""
+    for path, text in _documents(root).items():
+        write_text(path, text)
+    for folder, runs in _devices(root).items():
+        plots.write_plots(runs, folder)
+    return check_report(root)
+
+
+def check_report(root: Path = ROOT) -> list[str]:
+    """A line for every document or plot that is not what the records give, and every figure without a record."""
+    problems = [
+        f"{path.relative_to(root)} is not up to date: run `python -m bench report`"
+        for path, text in _documents(root).items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    for folder, runs in _devices(root).items():
+        problems += [
+            f"{path.relative_to(root)} is not up to date: run `python -m bench report`"
+            for path in plots.stale_plots(runs, folder)
+        ]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    return problems + [
+        f"README.md: {figure!r} stands outside the tables that are made from records"
+        for figure in unrecorded_figures(readme)
+    ]
+
+
+def unrecorded_figures(text: str) -> list[str]:
+    """Measured figures (a number with a unit of time, memory or speed) in Markdown outside code and made sections."""
+    for name in re.findall(r"<!-- /([\w-]+) -->", text):
+        text = re.sub(rf"{re.escape(BEGIN.format(name))}.*?{re.escape(END.format(name))}", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [match.group() for match in FIGURE.finditer(text)]
+
+
+def _devices(root: Path) -> dict[Path, dict[str, Run]]:
+    """Runs by suite for every folder of results."""
+    folders = sorted({path.parent for path in (root / "bench" / "results").glob("*/*.json")})
+    return {folder: read_runs(folder) for folder in folders}
+
+
+def _documents(root: Path) -> dict[Path, str]:
+    readme = root / "README.md"
+    devices = _devices(root)
+    text = readme.read_text(encoding="utf-8")
+    text = _replace(text, "results", _results(root, devices))
+    text = _replace(text, "training", _training(root))
+    found = {readme: text}
+    for folder, runs in devices.items():
+        found[folder / "README.md"] = _full_tables(runs)
+    return found
+
+
+def _replace(text: str, name: str, section: str) -> str:
+    begin, end = BEGIN.format(name), END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise RecordError(f"README.md must hold the markers {begin} and {end} once each, in this order")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}"
+
+
+def _results(root: Path, devices: dict[Path, dict[str, Run]]) -> str:
+    sections = [_device_section(root, folder, runs) for folder, runs in devices.items()]
+    if not any(run.environment.get("driver", "none") != "none" for runs in devices.values() for run in runs.values()):
+        sections.append("**Not measured on a GPU yet.**")
+    return "\n\n".join(sections)
+
+
+def _device_section(root: Path, folder: Path, runs: dict[str, Run]) -> str:
+    found = [line for suite, run in runs.items() for line in lines(suite, run)]
+    place = folder.relative_to(root).as_posix()
+    parts = [*_conditions(runs), _table(("", "fastgan", "reference", "fastest other", "error"), map(_cells, found))]
+    return "\n\n".join(
+        [*parts, f"All implementations, quantiles, first calls and memory: [{place}]({place}/README.md)."]
+    )
+
+
+def _conditions(runs: dict[str, Run]) -> Iterator[str]:
+    """A sentence for each set of suites that were measured under the same conditions."""
+    groups: dict[str, list[str]] = {}
+    for suite, run in runs.items():
+        groups.setdefault(_condition(run), []).append(f"{suite} (quick)" if run.quick else suite)
+    for condition, suites in groups.items():
+        yield f"{condition}: {', '.join(suites)}."
+
+
+def _condition(run: Run) -> str:
+    e = run.environment
+    versions = [f"{name} {e[name]}" for name in ("torch", "triton", "numpy", "scipy") if e.get(name, "none") != "none"]
+    driver = [f"driver {e['driver']}"] if e.get("driver", "none") != "none" else []
+    return f"{e['device']}, {', '.join([*driver, *versions])}, revision {e['revision']}"
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    return (
+        f"{line.suite}: {line.workload}",
+        f"{_time(line.own.median)} ({_short(line.own.implementation)}){_rate(line.own)}",
+        *(_against(record, line.own) for record in (line.reference, line.other)),
+        "" if line.own.error is None else f"{line.own.error:.0e}",
+    )
+
+
+def _short(implementation: str) -> str:
+    return implementation.removeprefix("fastgan").strip(" ,") or "fastgan"
+
+
+def _against(record: Record | None, own: Record) -> str:
+    if record is None:
+        return ""
+    return f"{_time(record.median)} ({record.implementation}), {times(record, own):.2f}×"
+
+
+def _rate(record: Record) -> str:
+    return f", {record.images / record.median:.1f} images/s" if record.images and record.median else ""
+
+
+def _full_tables(runs: dict[str, Run]) -> str:
+    """Every record of one device."""
+    head = (
+        "Median and 20 % and 80 % quantiles of interleaved calls. Times the reference: how many times as fast. Error: "
+        "relative, against the reference. First call: with compilation. Memory: the most that torch's allocator held "
+        "above what it held before the call."
+    )
+    parts = ["# Records", "Made by `python -m bench report`.", head]
+    parts += [f"![{path.stem}]({path.name})" for path in plots.expected_plots(runs, Path())]
+    for suite, run in runs.items():
+        parts += [f"## {suite}{' (quick sizes)' if run.quick else ''}", f"{_condition(run)}."]
+        for workload, records in run.workloads().items():
+            parts += [f"### {workload}", _record_table(records)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _record_table(records: Sequence[Record]) -> str:
+    reference = records[0]
+    columns = {
+        "median": lambda r: _time(r.median),
+        "20 %": lambda r: _time(r.low),
+        "80 %": lambda r: _time(r.high),
+        "rounds": lambda r: str(r.rounds),
+        "times the reference": lambda r: f"{times(reference, r):.2f}" if reference.median else "",
+        "error": lambda r: "" if r.error is None else f"{r.error:.1e}",
+        "first call": lambda r: _time(r.first_call),
+        "memory": lambda r: "" if r.peak_memory is None else f"{r.peak_memory / 1e6:.1f} MB",
+        "launches": lambda r: "" if r.launches is None else str(r.launches),
+        "times the floor": lambda r: f"{r.median / r.floor:.1f}" if r.floor and r.median else "",
+        "images/s": lambda r: f"{r.images / r.median:.1f}" if r.images and r.median else "",
+    }
+    timed = [r for r in records if r.median is not None]
+    used = {name: cell for name, cell in columns.items() if any(cell(r) for r in timed)}
+    rows = ((r.implementation, *(cell(r) for cell in used.values())) for r in timed)
+    table = _table(("", *used), rows) if timed else ""
+    failures = "\n".join(f"- {r.implementation}: {r.failure}" for r in records if r.failure)
+    return "\n\n".join(part for part in (table, failures) if part)
+
+
+def _training(root: Path) -> str:
+    """What training on digits came to."""
+    header = ("recipe", "updates", "N", "distance before", "after", "real against real", "right class", "CPU time")
+    rows = []
+    for path in sorted((root / "bench" / "results" / "training").glob("*/metrics.json")):
+        rows.append(_training_cells(path, json.loads(path.read_text(encoding="utf-8"))))
+    return _table(header, rows)
+
+
+def _training_cells(path: Path, result: dict[str, Any]) -> tuple[str, ...]:
+    size = list(result["real_against_real"])[-1]
+    first, last = result["distances"][0], result["distances"][-1]
+    agreement, processor = result["classifier"].get("agreement"), result["wall_seconds"].get("processor")
+    return (
+        f"[{path.parent.name}](bench/results/training/{path.parent.name}/grid.png)",
+        str(last["step"]),
+        size.removeprefix("N = "),
+        *(f"{value:.1f}" for value in (first[size], last[size], result["real_against_real"][size])),
+        "no classes" if agreement is None else f"{agreement:.1%}",
+        "" if processor is None else f"{processor:.0f} s",
+    )
+
+
+def _table(header: Sequence[str], rows: Any) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in cells)
+
+
+def _time(value: float | None) -> str:
+    if value is None:
+        return ""
+    unit, factor = next((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if value * f >= 1 or u == "µs")
+    return f"{float(f'{value * factor:.3g}'):g} {unit}"
