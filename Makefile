@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations=10
 
-.PHONY: demo test test-fast sanitize bench lint gpu clean
+.PHONY: demo test test-fast sanitize bench lint docs gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -22,16 +22,21 @@ sanitize:  ## the C++ iterations under AddressSanitizer and UBSan: no torch, no 
 	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc tests/csrc/sanitize.cpp -o build/sanitize
 	build/sanitize
 
-bench: $(VENV)/dev.stamp  ## time fastgan against its baselines; writes bench/results/
+bench: $(VENV)/dev.stamp  ## time fastgan against its baselines; writes bench/results/, tables and plots
 	$(BIN)/python -m bench $(BENCH)
+	$(BIN)/python -m bench report
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/dev.stamp  ## style, types, and README's figures against the records
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m bench report --check
 
-gpu:  ## on a machine with a GPU, no network needed: build, test and measure with the interpreter at hand
-	PYTHON=$(PYTHON) bash bench/gpu.sh
+docs: $(VENV)/dev.stamp  ## build/docs/index.html: these documents and the API reference; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+gpu:  ## where there is a GPU: build, test and measure with $(PYTHON), no network; STEPS="build test" for some of it
+	@PYTHON=$(PYTHON) bash bench/gpu.sh
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ from fastgan.files import write_text
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- {}: made by `python -m bench report` -->", "<!-- /{} -->"
-UNITS = "ms|µs|us|ns|s|sec|seconds?|minutes?|min|x|×|times|images/s|img/s|[kMG]i?B"
+UNITS = r"ms|µs|us|ns|s|sec|seconds?|minutes?|min|x(?!\s*\d)|×|times|images/s|img/s|[kMG]i?B"
 FIGURE = re.compile(rf"(?<![\w.])\d[\d.,]*\s?(?:{UNITS})(?![\w/])")
 
 

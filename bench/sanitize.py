@@ -1,4 +1,4 @@
-"""Every kernel on a small shape, once, for compute-sanitizer: ``compute-sanitizer python -m bench.sanitize [PART ...]``.
+"""Every kernel on a small shape, for compute-sanitizer: ``compute-sanitizer python -m bench.sanitize [PART ...]``.
 
 Under it each launch takes a hundred times as long, so that the test suite would take hours. Results are compared with
 the reference's, so that a part that did nothing is noticed.
@@ -39,7 +39,7 @@ def attention(device: str) -> None:
 
 
 def spectral_norm(device: str) -> None:
-    """Weights of several tiles, a ragged one and a row, differentiated twice; the counters of finished tiles are used."""
+    """Weights of several tiles, which count those that are done, a ragged one and a row; differentiated twice."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((70, 24 * 9), (260, 300), (1, 7))
     given = [torch.randn(size, generator=generator) for size in sizes]

@@ -42,10 +42,12 @@ class FuseReport:
 
     @property
     def swapped(self) -> tuple[Fused, ...]:
+        """Those that were replaced."""
         return tuple(part for part in self.parts if part.swapped)
 
     @property
     def refused(self) -> tuple[Fused, ...]:
+        """Those that were left as they were."""
         return tuple(part for part in self.parts if not part.swapped)
 
     def __str__(self) -> str:

@@ -33,10 +33,14 @@ class Gan(Protocol):
     """
 
     @property
-    def generator(self) -> nn.Module: ...
+    def generator(self) -> nn.Module:
+        """The network that makes images."""
+        ...
 
     @property
-    def discriminator(self) -> nn.Module: ...
+    def discriminator(self) -> nn.Module:
+        """The network that scores them."""
+        ...
 
     def discriminator_draws(self, batch: Batch) -> dict[str, Draw]:
         """Random numbers that :meth:`discriminator_loss` needs for a batch of this shape."""
