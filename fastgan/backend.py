@@ -125,10 +125,10 @@ def resolve(impl: str, tensor: Tensor) -> str:
     if impl == "triton":
         if not _triton().available:
             raise ValueError(f"impl='triton' cannot be used: {_triton().detail}")
-        if not runnable:
-            raise ValueError(f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}")
         if not supported:
             raise ValueError(f"impl='triton' supports float32, bfloat16 and float16, got {tensor.dtype}")
+        if not runnable:
+            raise ValueError(f"impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}")
         return "triton"
     if not tensor.is_cuda or not supported:
         return "reference"

@@ -24,7 +24,14 @@ def input_precision(dtype: torch.dtype, order: int = 1) -> str:
 
     Follows ``torch.get_float32_matmul_precision()``, as torch's own matmul does.
     """
-    return _FLOAT32[order][torch.get_float32_matmul_precision()] if dtype == torch.float32 else "tf32"
+    return _FLOAT32[order][_matmul_precision()] if dtype == torch.float32 else "tf32"
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by torch.backends.cuda.matmul.fp32_precision, which that function refuses to read
+        return "medium" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def conv_precision(dtype: torch.dtype) -> str:

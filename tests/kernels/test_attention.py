@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastgan.kernels.precision import input_precision
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
@@ -85,8 +86,44 @@ def test_runs_are_bitwise_repeatable(device):
         assert torch.equal(a, b)
 
 
-def test_unsupported_channels():
-    with pytest.raises(ValueError, match="q must have at most 64 channels"):
-        attention(*operands((1, 2, 2, 65, 2), torch.float32), impl="triton")
-    with pytest.raises(ValueError, match="v must have at most 256 channels"):
-        attention(*operands((1, 2, 2, 2, 257), torch.float32), impl="triton")
+def test_unsupported_channels(device):
+    for shape, message in (
+        ((1, 2, 2, 65, 2), "q must have at most 64 channels"),
+        ((1, 2, 2, 2, 257), "v must have at most 256 channels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*(x.to(device) for x in operands(shape, torch.float32)), impl="triton")
+
+
+def test_precision_set_through_either_of_torchs_interfaces(device):
+    q, k, v = (x.detach().to(device) for x in operands((1, 4, 5, 3, 2), torch.float32))
+    backend, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    assert (input_precision(torch.float32), input_precision(torch.float32, order=2)) == ("tf32x3", "ieee")
+    try:
+        backend.fp32_precision = "tf32"  # from here on torch.get_float32_matmul_precision() raises
+        assert input_precision(torch.float32) == "tf32"
+        assert triton_attention(q, k, v).isfinite().all()
+    finally:
+        backend.fp32_precision = before
+
+
+# Channels and height of the feature maps of SAGAN and BigGAN.
+MAPS = [(256, 32), (128, 32), (64, 64), (96, 64), (192, 64), (384, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["channels-last", "channels-first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "height"), MAPS)
+def test_shapes_of_published_models(channels, height, dtype, layout):
+    assert_passes_match(*block_operands(2, height, channels, dtype, layout, "cuda"))
+
+
+def block_operands(batch, height, channels, dtype, layout, device):
+    """q, k and v as the canonical block makes them; channels-last, k and v are parts of one tensor."""
+    n, d, e = height**2, channels // 8, channels // 2
+    if layout == "channels-first":
+        q, k, v = (torch.randn(batch, c, r, device=device) for c, r in ((d, n), (d, n // 4), (e, n // 4)))
+        return [x.to(dtype).mT for x in (q / d**0.25, k / d**0.25, v)]
+    q, kv = (torch.randn(batch, r, c, device=device) / d**0.25 for r, c in ((n, d), (n // 4, d + e)))
+    return [q.to(dtype), *kv.to(dtype).split((d, e), dim=2)]
