@@ -12,12 +12,20 @@ from bench import compare as comparison
 from bench.harness import SUITES, load
 from bench.records import RecordError, read_run, results_folder
 from bench.session import Session
+from fastgan.cli.errors import OneLineErrors
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = {"cpu": 3.0, "cuda": 1.0}
 QUICK_SECONDS = 0.5
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+class BenchErrors(OneLineErrors):
+    """Usage errors in one line."""
+
+    program = "python -m bench"
+
+
+app = typer.Typer(cls=BenchErrors, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)

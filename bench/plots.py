@@ -96,6 +96,8 @@ def _speedup(figure: Any, runs: dict[str, Run]) -> None:
     axes.set_xscale("log")
     speedups = [line.speedup for line in found]
     axes.set_xlim(min(*speedups, 1) / 1.3, max(*speedups, 2) ** 1.6)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel(f"times as fast as the reference, {next(iter(runs.values())).environment['device']}")
 

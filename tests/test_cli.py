@@ -230,11 +230,23 @@ def test_wrong_output(folders, tmp_path, output):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [("fid",), ("fid", "a", "b", "--batch-size", "0"), ("nonsense",)])
-def test_usage_errors(arguments):
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("fid",), "Missing argument"),
+        (("fid", "a", "b", "--batch-size", "0"), "--batch-size"),
+        (("fid", "a", "b", "--btach-size", "1"), "--btach-size"),
+        (("stats", "merge", "--no"), "--no"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_usage_errors(arguments, part):
+    assert_one_line_error(run(*arguments), part)
+
+
+def test_help_is_not_an_error():
+    assert len(run("--help").output.splitlines()) > 5
+    assert len(run().output.splitlines()) > 5
 
 
 def test_a_bug_keeps_its_traceback(folders, monkeypatch):

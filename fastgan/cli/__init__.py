@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 
 from fastgan.cli import metrics, training
-from fastgan.cli.errors import user_errors
+from fastgan.cli.errors import OneLineErrors, user_errors
 
 app = typer.Typer(
+    cls=OneLineErrors,
     help="Train and score GANs: Frechet distances, statistics, the demonstration.",
     no_args_is_help=True,
     add_completion=False,

@@ -4,8 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
+
+# Typer has a click of its own, or takes click's, depending on its version.
+UsageError: Any = typer.BadParameter.__base__
+
+
+class OneLineErrors(TyperGroup):
+    """Commands whose usage errors are one line on stderr and exit status 2, without the usage."""
+
+    program = "fastgan"
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Parse the options of the group."""
+        with _usage_errors(self.program):
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the options of a command, and run it."""
+        with _usage_errors(self.program):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_errors(program: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        if type(error).show is not UsageError.show:  # the help that is shown where there are no arguments
+            raise
+        _fail(program, error.format_message())
 
 
 @contextmanager
@@ -16,5 +47,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        typer.echo(f"fastgan: error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+        _fail("fastgan", str(error))
+
+
+def _fail(program: str, message: str) -> None:
+    typer.echo(f"{program}: error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2) from None
