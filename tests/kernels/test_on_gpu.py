@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs that replay, peak memory, races, a second device, operands' strides in compiled code.
+"""What only a GPU can show: graphs that replay, peak memory, races, a second device, strides in compiled code.
 
 The bodies also run on a CPU with Triton's interpreter, where a graph is the function itself.
 """
