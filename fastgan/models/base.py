@@ -44,6 +44,13 @@ class Generator(nn.Module):
         super().__init_subclass__(**kwargs)
         Generator._classes[cls.__name__] = cls
 
+    def record(self, arguments: dict[str, Any]) -> None:
+        """Keep the arguments of ``__init__``: all in :attr:`config`, those that every generator tells as attributes."""
+        self.config = arguments
+        for name in ("n_classes", "dim_z", "sketch_channels", "resolution", "image_channels"):
+            if name in arguments:
+                setattr(self, name, arguments[name])
+
     @property
     def description(self) -> dict[str, Any]:
         """Class and arguments, from which :meth:`from_description` makes the same network with fresh weights."""
@@ -186,6 +193,19 @@ def check_architecture(
         raise ValueError(
             f"attention_resolution must be a power of two from 8 to {resolution // 2}, got {attention_resolution}"
         )
+
+
+def channel_levels(largest: int, smallest: int, width: int, max_multiplier: int) -> list[int]:
+    """Channels of maps ``largest`` wide, half as wide, and so on down to ``smallest``: ``width`` first, then doubled up
+    to ``width * max_multiplier``."""
+    levels = log2(largest // smallest) + 1
+    return [width * min(2**level, max_multiplier) for level in range(levels)]
+
+
+def attention_index(start: int, attention_resolution: int | None) -> int:
+    """Which of the blocks that each halve or double maps, ``start`` wide at first, gives those that attention works on;
+    -1 for none."""
+    return -1 if attention_resolution is None else abs(log2(attention_resolution) - log2(start)) - 1
 
 
 def log2(n: int) -> int:

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from fastgan.models.base import (
     Generator,
+    attention_index,
+    channel_levels,
     check_architecture,
     check_images,
     check_label_shape,
     check_noise,
-    log2,
     recorded,
 )
 from fastgan.models.blocks import HEADS, join_one_hot, make_head
@@ -71,13 +72,9 @@ class DCGANGenerator(Generator):
             attention_resolution=attention_resolution,
             dim_z=dim_z,
         )
-        self.config = config
-        self.n_classes = n_classes
-        self.resolution = resolution
-        self.image_channels = image_channels
-        self.dim_z = dim_z
+        self.record(config)
 
-        channels = _channels(resolution, width, max_multiplier)[::-1]
+        channels = channel_levels(resolution // 2, BASE_RESOLUTION, width, max_multiplier)[::-1]
         self.base_channels = channels[0]
         self.linear = nn.Linear(dim_z + n_classes, channels[0] * BASE_RESOLUTION**2, bias=False)
         self.norm = nn.BatchNorm2d(channels[0])
@@ -85,9 +82,8 @@ class DCGANGenerator(Generator):
             nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
             for a, b in pairwise(channels)
         )
-        self.attention_after = -1
-        if attention_resolution is not None:
-            self.attention_after = log2(attention_resolution // BASE_RESOLUTION) - 1
+        self.attention_after = attention_index(BASE_RESOLUTION, attention_resolution)
+        if self.attention_after >= 0:
             self.attention = SelfAttention2d(channels[self.attention_after + 1])
         self.to_image = nn.ConvTranspose2d(channels[-1], image_channels, 4, 2, 1)
         init_dcgan(self)
@@ -158,10 +154,9 @@ class DCGANDiscriminator(nn.Module):
         self.resolution = resolution
         self.image_channels = image_channels
 
-        channels = [image_channels, *_channels(resolution, width, max_multiplier)]
-        self.attention_after = -1
-        if attention_resolution is not None:
-            self.attention_after = log2(resolution // attention_resolution) - 1
+        channels = [image_channels, *channel_levels(resolution // 2, BASE_RESOLUTION, width, max_multiplier)]
+        self.attention_after = attention_index(resolution, attention_resolution)
+        if self.attention_after >= 0:
             self.attention = SelfAttention2d(channels[self.attention_after + 1])
         self.join_after = max(self.attention_after, 0) if head == "one-hot" else -1
         extra = [n_classes if i == self.join_after + 1 and head == "one-hot" else 0 for i in range(len(channels) - 1)]
@@ -212,9 +207,3 @@ def init_dcgan(root: nn.Module) -> None:
             nn.init.normal_(module.weight, 0, 0.02)
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _channels(resolution: int, width: int, max_multiplier: int) -> list[int]:
-    """Channels at half of ``resolution``, a quarter of it, and so on down to 4x4."""
-    levels = log2(resolution // BASE_RESOLUTION)
-    return [width * min(2**level, max_multiplier) for level in range(levels)]

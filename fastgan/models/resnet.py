@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from fastgan.models.base import (
     Generator,
+    attention_index,
+    channel_levels,
     check_architecture,
     check_images,
     check_label_shape,
     check_noise,
-    log2,
     recorded,
 )
 from fastgan.models.blocks import DownBlock, UpBlock, batch_norm, init_weights, make_head
@@ -70,20 +71,15 @@ class ResNetGenerator(Generator):
             attention_resolution=attention_resolution,
             dim_z=dim_z,
         )
-        self.config = config
-        self.n_classes = n_classes
-        self.resolution = resolution
-        self.image_channels = image_channels
-        self.dim_z = dim_z
+        self.record(config)
 
         # From the 4x4 map up to the image.
-        channels = _channels(resolution, width, max_multiplier)[::-1]
+        channels = channel_levels(resolution, BASE_RESOLUTION, width, max_multiplier)[::-1]
         self.base_channels = channels[0]
         self.linear = nn.Linear(dim_z, channels[0] * BASE_RESOLUTION**2)
         self.blocks = nn.ModuleList(UpBlock(c_in, c_out, n_classes) for c_in, c_out in pairwise(channels))
-        self.attention_after = -1
-        if attention_resolution is not None:
-            self.attention_after = log2(attention_resolution // BASE_RESOLUTION) - 1
+        self.attention_after = attention_index(BASE_RESOLUTION, attention_resolution)
+        if self.attention_after >= 0:
             self.attention = SelfAttention2d(channels[self.attention_after + 1])
         self.norm = batch_norm(channels[-1], n_classes)
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
@@ -154,11 +150,10 @@ class ResNetDiscriminator(nn.Module):
         self.image_channels = image_channels
 
         # From the image down to the 4x4 map; the first block already widens its input to the next level's channels.
-        channels = [image_channels, *_channels(resolution, width, max_multiplier)[1:]]
+        channels = [image_channels, *channel_levels(resolution, BASE_RESOLUTION, width, max_multiplier)[1:]]
         self.blocks = nn.ModuleList(DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise(channels)))
-        self.attention_after = -1
-        if attention_resolution is not None:
-            self.attention_after = log2(resolution // attention_resolution) - 1
+        self.attention_after = attention_index(resolution, attention_resolution)
+        if self.attention_after >= 0:
             self.attention = SelfAttention2d(channels[self.attention_after + 1])
         self.last_block = DownBlock(channels[-1], channels[-1], downsample=False)
         self.head = make_head(head, channels[-1], n_classes)
@@ -190,9 +185,3 @@ class ResNetDiscriminator(nn.Module):
                 h = self.attention(h)
         h = F.relu(self.last_block(h)).sum((2, 3))
         return self.head(h, labels)
-
-
-def _channels(resolution: int, width: int, max_multiplier: int) -> list[int]:
-    """Channels at ``resolution``, half of it, and so on down to 4x4."""
-    levels = log2(resolution // BASE_RESOLUTION) + 1
-    return [width * min(2**level, max_multiplier) for level in range(levels)]

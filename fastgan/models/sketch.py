@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgan.models.base import Generator, check_architecture, check_images, check_label_shape, log2, recorded
+from fastgan.models.base import (
+    Generator,
+    channel_levels,
+    check_architecture,
+    check_images,
+    check_label_shape,
+    recorded,
+)
 from fastgan.models.dcgan import init_dcgan
 
 BOTTLENECK_RESOLUTION = 8
@@ -55,13 +62,9 @@ class SketchGenerator(Generator):
         _check(n_classes, resolution, image_channels, sketch_channels, width, max_multiplier)
         if label_channels < 1:
             raise ValueError(f"label_channels must be at least 1, got {label_channels}")
-        self.config = config
-        self.n_classes = n_classes
-        self.resolution = resolution
-        self.image_channels = image_channels
-        self.sketch_channels = sketch_channels
+        self.record(config)
 
-        channels = _channels(resolution, width, max_multiplier)
+        channels = channel_levels(resolution // 2, BOTTLENECK_RESOLUTION, width, max_multiplier)
         self.encoder = nn.Sequential(
             *(_encode(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise([sketch_channels, *channels])))
         )
@@ -118,7 +121,10 @@ class SketchDiscriminator(nn.Module):
         self.in_channels = image_channels + (sketch_channels if sees_sketch else 0)
 
         self.embed = nn.Embedding(n_classes, resolution**2)
-        channels = [self.in_channels + 1, *_channels(resolution, width, max_multiplier)]
+        channels = [
+            self.in_channels + 1,
+            *channel_levels(resolution // 2, BOTTLENECK_RESOLUTION, width, max_multiplier),
+        ]
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise(channels)):
             layers.append(nn.Conv2d(a, b, 4, 2, 1, bias=i == 0))
@@ -169,9 +175,3 @@ def _convolve(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
     )
-
-
-def _channels(resolution: int, width: int, max_multiplier: int) -> list[int]:
-    """Channels at half of ``resolution``, a quarter of it, and so on down to 8x8."""
-    levels = log2(resolution // BOTTLENECK_RESOLUTION)
-    return [width * min(2**level, max_multiplier) for level in range(levels)]
