@@ -1,4 +1,4 @@
-"""Inception's forward pass, and whole FIDs from files and from resident images: fastgan against pytorch-fid.
+"""Inception's forward pass, decoding, and whole FIDs from files and from resident images: against pytorch-fid.
 
 The weights are random, the same for both. Every number of a precision comes with its error against float32.
 """
@@ -19,17 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import Workload
+from fastgan.metrics.resize import channels_first, clean_with_pillow
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"  # where pytorch-fid looks for them
+READ_SIZE = {"legacy_pytorch": None, "clean": 299}  # to which the readers resize; the device does it otherwise
 
 
 def workloads(quick: bool, device: str) -> list[Workload]:
-    """The forward pass in float32 and bfloat16, precision's error with real weights, and whole FIDs."""
+    """The forward pass in float32 and bfloat16, precision's error with real weights, decoding, and whole FIDs."""
     if quick:
-        return [forward(64, 16, "fp32", device), many_small(device)]
+        found = [forward(64, 4, "fp32", device), many_small(device), decoding(50, "clean")]
+        return found if device == "cuda" else [*found, whole_command(20, dims=192)]
     found = [forward(2048, 16 if device == "cpu" else 256, precision, device) for precision in ("fp32", "bf16")]
     found += [precision_error(200, device), many_small(device)]
-    return [*found, resident(50_000)] if device == "cuda" else [*found, whole_command(1000)]
+    found += [decoding(1000, resize) for resize in ("legacy_pytorch", "clean")]
+    return [*found, resident(50_000)] if device == "cuda" else [*found, whole_command(1000, dims=2048)]
 
 
 def forward(dims: int, n: int, precision: str, device: str) -> Workload:
@@ -90,17 +94,39 @@ def many_small(device: str) -> Workload:
     )
 
 
-def whole_command(n: int) -> Workload:
+def decoding(n: int, resize: str) -> Workload:
+    """Two folders of ``n`` PNGs to batches, by as many threads as cores or by as many of a DataLoader's processes."""
+    return Workload(
+        name=f"decode-{2 * n}-pngs-{resize}",
+        implementations={
+            "worker processes": partial(decoded_by_processes, n, resize),
+            "fastgan": partial(decoded_by_threads, n, resize),
+        },
+        reference="worker processes",
+        check=relative_norm,
+        parameters={"n": [n, n], "size": 64, "resize": resize},
+        tolerance=1e-6,
+    )
+
+
+def whole_command(n: int, dims: int) -> Workload:
     """Both commands on two folders of ``n`` PNGs, from start to exit, compilation with an empty cache included."""
     return Workload(
-        name=f"command-{2 * n}-pngs",
+        name=f"command-{2 * n}-pngs-{dims}",
         implementations={
-            "python -m pytorch_fid": partial(run_pytorch_fid, n),
-            "python -m fastgan fid": partial(run_fastgan_fid, n),
+            "python -m pytorch_fid": partial(run_pytorch_fid, n, dims),
+            "python -m fastgan fid": partial(run_fastgan_fid, n, dims),
         },
         reference="python -m pytorch_fid",
         check=lambda value, exact: abs(value - exact) / exact,
-        parameters={"n": [n, n], "size": 64, "precision": "fp32", "resize": "legacy_pytorch", "device": "cpu"},
+        parameters={
+            "n": [n, n],
+            "dims": dims,
+            "size": 64,
+            "precision": "fp32",
+            "resize": "legacy_pytorch",
+            "device": "cpu",
+        },
         tolerance=1e-3,
         once=True,
         images=2 * n,
@@ -212,20 +238,55 @@ def image_folders(n: int) -> tuple[Path, Path]:
     return folders
 
 
-def run_pytorch_fid(n: int) -> float:
-    return _last_number(["pytorch_fid", *map(str, image_folders(n))], {"TORCH_HOME": str(weights_folder())})
+def decoded_by_threads(n: int, resize: str) -> Tensor:
+    """The sum of all images, at Inception's size where the reading threads resize them."""
+    from fastgan.metrics import ImageFolder
+
+    total = torch.zeros(3, dtype=torch.float64)
+    for folder in image_folders(n):
+        for batch in ImageFolder(folder).batches(READ_SIZE[resize], num_workers=os.cpu_count(), resize=resize):
+            total += batch.double().sum((0, 2, 3))
+    return total
 
 
-def run_fastgan_fid(n: int) -> float:
+def decoded_by_processes(n: int, resize: str) -> Tensor:
+    """The same by a DataLoader, as pytorch-fid and clean-fid read."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for folder in image_folders(n):
+        images = _Images(folder, READ_SIZE[resize])
+        for batch in torch.utils.data.DataLoader(images, batch_size=64, num_workers=os.cpu_count() or 1):
+            total += batch.double().sum((0, 2, 3))
+    return total
+
+
+class _Images(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, folder: Path, size: int | None) -> None:
+        from fastgan.metrics import ImageFolder
+
+        self.source, self.size = ImageFolder(folder), size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.source.read(index)
+        return torch.from_numpy(channels_first(image) if self.size is None else clean_with_pillow(image, self.size))
+
+
+def run_pytorch_fid(n: int, dims: int) -> float:
+    return _last_number(["pytorch_fid", *map(str, image_folders(n))], dims, {"TORCH_HOME": str(weights_folder())})
+
+
+def run_fastgan_fid(n: int, dims: int) -> float:
     options = ["--weights", str(weights_file()), "--precision", "fp32"]
     with tempfile.TemporaryDirectory() as cache:
         return _last_number(
-            ["fastgan", "fid", *map(str, image_folders(n)), *options], {"TORCHINDUCTOR_CACHE_DIR": cache}
+            ["fastgan", "fid", *map(str, image_folders(n)), *options], dims, {"TORCHINDUCTOR_CACHE_DIR": cache}
         )
 
 
-def _last_number(module: list[str], environment: dict[str, str]) -> float:
-    command = [sys.executable, "-m", *module, "--device", "cpu"]
+def _last_number(module: list[str], dims: int, environment: dict[str, str]) -> float:
+    command = [sys.executable, "-m", *module, "--dims", str(dims), "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     if result.returncode:
         raise RuntimeError(result.stderr.strip().splitlines()[-1])

@@ -1,7 +1,8 @@
 """``python -m bench.training``: train recipes on the handwritten digits and keep what shows that they learn.
 
 For each, ``bench/results/training/<recipe>/`` gets the final grid, the curves, and ``metrics.json`` with distances over
-the steps, the agreement of a classifier with the classes asked for, seed, wall time and machine.
+the steps, the agreement of a classifier with the classes asked for, the variety within a class, images a second, seed,
+wall time and machine.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from torch import Tensor
 from bench.records import environment
 from fastgan.data import LabelledImages, sketches_of
 from fastgan.files import write_text
+from fastgan.metrics import precision_recall
 from fastgan.recipes import load_recipe, override
 from fastgan.training import class_rows, sample
 from fastgan.training.reports import read_metrics
@@ -38,6 +41,7 @@ RECIPES = {
 PER_CLASS = 50
 SAMPLE_SEED = 2
 LEAST_HELD_OUT = 0.97
+N_CLASSES = 10
 
 
 def main(
@@ -57,6 +61,7 @@ def main(
         for name in recipes or RECIPES:
             result = train(name, (runs or Path(scratch)) / name, out / name, change or ())
             typer.echo(f"{name}: {result['classifier']['summary']}; {result['wall_seconds']['total']:.0f} s")
+            typer.echo(f"{name}: {result['variety']['summary']}")
 
 
 def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -87,7 +92,8 @@ def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -
         "metric": next(key for key in rows[0] if "/real/" in key).partition("/")[0],
         "real_against_real": _named({int(n): value for n, value in floors.items()}),
         "distances": [{"step": score.step, **_named(score.distances)} for score in run.scores],
-        "classifier": judge(run),
+        "images_per_second": round(statistics.median(r["images_per_second"] for r in rows if "images_per_second" in r)),
+        **judge(run),
     }
     results.mkdir(parents=True, exist_ok=True)
     shutil.copy(sorted((folder / "grids").iterdir())[-1], results / "grid.png")
@@ -97,7 +103,7 @@ def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -
 
 
 def judge(run: Run) -> dict[str, Any]:
-    """What a support vector classifier of real pixels makes of generated images."""
+    """What a support vector classifier of real pixels makes of generated images, and how they vary."""
     from sklearn.svm import SVC
 
     data, held_out = run.data.train, run.data.held_out
@@ -108,6 +114,7 @@ def judge(run: Run) -> dict[str, Any]:
             f"the classifier must be right on {LEAST_HELD_OUT:.0%} of held-out digits, got {accuracy:.1%}"
         )
     images, labels = _generated(run, held_out)
+    images = images.cpu()
     predicted = torch.from_numpy(classifier.predict(_pixels(images)))
     found: dict[str, Any] = {"kind": "SVC of pixels", "held_out_accuracy": accuracy, "images": len(images)}
     if run.generator.n_classes:
@@ -119,7 +126,31 @@ def judge(run: Run) -> dict[str, Any]:
         shares = torch.bincount(predicted, minlength=data.n_classes).double() / len(predicted)
         found["class_shares"] = shares.tolist()
         summary = f"classes are predicted from {shares.min().item():.1%} to {shares.max().item():.1%} of the time"
-    return found | {"summary": f"{summary} ({accuracy:.1%} of held-out real ones are classified right)"}
+    summary += f" ({accuracy:.1%} of held-out real ones are classified right)"
+    classes = labels if run.generator.n_classes else predicted
+    return {"classifier": found | {"summary": summary}, "variety": _variety(images, classes, held_out, data)}
+
+
+def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: LabelledImages) -> dict[str, Any]:
+    """How far images of one class lie apart, as a part of what real ones do, and how the pixels of generated and of
+    held-out images lie in each other's neighbourhoods; both for as many of the images trained on, too."""
+    real, seen = held_out.images.flatten(1), train.images[: len(images)].flatten(1)
+    spreads = _spreads(images.flatten(1), labels) / _spreads(real, held_out.labels)
+    seen_spreads = _spreads(seen, train.labels[: len(images)]) / _spreads(real, held_out.labels)
+    near, seen_near = precision_recall(real, images.flatten(1)), precision_recall(real, seen)
+    return {
+        "distance_within_class": spreads.mean().item(),
+        "distance_within_class_per_class": spreads.tolist(),
+        "neighbourhoods": asdict(near),
+        "trained_on": {"distance_within_class": seen_spreads.mean().item(), "neighbourhoods": asdict(seen_near)},
+        "summary": f"generated images of a class lie {spreads.mean():.2f} times as far apart as real ones (least "
+        f"{spreads.min():.2f}); coverage {near.coverage:.2f} (images trained on: {seen_near.coverage:.2f})",
+    }
+
+
+def _spreads(pixels: Tensor, labels: Tensor) -> Tensor:
+    """Mean distance of two images of a class, for each class; NaN where there are not two."""
+    return torch.stack([torch.pdist(pixels[labels == label].double()).mean() for label in range(N_CLASSES)])
 
 
 def _generated(run: Run, held_out: LabelledImages) -> tuple[Tensor, Tensor]:
