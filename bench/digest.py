@@ -1,33 +1,43 @@
-"""The lines of a run that the README shows: fastgan, the reference and the fastest other implementation."""
+"""The lines of a run that the README shows: fastgan, and every baseline that can do the same work."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.records import Record, RecordError, Run, read_run
 
-SELECTED = {"attention": r"^block (backward|penalty)", "spectral_norm": r"forward\+backward"}
-"""Workloads of a suite that the README shows; all of the others."""
+SELECTED = {
+    "attention": r"^block (backward|penalty), C=(128 H=32|64 H=64) ",
+    "spectral_norm": r"critic, forward\+backward",
+    "sqrtm": r"2048|pairs-32$|^sqrtm",
+    "train_step": r"discriminator$",
+}
+"""Workloads that the README shows of a suite, if it has any of them; all of the others."""
 OWN = "fastgan"
+DEFAULTS = ("fastgan", "fastgan auto")
+"""What a user gets who chooses nothing: shown, and what ratios are against, even where another is faster."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One workload: the fastest of fastgan's implementations, the reference, and the fastest of the others, if any."""
+    """One workload.
+
+    Args:
+        suite: its suite.
+        workload: its name.
+        own: fastgan's default, or the fastest of its implementations where there is none.
+        fastest: the fastest of fastgan's implementations, which may be ``own``.
+        baselines: the others that were timed, the fastest first.
+    """
 
     suite: str
     workload: str
     own: Record
-    reference: Record
-    other: Record | None
-
-    @property
-    def speedup(self) -> float:
-        """Median time of the reference over fastgan's."""
-        return times(self.reference, self.own)
+    fastest: Record
+    baselines: tuple[Record, ...]
 
 
 def times(slower: Record, faster: Record) -> float:
@@ -51,22 +61,18 @@ def read_runs(folder: Path) -> dict[str, Run]:
 
 
 def lines(suite: str, run: Run) -> list[Line]:
-    """The selected workloads of a run in which fastgan was timed."""
-    pattern = SELECTED.get(suite, "")
-    found = (_line(suite, name, records) for name, records in run.workloads().items() if re.search(pattern, name))
-    return [line for line in found if line]
+    """The selected workloads of a run in which fastgan and something else were timed."""
+    workloads = run.workloads()
+    selected = {name: found for name, found in workloads.items() if re.search(SELECTED.get(suite, ""), name)}
+    lines = (_line(suite, name, found) for name, found in (selected or workloads).items())
+    return [line for line in lines if line]
 
 
 def _line(suite: str, workload: str, records: Sequence[Record]) -> Line | None:
-    reference, *others = records
-    if reference.median is None:
+    timed = sorted((r for r in records if r.median is not None), key=seconds)
+    own = [r for r in timed if r.implementation.startswith(OWN) and r is not records[0]]
+    baselines = tuple(r for r in timed if r not in own)
+    if not own or not baselines:
         return None
-    own = _fastest(r for r in others if r.implementation.startswith(OWN))
-    if own is None:
-        return None
-    other = _fastest(r for r in others if not r.implementation.startswith(OWN))
-    return Line(suite, workload, own, reference, other)
-
-
-def _fastest(records: Iterable[Record]) -> Record | None:
-    return min((r for r in records if r.median is not None), key=seconds, default=None)
+    default = next((r for r in own if r.implementation in DEFAULTS), own[0])
+    return Line(suite, workload, default, own[0], baselines)

@@ -91,7 +91,7 @@ def _results(root: Path, devices: dict[Path, dict[str, Run]]) -> str:
 def _device_section(root: Path, folder: Path, runs: dict[str, Run]) -> str:
     found = [line for suite, run in runs.items() for line in lines(suite, run)]
     place = folder.relative_to(root).as_posix()
-    parts = [*_conditions(runs), _table(("", "fastgan", "reference", "fastest other", "error"), map(_cells, found))]
+    parts = [*_conditions(runs), _table(("", "fastgan", "others", "error"), map(_cells, found))]
     return "\n\n".join(
         [*parts, f"All implementations, quantiles, first calls and memory: [{place}]({place}/README.md)."]
     )
@@ -114,22 +114,17 @@ def _condition(run: Run) -> str:
 
 
 def _cells(line: Line) -> tuple[str, ...]:
+    own = [line.own] if line.own is line.fastest else [line.own, line.fastest]
     return (
         f"{line.suite}: {line.workload}",
-        f"{_time(line.own.median)} ({_short(line.own.implementation)}){_rate(line.own)}",
-        *(_against(record, line.own) for record in (line.reference, line.other)),
+        "; ".join(f"{_time(r.median)} ({_short(r.implementation)}){_rate(r)}" for r in own),
+        "; ".join(f"{_time(r.median)} ({r.implementation}), {times(r, line.own):.2f}×" for r in line.baselines),
         "" if line.own.error is None else f"{line.own.error:.0e}",
     )
 
 
 def _short(implementation: str) -> str:
     return implementation.removeprefix("fastgan").strip(" ,") or "fastgan"
-
-
-def _against(record: Record | None, own: Record) -> str:
-    if record is None:
-        return ""
-    return f"{_time(record.median)} ({record.implementation}), {times(record, own):.2f}×"
 
 
 def _rate(record: Record) -> str:
