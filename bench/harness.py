@@ -41,6 +41,7 @@ class Workload:
         tolerance: an implementation with a larger error is not timed.
         floor: seconds below which this device cannot do the work, where known.
         once: a run takes so long that the one that is checked is also the one that is timed.
+        once_above: the same for an implementation that takes more than these seconds.
         images: real images that one call consumes; images per second are reported.
         cold: on a GPU the second-level cache is overwritten before each timed call, as for work that is bound by
             memory and whose operands come from there in a real step.
@@ -56,6 +57,7 @@ class Workload:
     tolerance: float = 1e-3
     floor: float | None = None
     once: bool = False
+    once_above: float = math.inf
     images: int | None = None
     cold: bool = False
     warmup: int = 1
@@ -84,8 +86,8 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly, and would be timed so
     records = check_all(suite, workload, device)
-    right = {name: workload.implementations[name] for name, record in records.items() if record.failure is None}
-    if workload.once or not right:
+    right = {n: workload.implementations[n] for n, r in records.items() if r.failure is None and r.median is None}
+    if not right:
         return list(records.values())
     timings = compare(
         right,
@@ -130,7 +132,7 @@ def _check(suite: str, workload: Workload, name: str, expected: Any, device: str
         finite = error if math.isfinite(error) else None
         return replace(record, error=finite, failure=f"wrong: relative error {error:.1e}"), result
     record = replace(record, error=error, first_call=elapsed)
-    if workload.once:
+    if workload.once or elapsed > workload.once_above:
         record = replace(record, median=elapsed, low=elapsed, high=elapsed, rounds=1)
     return record, result
 

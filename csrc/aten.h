@@ -53,6 +53,39 @@ inline void bmm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   to<Tensor>(stack[0]);
 }
 
+// out <- a b; `out` may be a block of a larger matrix.
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  call("aten::mm", "out", stack);
+  to<Tensor>(stack[0]);
+}
+
+// X with lower X = b, `lower` being lower triangular.
+inline Tensor solve_lower(const Tensor& lower, const Tensor& b) {
+  std::array<StableIValue, 5> stack{from(lower), from(b), from(false), from(true), from(false)};
+  call("aten::linalg_solve_triangular", "", stack);
+  return to<Tensor>(stack[0]);
+}
+
+// The sum of the products of the entries of two vectors.
+inline Tensor dot(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{from(a), from(b)};
+  call("aten::dot", "", stack);
+  return to<Tensor>(stack[0]);
+}
+
+inline Tensor max(const Tensor& a) {
+  std::array<StableIValue, 1> stack{from(a)};
+  call("aten::max", "", stack);
+  return to<Tensor>(stack[0]);
+}
+
+inline Tensor min(const Tensor& a) {
+  std::array<StableIValue, 1> stack{from(a)};
+  call("aten::min", "", stack);
+  return to<Tensor>(stack[0]);
+}
+
 // A view of the main diagonal.
 inline Tensor diagonal(const Tensor& a) {
   std::array<StableIValue, 4> stack{from(a), from(int64_t(0)), from(int64_t(0)), from(int64_t(1))};
@@ -71,12 +104,6 @@ inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subt
 inline Tensor sqrt(const Tensor& a) {
   std::array<StableIValue, 1> stack{from(a)};
   call("aten::sqrt", "", stack);
-  return to<Tensor>(stack[0]);
-}
-
-inline Tensor abs(const Tensor& a) {
-  std::array<StableIValue, 1> stack{from(a)};
-  call("aten::abs", "", stack);
   return to<Tensor>(stack[0]);
 }
 

@@ -21,13 +21,22 @@ void for_lower_tiles(int64_t d, int64_t begin, int64_t end, const Visit& visit) 
     for (int64_t j = 0; j <= i; j += kTile) visit(i, j, std::min(d, i + kTile), std::min(d, j + kTile));
 }
 
+// Tiles pass through two buffers, row by row: the columns of a matrix whose rows are a power of two apart would all
+// meet in the same few cache lines.
 template <typename T>
 void symmetrize(const T* a, double* out, int64_t d, double scale) {
   torch::stable::parallel_for(0, (d + kTile - 1) / kTile, 1, [&](int64_t begin, int64_t end) {
+    double tile[kTile][kTile], mirrored[kTile][kTile];
     for_lower_tiles(d, begin, end, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
-      for (int64_t i = i0; i < i1; ++i)
-        for (int64_t j = j0; j < std::min(j1, i + 1); ++j)
-          out[i * d + j] = out[j * d + i] = 0.5 * (double(a[i * d + j]) / scale + double(a[j * d + i]) / scale);
+      const int64_t rows = i1 - i0, columns = j1 - j0;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) tile[r][c] = double(a[(i0 + r) * d + j0 + c]) / scale;
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = double(a[(j0 + c) * d + i0 + r]) / scale;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) tile[r][c] = mirrored[c][r] = 0.5 * (tile[r][c] + mirrored[c][r]);
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(tile[r], columns, out + (i0 + r) * d + j0);
+      for (int64_t c = 0; c < columns; ++c) std::copy_n(mirrored[c], rows, out + (j0 + c) * d + i0);
     });
   });
 }
@@ -48,7 +57,7 @@ Tensor symmetrized(const Tensor& a, double scale) {
 // two full products.
 Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
   const int64_t d = b.size(0);
-  Tensor out = torch::stable::new_zeros(b, {d, d});
+  Tensor out = torch::stable::new_empty(b, {d, d});
   for (int64_t j = 0; j < d; j += kSandwichBlock) {
     const int64_t width = std::min(kSandwichBlock, d - j), rest = d - j;
     const auto trailing = [&](Tensor m) {
@@ -58,7 +67,7 @@ Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
     Tensor l = trailing(lower), target = trailing(out);
     const Tensor panel = torch::stable::matmul(trailing(b), torch::stable::narrow(l, 1, 0, width));
     Tensor columns = torch::stable::narrow(target, 1, 0, width);
-    torch::stable::copy_(columns, torch::stable::matmul(torch::stable::transpose(l, 0, 1), panel));
+    aten::mm_out(torch::stable::transpose(l, 0, 1), panel, columns);
   }
   return out;
 }

@@ -37,6 +37,11 @@ double frobenius_norm(const std::vector<double>& values) {
   return std::sqrt(std::inner_product(values.begin(), values.end(), values.begin(), 0.0));
 }
 
+// What is known of F with F F^T = A + E: |E|, and a lower bound of the smallest eigenvalue that F keeps.
+struct Quality {
+  double noise = 0, smallest = 0;
+};
+
 // One operand: its matrices, scaled when first asked for, and each factored at most once.
 class Operand {
  public:
@@ -66,9 +71,9 @@ class Operand {
       const double largest = std::max(std::abs(host.front()), std::abs(host.back()));
       if (host.front() >= -kIndefinite * largest) {
         const double floor = size_ * kEpsilon * largest;
-        e.factor_noise = kNoise * frobenius_norm(host);
         const int64_t skip = std::upper_bound(host.begin(), host.end(), floor) - host.begin();
-        e.smallest = skip < size_ ? host[skip] : std::numeric_limits<double>::infinity();
+        const double smallest = skip < size_ ? host[skip] : std::numeric_limits<double>::infinity();
+        e.eigen_quality = {kNoise * frobenius_norm(host), smallest};
         Tensor kept_values = torch::stable::narrow(values, 0, skip, size_ - skip);
         Tensor kept_vectors = torch::stable::narrow(vectors, 1, skip, size_ - skip);
         e.eigen_factor = aten::mul(kept_vectors, aten::sqrt(kept_values));
@@ -77,11 +82,25 @@ class Operand {
     return e.eigen_factor;
   }
 
-  // How far from tr((A B)^{1/2}) the factor of eigen_factor may take `value`: as in the reference.
-  double factor_error(int64_t i, double value, Operand& other, int64_t j) {
-    const Entry& e = entry(i);
+  const Quality& eigen_quality(int64_t i) { return entry(i).eigen_quality; }
+
+  // Of the Cholesky factor, which must be there: the smallest eigenvalue is at least 1 / |L^{-1}|^2.
+  const Quality& cholesky_quality(int64_t i) {
+    Entry& e = entry(i);
+    if (e.cholesky_quality.smallest == 0) {
+      Tensor eye = torch::stable::new_zeros(*e.matrix, {size_, size_});
+      Tensor diagonal = aten::diagonal(eye);
+      torch::stable::fill_(diagonal, 1);
+      const Tensor inverse = torch::stable::flatten(aten::solve_lower(*e.cholesky, eye));
+      e.cholesky_quality = {kNoise * trace(i), 1 / scalar(aten::dot(inverse, inverse))};
+    }
+    return e.cholesky_quality;
+  }
+
+  // How far from tr((A B)^{1/2}) a factor of this quality may take `value`: as in the reference.
+  double factor_error(int64_t i, const Quality& quality, double value, Operand& other, int64_t j) {
     const double trace = other.trace(j), product_error = kNoise * std::sqrt(this->trace(i) * trace);
-    return e.factor_noise * std::min(0.5 * value / e.smallest, std::sqrt(trace / e.smallest)) + product_error;
+    return quality.noise * std::min(0.5 * value / quality.smallest, std::sqrt(trace / quality.smallest)) + product_error;
   }
 
   double trace(int64_t i) {
@@ -101,7 +120,8 @@ class Operand {
  private:
   struct Entry {
     std::optional<Tensor> matrix, cholesky, eigen_factor;
-    double scale = 1, factor_noise = 0, smallest = 0;
+    Quality cholesky_quality, eigen_quality;
+    double scale = 1;
     bool cholesky_tried = false, eigh_tried = false;
   };
 
@@ -109,8 +129,7 @@ class Operand {
     Entry& e = entries_[i];
     if (!e.matrix) {
       Tensor a = torch::stable::select(matrices_, 0, i);
-      Tensor largest = torch::stable::amax(aten::abs(torch::stable::flatten(a)), 0, true);
-      e.scale = power_of_two_scale(primitives_.to_host(torch::stable::to(largest, ScalarType::Double)).front());
+      e.scale = power_of_two_scale(std::max(scalar(aten::max(a)), -scalar(aten::min(a))));
       e.matrix = primitives_.symmetrized(a, e.scale);
     }
     return e;
@@ -118,9 +137,11 @@ class Operand {
 
   std::optional<Tensor> factor(const Tensor& matrix) {
     auto [lower, info] = aten::cholesky_ex(matrix);
-    if (primitives_.to_host(torch::stable::unsqueeze(info, 0)).front() != 0) return std::nullopt;
+    if (scalar(info) != 0) return std::nullopt;
     return lower;
   }
+
+  double scalar(const Tensor& value) { return primitives_.to_host(torch::stable::unsqueeze(value, 0)).front(); }
 
   const Primitives& primitives_;
   Tensor matrices_;
@@ -151,6 +172,21 @@ Result from_singular_values(const std::vector<double>& singular) {
   return {value, kNoise * frobenius_norm(singular) * std::sqrt(double(singular.size())), kSvd};
 }
 
+// By singular values of the product of both Cholesky factors, or nothing where these are not accurate enough to give
+// `value`, which is about the result.
+std::optional<Result> from_cholesky_factors(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j,
+                                            double value, double tolerance) {
+  const auto &f = a.cholesky(i), &g = b.cholesky(j);
+  if (!g) return std::nullopt;
+  const double error = a.factor_error(i, a.cholesky_quality(i), value, b, j) +
+                       b.factor_error(j, b.cholesky_quality(j), value, a, i);
+  if (!(error <= 0.5 * tolerance * value)) return std::nullopt;
+  const Tensor product = torch::stable::matmul(torch::stable::transpose(*f, 0, 1), *g);
+  Result result = from_singular_values(primitives.to_host(aten::svdvals(product)));
+  result.bound += error;
+  return result;
+}
+
 Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j, int64_t method,
              double tolerance) {
   bool accurate = false, singular = false;
@@ -161,6 +197,7 @@ Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, in
       const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kCholesky, &accurate);
       if (accurate) return result;
       if (method == kCholesky) return b.semidefinite(j) ? result : Result{};
+      if (const auto better = from_cholesky_factors(primitives, a, b, i, j, result.value, tolerance)) return *better;
     } else if (method == kCholesky) {
       return {};
     } else {
@@ -176,14 +213,15 @@ Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, in
     const Tensor gram = torch::stable::matmul(torch::stable::matmul(f_transposed, b.matrix(j)), *f);
     const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
     Result result = from_gram_eigenvalues(eigenvalues, tolerance, kEigh, &accurate);
-    result.bound += a.factor_error(i, result.value, b, j);
+    result.bound += a.factor_error(i, a.eigen_quality(i), result.value, b, j);
     if (accurate) return result;
   }
   const auto& g = b.eigen_factor(j);
   if (!g) return {};
   if (g->size(1) == 0) return {0, 0, kEigh};
   Result result = from_singular_values(primitives.to_host(aten::svdvals(torch::stable::matmul(f_transposed, *g))));
-  result.bound += a.factor_error(i, result.value, b, j) + b.factor_error(j, result.value, a, i);
+  result.bound += a.factor_error(i, a.eigen_quality(i), result.value, b, j);
+  result.bound += b.factor_error(j, b.eigen_quality(j), result.value, a, i);
   return result;
 }
 
@@ -193,7 +231,7 @@ Tensor trace_sqrt_products(const Primitives& primitives, const Tensor& a, const 
                            int64_t method) {
   const int64_t count = pairs.size(0);
   Tensor rows = torch::stable::new_empty(pairs, {count, 3}, ScalarType::Double);
-  const double tolerance = a.scalar_type() == ScalarType::Float ? 1e-7 : 3e-10;
+  const double tolerance = a.scalar_type() == ScalarType::Float ? 1e-7 : 1e-9;
   Operand left(primitives, a), right(primitives, b);
   const auto* index = static_cast<const int64_t*>(pairs.data_ptr());
   auto* out = static_cast<double*>(rows.data_ptr());

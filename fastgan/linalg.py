@@ -106,7 +106,7 @@ def nuclear_norm(
             on float32 matrices.
         method: ``"gram"`` takes eigenvalues of M M^T (of the smaller side), ``"svd"`` singular values. ``"polar"`` is
             <U, M> by the polar factor U, from matrix products alone: scaled Newton-Schulz (Chen & Chow, 2014).
-            ``"auto"``: on a CPU ``"gram"`` where its error bound is below 3e-10 of the value (1e-7 for float32), else
+            ``"auto"``: on a CPU ``"gram"`` where its error bound is below 1e-9 of the value (1e-7 for float32), else
             ``"svd"``; on a GPU ``"polar"``.
         impl: as in :func:`sqrtm`.
         return_info: return also a :class:`TraceSqrtInfo`.
@@ -185,10 +185,10 @@ def trace_sqrt_product(
     ``"auto"`` with                           is
     ========================================  ==========================================================================
     ``factors``                               ``"lowrank"``
-    CPU                                       ``"cholesky"`` where its error bound is below 3e-10 of the value (1e-7 for
+    CPU                                       ``"cholesky"`` where its error bound is below 1e-9 of the value (1e-7 for
                                               float32); ``"eigh"`` where A is singular, with the same bound; else
-                                              ``"svd"``. As one batch from 4 pairs on where d <= 128, else pair by
-                                              pair
+                                              ``"svd"``, of Cholesky factors where they serve. As one batch from 4
+                                              pairs on where d <= 128, else pair by pair
     GPU, d <= 64, extension built             ``"jacobi"``
     GPU                                       ``"polar"``
     ========================================  ==========================================================================

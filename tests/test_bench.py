@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_what_runs_once_is_timed_when_it_is_checked():
     assert (records["slow"].rounds, records["slow"].error) == (1, 0.0)
     assert records["slow"].median > 0
     assert records["wrong"].failure.startswith("wrong")
+
+
+def test_one_that_takes_long_runs_once_beside_others():
+    calls = []
+    both = workload(slow=lambda: calls.append(1) or time.sleep(0.3) or torch.ones(3))
+    records = {r.implementation: r for r in run("toy", dataclasses.replace(both, once_above=0.25), 0.0, "cpu")}
+    assert len(calls) == records["slow"].rounds == 1
+    assert 0.3 <= records["slow"].median < 1
+    assert records["right"].rounds >= 3
 
 
 def test_calls_are_interleaved_after_a_warm_up():

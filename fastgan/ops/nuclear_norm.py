@@ -40,7 +40,7 @@ def resolve(impl: str, device: torch.device) -> str:
 
 def value_tolerance(dtype: torch.dtype) -> float:
     """The share of the value that an error bound may have before a slower method takes over."""
-    return 1e-7 if dtype == torch.float32 else 3e-10
+    return 1e-7 if dtype == torch.float32 else 1e-9
 
 
 def polar_factor(m: Tensor, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ With A = F F^T, the eigenvalues of the symmetric G = F^T B F are those of A B, s
 square roots of the eigenvalues of G, and with B = H H^T the sum of the singular values of F^T H. A square root of an
 eigenvalue at rounding level keeps half the digits only; singular values of the factors keep them all, at several times
 the cost. Hence the order: Cholesky factor and eigenvalues of G with a bound on the error; where the bound is too wide,
-factors by eigenvectors with the eigenvalues at rounding level left out, and singular values. The C++ operator is the
-same algorithm, step by step.
+singular values of the product of both Cholesky factors; where one of them is too near to singular, of factors by
+eigenvectors with the eigenvalues at rounding level left out. The C++ operator is the same algorithm, step by step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tens
     Returns:
         (n, 3) float64, on the host.
     """
-    tolerance = 1e-7 if a.dtype == torch.float32 else 3e-10
+    tolerance = 1e-7 if a.dtype == torch.float32 else 1e-9
     left, right = _Operand(a), _Operand(b)
     rows = []
     for i, j in pairs.tolist():
@@ -64,6 +64,10 @@ def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tens
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
+Quality = tuple[float, float]
+"""Of a factor F with F F^T = A + E: |E|, and a lower bound of the smallest eigenvalue that F keeps."""
+
+
 class _Operand:
     """One operand: its matrices, scaled when first asked for, and each factored at most once."""
 
@@ -72,7 +76,8 @@ class _Operand:
         self._scaled: dict[int, tuple[Tensor, float]] = {}
         self._cholesky: dict[int, Tensor | None] = {}
         self._eigen: dict[int, Tensor | None] = {}
-        self._factor_noise: dict[int, tuple[float, float]] = {}
+        self._eigen_quality: dict[int, Quality] = {}
+        self._cholesky_quality: dict[int, Quality] = {}
 
     def matrix(self, i: int) -> Tensor:
         return self._entry(i)[0]
@@ -103,18 +108,33 @@ class _Operand:
             definite = smallest >= -INDEFINITE * largest
             self._eigen[i] = vectors[:, kept] * values[kept].sqrt() if definite else None
             noise = _NOISE * torch.linalg.vector_norm(values).item()
-            self._factor_noise[i] = noise, values[kept].amin().item() if kept.any() else math.inf
+            self._eigen_quality[i] = noise, values[kept].amin().item() if kept.any() else math.inf
         return self._eigen[i]
 
-    def factor_error(self, i: int, value: float, other: _Operand, j: int) -> float:
-        """How far from tr((A B)^{1/2}) the factor of :meth:`eigen_factor` may take ``value``.
+    def eigen_quality(self, i: int) -> Quality:
+        return self._eigen_quality[i]
+
+    def cholesky_quality(self, i: int) -> Quality:
+        """Of the Cholesky factor, which must be there: the smallest eigenvalue is at least 1 / |L^{-1}|^2."""
+        if i not in self._cholesky_quality:
+            lower = self._cholesky[i]
+            assert lower is not None
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+            self._cholesky_quality[i] = _NOISE * self.trace(i), 1 / inverse.square().sum().item()
+        return self._cholesky_quality[i]
+
+    def trace(self, i: int) -> float:
+        return max(self.matrix(i).diagonal().sum().item(), 0.0)
+
+    def factor_error(self, i: int, quality: Quality, value: float, other: _Operand, j: int) -> float:
+        """How far from tr((A B)^{1/2}) a factor of this quality may take ``value``.
 
         F F^T = A + E with |E| at rounding level, which moves F by at most |E| / lambda^{1/2}, lambda the smallest
         eigenvalue kept, and the sum of the singular values of F^T H by |H| times that; or, to first order, the value by
         <E, P> / 2, where the trace of P is at most the value over lambda. The product F^T H adds its own rounding.
         """
-        noise, smallest = self._factor_noise[i]
-        own_trace, trace = (max(m.diagonal().sum().item(), 0.0) for m in (self.matrix(i), other.matrix(j)))
+        noise, smallest = quality
+        own_trace, trace = self.trace(i), other.trace(j)
         product_error = _NOISE * math.sqrt(own_trace * trace)
         return noise * min(0.5 * value / smallest, math.sqrt(trace / smallest)) + product_error
 
@@ -149,6 +169,9 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
                 return value, bound, CHOLESKY
             if method == CHOLESKY:
                 return (value, bound, CHOLESKY) if b.semidefinite(j) else failed
+            better = _from_cholesky_factors(a, b, i, j, value, tolerance)
+            if better is not None:
+                return better
         elif method == CHOLESKY:
             return failed
         else:
@@ -164,17 +187,39 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
         gram = factor.mT @ b.matrix(j) @ factor
         value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
         if accurate:
-            return value, bound + a.factor_error(i, value, b, j), EIGH
+            return value, bound + a.factor_error(i, a.eigen_quality(i), value, b, j), EIGH
     other = b.eigen_factor(j)
     if other is None:
         return failed
     if other.shape[1] == 0:
         return 0.0, 0.0, EIGH
-    singular_values = torch.linalg.svdvals(factor.mT @ other)
-    noise = _NOISE * torch.linalg.vector_norm(singular_values).item()
-    value = singular_values.sum().item()
-    factor_errors = a.factor_error(i, value, b, j) + b.factor_error(j, value, a, i)
-    return value, noise * math.sqrt(singular_values.numel()) + factor_errors, SVD
+    value, bound = _from_singular_values(factor.mT @ other)
+    factor_errors = a.factor_error(i, a.eigen_quality(i), value, b, j)
+    factor_errors += b.factor_error(j, b.eigen_quality(j), value, a, i)
+    return value, bound + factor_errors, SVD
+
+
+def _from_cholesky_factors(
+    a: _Operand, b: _Operand, i: int, j: int, value: float, tolerance: float
+) -> tuple[float, float, int] | None:
+    """By singular values of the product of both Cholesky factors, or None where these are not accurate enough to give
+    ``value``, which is about the result."""
+    left, right = a.cholesky(i), b.cholesky(j)
+    if left is None or right is None:
+        return None
+    error = a.factor_error(i, a.cholesky_quality(i), value, b, j) + b.factor_error(
+        j, b.cholesky_quality(j), value, a, i
+    )
+    if not error <= 0.5 * tolerance * value:
+        return None
+    found, bound = _from_singular_values(left.mT @ right)
+    return found, bound + error, SVD
+
+
+def _from_singular_values(product: Tensor) -> tuple[float, float]:
+    singular = torch.linalg.svdvals(product)
+    noise = _NOISE * torch.linalg.vector_norm(singular).item()
+    return singular.sum().item(), noise * math.sqrt(singular.numel())
 
 
 def triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
