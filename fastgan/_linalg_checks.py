@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,7 +64,13 @@ def check_finite(name: str, operand: Tensor) -> None:
     finite = entries.isfinite().all(-1)
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
-        raise ValueError(f"{_where(name, index, len(finite))} must be finite, got NaN or infinite entries")
+        raise ValueError(_not_finite(name, entries, index))
+
+
+def _not_finite(name: str, matrices: Tensor, index: int) -> str:
+    matrix = matrices[index]
+    bad = matrix.numel() - int(matrix.isfinite().sum())
+    return f"{_where(name, index, len(matrices))} must be finite, got {bad} NaN or infinite of {matrix.numel()} entries"
 
 
 def check_symmetric(name: str, operand: Tensor) -> None:
@@ -73,7 +79,7 @@ def check_symmetric(name: str, operand: Tensor) -> None:
     for index, (gap, largest) in enumerate(asymmetry(flat).tolist()):
         where = _where(name, index, len(flat))
         if not (gap < float("inf") and largest < float("inf")):
-            raise ValueError(f"{where} must be finite, got NaN or infinite entries")
+            raise ValueError(_not_finite(name, flat, index))
         if gap > ASYMMETRIC * largest:
             share = f"max |A - A^T| is {gap:.3g}, {gap / largest:.2g} of the largest entry (allowed: {ASYMMETRIC:g})"
             raise ValueError(f"{where} must be symmetric: {share}")
@@ -87,21 +93,27 @@ def smallest_share(operand: Tensor) -> Tensor:
 
 def check_semidefinite(name: str, operand: Tensor) -> None:
     """Raise where an eigenvalue is clearly below zero: one Cholesky factorisation where none is."""
-    wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
-    if len(wide) == 0:
-        return
-    shift = INDEFINITE * wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
-    _, failed = torch.linalg.cholesky_ex(wide + shift[:, None, None] * torch.eye(wide.shape[-1]).to(wide))
-    if bool((failed != 0).any()):
+    if _smallest_is_below(operand, INDEFINITE, lambda wide: wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)):
         share = smallest_share(operand)
         if share.min() < -INDEFINITE:
             raise ValueError(indefinite(name, share))
 
 
+def _smallest_is_below(operand: Tensor, share: float, size: Callable[[Tensor], Tensor]) -> bool:
+    """Whether A + share * size(A) I has no Cholesky factor, for any matrix A."""
+    wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
+    shift = share * size(wide).clamp(min=torch.finfo(torch.float64).tiny)
+    _, failed = torch.linalg.cholesky_ex(wide + shift[:, None, None] * torch.eye(wide.shape[-1]).to(wide))
+    return bool((failed != 0).any())
+
+
 def check_definite(name: str, operand: Tensor) -> None:
-    share = smallest_share(operand)
+    """Raise where an eigenvalue is at rounding level or below: one Cholesky factorisation where none is."""
     floor = operand.shape[-1] * torch.finfo(torch.float64).eps
-    if len(share) and share.min() <= floor:
+    if not _smallest_is_below(operand, -floor, torch.linalg.matrix_norm):
+        return
+    share = smallest_share(operand)
+    if share.min() <= floor:
         index = int(share.argmin())
         raise ValueError(
             f"{_where(name, index, len(share))} must be positive definite for inverse=True: its smallest eigenvalue is "
@@ -110,7 +122,8 @@ def check_definite(name: str, operand: Tensor) -> None:
 
 
 def indefinite(name: str, share: Tensor) -> str:
+    index = int(share.argmin())
     return (
-        f"{name} must be positive semi-definite: its smallest eigenvalue is {share.min().item():.2g} "
-        f"of the largest (allowed: {-INDEFINITE:g})"
+        f"{_where(name, index, len(share))} must be positive semi-definite: its smallest eigenvalue is "
+        f"{share[index].item():.2g} of the largest (allowed: {-INDEFINITE:g})"
     )

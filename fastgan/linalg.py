@@ -70,8 +70,8 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
 
     Returns:
         The root, of the shape and dtype of ``a``; differentiable any number of times. Gradients are symmetric, solve
-        the Lyapunov equation S X + X S = G in the eigenbasis, and are zero, not infinite, between directions that a
-        singular matrix lacks.
+        the Lyapunov equation S X + X S = G in the eigenbasis (on a GPU, for definite S, by Newton-Schulz steps), and are
+        zero, not infinite, between directions that a singular matrix lacks.
 
     Raises:
         ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
@@ -208,7 +208,7 @@ def trace_sqrt_product(
     Returns:
         The value, of the broadcast batch shape and the operands' dtype, differentiable twice in operands or factors.
         Gradients of ``a`` and ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
-        infinite, they are zero.
+        infinite, they are zero. On a GPU those of definite operands are matrix products and triangular solves alone.
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry

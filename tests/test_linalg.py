@@ -260,7 +260,10 @@ def test_cholesky_of_a_singular_matrix_says_which():
 def test_bad_matrix_of_a_batch_is_numbered():
     batch = torch.eye(3).repeat(2, 2, 1, 1)
     batch[1, 0, 2, 2] = math.nan
-    with pytest.raises(ValueError, match="^a, matrix 2 of the flattened batch, must be finite"):
+    with pytest.raises(ValueError, match="^a, matrix 2 of the flattened batch, must be finite, got 1 NaN .* of 9 entr"):
+        trace_sqrt_product(batch, torch.eye(3))
+    batch[1, 0, 2, 2] = -1
+    with pytest.raises(ValueError, match="^a, matrix 2 of the flattened batch, must be positive semi-definite: .* -1"):
         trace_sqrt_product(batch, torch.eye(3))
 
 

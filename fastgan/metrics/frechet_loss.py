@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from fastgan._lowrank import without_mean
 from fastgan.linalg import nuclear_norm
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.stats import FeatureStats
@@ -13,7 +13,7 @@ from fastgan.metrics.stats import FeatureStats
 class FrechetLoss(nn.Module):
     """The Frechet distance of a batch of features to fixed statistics, differentiable in the features.
 
-    The cross term is the nuclear norm of X L / sqrt(n - 1), with X the centred features and L L^T the reference's
+    The cross term is the nuclear norm of X R^T / sqrt(n - 1), with X the centred features and R^T R the reference's
     covariance: an (n, dim) matrix, so a batch smaller than ``dim`` costs little. The distance of so few vectors is
     biased far upwards, but for a fixed batch size so is that of real ones (Mathiasen & Hvilshoj, "Backpropagating
     through Frechet Inception Distance", 2020).
@@ -32,7 +32,7 @@ class FrechetLoss(nn.Module):
     def __init__(self, reference: FeatureStats) -> None:
         super().__init__()
         self.register_buffer("mean", reference.mean)
-        self.register_buffer("factor", _factor(reference.cov))
+        self.register_buffer("factor", without_mean(reference.root()).mT.contiguous())
         self.register_buffer("trace", reference.cov.trace())
 
     def forward(self, features: Tensor) -> Tensor:
@@ -47,15 +47,6 @@ class FrechetLoss(nn.Module):
         rows = features.double()
         mean = rows.mean(dim=0)
         centred = (rows - mean) / (len(rows) - 1) ** 0.5
-        cross = nuclear_norm(centred @ self.factor)
+        cross = nuclear_norm(without_mean(centred) @ self.factor)
         distance = (mean - self.mean).square().sum() + centred.square().sum() + self.trace - 2 * cross
         return distance.to(features.dtype)
-
-
-def _factor(cov: Tensor) -> Tensor:
-    """L with L L^T = cov, also where that is singular."""
-    lower, failed = torch.linalg.cholesky_ex(cov)
-    if failed.item() == 0:
-        return lower
-    values, vectors = torch.linalg.eigh(cov)
-    return vectors * values.clamp(min=0).sqrt()

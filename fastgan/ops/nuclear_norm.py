@@ -113,7 +113,10 @@ def _(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
 
 @custom_op("fastgan::nuclear_norm_bwd", mutates_args=())
 def nuclear_norm_bwd(grad: Tensor, m: Tensor) -> Tensor:
-    return _as(m, reference.nuclear_norm_bwd(grad.double().reshape(-1), _flat(m)))
+    flat = _flat(m)
+    weight = grad.double().reshape(-1)
+    u = resolved_polar_factor(flat) if by_products(m) else None
+    return _as(m, reference.nuclear_norm_bwd(weight, flat) if u is None else weight[:, None, None] * u)
 
 
 @nuclear_norm_bwd.register_fake
@@ -123,13 +126,52 @@ def _(grad: Tensor, m: Tensor) -> Tensor:
 
 @custom_op("fastgan::nuclear_norm_bwd_bwd", mutates_args=())
 def nuclear_norm_bwd_bwd(cotangent: Tensor, grad: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    grad_grad, grad_m = reference.nuclear_norm_bwd_bwd(_flat(cotangent), grad.double().reshape(-1), _flat(m))
+    grad_grad, grad_m = _second(_flat(cotangent), grad.double().reshape(-1), _flat(m), by_products(m))
     return grad_grad.to(grad.dtype).reshape(grad.shape), _as(m, grad_m)
 
 
 @nuclear_norm_bwd_bwd.register_fake
 def _(cotangent: Tensor, grad: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape), m.new_empty(m.shape)
+
+
+def _second(cotangent: Tensor, grad: Tensor, m: Tensor, products: bool) -> tuple[Tensor, Tensor]:
+    u = resolved_polar_factor(m) if products else None
+    if u is None:
+        return reference.nuclear_norm_bwd_bwd(cotangent, grad, m)
+    tall = m.shape[-2] > m.shape[-1]
+    wide = [matrix.mT if tall else matrix for matrix in (cotangent, m, u)]
+    grad_grad, grad_m, converged = reference.bwd_bwd_by_products(wide[0], grad, wide[1], wide[2])
+    if not captured(m) and not bool(converged.all()):
+        return reference.nuclear_norm_bwd_bwd(cotangent, grad, m)
+    return grad_grad, grad_m.mT if tall else grad_m
+
+
+def by_products(operand: Tensor) -> bool:
+    """Whether gradients avoid eigenvectors: where these are slow."""
+    return operand.is_cuda
+
+
+def captured(operand: Tensor) -> bool:
+    """Whether this is within a CUDA graph, where nobody may look at values."""
+    return operand.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def resolved_polar_factor(m: Tensor) -> Tensor | None:
+    """Polar factors of float64 ``m`` (n, rows, cols), or None where one lacks a direction.
+
+    Iterated to the end: a gradient is of first order in the error of the polar factor, where the value is of second.
+    """
+    if len(m) == 0:
+        return m
+    wide = m if m.shape[-2] <= m.shape[-1] else m.mT
+    wide = wide / power_of_two(wide)[:, None, None]
+    extension = resolve("auto", m.device) == "extension"
+    compute = torch.ops.fastgan_C.nuclear_norm if extension else reference.polar_factor
+    u, _ = compute(wide.contiguous(), False, 0.0)
+    if not captured(m) and not bool(reference.has_orthonormal_rows(u).all()):
+        return None
+    return u if m.shape[-2] <= m.shape[-1] else u.mT
 
 
 def _flat(m: Tensor) -> Tensor:

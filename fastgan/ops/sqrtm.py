@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.ops.nuclear_norm import power_of_two, resolve
+from fastgan.ops.nuclear_norm import by_products, captured, power_of_two, resolve
 from fastgan.reference import sqrtm as reference
+from fastgan.reference.nuclear_norm import lyapunov_newton_schulz
 
 METHODS = ("auto", "eigh", "newton_schulz")
 
@@ -37,7 +38,7 @@ def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
     """By Newton-Schulz; where that has not converged by eigenvectors, or a RuntimeError."""
     compute = torch.ops.fastgan_C.sqrtm if resolve(impl, a.device) == "extension" else reference.sqrtm_newton_schulz
     root = compute(a, inverse)
-    if a.is_cuda and torch.cuda.is_current_stream_capturing():
+    if captured(a):
         return root
     residual = reference.residual(a, root, inverse)
     failed = ~(residual <= (_INVERSE_RESIDUAL if inverse else _RESIDUAL))
@@ -57,11 +58,23 @@ def _(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
 @custom_op("fastgan::lyapunov", mutates_args=())
 def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     """The symmetric X (..., d, d) with root X + X root = the symmetric part of ``rhs``."""
-    flat = [m.reshape(-1, *m.shape[-2:]).double() for m in (root, rhs)]
-    if len(flat[0]) == 0:
+    flat_root, flat_rhs = (m.reshape(-1, *m.shape[-2:]).double() for m in (root, rhs))
+    if len(flat_root) == 0:
         return rhs.clone()
-    scale = power_of_two(flat[0])[:, None, None]
-    return (reference.lyapunov(flat[0] / scale, flat[1]) / scale).to(rhs.dtype).reshape(rhs.shape).contiguous()
+    scale = power_of_two(flat_root)[:, None, None]
+    solve = _lyapunov_iterated if by_products(root) else reference.lyapunov
+    return (solve(flat_root / scale, flat_rhs) / scale).to(rhs.dtype).reshape(rhs.shape).contiguous()
+
+
+def _lyapunov_iterated(root: Tensor, rhs: Tensor) -> Tensor:
+    """By Newton-Schulz, as eigensolvers are slow on a GPU; where that has not converged by eigenvectors."""
+    x, converged = lyapunov_newton_schulz(root, 0.5 * (rhs + rhs.mT))
+    if captured(root):
+        return x
+    failed = ~converged
+    if bool(failed.any()):
+        x[failed] = reference.lyapunov(root[failed], rhs[failed])
+    return x
 
 
 @lyapunov.register_fake

@@ -15,12 +15,16 @@ from fastgan.ops.nuclear_norm import (
     LOWER,
     METHOD,
     UPPER,
+    by_products,
+    captured,
     direct_rows,
     polar_rows,
     power_of_two,
     resolve,
+    resolved_polar_factor,
     value_tolerance,
 )
+from fastgan.reference import trace_sqrt_gradients as gradients
 from fastgan.reference import trace_sqrt_product as reference
 from fastgan.reference.nuclear_norm import root_sum
 from fastgan.reference.trace_sqrt_product import CHOLESKY, DIRECT, FAILED, JACOBI, POLAR
@@ -144,7 +148,10 @@ def _(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tenso
 
 @custom_op("fastgan::trace_sqrt_product_bwd", mutates_args=())
 def trace_sqrt_product_bwd(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.trace_sqrt_product_bwd(grad, a, b)
+    found = gradients.transport_by_products(a, b, resolved_polar_factor, captured(a)) if by_products(a) else None
+    if found is not None:
+        return gradients.bwd_by_products(grad, a, b, found)
+    return gradients.trace_sqrt_product_bwd(grad, a, b)
 
 
 @trace_sqrt_product_bwd.register_fake
@@ -156,7 +163,12 @@ def _(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def trace_sqrt_product_bwd_bwd(
     cotangent_a: Tensor, cotangent_b: Tensor, grad: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.trace_sqrt_product_bwd_bwd(cotangent_a, cotangent_b, grad, a, b)
+    found = gradients.transport_by_products(a, b, resolved_polar_factor, captured(a)) if by_products(a) else None
+    if found is not None:
+        second = gradients.bwd_bwd_by_products(cotangent_a, cotangent_b, grad, a, b, found, captured(a))
+        if second is not None:
+            return second
+    return gradients.trace_sqrt_product_bwd_bwd(cotangent_a, cotangent_b, grad, a, b)
 
 
 @trace_sqrt_product_bwd_bwd.register_fake

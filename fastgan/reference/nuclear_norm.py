@@ -20,6 +20,7 @@ _NOISE = 4 * _EPSILON
 _PASSES = 2
 _SMALLEST = 1e-7
 _NEWTON_SCHULZ = (1.5, 0.5)
+_ORTHONORMAL = 1e-7
 
 
 def scaled_newton_schulz(smallest: float) -> list[tuple[float, float]]:
@@ -157,6 +158,42 @@ def nuclear_norm_bwd_bwd(cotangent: Tensor, grad: Tensor, m: Tensor) -> tuple[Te
     left = cotangent @ vh.mT - u @ b
     curvature = u @ (y @ vh + inverse[:, :, None] * right) + (left * inverse[:, None, :]) @ vh
     return (cotangent * (u @ vh)).sum((1, 2)), grad[:, None, None] * curvature
+
+
+def has_orthonormal_rows(u: Tensor) -> Tensor:
+    """Whether the polar iteration resolved every direction: not where M lacks one, or nearly does."""
+    eye = torch.eye(u.shape[-2], dtype=u.dtype, device=u.device)
+    return _norm(u @ u.mT - eye) <= _ORTHONORMAL
+
+
+def bwd_bwd_by_products(cotangent: Tensor, grad: Tensor, m: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`nuclear_norm_bwd_bwd` for rows <= cols, from polar factors with orthonormal rows; and convergence.
+
+    With H = M U^T, U changes by X U + H^{-1} dM (I - U^T U), where H X + X H is the skew part of 2 dM U^T.
+    """
+    h = m @ u.mT
+    h = 0.5 * (h + h.mT)
+    inside = cotangent @ u.mT
+    x, converged = lyapunov_newton_schulz(h, inside - inside.mT)
+    outside = torch.cholesky_solve(cotangent - inside @ u, torch.linalg.cholesky_ex(h)[0])
+    return (cotangent * u).sum((1, 2)), grad[:, None, None] * (x @ u + outside), converged
+
+
+def lyapunov_newton_schulz(s: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """X with S X + X S = ``rhs`` for positive definite S, from matrix products alone, and whether that has converged.
+
+    The sign function of [[S, G], [0, -S]] is [[I, 2 X], [0, -I]] (Roberts, "Linear model reduction and solution of the
+    algebraic Riccati equation by use of the sign function", 1980), found by scaled Newton-Schulz steps x <- linear x -
+    cubic x^3 on the two blocks. Eigenvalues are resolved down to 1e-8 of |S|_F; smaller ones do not converge.
+    """
+    scale = torch.linalg.matrix_norm(s, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    s, g = 0.5 * (s + s.mT) / scale, rhs / scale
+    for linear, cubic in scaled_newton_schulz(1e-8):
+        square = s @ s
+        s, g = linear * s - cubic * (square @ s), linear * g - cubic * (square @ g - s @ g @ s + g @ square)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    return 0.5 * g, _norm(s - eye) <= 1e-6
 
 
 def _truncated_svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""tr((A B)^{1/2}) for symmetric positive semi-definite A, B, and its first two derivatives, in plain PyTorch.
+"""tr((A B)^{1/2}) for symmetric positive semi-definite A, B, in plain PyTorch.
 
 With A = F F^T, the eigenvalues of the symmetric G = F^T B F are those of A B, so that tr((A B)^{1/2}) is the sum of the
 square roots of the eigenvalues of G, and with B = H H^T the sum of the singular values of F^T H. A square root of an
@@ -286,62 +286,3 @@ def factor_errors(value: Tensor, noise_a: Tensor, noise_b: Tensor) -> Tensor:
         noise, smallest, trace = own[:, 0], own[:, 1], other[:, 2]
         total = total + noise * torch.minimum(0.5 * value / smallest, (trace / smallest).sqrt())
     return total
-
-
-def trace_sqrt_product_bwd(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (P, Q) * grad / 2 of tr((A B)^{1/2}), where P A P = B and Q B Q = A, P and Q symmetric and Q = P^{-1}.
-
-    ``grad`` has the broadcast batch shape of ``a`` and ``b``. Directions that A or B lacks have no gradient: theirs is
-    infinite.
-    """
-    z, w, _, scale_a, scale_b = _congruence(a, b)
-    weight = 0.5 * grad.double()[..., None, None]
-    grad_a = weight * (scale_b.sqrt() / scale_a.sqrt()) * (z @ z.mT)
-    grad_b = weight * (scale_a.sqrt() / scale_b.sqrt()) * (w @ w.mT)
-    return _sum_to(grad_a, a), _sum_to(grad_b, b)
-
-
-def trace_sqrt_product_bwd_bwd(
-    cotangent_a: Tensor, cotangent_b: Tensor, grad: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of <cotangent_a, grad_a> + <cotangent_b, grad_b> with respect to ``grad``, ``a`` and ``b``.
-
-    Differentiating P A P = B gives the Lyapunov equation dP A P + P A dP = dB - P dA P. With P = Z Z^T, Q = W W^T and
-    W^T Z = I, Z^T A Z is the diagonal of the singular values sigma, and dP = Z Y Z^T, Y_ij = (W^T dB W - Z^T dA Z)_ij /
-    (sigma_i + sigma_j).
-    """
-    z, w, sigma, scale_a, scale_b = _congruence(a, b)
-    va, vb = _symmetric(cotangent_a.double()) / scale_a, _symmetric(cotangent_b.double()) / scale_b
-    va_z, vb_w = z.mT @ va @ z, w.mT @ vb @ w
-    root = scale_a.sqrt() * scale_b.sqrt()
-    traces = va_z.diagonal(dim1=-2, dim2=-1).sum(-1) + vb_w.diagonal(dim1=-2, dim2=-1).sum(-1)
-    sums = sigma[..., :, None] + sigma[..., None, :]
-    y = torch.where(sums > 0, (vb_w - va_z) / sums, 0.0)
-    weight = 0.5 * grad.double()[..., None, None] * root
-    grad_a = weight / scale_a * (z @ y @ z.mT)
-    grad_b = -weight / scale_b * (w @ y @ w.mT)
-    return (0.5 * root[..., 0, 0] * traces).to(grad.dtype), _sum_to(grad_a, a), _sum_to(grad_b, b)
-
-
-def _congruence(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Z, W, sigma and the scales of A and B, with P = Z Z^T, Q = W W^T for A and B divided by their scales."""
-    scale_a, scale_b = (power_of_two_scale(m.double())[..., None, None] for m in (a, b))
-    factor_a, factor_b = _eigen_factor(a.double() / scale_a), _eigen_factor(b.double() / scale_b)
-    u, sigma, vh = torch.linalg.svd(factor_a.mT @ factor_b)
-    floor = sigma.shape[-1] * _EPSILON * sigma[..., :1]
-    inverse_root = torch.where(sigma > floor, sigma.rsqrt(), 0.0)[..., None, :]
-    return factor_b @ vh.mT * inverse_root, factor_a @ u * inverse_root, sigma, scale_a, scale_b
-
-
-def _eigen_factor(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(_symmetric(matrix))
-    floor = values.shape[-1] * _EPSILON * values[..., -1:]
-    return vectors * torch.where(values > floor, values, 0.0).sqrt()[..., None, :]
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.mT)
-
-
-def _sum_to(gradient: Tensor, operand: Tensor) -> Tensor:
-    return gradient.sum_to_size(operand.shape).to(operand.dtype)

@@ -113,7 +113,11 @@ def test_opcheck():
         (torch.full((2, 2), math.nan), {}, "^a must be finite"),
         (torch.tensor([[1.0, 0.1], [0.0, 1.0]]), {}, r"^a must be symmetric: max \|A - A\^T\| is 0\.1,"),
         (torch.diag(torch.tensor([2.0, -1.0])), {}, r"^a must be positive semi-definite: .* is -0\.5 of the largest"),
-        (torch.eye(2).repeat(2, 1, 1) * torch.tensor([1.0, -1.0])[:, None, None], {}, "^a must be positive semi-def"),
+        (
+            torch.eye(2).repeat(2, 1, 1) * torch.tensor([1.0, -1.0])[:, None, None],
+            {},
+            "^a, matrix 1 of .* must be positive",
+        ),
         (torch.diag(torch.tensor([2.0, 0.0])), {"inverse": True}, "^a must be positive definite for inverse=True"),
         (torch.eye(2), {"method": "schur"}, "^method must be one of 'auto', 'eigh', 'newton_schulz', got 'schur'"),
     ],
