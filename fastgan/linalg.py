@@ -70,8 +70,8 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
 
     Returns:
         The root, of the shape and dtype of ``a``; differentiable any number of times. Gradients are symmetric, solve
-        the Lyapunov equation S X + X S = G in the eigenbasis (on a GPU, for definite S, by Newton-Schulz steps), and are
-        zero, not infinite, between directions that a singular matrix lacks.
+        the Lyapunov equation S X + X S = G in the eigenbasis (on a GPU, for definite S, by Newton-Schulz steps), and
+        are zero, not infinite, between directions that a singular matrix lacks.
 
     Raises:
         ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
