@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-RECIPE = "sagan-digits"
+RECIPE = "sagan-quick-digits"
 BACKBONE = "efficientnet_lite0"
 REQUIRED = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib", "rich": "rich"}
 GRID_COLUMNS = 12
