@@ -160,6 +160,14 @@ def test_what_evaluate_refuses(sets, tmp_path):
     assert run("evaluate", fake, "--metrics", "is").stdout.splitlines()[-1].startswith("class score")
 
 
+def test_features_that_are_not_finite(sets, monkeypatch, tmp_path):
+    monkeypatch.setattr(Pooled, "forward", lambda self, images: images.flatten(1)[:, :12] / 0)
+    for arguments in (("fid", *sets), ("stats", "save", sets[0], tmp_path / "a.npz")):
+        result = run(*arguments, "--backbone", "efficientnet_lite0")
+        assert_one_line_error(result, "features must be finite: row 0")
+    assert not (tmp_path / "a.npz").exists()
+
+
 def test_statistics_go_on_after_an_interruption(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(collect_module, "_SAVE_EVERY", 0.0)
     fake, _ = sets

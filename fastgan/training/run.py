@@ -153,7 +153,8 @@ class Run:
             sketches=sketches,
         )
         floors = ", ".join(f"{value:.2f} (N = {n})" for n, value in scorer.floors.items())
-        self._tell(f"{scorer.label} of real training images to held-out ones: {floors}")
+        how = f"resize clean, precision {scorer.backbone.precision}"
+        self._tell(f"{scorer.label} of real training images to held-out ones ({how}): {floors}")
         return scorer
 
     def _how_to_go_on(self) -> str:

@@ -33,6 +33,10 @@ def test_samples_of_a_run_and_its_held_out_images(run, tmp_path):
     assert torch.equal(samples.labels, run.data.held_out.labels)
     expected = (run.data.held_out.images[7, 0] + 1) * 127.5
     assert abs(torch.from_numpy(samples.reference.read(7)[:, :, 0].copy()).float() - expected).max() <= 0.5
+    assert len(samples.second_split) == 599
+    for i in range(10):  # images trained on
+        pixels = torch.from_numpy(samples.second_split.read(i)[:, :, 0].copy()).float() / 127.5 - 1
+        assert (run.data.train.images[:, 0] - pixels).abs().amax((1, 2)).min() <= 0.5 / 127.5 + 1e-6
     assert open_run(tmp_path / "nowhere", False) is None
 
 
