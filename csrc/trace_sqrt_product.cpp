@@ -187,42 +187,53 @@ std::optional<Result> from_cholesky_factors(const Primitives& primitives, Operan
   return result;
 }
 
+// By eigenvalues of F^T Y F with the factor by eigenvectors of X = F F^T, or nothing where their error bound is too wide.
+std::optional<Result> from_eigen_factor(const Primitives& primitives, Operand& x, Operand& y, int64_t i, int64_t j,
+                                        double tolerance) {
+  const auto& f = x.eigen_factor(i);
+  if (!f || !y.semidefinite(j)) return Result{};
+  if (f->size(1) == 0) return Result{0, 0, kEigh};
+  const Tensor f_transposed = torch::stable::transpose(*f, 0, 1);
+  const Tensor gram = torch::stable::matmul(torch::stable::matmul(f_transposed, y.matrix(j)), *f);
+  bool accurate = false;
+  Result result = from_gram_eigenvalues(primitives.to_host(aten::eigvalsh(gram)), tolerance, kEigh, &accurate);
+  result.bound += x.factor_error(i, x.eigen_quality(i), result.value, y, j);
+  return accurate ? std::optional(result) : std::nullopt;
+}
+
+Result from_eigen_factors(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j) {
+  const auto &f = a.eigen_factor(i), &g = b.eigen_factor(j);
+  if (!f || !g) return {};
+  if (f->size(1) == 0 || g->size(1) == 0) return {0, 0, kEigh};
+  const Tensor product = torch::stable::matmul(torch::stable::transpose(*f, 0, 1), *g);
+  Result result = from_singular_values(primitives.to_host(aten::svdvals(product)));
+  result.bound += a.factor_error(i, a.eigen_quality(i), result.value, b, j);
+  result.bound += b.factor_error(j, b.eigen_quality(j), result.value, a, i);
+  return result;
+}
+
 Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j, int64_t method,
              double tolerance) {
-  bool accurate = false, singular = false;
+  std::optional<Result> found;
   if (method == kAuto || method == kCholesky) {
     if (const auto& lower = a.cholesky(i)) {
       const Tensor gram = primitives.triangular_sandwich(*lower, b.matrix(j));
+      bool accurate = false;
       const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
       const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kCholesky, &accurate);
       if (accurate) return result;
       if (method == kCholesky) return b.semidefinite(j) ? result : Result{};
-      if (const auto better = from_cholesky_factors(primitives, a, b, i, j, result.value, tolerance)) return *better;
+      found = from_cholesky_factors(primitives, a, b, i, j, result.value, tolerance);
+      if (!found) found = from_eigen_factor(primitives, b, a, j, i, tolerance);  // it is B that may be singular
     } else if (method == kCholesky) {
       return {};
     } else {
-      singular = true;
+      found = from_eigen_factor(primitives, a, b, i, j, tolerance);
     }
+  } else if (method == kEigh) {
+    found = from_eigen_factor(primitives, a, b, i, j, tolerance);
   }
-  const auto& f = a.eigen_factor(i);
-  if (!f) return {};
-  if (f->size(1) == 0) return b.semidefinite(j) ? Result{0, 0, kEigh} : Result{};
-  const Tensor f_transposed = torch::stable::transpose(*f, 0, 1);
-  if (method == kEigh || singular) {
-    if (!b.semidefinite(j)) return {};
-    const Tensor gram = torch::stable::matmul(torch::stable::matmul(f_transposed, b.matrix(j)), *f);
-    const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
-    Result result = from_gram_eigenvalues(eigenvalues, tolerance, kEigh, &accurate);
-    result.bound += a.factor_error(i, a.eigen_quality(i), result.value, b, j);
-    if (accurate) return result;
-  }
-  const auto& g = b.eigen_factor(j);
-  if (!g) return {};
-  if (g->size(1) == 0) return {0, 0, kEigh};
-  Result result = from_singular_values(primitives.to_host(aten::svdvals(torch::stable::matmul(f_transposed, *g))));
-  result.bound += a.factor_error(i, a.eigen_quality(i), result.value, b, j);
-  result.bound += b.factor_error(j, b.eigen_quality(j), result.value, a, i);
-  return result;
+  return found ? *found : from_eigen_factors(primitives, a, b, i, j);
 }
 
 }  // namespace

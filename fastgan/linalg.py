@@ -186,9 +186,9 @@ def trace_sqrt_product(
     ========================================  ==========================================================================
     ``factors``                               ``"lowrank"``
     CPU                                       ``"cholesky"`` where its error bound is below 1e-9 of the value (1e-7 for
-                                              float32); ``"eigh"`` where A is singular, with the same bound; else
-                                              ``"svd"``, of Cholesky factors where they serve. As one batch from 4
-                                              pairs on where d <= 128, else pair by pair
+                                              float32); ``"eigh"`` of the singular one where A or B is, with the same
+                                              bound; else ``"svd"``, of Cholesky factors where they serve. As one
+                                              batch from 4 pairs on where d <= 128, else pair by pair
     GPU, d <= 64, extension built             ``"jacobi"``
     GPU                                       ``"polar"``
     ========================================  ==========================================================================

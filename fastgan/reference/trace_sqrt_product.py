@@ -64,6 +64,11 @@ def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tens
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
+Row = tuple[float, float, int]
+"""Value, error bound, method."""
+
+_FAILED = (math.nan, math.inf, FAILED)
+
 Quality = tuple[float, float]
 """Of a factor F with F F^T = A + E: |E|, and a lower bound of the smallest eigenvalue that F keeps."""
 
@@ -157,9 +162,8 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return lower if info.item() == 0 else None
 
 
-def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: float) -> tuple[float, float, int]:
-    failed = (math.nan, math.inf, FAILED)
-    singular = False
+def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: float) -> Row:
+    found = None
     if method in (AUTO, CHOLESKY):
         lower = a.cholesky(i)
         if lower is not None:
@@ -168,30 +172,37 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
             if accurate:
                 return value, bound, CHOLESKY
             if method == CHOLESKY:
-                return (value, bound, CHOLESKY) if b.semidefinite(j) else failed
-            better = _from_cholesky_factors(a, b, i, j, value, tolerance)
-            if better is not None:
-                return better
+                return (value, bound, CHOLESKY) if b.semidefinite(j) else _FAILED
+            found = _from_cholesky_factors(a, b, i, j, value, tolerance)
+            if found is None:  # it is B that may be singular
+                found = _from_eigen_factor(b, a, j, i, tolerance)
         elif method == CHOLESKY:
-            return failed
+            return _FAILED
         else:
-            singular = True
-    factor = a.eigen_factor(i)
-    if factor is None:
-        return failed
+            found = _from_eigen_factor(a, b, i, j, tolerance)
+    elif method == EIGH:
+        found = _from_eigen_factor(a, b, i, j, tolerance)
+    return found or _from_eigen_factors(a, b, i, j)
+
+
+def _from_eigen_factor(x: _Operand, y: _Operand, i: int, j: int, tolerance: float) -> Row | None:
+    """By eigenvalues of F^T Y F with the factor by eigenvectors of X = F F^T, or None where their error bound is too
+    wide."""
+    factor = x.eigen_factor(i)
+    if factor is None or not y.semidefinite(j):
+        return _FAILED
     if factor.shape[1] == 0:
-        return (0.0, 0.0, EIGH) if b.semidefinite(j) else failed
-    if method == EIGH or singular:
-        if not b.semidefinite(j):
-            return failed
-        gram = factor.mT @ b.matrix(j) @ factor
-        value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
-        if accurate:
-            return value, bound + a.factor_error(i, a.eigen_quality(i), value, b, j), EIGH
-    other = b.eigen_factor(j)
-    if other is None:
-        return failed
-    if other.shape[1] == 0:
+        return 0.0, 0.0, EIGH
+    gram = factor.mT @ y.matrix(j) @ factor
+    value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
+    return (value, bound + x.factor_error(i, x.eigen_quality(i), value, y, j), EIGH) if accurate else None
+
+
+def _from_eigen_factors(a: _Operand, b: _Operand, i: int, j: int) -> Row:
+    factor, other = a.eigen_factor(i), b.eigen_factor(j)
+    if factor is None or other is None:
+        return _FAILED
+    if 0 in (factor.shape[1], other.shape[1]):
         return 0.0, 0.0, EIGH
     value, bound = _from_singular_values(factor.mT @ other)
     factor_errors = a.factor_error(i, a.eigen_quality(i), value, b, j)
@@ -199,9 +210,7 @@ def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: flo
     return value, bound + factor_errors, SVD
 
 
-def _from_cholesky_factors(
-    a: _Operand, b: _Operand, i: int, j: int, value: float, tolerance: float
-) -> tuple[float, float, int] | None:
+def _from_cholesky_factors(a: _Operand, b: _Operand, i: int, j: int, value: float, tolerance: float) -> Row | None:
     """By singular values of the product of both Cholesky factors, or None where these are not accurate enough to give
     ``value``, which is about the result."""
     left, right = a.cholesky(i), b.cholesky(j)
