@@ -123,7 +123,7 @@ def _print_catalogue(catalogue: dict[str, dict[str, list[str]]]) -> None:
     for suite, workloads in catalogue.items():
         typer.echo(suite)
         for name, implementations in workloads.items():
-            typer.echo(f"  {name}: {', '.join(implementations)}")
+            typer.echo(f"  {name}: {'; '.join(implementations)}")
 
 
 def _compare(old: Path, new: Path) -> int:

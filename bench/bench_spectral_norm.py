@@ -171,7 +171,9 @@ def _plant(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _workload(name: str, depth: str, variants: dict[str, Weights], device: str, compiled: bool) -> Workload:
     numel = sum(p.numel() for p in variants["torch"].parameters())
     run = _runs(variants["torch"])[depth]
-    implementations = {key: functools.partial(run, network) for key, network in variants.items()}
+    implementations: dict[str, Callable[[], Any]] = {
+        key: functools.partial(run, network) for key, network in variants.items()
+    }
     if compiled:
         implementations["torch, torch.compile"] = functools.partial(run, torch.compile(variants["torch"]))
     if device == "cuda":

@@ -142,7 +142,7 @@ def _first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def measure(implementation: Callable[[], Any], seconds: float, device: str) -> dict[str, int | None]:
+def measure(implementation: Callable[[], Any], seconds: float, device: str) -> dict[str, Any]:
     """Peak memory and kernel launches of one call that takes about ``seconds``; None where they are not known."""
     memory = peak_memory(implementation, device) if seconds < LONG or device == "cuda" else None
     return {"peak_memory": memory, "launches": _launches(implementation) if device == "cuda" else None}

@@ -33,7 +33,7 @@ def attention(device: str) -> None:
         y = block(x)
         (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
-        return [y, gradient, *torch.autograd.grad(penalty, block.parameters(), materialize_grads=True)]
+        return [y, gradient, *torch.autograd.grad(penalty, list(block.parameters()), materialize_grads=True)]
 
     _same(derivatives("triton"), derivatives("reference"))
 

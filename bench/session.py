@@ -58,7 +58,7 @@ class Session:
 
 
 def _failed(records: list[Record]) -> list[Record]:
-    references = {}
+    references: dict[str, Record] = {}
     for record in records:
         references.setdefault(record.workload, record)
     return [r for r in records if r.failure and (r.implementation.startswith("fastgan") or r is references[r.workload])]

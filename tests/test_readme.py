@@ -82,3 +82,13 @@ def undocumented_members(value):
     members = {k: v for k, v in vars(value).items() if not k.startswith("_") and k not in described}
     functions = {k for k, v in members.items() if callable(v) or isinstance(v, property | classmethod)}
     return sorted(k for k in functions if not inspect.getdoc(getattr(value, k)))
+
+
+def test_make_targets_that_are_spoken_of_exist():
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    spoken = {
+        target
+        for name in ("README.md", "CONTRIBUTING.md", "bench/README.md", ".ci/run", ".pre-commit-config.yaml")
+        for target in re.findall(r"(?:^|`|entry: )make ([a-z][a-z-]*)", (ROOT / name).read_text(), flags=re.MULTILINE)
+    }
+    assert {"demo", "test", "lint", "docs", "gpu"} <= spoken <= targets
