@@ -138,13 +138,14 @@ def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: La
     spreads = _spreads(images.flatten(1), labels) / _spreads(real, held_out.labels)
     seen_spreads = _spreads(seen, train.labels[: len(images)]) / _spreads(real, held_out.labels)
     near, seen_near = precision_recall(real, images.flatten(1)), precision_recall(real, seen)
+    least = spreads.nan_to_num(0.0).min()
     return {
-        "distance_within_class": spreads.mean().item(),
-        "distance_within_class_per_class": spreads.tolist(),
+        "distance_within_class": spreads.nanmean().item(),
+        "distance_within_class_per_class": [None if spread.isnan() else spread.item() for spread in spreads],
         "neighbourhoods": asdict(near),
         "trained_on": {"distance_within_class": seen_spreads.mean().item(), "neighbourhoods": asdict(seen_near)},
-        "summary": f"generated images of a class lie {spreads.mean():.2f} times as far apart as real ones (least "
-        f"{spreads.min():.2f}); coverage {near.coverage:.2f} (images trained on: {seen_near.coverage:.2f})",
+        "summary": f"generated images of a class lie {spreads.nanmean():.2f} times as far apart as real ones (least "
+        f"{least:.2f}); coverage {near.coverage:.2f} (images trained on: {seen_near.coverage:.2f})",
     }
 
 

@@ -11,6 +11,7 @@ from torchvision.models import inception_v3
 
 from fastgan.metrics import Backbone, InputError, load_backbone
 from fastgan.metrics.backbones import inception
+from fastgan.metrics.backbones.precision import resolve_precision
 from tests.accuracy import assert_as_accurate
 
 
@@ -120,7 +121,7 @@ def pytorch_fid(network):
 
 
 def test_every_block_equals_pytorch_fids(network, pytorch_fid, weights):
-    images = torch.rand(2, 3, 75, 83)
+    images = torch.rand(1, 3, 75, 83)
     with torch.inference_mode():
         maps = pytorch_fid(images)
         exact = pytorch_fid.double()(images.double())
@@ -130,7 +131,7 @@ def test_every_block_equals_pytorch_fids(network, pytorch_fid, weights):
         backbone = load_backbone("inception", weights=weights, dims=dims, precision="fp32")
         truth, reference = truth.mean(dim=(2, 3)), reference.mean(dim=(2, 3))
         features = backbone.from_pixels(pixels)
-        assert features.shape == (2, dims)
+        assert features.shape == (1, dims)
         assert_as_accurate(features, reference, truth, name=f"dims {dims}")
     logits = load_backbone("inception", weights=weights, dims="logits", precision="fp32").from_pixels(pixels)
     torch.testing.assert_close(logits, network.fc(features).detach(), rtol=1e-5, atol=1e-5)
@@ -153,10 +154,11 @@ def test_a_network_of_the_users_is_not_compiled():
     assert not Backbone(nn.Flatten(), name="flat").compile().compiled
 
 
-def test_precision_on_this_device(weights, monkeypatch):
-    assert load_backbone("inception", weights=weights, dims=64).precision == "fp32"
+def test_precision_and_dims(weights):
+    cpu = torch.device("cpu")
+    assert [resolve_precision(p, cpu) for p in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
     with pytest.raises(InputError, match="precision tf32 needs a GPU of compute capability 8.0 or newer"):
-        load_backbone("inception", weights=weights, dims=64, precision="tf32")
+        resolve_precision("tf32", cpu)
     with pytest.raises(InputError, match="dims must be one of 64, 192, 768, 2048 or logits for inception, got 128"):
         load_backbone("inception", weights=weights, dims=128)
 
