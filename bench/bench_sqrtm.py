@@ -36,7 +36,7 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
         yield many_candidates(4 if d == 2048 else 8, d, device)
     yield many_classes(50 if quick else 1000, QUICK_SIZE if quick else 2048, device)
     for d in (32, 128, 256):
-        yield many_pairs((100 if quick else 1000) * 32 // d, d, device)
+        yield many_pairs((100 if quick else 500) * 32 // d, d, device)
     yield full_root(QUICK_SIZE if quick else 768, device)
 
 

@@ -1,4 +1,4 @@
-"""Factors F (..., n, d) of covariances F^T F with fewer samples than dimensions."""
+"""Factors F (..., n, d) of covariances F^T F: centred features of few samples, or a triangular root."""
 
 from __future__ import annotations
 
@@ -62,15 +62,10 @@ def row_root(name: str, cov: Tensor) -> Tensor:
     return (vectors[:, kept] * values[kept].clamp(min=0).sqrt()).mT.contiguous()
 
 
-def is_upper(matrix: Tensor) -> bool:
-    """Whether a matrix is square and has zeros alone below its diagonal."""
-    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    return square and not checks.watched() and not bool(matrix.tril(-1).any())
-
-
 def against_factor(factor: Tensor, other: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """Values and reports of F (..., n, d) and a factor R (..., m, d) of the other covariance R^T R."""
-    return _products(factor, without_mean(other.double()).mT, _is_upper(other), impl, bounds)
+    rows = without_mean(other.double())
+    return _products(factor, rows.mT, _is_upper(rows), impl, bounds)
 
 
 def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
@@ -92,6 +87,7 @@ def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds
 
 
 def _is_upper(matrix: Tensor) -> bool:
+    """Whether a matrix is known to be square with zeros alone below its diagonal."""
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
     return square and not checks.watched() and not bool(matrix.tril(-1).any())
 

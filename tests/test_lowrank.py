@@ -35,6 +35,21 @@ def test_one_factor_against_a_covariance(definite):
     assert single.dtype == torch.float32
 
 
+def test_triangular_roots_singular_ones_too():
+    upper = torch.tensor([[0.0, 1.0, 2.0], [0.0, -1.0, 1.0], [0.0, 0.0, -3.0]]).double()  # its rows add up to zero
+    f = torch.randn(4, 2, 3, dtype=torch.float64)
+    for root in (upper, torch.linalg.cholesky(covariance(3)).mT):
+        truth = torch.linalg.svdvals(f @ root.mT).sum(-1)
+        assert relative_error(trace_sqrt_product(None, None, factors=(f, root)), truth) < 1e-12
+        b = covariance(2, 3)
+        truth = torch.linalg.svdvals(root @ torch.linalg.cholesky(b)).sum(-1)
+        value, info = trace_sqrt_product(None, b, factors=(root, None), return_info=True)
+        assert relative_error(value, truth) < 1e-12
+        assert (info.lower <= truth).all()
+        assert (truth <= info.upper).all()
+        assert relative_error(trace_sqrt_product(None, 1e300 * b, factors=(1e-150 * root, None)), truth) < 1e-12
+
+
 def test_gradients_of_factors():
     x, y = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (3, 4))
     b = covariance(6).requires_grad_()

@@ -13,7 +13,7 @@ from tests.spectra import IMPLS, SPECTRA, TOLERANCE, covariance, factor, nuclear
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("d", [5, 255, 256, 257, 600])
+@pytest.mark.parametrize("d", [5, 255, 256, 257, 513, 800])
 def test_sizes_about_the_blocks(d, impl):
     a, b = covariance(d), covariance(d)
     value = trace_sqrt_product(a, b, method="cholesky", impl=impl)
