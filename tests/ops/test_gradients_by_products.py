@@ -34,8 +34,11 @@ CASES = {
     "scaled": lambda: (trace_sqrt_product, 1e12 * covariance(5), 1e-12 * covariance(5)),
     "wide": lambda: (lambda m: nuclear_norm(m).sum(), torch.randn(2, 7, 12, dtype=torch.float64)),
     "tall": lambda: (nuclear_norm, torch.randn(12, 7, dtype=torch.float64)),
-    "root": lambda: (lambda a: (sqrtm(a) * torch.arange(11.0)).sum(), covariance(11)),
-    "inverse root": lambda: (lambda a: (sqrtm(a, inverse=True) * torch.arange(11.0)).sum(), covariance(11)),
+    "root": lambda: (lambda a: (sqrtm(a) * torch.arange(11.0, device=a.device)).sum(), covariance(11)),
+    "inverse root": lambda: (
+        lambda a: (sqrtm(a, inverse=True) * torch.arange(11.0, device=a.device)).sum(),
+        covariance(11),
+    ),
     "empty": lambda: (lambda a, b: trace_sqrt_product(a, b).sum(), covariance(0, 3), covariance(3)),
 }
 
@@ -91,3 +94,13 @@ def test_singular_matrices_fall_back_to_eigenvectors(by_products):
         by_products(True)
         for got, want in zip(both_orders(function, *operands), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_equals_cpu(name):
+    function, *operands = CASES[name]()
+    expected = both_orders(function, *operands)
+    for got, want in zip(both_orders(function, *(o.cuda() for o in operands)), expected, strict=True):
+        largest = want.detach().abs().max().item() if want.numel() else 0
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-8, atol=1e-9 * largest)
