@@ -19,6 +19,10 @@ def by_products(monkeypatch):
     return choose
 
 
+def weighted(matrix):
+    return (matrix * torch.arange(matrix.shape[-1], device=matrix.device)).sum()
+
+
 def leaf(matrix):
     return matrix.detach().clone().requires_grad_()
 
@@ -34,7 +38,7 @@ CASES = {
     "scaled": lambda: (trace_sqrt_product, 1e12 * covariance(5), 1e-12 * covariance(5)),
     "wide": lambda: (lambda m: nuclear_norm(m).sum(), torch.randn(2, 7, 12, dtype=torch.float64)),
     "tall": lambda: (nuclear_norm, torch.randn(12, 7, dtype=torch.float64)),
-    "root": lambda: (lambda a: (sqrtm(a) * torch.arange(11.0, device=a.device)).sum(), covariance(11)),
+    "root": lambda: (lambda a: weighted(sqrtm(a)), covariance(11)),
     "inverse root": lambda: (
         lambda a: (sqrtm(a, inverse=True) * torch.arange(11.0, device=a.device)).sum(),
         covariance(11),
