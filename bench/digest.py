@@ -12,11 +12,10 @@ from bench.records import Record, RecordError, Run, read_run
 SELECTED = {
     "attention": r"^block (backward|penalty), C=(128 H=32|64 H=64) ",
     "spectral_norm": r"critic, forward\+backward",
-    "sqrtm": r"2048|pairs-32$|^sqrtm",
+    "sqrtm": r"(full_rank|rank_deficient|one_against_\d+|classes)-(256|2048)$|pairs-32$|^sqrtm",
     "train_step": r"discriminator$",
 }
 """Workloads that the README shows of a suite, if it has any of them; all of the others."""
-OWN = "fastgan"
 DEFAULTS = ("fastgan", "fastgan auto")
 """What a user gets who chooses nothing: shown, and what ratios are against, even where another is faster."""
 
@@ -70,7 +69,7 @@ def lines(suite: str, run: Run) -> list[Line]:
 
 def _line(suite: str, workload: str, records: Sequence[Record]) -> Line | None:
     timed = sorted((r for r in records if r.median is not None), key=seconds)
-    own = [r for r in timed if r.implementation.startswith(OWN) and r is not records[0]]
+    own = [r for r in timed if r.own and r is not records[0]]
     baselines = tuple(r for r in timed if r not in own)
     if not own or not baselines:
         return None

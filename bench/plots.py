@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastgan.files import atomic_path
 
 DIGEST = "fastgan-records"
 COLOUR, GREY = "#1f6fb4", "#9aa5b1"
+LABEL_HEIGHTS = (0.2, -0.2, 0.38, -0.38)
+"""Of the names of points in a row, so that neighbours do not cover one another."""
 
 
 def write_plots(runs: dict[str, Run], folder: Path) -> None:
@@ -80,25 +83,20 @@ def _timed(runs: dict[str, Run], suite: str) -> list[Record]:
 
 def _speedup(figure: Any, runs: dict[str, Run]) -> None:
     """Baselines' times over fastgan's, for the workloads of the README."""
-    from matplotlib.ticker import LogLocator
-
     found = [line for suite, run in runs.items() for line in lines(suite, run)][::-1]
-    figure.set_size_inches(10, 1.2 + 0.45 * len(found))
+    figure.set_size_inches(10, 1.2 + 0.55 * len(found))
     axes = figure.subplots()
     axes.axvline(1, color=COLOUR, zorder=1)
     for row, line in enumerate(found):
         axes.axhline(row, color="#e5e9ed", zorder=0)
-        for i, r in enumerate(line.baselines):
-            x, above = times(r, line.own), i % 2 == 0
+        for r, height in zip(line.baselines, cycle(LABEL_HEIGHTS), strict=False):
+            x = times(r, line.own)
             axes.scatter(x, row, color=GREY, zorder=2)
-            place = (x, row + 0.12) if above else (x, row - 0.12)
-            axes.annotate(r.implementation, place, fontsize=6.5, va="bottom" if above else "top", zorder=3)
+            axes.annotate(r.implementation, (x, row + height), fontsize=6.5, va="center", zorder=3)
     ratios = [times(r, line.own) for line in found for r in line.baselines]
     axes.set(xscale="log", xlim=(min(*ratios, 1) / 1.5, max(*ratios, 2) * 3), ylim=(-0.5, len(found)))
     axes.set_yticks(range(len(found)), [f"{line.suite}: {line.workload}" for line in found], fontsize=8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
+    _plain_ticks(axes)
     axes.set_xlabel("median time over fastgan's: right of the line fastgan is faster")
     axes.set_title(next(iter(runs.values())).environment["device"], fontsize=9)
 
@@ -149,16 +147,17 @@ def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
         for name, records in runs["sqrtm"].workloads().items()
         if "full_rank" in name
     }
-    figure.set_size_inches(5 * len(workloads), 4.2)
+    figure.set_size_inches(5 * len(workloads), 6)
     for axes, (name, records) in zip(
         figure.subplots(1, len(workloads), squeeze=False)[0], workloads.items(), strict=True
     ):
-        for r in records:
-            own = r.implementation.startswith("fastgan")
-            axes.scatter(1e3 * seconds(r), max(r.error or 0.0, 1e-17), color=COLOUR if own else GREY)
-            axes.annotate(r.implementation, (1e3 * seconds(r), max(r.error or 0.0, 1e-17)), fontsize=7, rotation=20)
+        for i, r in enumerate(records):
+            place = (1e3 * seconds(r), max(r.error or 0.0, 1e-17))
+            axes.scatter(*place, color=f"C{i % 10}", marker="o" if r.own else "X", s=45, label=r.implementation)
         axes.set(title=name, xlabel="ms", ylabel="relative error", xscale="log", yscale="log")
-        axes.margins(0.3)
+        axes.margins(0.1)
+        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        _plain_ticks(axes)
 
 
 def _images(figure: Any, runs: dict[str, Run]) -> None:
@@ -167,8 +166,17 @@ def _images(figure: Any, runs: dict[str, Run]) -> None:
     figure.set_size_inches(9, 1.0 + 0.25 * len(found))
     axes = figure.subplots()
     rates = [(r.images or 0) / seconds(r) for _, r in found]
-    colours = [COLOUR if r.implementation.startswith("fastgan") else GREY for _, r in found]
+    colours = [COLOUR if r.own else GREY for _, r in found]
     bars = axes.barh(range(len(found)), rates, color=colours)
     axes.set_yticks(range(len(found)), [f"{suite}: {r.workload}: {r.implementation}" for suite, r in found], fontsize=7)
     axes.bar_label(bars, [f" {rate:.3g}" for rate in rates], fontsize=7)
-    axes.set(xscale="log", xlabel="images a second")
+    axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images a second")
+    _plain_ticks(axes)
+
+
+def _plain_ticks(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")

@@ -61,6 +61,11 @@ class Record:
     """Real images that one call consumes."""
     failure: str | None = None
 
+    @property
+    def own(self) -> bool:
+        """Whether this is fastgan and not a baseline."""
+        return "fastgan" in self.implementation
+
 
 @dataclass(frozen=True)
 class Run:

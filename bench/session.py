@@ -61,7 +61,7 @@ def _failed(records: list[Record]) -> list[Record]:
     references: dict[str, Record] = {}
     for record in records:
         references.setdefault(record.workload, record)
-    return [r for r in records if r.failure and (r.implementation.startswith("fastgan") or r is references[r.workload])]
+    return [r for r in records if r.failure and (r.own or r is references[r.workload])]
 
 
 def _table(records: list[Record], baseline: str | None) -> Table:
