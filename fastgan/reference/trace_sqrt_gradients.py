@@ -75,7 +75,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _sum_to(gradient: Tensor, operand: Tensor) -> Tensor:
-    return gradient.sum_to_size(operand.shape).to(operand.dtype)
+    return gradient.sum_to_size(operand.shape).to(operand.dtype).contiguous()
 
 
 @dataclass(frozen=True)

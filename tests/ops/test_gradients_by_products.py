@@ -62,6 +62,7 @@ def test_they_equal_those_by_eigenvectors(name, by_products):
     for got, want in zip(both_orders(function, *operands), expected, strict=True):
         largest = want.detach().abs().max().item() if want.numel() else 0
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9 * largest)
+        assert got.stride() == want.stride()
 
 
 def test_gradcheck(by_products):
