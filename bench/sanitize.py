@@ -24,9 +24,9 @@ TOLERANCE = 1e-3
 def attention(device: str) -> None:
     """The block's projections, pooling, attention and residual, differentiated twice; odd sizes."""
     torch.manual_seed(0)
-    block = SelfAttention2d(24).to(device)
+    block = SelfAttention2d(16).to(device)
     nn.init.constant_(block.gamma, 0.5)
-    x = torch.randn(2, 24, 10, 6, device=device, requires_grad=True)
+    x = torch.randn(1, 16, 10, 6, device=device, requires_grad=True)
 
     def derivatives(impl: str) -> list[Tensor]:
         block.impl = impl
@@ -41,7 +41,7 @@ def attention(device: str) -> None:
 def spectral_norm(device: str) -> None:
     """Weights of several tiles, which count those that are done, a ragged one and a row; differentiated twice."""
     generator = torch.Generator().manual_seed(0)
-    sizes = ((70, 24 * 9), (260, 300), (1, 7))
+    sizes = ((70, 24 * 9), (130, 140), (1, 7))
     given = [torch.randn(size, generator=generator) for size in sizes]
     vectors = [[torch.randn(size[i], generator=generator) for size in sizes] for i in (0, 1)]
     cotangents = [[torch.randn(size, generator=generator).to(device) for size in sizes] for _ in range(2)]
