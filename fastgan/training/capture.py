@@ -7,9 +7,8 @@ in place. Tracing runs on fake tensors and changes no weight.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,20 +26,20 @@ from fastgan.training.process_mean import ProcessMean, Shared, floating_buffers
 
 @dataclass
 class Traced:
-    """An update as graphs, with arguments like those that they take.
+    """An update as graphs of flat arguments, with examples of these.
 
     Attributes:
-        graph: from :meth:`Update.tensors`, batch and draws to the terms of the loss. Where several processes share a
-            batch, to buckets for :meth:`fastgan.training.process_mean.ProcessMean.reduce_`.
+        graph: from :meth:`Update.tensors`, then the batch's, then the draws', to the terms of the loss. Where several
+            processes share a batch, to buckets for :meth:`fastgan.training.process_mean.ProcessMean.reduce_`.
         names: of the terms.
-        second: None, or from :meth:`Update.tensors` and the reduced buckets to the terms.
+        second: None, or from :meth:`Update.tensors`, then the reduced buckets, to the terms.
     """
 
     graph: GraphModule
-    arguments: tuple[Any, ...]
+    arguments: list[Tensor]
     names: list[str]
     second: GraphModule | None = None
-    second_arguments: tuple[Any, ...] = ()
+    second_arguments: list[Tensor] = field(default_factory=list)
 
 
 class Update:
@@ -84,29 +83,36 @@ class Update:
 
     def trace(self, batch: Batch, draws: Draws) -> Traced:
         """One graph, or two with what processes exchange between them."""
+        tensors = self.tensors()
+        n, m = len(tensors), len(tensors) + len(batch)
         function = self._whole if self.mean is None else self._first
-        arguments = (self.tensors(), dict(batch), dict(draws))
-        graph = _graph_of(function, arguments)
+
+        def first(*flat: Tensor) -> list[Tensor]:
+            return function(flat[:n], dict(zip(batch, flat[n:m], strict=True)), dict(zip(draws, flat[m:], strict=True)))
+
+        arguments = [*tensors, *batch.values(), *draws.values()]
+        graph = _graph_of(first, arguments)
         if self.mean is None:
             return Traced(graph, arguments, self._names)
         buckets = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in _example_outputs(graph)]
-        exchanged = (self.tensors(), buckets)
-        return Traced(graph, arguments, self._names, _graph_of(self._second, exchanged), exchanged)
+        exchanged = [*tensors, *buckets]
+        second = _graph_of(lambda *flat: self._second(flat[:n], flat[n:]), exchanged)
+        return Traced(graph, arguments, self._names, second, exchanged)
 
-    def _whole(self, tensors: list[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
+    def _whole(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
         computed = self._differentiated(tensors, batch, draws)
         self._apply(tensors, computed.gradients)
         self._names = list(computed.terms)
         return list(computed.terms.values())
 
-    def _first(self, tensors: list[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
+    def _first(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
         """All but the update, packed for the other processes."""
         assert self.mean is not None
         self._computed = self._differentiated(tensors, batch, draws)
         self._names = list(self._computed.terms)
         return self.mean.pack(self._computed.tensors())
 
-    def _second(self, tensors: list[Tensor], buckets: list[Tensor]) -> list[Tensor]:
+    def _second(self, tensors: Sequence[Tensor], buckets: Sequence[Tensor]) -> list[Tensor]:
         """The update by what the processes have in common."""
         assert self.mean is not None
         common = self._computed.replaced(self.mean.unpack(buckets, self._computed.tensors()))
@@ -151,11 +157,9 @@ class Update:
             self.ema.update(self.network, averages)
 
 
-def _graph_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> GraphModule:
-    # Not the bound method, whose `self` make_fx would count as an argument. Constants that a loss closes over may stay
-    # what they are.
-    make = make_fx(functools.partial(function), tracing_mode="fake", _allow_non_fake_inputs=True)
-    return make(*arguments)
+def _graph_of(function: Callable[..., Any], arguments: Sequence[Tensor]) -> GraphModule:
+    # Constants that a loss closes over may stay what they are.
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
 
 
 def _example_outputs(graph: GraphModule) -> list[Tensor]:

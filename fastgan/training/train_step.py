@@ -111,12 +111,12 @@ class TrainStep:
         return self._generator(batch)
 
     @torch.no_grad()
-    def compile(self, graph: torch.fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
+    def compile(self, graph: torch.fx.GraphModule, arguments: list[Tensor]) -> Callable[..., Any]:
         """``graph`` compiled for arguments like these by the backend of ``torch.compile``; counts.
 
         Dynamo, which would trace it again and guard hundreds of tensors at each call, has nothing to find in it.
         """
-        compiled = torch._dynamo.lookup_backend(self.backend)(graph, list(arguments))
+        compiled = torch._dynamo.lookup_backend(self.backend)(graph, arguments)
         self.compilations += 1
         return compiled
 
@@ -233,7 +233,7 @@ class _Captured:
 
     @torch.no_grad()
     def first(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
-        return list(self._first(tensors, dict(batch), draws))
+        return list(self._first(*tensors, *batch.values(), *draws.values()))
 
     @property
     def exchanges(self) -> bool:
@@ -247,7 +247,7 @@ class _Captured:
     @torch.no_grad()
     def second(self, tensors: Sequence[Tensor], buckets: Sequence[Tensor]) -> list[Tensor]:
         assert self._second is not None
-        return list(self._second(tensors, list(buckets)))
+        return list(self._second(*tensors, *buckets))
 
     def named(self, outputs: Sequence[Tensor]) -> Terms:
         return dict(zip(self._names, outputs, strict=True))
