@@ -38,6 +38,8 @@ class Case:
         bf16: under autocast.
         width: channels at full resolution; 0 for the recipe's.
         batch: real images an update.
+        compiled: the compiled variants to measure: all, "captured" (no ``torch.compile`` of the modules), or "none".
+            Inductor takes a second or two for each of a network's many C++ kernels.
     """
 
     recipe: str
@@ -46,6 +48,7 @@ class Case:
     bf16: bool = False
     width: int = 0
     batch: int = 64
+    compiled: str = "all"
 
     def __str__(self) -> str:
         options = [", gradient penalty"] * self.penalty + [", bf16"] * self.bf16
@@ -63,30 +66,20 @@ GPU = [
 ]
 CPU = [
     Case("dcgan", 32, width=16, batch=16),
-    Case("wgan-gp", 32, penalty=True, width=16, batch=16),
-    Case("sagan", 32, width=16, batch=16),
-    Case("sagan", 64, width=8, batch=4),
+    Case("dcgan", 32, bf16=True, width=16, batch=16, compiled="none"),
+    Case("wgan-gp", 32, penalty=True, width=16, batch=16, compiled="captured"),
+    Case("sagan", 32, width=16, batch=16, compiled="captured"),
+    Case("sagan", 32, penalty=True, width=16, batch=16, compiled="none"),
+    Case("sagan", 64, width=16, batch=8, compiled="none"),
+    Case("sagan", 128, width=8, batch=4, compiled="none"),
 ]
-QUICK = [Case("dcgan", 32, width=8, batch=8)]
+QUICK = [Case("dcgan", 16, width=8, batch=8, compiled="captured")]
 
 
 def workloads(quick: bool, device: str) -> Iterator[Workload]:
     """The update of each network for every case; on a CPU a choice of narrow ones."""
     for case in QUICK if quick else GPU if device == "cuda" else CPU:
-        implementations = {
-            REFERENCE: functools.cache(functools.partial(_Updates, case, device, layers="torch")),
-            "fastgan layers, eager": functools.cache(functools.partial(_Updates, case, device)),
-            "torch layers, torch.compile": functools.cache(
-                functools.partial(_Updates, case, device, layers="torch", compiled_modules=True)
-            ),
-            "fastgan, captured": functools.cache(functools.partial(_Updates, case, device, mode="compile")),
-        }
-        if quick:
-            del implementations["torch layers, torch.compile"]
-        if device == "cuda":
-            implementations["fastgan, CUDA graph"] = functools.cache(
-                functools.partial(_Updates, case, device, mode="cudagraph")
-            )
+        implementations = {name: functools.cache(make) for name, make in _variants(case, device).items()}
         for network in ("discriminator", "generator"):
             yield Workload(
                 name=f"{case}, {network}",
@@ -104,6 +97,18 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
                 tolerance=0.2 if case.bf16 else 1e-3,
                 images=case.batch if network == "discriminator" else None,
             )
+
+
+def _variants(case: Case, device: str) -> dict[str, Callable[[], _Updates]]:
+    make = functools.partial(_Updates, case, device)
+    variants = {REFERENCE: functools.partial(make, layers="torch"), "fastgan layers, eager": make}
+    if case.compiled == "all":
+        variants["torch layers, torch.compile"] = functools.partial(make, layers="torch", compiled_modules=True)
+    if case.compiled != "none":
+        variants["fastgan, captured"] = functools.partial(make, mode="compile")
+    if device == "cuda":
+        variants["fastgan, CUDA graph"] = functools.partial(make, mode="cudagraph")
+    return variants
 
 
 def _update(make: Callable[[], _Updates], network: str) -> list[Tensor]:
