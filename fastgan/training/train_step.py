@@ -41,17 +41,30 @@ class TrainStep:
     batch, of which each takes its part: the numbers are those of one process with the whole batch, but for batch norm,
     which normalises each part by itself.
 
+    In a loop of one's own, with modules ``g`` and ``d`` and their optimisers::
+
+        def d_loss(batch, draws):
+            return softplus(d(g(draws["z"]).detach())).mean() + softplus(-d(batch["images"])).mean()
+
+        def g_loss(batch, draws):
+            return softplus(-d(g(draws["z"]))).mean()
+
+        gan = OwnGan(g, d, d_loss, g_loss, lambda n: {"z": normal(n, 128)})
+        step = TrainStep(gan, optimizer_g, optimizer_d, mode="compile")
+        for images in loader:
+            losses = step.discriminator({"images": images}) | step.generator({"images": images})
+
     Args:
         gan: networks and losses, as :class:`OwnGan` makes of any two modules.
         optimizer_g: of the generator: for a captured step Adam, AdamW, RMSprop, or SGD without dampening.
         optimizer_d: of the discriminator.
-        mode: "eager"; "compile", by ``torch.compile``; or "cudagraph", that and replayed as a CUDA graph.
-        backend: of ``torch.compile``.
+        mode: "eager"; "compile", captured and compiled; or "cudagraph", that and replayed as a CUDA graph.
+        backend: the compiler, a backend of ``torch.compile``.
         ema: average of the generator that moves after each of its updates.
         clip: bound of the discriminator's weights after each of its updates; 0 for none.
         rng: generator that the draws of the losses come from, in all modes alike; None for the device's default one.
             What modules draw by themselves (dropout) comes from the default one, compiled in an order of its own.
-            Processes that share a batch must have it in the same state.
+            Processes that share a batch seed it alike.
         world: processes that share the batches; None for those of the default process group, where it is initialised.
             They begin with the weights and averages of the first.
 
@@ -79,7 +92,7 @@ class TrainStep:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if clip < 0:
             raise ValueError(f"clip must be at least 0, got {clip}")
-        self.gan, self.mode, self.backend = gan, mode, backend
+        self.gan, self.mode, self.backend, self.ema = gan, mode, backend, ema
         self.compilations = 0
         self.device = next(gan.generator.parameters()).device
         self.rng = rng
