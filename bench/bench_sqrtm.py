@@ -24,7 +24,7 @@ CLASS_SAMPLES = 50
 SLOW_ON_A_CPU = 768
 """Above this size a CPU takes too long for the methods that are made of matrix products."""
 
-ONCE_ABOVE = 2.0  # seconds
+ONCE_ABOVE = 1.5  # seconds
 FACTORS = "singular values of Cholesky factors"
 FEATURES = "singular values of features"
 
@@ -36,7 +36,7 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
         yield many_candidates(4 if d == 2048 else 8, d, device)
     yield many_classes(50 if quick else 1000, QUICK_SIZE if quick else 2048, device)
     for d in (32, 128, 256):
-        yield many_pairs((100 if quick else 500) * 32 // d, d, device)
+        yield many_pairs((100 if quick else 250) * 32 // d, d, device)
     yield full_root(QUICK_SIZE if quick else 768, device)
 
 
