@@ -148,3 +148,24 @@ def test_sketches_that_the_data_has_not():
         DeviceLoader(numbered(), 2, sketches="paired")
     with pytest.raises(ValueError, match="'unpaired' needs data with sketches and their labels"):
         DeviceLoader(labelled(), 2, sketches="unpaired")
+
+
+@pytest.mark.parametrize("sketches", ["none", "edges", "paired", "unpaired"])
+def test_parts_of_batches_are_the_whole_ones(sketches):
+    """Three loaders over epochs of 14 images in batches of 6, each with its own choice of flips, noise and sketches."""
+    rng = torch.Generator().manual_seed(0)
+    images, drawn = torch.rand(14, 1, 8, 8, generator=rng) * 2 - 1, torch.rand(14, 1, 8, 8, generator=rng)
+    labels = torch.arange(14) % 2
+    data = LabelledImages(images, labels, 2, sketches=drawn, sketch_labels=labels if sketches == "unpaired" else None)
+    options = {"flip": True, "dequantise": True, "sketches": sketches}
+    whole = DeviceLoader(data, 6, **options)
+    parts = [DeviceLoader(data, 6, rank=rank, parts=3, **options) for rank in range(3)]
+    for _ in range(5):
+        batch, shares = whole.next(), [part.next() for part in parts]
+        for name, value in batch.items():
+            assert torch.equal(torch.cat([share[name] for share in shares]), value), name
+    assert all(torch.equal(part.state_dict()["rng"], whole.state_dict()["rng"]) for part in parts)
+    with pytest.raises(ValueError, match="batch_size must be divisible by the number of processes, 4, got 6"):
+        DeviceLoader(data, 6, parts=4)
+    with pytest.raises(ValueError, match="rank must be from 0 to 2, got 3"):
+        DeviceLoader(data, 6, rank=3, parts=3)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fastgan.backend import BackendWarning
-from fastgan.draws import normal, uniform
+from fastgan.draws import draw, normal, uniform
 from fastgan.errors import InputError
 from fastgan.metrics.distributed import World
 from fastgan.nn import SelfAttention2d, group_spectral_norm
@@ -156,6 +156,19 @@ def test_two_processes_equal_one_with_the_whole_batch(results, mode):
     torch.testing.assert_close(first["end"], alone["end"], rtol=1e-4, atol=2e-6)
     for start, end in zip(first["start"], first["end"][0][:2], strict=True):
         assert not torch.equal(next(iter(start.values())), next(iter(end.values())))
+
+
+def test_draws_of_parts_are_those_of_the_whole():
+    """Numbers of each sample are shared out, those of the step are the same in all."""
+
+    def drawn(n, **part):
+        specs = {"z": normal(n, 3), "alpha": uniform(n, 1, 1, 1), "step": normal(2, 5)}
+        return draw(specs, torch.Generator().manual_seed(0), "cpu", n=n, **part)
+
+    whole, parts = drawn(12), [drawn(4, rank=rank, parts=3) for rank in range(3)]
+    for name in ("z", "alpha"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+    assert all(torch.equal(part["step"], whole["step"]) for part in parts)
 
 
 @pytest.mark.slow
