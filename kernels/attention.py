@@ -100,13 +100,13 @@ def attention_bwd_bwd(
     for outputs, slabs in launch.passes(e):
         attention_bwd_bwd_rows_kernel[(triton.cdiv(n, launch.rows) * b, slabs)](
             ggq, ggk, ggv, grad_o, q, k, v, o, stats, sums, g_do, gq, *strides, *_strides(o, g_do, gq),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q, order=2)
+            n, m, d, e, scale, b * n, **sizes, **outputs, **_second_options(launch, q)
         )  # fmt: skip
     launch = launch_for("bwd_bwd_keys", e, q)
     for outputs, slabs in launch.passes(e):
         attention_bwd_bwd_keys_kernel[(triton.cdiv(m, launch.keys) * b, slabs)](
             ggq, ggk, ggv, grad_o, q, k, v, stats, sums, gk, gv, *strides, *_strides(gk, gv),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q, order=2)
+            n, m, d, e, scale, b * n, **sizes, **outputs, **_second_options(launch, q)
         )  # fmt: skip
     return g_do, gq, gk, gv
 
@@ -115,12 +115,17 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()]
 
 
-def _options(launch: Launch, q: Tensor, order: int = 1) -> dict[str, int | str]:
+def _second_options(launch: Launch, q: Tensor) -> dict[str, int | str]:
+    options = _options(launch, q)
+    return options | {"LOGITS": options["PRECISION"]} | ({"PRECISION": "ieee"} if launch.scalar else {})
+
+
+def _options(launch: Launch, q: Tensor) -> dict[str, int | str]:
     return {
         "R": launch.rows,
         "C": launch.keys,
         "SLAB": launch.slab,
-        "PRECISION": input_precision(q.dtype, order),
+        "PRECISION": input_precision(q.dtype),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

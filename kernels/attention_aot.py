@@ -8,7 +8,7 @@ import torch
 
 from fastgan.kernels.aot import AotCase
 from fastgan.kernels.attention_bwd_bwd_kernels import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
-from fastgan.kernels.attention_config import MAX_QK, Launch, entries
+from fastgan.kernels.attention_config import Launch, entries, most_qk
 from fastgan.kernels.attention_kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
 
 KERNELS = {
@@ -25,16 +25,16 @@ _ROW_STRIDES = ("_sn", "_sm")
 
 
 def aot_cases(capability: int) -> list[AotCase]:
-    """Every entry of the table for ``capability``, at the most channels it serves, in float16 and float32.
+    """Every entry of the table for ``capability``, at the most channels that it serves, in float16 and float32.
 
     Operands are contiguous along channels; on sm_90 also along rows, as channels-first models have them.
     """
     cases = []
     layouts = (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 else (_CHANNEL_STRIDES,)
     for kernel, e, launch, dtype in entries(capability):
-        precision = "tf32" if dtype == torch.float16 else "ieee" if "bwd_bwd" in kernel else "tf32x3"
+        precision = "tf32" if dtype == torch.float16 else "ieee" if launch.scalar else "tf32x3"
         for outputs, units in itertools.product(output_sets(kernel, launch, e), layouts):
-            cases.append(case(kernel, MAX_QK, e, launch, dtype, outputs, precision, units))
+            cases.append(case(kernel, most_qk(kernel, dtype.itemsize, e), e, launch, dtype, outputs, precision, units))
     return cases
 
 
@@ -63,6 +63,7 @@ def case(
         "E": e,
         "SLAB": launch.slab,
         "PRECISION": precision,
+        "LOGITS": "tf32x3" if precision == "ieee" else precision,
         **outputs,
     }
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}

@@ -1,4 +1,8 @@
-"""Double backward of attention: formulas in ``fastgan.reference.attention``, the scheme in ``attention_kernels``."""
+"""Double backward of attention: formulas in ``fastgan.reference.attention``, the scheme in ``attention_kernels``.
+
+The logits are multiplied in the precision LOGITS of the forward pass, whose sums P is recomputed from: rows of P that
+do not sum to 1 would cost more than the rounding of all other products.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ def attention_bwd_bwd_rows_kernel(
     g_do_sb, g_do_sn, g_do_se, gq_sb, gq_sn, gq_sd,
     N, M, d, e, scale, plane,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    QK: tl.constexpr, V: tl.constexpr,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, R)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -47,7 +51,7 @@ def attention_bwd_bwd_rows_kernel(
             ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
             v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
             ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
-            s = dot(q, tl.trans(k), None, PRECISION)  # [R, C]
+            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
             p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
             p = tl.where(keys[None, :] < M, p, 0.0)
             a_map = dot(ggq, tl.trans(k), None, PRECISION)
@@ -82,7 +86,7 @@ def attention_bwd_bwd_rows_kernel(
         ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
         v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
         ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
-        s = dot(q, tl.trans(k), None, PRECISION)  # [R, C]
+        s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
         p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
         p = tl.where(keys[None, :] < M, p, 0.0)
         a_map = dot(ggq, tl.trans(k), None, PRECISION)
@@ -115,7 +119,7 @@ def attention_bwd_bwd_keys_kernel(
     gk_sb, gk_sm, gk_sd, gv_sb, gv_sm, gv_se,
     N, M, d, e, scale, plane,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    QK: tl.constexpr, V: tl.constexpr,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(M, C)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -142,7 +146,7 @@ def attention_bwd_bwd_keys_kernel(
         top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
         sums = sums_ptr + batch * N + rows
         a_row = tl.load(sums + plane, mask=inside, other=0.0)
-        s = dot(k, tl.trans(q), None, PRECISION)  # [C, R]
+        s = dot(k, tl.trans(q), None, LOGITS)  # [C, R]
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
         a_map = dot(k, tl.trans(ggq), None, PRECISION)
         a_map = dot(ggk, tl.trans(q), a_map, PRECISION) * scale - a_row[None, :]

@@ -5,7 +5,8 @@ its family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``)
 keeps its own operands and its float32 sums, and of each tile up to five maps. On sm_90 and later the tensor cores want
 64 rows of the program's own side; where that leaves too few registers for the sums as wide as v, v is cut into slabs
 rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles are
-smaller, and their double backward multiplies in float32 proper.
+smaller. Their double backward has registers for the parts only where q and k have few channels; its entries hold for up
+to a quarter of the channels of v, and are chosen by d too. The others multiply in float32 proper.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Launch:
         num_warps: warps of a program.
         num_stages: software-pipeline stages.
         merged: outputs as wide as q and as wide as v come from one launch, where one slab holds all of v.
+        scalar: float32 operands are multiplied by the scalar units, but for the logits.
     """
 
     rows: int
@@ -40,6 +42,7 @@ class Launch:
     num_warps: int
     num_stages: int = 2
     merged: bool = True
+    scalar: bool = False
 
     def passes(self, e: int) -> list[tuple[dict[str, bool], int]]:
         """What each launch computes and its number of slabs; the first one writes what the second reads."""
@@ -57,19 +60,29 @@ _TABLE: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
     ("bwd_rows", 2, 90): (Launch(64, 64, 64, 4), Launch(64, 64, 128, 4), Launch(64, 64, 256, 4)),
     ("bwd_rows", 4, 90): (Launch(64, 32, 64, 8), Launch(64, 32, 64, 8), Launch(32, 16, 32, 4)),
     ("bwd_rows", 2, 80): (Launch(64, 64, 64, 4), Launch(64, 64, 128, 4), Launch(64, 64, 256, 4)),
-    ("bwd_rows", 4, 80): (Launch(32, 32, 64, 4), Launch(32, 32, 64, 4), Launch(32, 16, 64, 4)),
+    ("bwd_rows", 4, 80): (Launch(32, 32, 64, 4), *(Launch(32, 16, 32, 4),) * 2),
     ("bwd_keys", 2, 90): (Launch(64, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 8)),
     ("bwd_keys", 4, 90): (*(Launch(16, 64, 64, 8),) * 2, Launch(16, 32, 32, 4)),
     ("bwd_keys", 2, 80): (Launch(32, 64, 64, 4), Launch(32, 64, 128, 4), Launch(64, 64, 128, 4)),
     ("bwd_keys", 4, 80): (Launch(32, 32, 64, 4), Launch(16, 32, 64, 4), Launch(16, 32, 64, 4)),
     ("bwd_bwd_rows", 2, 90): (Launch(64, 32, 64, 4), Launch(64, 32, 128, 8), Launch(64, 32, 128, 8)),
-    ("bwd_bwd_rows", 4, 90): (*(Launch(32, 16, 32, 8, 1, False),) * 2, Launch(16, 16, 32, 4, 1, False)),
+    ("bwd_bwd_rows", 4, 90): (*(Launch(64, 16, 32, 4, 1, False),) * 2, Launch(16, 16, 32, 8, 2, False, True)),
     ("bwd_bwd_rows", 2, 80): (Launch(32, 32, 64, 4, 2, False), *(Launch(32, 32, 64, 8, 2, False),) * 2),
-    ("bwd_bwd_rows", 4, 80): (Launch(32, 16, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
+    ("bwd_bwd_rows", 4, 80): (*(Launch(32, 16, 32, 8, 1, False, True),) * 2, Launch(16, 16, 32, 8, 2, False, True)),
+    ("bwd_bwd_rows", 4, 100): (
+        Launch(64, 16, 32, 4, 1, False),
+        Launch(32, 16, 32, 8, 1, False, True),
+        Launch(16, 16, 32, 8, 2, False, True),
+    ),
     ("bwd_bwd_keys", 2, 90): (Launch(32, 64, 64, 4), Launch(32, 64, 64, 4), Launch(16, 64, 64, 8)),
-    ("bwd_bwd_keys", 4, 90): (Launch(16, 32, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
+    ("bwd_bwd_keys", 4, 90): (Launch(16, 64, 32, 4, 1, False), *(Launch(16, 16, 32, 8, 2, False, True),) * 2),
     ("bwd_bwd_keys", 2, 80): (Launch(32, 64, 64, 4), Launch(32, 64, 64, 4), Launch(16, 32, 64, 4, 2, False)),
-    ("bwd_bwd_keys", 4, 80): (Launch(32, 32, 32, 8, 1, False), *(Launch(16, 16, 32, 8, 2, False),) * 2),
+    ("bwd_bwd_keys", 4, 100): (
+        Launch(16, 16, 32, 8, 2, False, True),
+        Launch(16, 16, 32, 4, 1, False, True),
+        Launch(16, 16, 32, 8, 2, False, True),
+    ),
+    ("bwd_bwd_keys", 4, 80): (Launch(32, 32, 32, 8, 1, False, True), *(Launch(16, 16, 32, 8, 2, False, True),) * 2),
 }
 _E_CLASSES = (64, 128, 256)
 
@@ -81,13 +94,19 @@ def padded(channels: int) -> int:
 
 def launch_for(kernel: str, e: int, q: Tensor) -> Launch:
     """The launch of ``kernel`` for values of ``e`` channels and operands like ``q``."""
-    return _launch(kernel, q.dtype.itemsize, _family_of(q.device), e)
+    return _launch(kernel, q.dtype.itemsize, _family_of(q.device), q.shape[2], e)
 
 
 @functools.cache
-def _launch(kernel: str, itemsize: int, family: int, e: int) -> Launch:
-    launch = _TABLE[kernel, itemsize, family][_class(e)]
+def _launch(kernel: str, itemsize: int, family: int, d: int, e: int) -> Launch:
+    channels = e if d <= most_qk(kernel, itemsize, e) else 4 * d
+    launch = _entries(kernel, itemsize, family)[_class(channels)]
     return replace(launch, slab=min(launch.slab, padded(e)))
+
+
+def most_qk(kernel: str, itemsize: int, e: int) -> int:
+    """The most channels of q for which an entry for ``e`` channels of v holds."""
+    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else MAX_QK
 
 
 @functools.cache
@@ -97,14 +116,18 @@ def _family_of(device: torch.device) -> int:
 
 def entries(capability: int) -> Iterator[tuple[str, int, Launch, torch.dtype]]:
     """Every entry for ``capability``: kernel, the most channels of v that it serves, launch and dtype."""
-    for (kernel, itemsize, family), launches in _TABLE.items():
-        if family == _family(capability):
-            for e, launch in zip(_E_CLASSES, launches, strict=True):
-                yield kernel, e, launch, torch.float16 if itemsize == 2 else torch.float32
+    for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in _TABLE):
+        for e, launch in zip(_E_CLASSES, _entries(kernel, itemsize, _family(capability)), strict=True):
+            yield kernel, e, launch, torch.float16 if itemsize == 2 else torch.float32
+
+
+def _entries(kernel: str, itemsize: int, family: int) -> tuple[Launch, Launch, Launch]:
+    """Those for sm_100 where there are any, as tcgen05 leaves other registers free than wgmma; else sm_90's."""
+    return _TABLE.get((kernel, itemsize, family)) or _TABLE[kernel, itemsize, min(family, 90)]
 
 
 def _family(capability: int) -> int:
-    return 90 if capability >= 90 else 80
+    return 100 if capability >= 100 else 90 if capability >= 90 else 80
 
 
 def _class(e: int) -> int:

@@ -78,6 +78,8 @@ def attention_bwd_rows_kernel(
     if HALF:
         mean_key = tl.zeros([R, D], tl.float32)
         missing = tl.zeros([R], tl.float32)
+    else:  # rows of dS sum to 0 but for rounding, which is multiplied by less where keys are far from 0
+        first_key = tl.load(k_base + cols_d.to(tl.int64) * k_sd, mask=cols_d < d, other=0.0)
     for start in range(0, M, C):
         keys = start + tl.arange(0, C)
         k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
@@ -88,6 +90,8 @@ def attention_bwd_rows_kernel(
         dp = dot(do, tl.trans(v), None, PRECISION)  # [R, C]
         dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
         ds = p * (dp - delta[:, None])
+        if not HALF:
+            k -= first_key[None, :]
         dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
         if HALF:
             mean_key = dot(narrow(p, k.dtype), k, mean_key, PRECISION)

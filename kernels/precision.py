@@ -9,22 +9,18 @@ import triton.language as tl
 from fastgan.backend import interpreting
 
 # "highest" asks for float32 products: three TF32 products on the tensor cores keep about 22 of the 24 bits of the
-# mantissa and are several times faster than the scalar units. Kernels of second-order gradients have no registers for
-# the parts.
-_FLOAT32 = {
-    1: {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"},
-    2: {"highest": "ieee", "high": "ieee", "medium": "ieee"},
-}
+# mantissa and are several times faster than the scalar units.
+_FLOAT32 = {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"}
 # Triton's interpreter multiplies the raw bits of bfloat16 matrices, and cuts off where hardware rounds to bfloat16.
 INTERPRETING = tl.constexpr(interpreting())
 
 
-def input_precision(dtype: torch.dtype, order: int = 1) -> str:
-    """Triton's ``input_precision`` in a kernel of first- or second-order gradients on operands of ``dtype``.
+def input_precision(dtype: torch.dtype) -> str:
+    """Triton's ``input_precision`` for operands of ``dtype``.
 
     Follows ``torch.get_float32_matmul_precision()``, as torch's own matmul does.
     """
-    return _FLOAT32[order][_matmul_precision()] if dtype == torch.float32 else "tf32"
+    return _FLOAT32[_matmul_precision()] if dtype == torch.float32 else "tf32"
 
 
 def _matmul_precision() -> str:
@@ -44,10 +40,31 @@ def conv_precision(dtype: torch.dtype) -> str:
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in float32; ``acc`` may be None."""
+    if a.dtype == tl.float32 and PRECISION == "tf32x3":
+        return _dot_of_parts(a, b, acc)
     if INTERPRETING and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_of_parts(a, b, acc):
+    """Three products of TF32 parts, the small ones first, summed apart from ``acc``: tensor cores cut off sums.
+
+    Triton's own "tf32x3" cuts off the parts too, where these are rounded, and is several times less accurate.
+    """
+    a_high, b_high = _tf32(a), _tf32(b)
+    product = tl.dot(_tf32(a - a_high), b_high, input_precision="tf32")
+    product = tl.dot(a_high, _tf32(b - b_high), product, input_precision="tf32")
+    product = tl.dot(a_high, b_high, product, input_precision="tf32")
+    return product if acc is None else acc + product
+
+
+@triton.jit
+def _tf32(x):
+    """x rounded to the 11 bits of a TF32 number's mantissa."""
+    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from fastgan.kernels.precision import input_precision
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import FLOOR, assert_as_accurate
 from tests.ops.test_attention import operands, three_passes
 
 NAMES = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
@@ -25,7 +25,10 @@ def assert_passes_match(q, k, v):
     truth = three_passes(attention_eager, *(x.double() for x in (q, k, v)))
     plain = three_passes(attention_eager, q, k, v)
     for actual, p, t, name in zip(three_passes(triton_attention, q, k, v), plain, truth, NAMES, strict=True):
-        assert_as_accurate(actual, p, t, name)
+        if t.count_nonzero():
+            assert_as_accurate(actual, p, t, name)
+        else:  # one key: terms of magnitude 1 cancel, to their rounding
+            assert actual.abs().max() <= FLOOR[actual.dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -98,7 +101,7 @@ def test_unsupported_channels(device):
 def test_precision_set_through_either_of_torchs_interfaces(device):
     q, k, v = (x.detach().to(device) for x in operands((1, 4, 5, 3, 2), torch.float32))
     backend, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    assert (input_precision(torch.float32), input_precision(torch.float32, order=2)) == ("tf32x3", "ieee")
+    assert input_precision(torch.float32) == "tf32x3"
     try:
         backend.fp32_precision = "tf32"  # from here on torch.get_float32_matmul_precision() raises
         assert input_precision(torch.float32) == "tf32"
