@@ -67,14 +67,14 @@ def _failed(records: list[Record]) -> list[Record]:
 def _table(records: list[Record], baseline: str | None) -> Table:
     against = next((r for r in records if r.implementation == baseline), None) if baseline else records[0]
     columns = {
-        "median": lambda r: _milliseconds(r.median),
-        "20 %": lambda r: _milliseconds(r.low),
-        "80 %": lambda r: _milliseconds(r.high),
+        "median": lambda r: _time(r.median),
+        "20 %": lambda r: _time(r.low),
+        "80 %": lambda r: _time(r.high),
         f"times {baseline or 'reference'}": lambda r: (
             f"{against.median / r.median:.2f}" if against and against.median else ""
         ),
         "error": lambda r: "" if r.error is None else f"{r.error:.1e}",
-        "first call": lambda r: _milliseconds(r.first_call),
+        "first call": lambda r: _time(r.first_call),
         "memory": lambda r: "" if r.peak_memory is None else f"{r.peak_memory / 1e6:.1f} MB",
         "launches": lambda r: "" if r.launches is None else str(r.launches),
         "times floor": lambda r: "" if r.floor is None else f"{r.median / r.floor:.2f}",
@@ -88,5 +88,7 @@ def _table(records: list[Record], baseline: str | None) -> Table:
     return table
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.2f} ms"
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{1e3 * seconds:.2f} ms"
