@@ -6,6 +6,7 @@ included.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from bench.eager_attention import EagerAttention
 from bench.harness import Workload
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import attention
@@ -27,27 +29,6 @@ TYPICAL = (128, 32)
 PASSES = ("forward", "backward", "penalty")
 # What one H100 can do: exponentials and float16 products a second, bytes of device memory a second.
 EXPONENTIALS, PRODUCTS, BYTES = 4e12, 8e14, 3.0e12
-
-
-class EagerBlock(nn.Module):
-    """The canonical block as it is usually written, its maps in memory."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.theta = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.phi = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.g = nn.Conv2d(channels, channels // 2, 1, bias=False)
-        self.o = nn.Conv2d(channels // 2, channels, 1, bias=False)
-        self.gamma = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        theta = self.theta(x).view(b, c // 8, h * w)
-        phi = F.max_pool2d(self.phi(x), 2).view(b, c // 8, h * w // 4)
-        g = F.max_pool2d(self.g(x), 2).view(b, c // 2, h * w // 4)
-        beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
-        o = self.o(torch.bmm(g, beta.transpose(1, 2)).view(b, c // 2, h, w))
-        return self.gamma * o + x
 
 
 def workloads(quick: bool, device: str) -> Iterator[Workload]:
@@ -114,11 +95,9 @@ def _block(
     batch: int, channels: int, height: int, dtype: torch.dtype, device: str, mode: str, compiled: bool
 ) -> Workload:
     torch.manual_seed(0)
-    eager = EagerBlock(channels)
-    nn.init.constant_(eager.gamma, 0.5)
-    fused = SelfAttention2d(channels)
-    fused.load_state_dict(eager.state_dict())
-    eager, fused = eager.to(device, dtype), fused.to(device, dtype)
+    fused = SelfAttention2d(channels).to(device, dtype)
+    nn.init.constant_(fused.gamma, 0.5)
+    eager = EagerAttention(copy.deepcopy(fused))
     x = torch.randn(batch, channels, height, height, device=device, dtype=dtype).requires_grad_()
 
     def passes(block: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[], Any]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from bench.eager_attention import EagerAttention
 from bench.harness import Workload
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.recipes import load_recipe
@@ -165,20 +165,6 @@ def _networks(case: Case, layers: str) -> tuple[nn.Module, nn.Module]:
         elif is_normed:
             group_spectral_norm(network)
     return networks
-
-
-class EagerAttention(nn.Module):
-    """The block as users write it, with the layers of ``block``."""
-
-    def __init__(self, block: SelfAttention2d) -> None:
-        super().__init__()
-        self.theta, self.phi, self.g, self.o, self.gamma = block.theta, block.phi, block.g, block.o, block.gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        theta = self.theta(x).flatten(2)
-        phi, g = (F.max_pool2d(layer(x), 2).flatten(2) for layer in (self.phi, self.g))
-        weights = torch.softmax(theta.transpose(1, 2) @ phi, dim=-1)
-        return x + self.gamma * self.o((g @ weights.transpose(1, 2)).unflatten(2, x.shape[2:]))
 
 
 def _replace_attention(network: nn.Module) -> None:
