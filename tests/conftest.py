@@ -2,10 +2,10 @@
 
 import os
 
-# pytest-xdist's workers share the cores; read by OpenMP and BLAS when torch and NumPy are first imported.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; read when torch and NumPy are first imported
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    )
 
 import torch
 
