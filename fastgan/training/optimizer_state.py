@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class _Group:
     index: int  # in param_groups, whose dicts Optimizer.load_state_dict replaces
     parameters: list[Tensor]
     names: tuple[str | None, ...]
-    apply: Callable[[dict[str, Any], list[Tensor], list[Tensor], list[list[Tensor]], Tensor], None]
+    op: Callable[..., None]
+    constants: Callable[[dict[str, Any]], tuple[float | bool, ...]]  # of the op, after the learning rate
 
 
 class OptimizerState:
@@ -102,12 +104,13 @@ class OptimizerState:
                 lists.append(list(states[position : position + n]) if name else [])
                 position += n if name else 0
             parameters = [traced[id(p)] for p in group.parameters]
-            options = self.optimizer.param_groups[group.index]
-            group.apply(options, parameters, [gradients[id(p)] for p in group.parameters], lists, rate)
+            constants = group.constants(self.optimizer.param_groups[group.index])
+            group.op(parameters, [gradients[id(p)] for p in group.parameters], *lists, rate, *constants)
 
 
 def _group(optimizer: torch.optim.Optimizer, index: int, parameters: list[Tensor]) -> _Group:
     kind, options = type(optimizer), optimizer.param_groups[index]
+    names: tuple[str | None, ...]
     if options.get("differentiable"):
         raise CaptureError("differentiable optimisers are not captured")
     if any(p.is_complex() for p in parameters):
@@ -115,15 +118,18 @@ def _group(optimizer: torch.optim.Optimizer, index: int, parameters: list[Tensor
     if kind in (torch.optim.Adam, torch.optim.AdamW):
         maxima = "max_exp_avg_sq" if options["amsgrad"] else None
         decoupled = kind is torch.optim.AdamW or bool(options.get("decoupled_weight_decay"))
-        return _Group(index, parameters, ("exp_avg", "exp_avg_sq", maxima, "step"), _adamw if decoupled else _adam)
+        names = ("exp_avg", "exp_avg_sq", maxima, "step")
+        return _Group(index, parameters, names, adam_, partial(_adam_constants, decoupled=decoupled))
     if kind is torch.optim.RMSprop:
         averages = "grad_avg" if options["centered"] else None
         momentum = "momentum_buffer" if options["momentum"] > 0 else None
-        return _Group(index, parameters, ("square_avg", averages, momentum, "step"), _rmsprop)
+        names = ("square_avg", averages, momentum, "step")
+        return _Group(index, parameters, names, rmsprop_, _rmsprop_constants)
     if kind is torch.optim.SGD:
         if options["dampening"]:
             raise CaptureError("SGD with dampening is not captured")
-        return _Group(index, parameters, ("momentum_buffer" if options["momentum"] else None,), _sgd)
+        momentum = "momentum_buffer" if options["momentum"] else None
+        return _Group(index, parameters, (momentum,), sgd_, _sgd_constants)
     raise CaptureError(f"the optimiser must be Adam, AdamW, RMSprop or SGD, got {kind.__name__}")
 
 
@@ -141,48 +147,16 @@ def _complete(state: dict[str, Any], parameter: Tensor, names: Sequence[str | No
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def _adam(
-    options: dict[str, Any],
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    lists: list[list[Tensor]],
-    rate: Tensor,
-    decoupled: bool = False,
-) -> None:
-    (beta1, beta2), decay = options["betas"], options["weight_decay"]
-    adam_(
-        parameters, gradients, *lists, rate, float(beta1), float(beta2), float(decay), float(options["eps"]),
-        bool(options["maximize"]), decoupled,
-    )  # fmt: skip
+def _adam_constants(options: dict[str, Any], *, decoupled: bool) -> tuple[float | bool, ...]:
+    numbers = (*options["betas"], options["weight_decay"], options["eps"])
+    return (*map(float, numbers), bool(options["maximize"]), decoupled)
 
 
-def _adamw(
-    options: dict[str, Any],
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    lists: list[list[Tensor]],
-    rate: Tensor,
-) -> None:
-    _adam(options, parameters, gradients, lists, rate, decoupled=True)
+def _rmsprop_constants(options: dict[str, Any]) -> tuple[float | bool, ...]:
+    numbers = (options[name] for name in ("alpha", "eps", "momentum", "weight_decay"))
+    return (*map(float, numbers), bool(options["maximize"]))
 
 
-def _rmsprop(
-    options: dict[str, Any],
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    lists: list[list[Tensor]],
-    rate: Tensor,
-) -> None:
-    numbers = [float(options[name]) for name in ("alpha", "eps", "momentum", "weight_decay")]
-    rmsprop_(parameters, gradients, *lists, rate, *numbers, bool(options["maximize"]))
-
-
-def _sgd(
-    options: dict[str, Any],
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    lists: list[list[Tensor]],
-    rate: Tensor,
-) -> None:
+def _sgd_constants(options: dict[str, Any]) -> tuple[float | bool, ...]:
     momentum, decay = float(options["momentum"]), float(options["weight_decay"])
-    sgd_(parameters, gradients, *lists, rate, momentum, decay, bool(options["nesterov"]), bool(options["maximize"]))
+    return momentum, decay, bool(options["nesterov"]), bool(options["maximize"])
