@@ -46,6 +46,8 @@ def check_pair(names: tuple[str, str], left: Tensor, right: Tensor) -> None:
     check_alike(**{a: left, b: right})
     if left.shape[-1] != right.shape[-1]:
         raise ValueError(f"{b} must have the d of {a} ({left.shape[-1]}), got {right.shape[-1]}")
+    if left.shape[:-2] == right.shape[:-2]:  # the first call of torch.broadcast_shapes imports sympy for a second
+        return
     try:
         torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     except RuntimeError:

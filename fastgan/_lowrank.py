@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastgan import _linalg_checks as checks
-from fastgan.ops.nuclear_norm import direct_rows, nuclear_norm, power_of_two, value_tolerance
-from fastgan.ops.sqrtm import sqrtm
+from fastgan.checks import needs_no_dispatch
+from fastgan.ops import nuclear_norm as norm_ops
+from fastgan.ops import sqrtm as sqrtm_ops
+from fastgan.ops.nuclear_norm import direct_rows, power_of_two, value_tolerance
 from fastgan.ops.trace_sqrt_product import scaled
 from fastgan.reference.nuclear_norm import GRAM, root_sum
 from fastgan.reference.trace_sqrt_product import cholesky_if_definite, triangular_sandwich
@@ -42,7 +44,8 @@ def root_of(cov: Tensor, name: str) -> tuple[Tensor, bool]:
     lower, singular = cholesky_if_definite(cov)
     if not checks.watched() and bool(singular.any()):
         checks.check_semidefinite(name, cov)
-        return sqrtm(cov, "auto", False, "auto"), False
+        root = sqrtm_ops.compute if needs_no_dispatch(cov) else sqrtm_ops.sqrtm
+        return root(cov, "auto", False, "auto"), False
     return lower, True
 
 
@@ -120,7 +123,8 @@ def _products(factor: Tensor, other: Tensor, triangular: bool, impl: str, bounds
     def solve(factor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         rows = without_mean(factor.double())
         product = _times_lower(rows, other) if triangular else rows @ other
-        return nuclear_norm(product, "auto", impl, bounds)
+        norm = norm_ops.compute if needs_no_dispatch(product) else norm_ops.nuclear_norm
+        return norm(product, "auto", impl, bounds)
 
     differentiable = torch.is_grad_enabled() and (factor.requires_grad or other.requires_grad)
     triangular = triangular and other.ndim == 2 and not differentiable

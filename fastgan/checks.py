@@ -37,6 +37,15 @@ def check_alike(**tensors: Tensor) -> None:
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
+def needs_no_dispatch(*tensors: Tensor) -> bool:
+    """True where an op of these tensors may be computed by a plain call: neither its gradient nor its graph is wanted.
+
+    The first call of a ``torch.library.custom_op`` imports torch._dynamo, which takes a second or two.
+    """
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not differentiable and runs_at_once(*tensors)
+
+
 def runs_at_once(*tensors: Tensor) -> bool:
     """True where nothing stands between a call and these tensors' memory: no trace, transform, mode or subclass.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgan import _linalg_checks as checks
 from fastgan._linalg_checks import ASYMMETRIC, DTYPES
 from fastgan._lowrank import against_covariance, against_factor
+from fastgan.checks import needs_no_dispatch
 from fastgan.ops import nuclear_norm as nuclear_norm_ops
 from fastgan.ops import sqrtm as sqrtm_ops
 from fastgan.ops import trace_sqrt_product as trace_ops
@@ -87,7 +88,8 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
             checks.check_definite("a", a)
         else:
             checks.check_semidefinite("a", a)
-    return sqrtm_ops.sqrtm(a, method, inverse, impl)
+    root = sqrtm_ops.compute if needs_no_dispatch(a) else sqrtm_ops.sqrtm
+    return root(a, method, inverse, impl)
 
 
 @overload
@@ -123,7 +125,8 @@ def nuclear_norm(
     if not checks.watched():
         impl = resolve(impl, m.device)
         checks.check_finite("m", m)
-    value, report = nuclear_norm_ops.nuclear_norm(m, method, impl, return_info)
+    norm = nuclear_norm_ops.compute if needs_no_dispatch(m) else nuclear_norm_ops.nuclear_norm
+    value, report = norm(m, method, impl, return_info)
     return (value, _info(report, _NORM_NAMES, impl)) if return_info else value
 
 
@@ -230,7 +233,8 @@ def trace_sqrt_product(
     if method == "jacobi" and (impl == "reference" or a.shape[-1] > trace_ops.JACOBI_SIZE):
         limit = trace_ops.JACOBI_SIZE
         raise ValueError(f"method='jacobi' needs the extension and d <= {limit}, got impl={impl!r}, d = {a.shape[-1]}")
-    value, report = trace_ops.trace_sqrt_product(a, b, method, impl, return_info)
+    trace = trace_ops.compute if needs_no_dispatch(a, b) else trace_ops.trace_sqrt_product
+    value, report = trace(a, b, method, impl, return_info)
     if not watched and bool((report[..., METHOD] == FAILED).any()):
         raise ValueError(_failure(a, b, method))
     return (value, _info(report, _TRACE_NAMES, impl)) if return_info else value

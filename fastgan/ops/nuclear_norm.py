@@ -49,8 +49,8 @@ def polar_factor(m: Tensor, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tens
     ``dtype`` is that of the operands behind ``m``: for float32 ones, float32 iterations come first.
     """
     low = dtype == torch.float32
-    compute = torch.ops.fastgan_C.nuclear_norm if resolve(impl, m.device) == "extension" else reference.polar_factor
-    return compute(m, low, 1e-5 if low else 1e-10)
+    polar = torch.ops.fastgan_C.nuclear_norm if resolve(impl, m.device) == "extension" else reference.polar_factor
+    return polar(m, low, 1e-5 if low else 1e-10)
 
 
 def polar_rows(m: Tensor, dtype: torch.dtype, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,7 @@ def direct_rows(value: Tensor, bound: Tensor, method: int) -> Tensor:
     return torch.stack([(value - bound).clamp(min=0), value + bound, torch.full_like(value, method), 0 * value], 1)
 
 
-@custom_op("fastgan::nuclear_norm", mutates_args=())
-def nuclear_norm(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+def compute(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """||M||_* of (..., rows, cols) matrices, and float64 (lower bound, upper bound, method code, iterations)."""
     flat = m.reshape(-1, *m.shape[-2:])
     flat = (flat if m.shape[-2] <= m.shape[-1] else flat.mT).double()
@@ -79,6 +78,9 @@ def nuclear_norm(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tenso
     value, report = _solve(flat, m.dtype, method, impl, bounds)
     report[:, :METHOD] *= scale[:, None]
     return (value * scale).to(m.dtype, copy=True).reshape(m.shape[:-2]), report.reshape(*m.shape[:-2], 4)
+
+
+nuclear_norm = custom_op("fastgan::nuclear_norm", mutates_args=())(compute)
 
 
 def power_of_two(matrices: Tensor) -> Tensor:
@@ -167,8 +169,8 @@ def resolved_polar_factor(m: Tensor) -> Tensor | None:
     wide = m if m.shape[-2] <= m.shape[-1] else m.mT
     wide = wide / power_of_two(wide)[:, None, None]
     extension = resolve("auto", m.device) == "extension"
-    compute = torch.ops.fastgan_C.nuclear_norm if extension else reference.polar_factor
-    u, _ = compute(wide.contiguous(), False, 0.0)
+    polar = torch.ops.fastgan_C.nuclear_norm if extension else reference.polar_factor
+    u, _ = polar(wide.contiguous(), False, 0.0)
     if not captured(m) and not bool(reference.has_orthonormal_rows(u).all()):
         return None
     return u if m.shape[-2] <= m.shape[-1] else u.mT

@@ -18,8 +18,7 @@ _RESIDUAL, _INVERSE_RESIDUAL = 1e-8, 1e-6
 """Above these an iteration has not converged."""
 
 
-@custom_op("fastgan::sqrtm", mutates_args=())
-def sqrtm(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
+def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     """A^{1/2}, or A^{-1/2}, of (..., d, d) matrices; computed in float64."""
     flat = a.reshape(-1, *a.shape[-2:]).double()
     if len(flat) == 0:
@@ -34,10 +33,13 @@ def sqrtm(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     return root.to(a.dtype).reshape(a.shape).contiguous()
 
 
+sqrtm = custom_op("fastgan::sqrtm", mutates_args=())(compute)
+
+
 def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
     """By Newton-Schulz; where that has not converged by eigenvectors, or a RuntimeError."""
-    compute = torch.ops.fastgan_C.sqrtm if resolve(impl, a.device) == "extension" else reference.sqrtm_newton_schulz
-    root = compute(a, inverse)
+    iterate = torch.ops.fastgan_C.sqrtm if resolve(impl, a.device) == "extension" else reference.sqrtm_newton_schulz
+    root = iterate(a, inverse)
     if captured(a):
         return root
     residual = reference.residual(a, root, inverse)

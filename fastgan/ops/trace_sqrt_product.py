@@ -42,8 +42,7 @@ more than the arithmetic."""
 _CHUNK_ENTRIES = 2**26  # of the products that a chunk of pairs is iterated on
 
 
-@custom_op("fastgan::trace_sqrt_product", mutates_args=())
-def trace_sqrt_product(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """tr((A B)^{1/2}) of (..., d, d) matrices, and float64 (lower bound, upper bound, method code, iterations)."""
     shape = _batch_shape(a, b)
     matrices_a, matrices_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
@@ -59,6 +58,9 @@ def trace_sqrt_product(a: Tensor, b: Tensor, method: str, impl: str, bounds: boo
     return value.to(a.dtype, copy=True).reshape(shape), report.reshape(*shape, 4)
 
 
+trace_sqrt_product = custom_op("fastgan::trace_sqrt_product", mutates_args=())(compute)
+
+
 def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """Values (n,) and reports (n, 4) for pairs of matrices of a and b, (., d, d)."""
     extension = resolve(impl, a.device) == "extension"
@@ -70,18 +72,18 @@ def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: 
         rows = torch.ops.fastgan_C.small_trace(a, b, pairs)
         rows[:, 2] = torch.where(rows[:, 2] > 0, float(JACOBI), float(FAILED))
     else:
-        compute = torch.ops.fastgan_C.trace_sqrt_product if extension else reference.trace_sqrt_product
+        direct = torch.ops.fastgan_C.trace_sqrt_product if extension else reference.trace_sqrt_product
         if method == "auto" and a.shape[-1] <= BATCH_SIZE and len(pairs) >= BATCH_PAIRS:
-            rows = _batched(a, b, pairs, compute)
+            rows = _batched(a, b, pairs, direct)
         else:
-            rows = compute(a, b, pairs, DIRECT[method]).to(a.device)
+            rows = direct(a, b, pairs, DIRECT[method]).to(a.device)
     report = direct_rows(rows[:, 0], rows[:, 1], 0)
     report[:, METHOD] = rows[:, 2]
     return rows[:, 0], report
 
 
-def _batched(a: Tensor, b: Tensor, pairs: Tensor, compute: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Tensor:
-    """The rows of ``compute``, from Cholesky factors of all of ``a`` at once; ``compute`` does what they cannot."""
+def _batched(a: Tensor, b: Tensor, pairs: Tensor, direct: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> Tensor:
+    """The rows of ``direct``, from Cholesky factors of all of ``a`` at once; ``direct`` does what they cannot."""
     (scale_a, wide_a), (scale_b, wide_b) = scaled(a), scaled(b)
     lower, singular = reference.cholesky_if_definite(wide_a)
     i, j = pairs.unbind(1)
@@ -92,7 +94,7 @@ def _batched(a: Tensor, b: Tensor, pairs: Tensor, compute: Callable[[Tensor, Ten
     rows = torch.stack([value * scale, bound * scale, torch.full_like(value, CHOLESKY)], 1)
     rest = singular[i] | ~accurate
     if bool(rest.any()):
-        rows[rest] = compute(a, b, pairs[rest].contiguous(), DIRECT["auto"])
+        rows[rest] = direct(a, b, pairs[rest].contiguous(), DIRECT["auto"])
     return rows
 
 
@@ -131,7 +133,8 @@ def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batch_shape(a: Tensor, b: Tensor) -> torch.Size:
-    return torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left, right = a.shape[:-2], b.shape[:-2]
+    return left if left == right else torch.broadcast_shapes(left, right)
 
 
 def _indices(operand: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
