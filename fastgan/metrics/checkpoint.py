@@ -15,7 +15,8 @@ from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.distributed import World
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.images import ImageSource
-from fastgan.metrics.stats import FeatureStats, float64_device
+from fastgan.metrics.moments import float64_device
+from fastgan.metrics.stats import FeatureStats
 from fastgan.metrics.stats_file import load_stats, read_npz, save_stats
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgan.metrics.errors import InputError
+from fastgan.metrics.moments import joined
 from fastgan.metrics.stats import FeatureStats
 
 
@@ -30,24 +31,24 @@ def merge_moments(parts: Tensor | Sequence[Tensor]) -> Tensor:
     """Of all vectors of ``parts`` together."""
     merged, *others = parts
     for other in others:
-        n, m = merged[0, 0], other[0, 0]
-        total = (n + m).clamp(min=1)
-        delta = other[0, 1:] - merged[0, 1:]
-        mean = merged[0, 1:] + delta * (m / total)
-        scatter = merged[1:, 1:] + other[1:, 1:] + torch.outer(delta, delta) * (n * m / total)
-        merged = _pack(n + m, mean, scatter)
+        merged = _pack(merged[0, 0] + other[0, 0], *joined(*_unpack(merged), *_unpack(other)))
     return merged
 
 
 def to_stats(moments: Tensor, side: str) -> FeatureStats:
     """As :class:`FeatureStats`. Raises ``InputError`` that names ``side`` where there are fewer than 2 vectors."""
-    n = int(moments[0, 0].item())
+    count, mean, scatter = _unpack(moments)
+    n = int(count.item())
     if n < 2:
         raise InputError(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
-    return FeatureStats.from_moments(moments[0, 1:], moments[1:, 1:] / (n - 1), n=n)
+    return FeatureStats.from_moments(mean, scatter / (n - 1), n=n)
 
 
 def _pack(n: int | Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
     packed = scatter.new_zeros(len(mean) + 1, len(mean) + 1)
     packed[0, 0], packed[0, 1:], packed[1:, 1:] = n, mean, scatter
     return packed
+
+
+def _unpack(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return moments[0, 0], moments[0, 1:], moments[1:, 1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from fastgan._lowrank import row_root
 from fastgan.checks import check_tensor
 from fastgan.metrics.errors import InputError
+from fastgan.metrics.moments import as_float64, centred, float64_device, joined, moments_of
+from fastgan.metrics.stats_checks import check_factor, check_finite, check_moments, check_root
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,9 +25,8 @@ class FeatureStats:
 
     Up to ``dim`` vectors the vectors themselves are kept, so that a Frechet distance between small sets can work on
     them (:attr:`factor`) and not on a rank-deficient ``dim`` x ``dim`` matrix. From ``dim + 1`` on only the mean and
-    the sum of centred outer products are. Each batch is centred on its own mean and joined by the update of Chan,
-    Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979), so no
-    digits are lost where the mean is large beside the deviation.
+    the sum of centred outer products are. Each batch is centred on its own mean before it is joined to the others
+    (:mod:`fastgan.metrics.moments`), so no digits are lost where the mean is large beside the deviation.
 
     Args:
         dim: features per vector; None takes it from the first batch.
@@ -54,9 +55,7 @@ class FeatureStats:
         self._rows: list[Tensor] | None = []  # each (batch, dim); None once there are more than dim
         self._root: Tensor | None = None  # (r, dim), of what is here now
         self._mean: Tensor | None = None  # [dim], once the rows are dropped
-        self._scatter: Tensor | None = (
-            None  # [dim, dim], the sum of centred outer products; the covariance if n is None
-        )
+        self._scatter: Tensor | None = None  # [dim, dim], with that mean; the covariance where n is None
 
     @classmethod
     def from_moments(
@@ -81,8 +80,8 @@ class FeatureStats:
             InputError: shapes disagree, values are not finite, ``cov`` is not symmetric or has a negative diagonal,
                 ``n`` is under 2, or ``factor`` or ``root`` is not that of ``cov``.
         """
-        mean, cov = _as_float64(mean), _as_float64(cov)
-        _check_moments(mean, cov)
+        mean, cov = as_float64(mean), as_float64(cov)
+        check_moments(mean, cov)
         if n is not None and n < 2:
             raise InputError(f"n must be at least 2 for a covariance, got {n}")
         stats = cls(mean.shape[0], backbone=backbone, resize=resize, precision=precision)
@@ -90,13 +89,13 @@ class FeatureStats:
         cov = (cov + cov.mT) / 2
         stats._scatter = cov if n is None else cov * (n - 1)
         if factor is not None:
-            rows = _as_float64(factor)
-            _check_factor(rows, cov, n)
+            rows = as_float64(factor)
+            check_factor(rows, cov, n)
             if rows.shape[0] <= rows.shape[1]:
                 stats._rows, stats._mean, stats._scatter = [rows + mean], None, None
         if root is not None:
-            stats._root = _as_float64(root)
-            _check_root(stats._root, cov)
+            stats._root = as_float64(root)
+            check_root(stats._root, cov)
         return stats
 
     @property
@@ -114,7 +113,7 @@ class FeatureStats:
         """(dim,) float64. Raises ``InputError`` before the first vector."""
         self._require(1, "mean")
         if self._rows is not None:
-            return _centre(torch.cat(self._rows))[0]
+            return centred(torch.cat(self._rows))[0]
         assert self._mean is not None
         return self._mean.clone()
 
@@ -133,7 +132,7 @@ class FeatureStats:
         """Centred features X (n, dim) with ``X^T X / (n - 1) = cov``, float64, while n <= dim; None after that."""
         if self._rows is None or not self._n:
             return None
-        return _centre(torch.cat(self._rows))[1]
+        return centred(torch.cat(self._rows))[1]
 
     @property
     def known_root(self) -> Tensor | None:
@@ -171,7 +170,7 @@ class FeatureStats:
         check_tensor("features", batch, ndim=2)
         self._require_known_n("update")
         self._check_dim(batch.shape[1], "features")
-        _check_finite(batch, seen=self._n or 0)
+        check_finite(batch, seen=self._n or 0)
         if batch.shape[0] == 0:
             return self
         self.dtype = str(batch.dtype).removeprefix("torch.") if self.dtype is None else self.dtype
@@ -292,20 +291,17 @@ class FeatureStats:
             self._rows.extend(rows)
             self._n += added
             return
-        self._join_moments(added, *_moments_of(torch.cat(rows)))
+        self._join_moments(added, *moments_of(torch.cat(rows)))
 
     def _join_moments(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         if self._n:
-            own_mean, own_scatter = self._moments()
-            total, delta = self._n + n, mean - own_mean
-            scatter = own_scatter + scatter
-            scatter.addr_(delta, delta, alpha=self._n * n / total)
-            mean, n = own_mean + delta * (n / total), total
+            mean, scatter = joined(self._n, *self._moments(), n, mean, scatter)
+            n += self._n
         self._n, self._rows, self._mean, self._scatter, self._root = n, None, mean, scatter, None
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         if self._rows is not None:
-            return _moments_of(torch.cat(self._rows))
+            return moments_of(torch.cat(self._rows))
         assert self._mean is not None
         assert self._scatter is not None
         return self._mean, self._scatter
@@ -339,78 +335,3 @@ def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
         left, right = getattr(a, what), getattr(b, what)
         if left is not None and right is not None and left != right:
             raise InputError(f"the two statistics differ in {what}: {left} and {right}")
-
-
-def _centre(rows: Tensor) -> tuple[Tensor, Tensor]:
-    mean = rows.mean(dim=0)
-    centred = rows - mean
-    # the mean of large values carries a rounding error; what it leaves in the centred rows is taken out again
-    residual = centred.mean(dim=0)
-    return mean + residual, centred.sub_(residual)
-
-
-def _moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:
-    mean, centred = _centre(rows)
-    return mean, centred.mT @ centred
-
-
-def _check_finite(batch: Tensor, *, seen: int) -> None:
-    finite = torch.isfinite(batch).all(dim=1)
-    if not finite.all():
-        row = int(torch.nonzero(~finite)[0])
-        raise InputError(
-            f"features must be finite: row {row} of this batch (vector {seen + row} in all) has NaN or infinity"
-        )
-
-
-def _check_moments(mean: Tensor, cov: Tensor) -> None:
-    if mean.ndim != 1 or mean.shape[0] == 0:
-        raise InputError(f"mean must have shape (dim,), got {tuple(mean.shape)}")
-    dim = mean.shape[0]
-    if cov.shape != (dim, dim):
-        raise InputError(f"cov must have shape ({dim}, {dim}) to go with mean, got {tuple(cov.shape)}")
-    for name, value in (("mean", mean), ("cov", cov)):
-        if not torch.isfinite(value).all():
-            raise InputError(f"{name} must be finite, it has NaN or infinity")
-    scale = cov.diagonal().abs().max()
-    if (cov - cov.mT).abs().max() > 1e-5 * scale:
-        raise InputError("cov must be symmetric")
-    if cov.diagonal().min() < 0:
-        raise InputError("cov must have no negative value on its diagonal")
-
-
-def _check_factor(factor: Tensor, cov: Tensor, n: int | None) -> None:
-    if n is None or factor.shape != (n, cov.shape[0]):
-        raise InputError(f"factor must have shape (n, dim) = ({n}, {cov.shape[0]}), got {tuple(factor.shape)}")
-    if not torch.isfinite(factor).all():
-        raise InputError("factor must be finite, it has NaN or infinity")
-    variance = cov.diagonal()
-    scale = variance.max()
-    off_mean = factor.mean(dim=0).abs().max() > 1e-6 * scale.sqrt()
-    off_variance = (factor.square().sum(dim=0) / (n - 1) - variance).abs().max() > 1e-6 * scale
-    if off_mean or off_variance:
-        raise InputError("factor must be the centred vectors behind mean and cov")
-
-
-def _check_root(root: Tensor, cov: Tensor) -> None:
-    if root.ndim != 2 or not 0 < root.shape[0] <= root.shape[1] or root.shape[1] != cov.shape[0]:
-        raise InputError(f"root must have shape (r, dim) with r <= dim = {cov.shape[0]}, got {tuple(root.shape)}")
-    if not torch.isfinite(root).all():
-        raise InputError("root must be finite, it has NaN or infinity")
-    # R^T R v = cov v for one v of which no entry is alike: the product R^T R itself would cost as much as a root
-    v = torch.linspace(1, 2, cov.shape[0], dtype=cov.dtype, device=cov.device).sin()
-    off = (root.mT @ (root @ v) - cov @ v).abs().max() / (cov.diagonal().max() * len(v) ** 0.5).clamp(min=1e-300)
-    if off > 1e-6:
-        raise InputError(f"root must have root^T root = cov: they differ by {off.item():.2g} of the largest variance")
-
-
-def _as_float64(value: Any) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
-    if tensor.is_complex():
-        raise InputError("statistics must be real, got complex numbers")
-    return tensor.to(device=float64_device(tensor.device), dtype=torch.float64, copy=True)
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Apple's GPUs have no float64; their features are gathered on the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
