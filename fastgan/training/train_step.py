@@ -31,8 +31,8 @@ class TrainStep:
     networks, optimisers and average hold: those can be used, saved and loaded between steps as ever, and a run may move
     between modes. The graph is made at the first call; learning rates may change at each.
 
-    A graph serves batches of one shape, dtype and layout, and the optimiser options and train or eval mode of modules
-    that it was made with. Any other call - an odd last batch - runs eagerly, with the same result and one warning. What
+    A graph serves batches of one shape, dtype and layout, and the optimiser options, train or eval mode of modules and
+    frozen weights that it was made with. Any other call - an odd last batch - runs eagerly, with the same result and one warning. What
     cannot be captured runs eagerly too, with one :class:`fastgan.backend.BackendWarning` that names the reason.
 
     Processes of a ``torch.distributed`` group share a batch: each gives its part, all parts of one size, and gets the
@@ -208,6 +208,7 @@ class _Captured:
         self._step, self._update = step, update
         networks = (update.gan.generator, update.gan.discriminator)
         self._modules = [module for network in networks for module in network.modules()]
+        self._weights = list(update.network.parameters())
         traced = update.trace(batch, step.example_draws(batch))
         compile_graph, self._names = step.owner.compile, traced.names
         self._first = compile_graph(traced.graph, traced.arguments)
@@ -219,8 +220,8 @@ class _Captured:
         if self._key_of(batch) == self._key:
             return True
         warn_once(
-            f"a {self._step.name} step runs eagerly: its batch, optimiser options or module modes are not those that "
-            "it was captured with"
+            f"a {self._step.name} step runs eagerly: its batch, optimiser options, module modes or frozen weights are "
+            "not those that it was captured with"
         )
         return False
 
@@ -267,8 +268,9 @@ class _Captured:
 
     def _key_of(self, batch: Batch) -> tuple[Any, ...]:
         shapes = tuple((name, tuple(t.shape), t.stride(), t.dtype, t.device) for name, t in batch.items())
-        modes = tuple(module.training for module in self._modules)
-        return shapes, modes, self._update.optimizer.options()
+        modes = tuple([module.training for module in self._modules])
+        trained = tuple([weight.requires_grad for weight in self._weights])
+        return shapes, modes, trained, self._update.optimizer.options()
 
 
 class _Replay:

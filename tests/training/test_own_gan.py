@@ -148,6 +148,24 @@ def test_an_odd_last_batch_and_eval_mode_run_eagerly_on_the_same_state():
     torch.testing.assert_close(got, steps(eager, [4]), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("begins_frozen", [False, True])
+def test_weights_may_be_frozen_and_thawed_between_steps(begins_frozen):
+    captured, eager = (own_gan(OPTIMIZERS["adam"], mode)[0] for mode in ("compile", "eager"))
+    results = []
+    for step in (captured, eager):
+        weight = step.gan.generator[0].weight
+        weight.requires_grad_(not begins_frozen)
+        steps(step, [0])
+        weight.requires_grad_(begins_frozen)
+        before = weight.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BackendWarning)
+            results.append(steps(step, [1, 2]))
+        assert torch.equal(before, weight) is not begins_frozen
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+    assert captured.compilations == 2
+
+
 @pytest.mark.parametrize(
     ("make_optimizer", "mode", "reads", "reason"),
     [
