@@ -33,12 +33,15 @@ def adam_(
     """torch's fused Adam, or AdamW where ``decoupled``; AMSGrad where ``max_exp_avg_sqs`` is not empty."""
     torch._foreach_add_(list(steps), 1)
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kept = [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]  # a checkpoint of another layout may have brought them
+    used = [part for m in (exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if m for part in laid_out_like(params, m)]
+    n = len(params)
     update(
         list(params),
         laid_out_like(params, grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(max_exp_avg_sqs),
+        used[:n],
+        used[n : 2 * n],
+        used[2 * n :],
         list(steps),
         lr=lr,
         beta1=beta1,
@@ -48,6 +51,9 @@ def adam_(
         amsgrad=len(max_exp_avg_sqs) > 0,
         maximize=maximize,
     )
+    for state, copy in zip(kept, used, strict=True):
+        if copy is not state:
+            state.copy_(copy)
 
 
 @custom_op("fastgan::rmsprop_", mutates_args=("params", "square_avgs", "grad_avgs", "momenta", "steps"))
@@ -129,11 +135,11 @@ for _op in (adam_, rmsprop_, sgd_, ema_):
     _op.register_fake(lambda *_: None)
 
 
-def laid_out_like(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """``grads`` with the strides of ``params``: torch's fused optimisers walk through memory and look at no strides."""
+def laid_out_like(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` with the strides of ``params``: torch's fused optimisers walk through memory and look at no strides."""
     return [
-        g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
-        for p, g in zip(params, grads, strict=True)
+        t if t.stride() == p.stride() else torch.empty_like(p, dtype=t.dtype).copy_(t)
+        for p, t in zip(params, tensors, strict=True)
     ]
 
 

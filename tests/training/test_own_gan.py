@@ -83,6 +83,29 @@ def test_optimisers_have_the_numbers_and_state_dicts_of_torch(name, dtype):
     torch.testing.assert_close(got, expected, **tolerance)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_of_another_memory_layout_continue(name):
+    """A checkpoint of a channels-first run, loaded where the weights are channels-last."""
+    torch.manual_seed(2)
+    first, gradient = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(first.clone())
+        optimizer = OPTIMIZERS[name]([weight])
+        weight.grad = gradient
+        optimizer.step()
+        continued = nn.Parameter(weight.detach().contiguous(memory_format=layout))
+        same = OPTIMIZERS[name]([continued])
+        same.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        state = OptimizerState(same, [continued])
+        state.refresh()
+        with torch.no_grad():
+            traced = {id(continued): continued}
+            state.update(traced, {id(continued): gradient * 2}, state.tensors(), state.rates)
+        results.append([continued, *moments([same])])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
 def moments(optimizers):
     states = [entries for o in optimizers for entries in o.state_dict()["state"].values()]
     return [entries[key] for entries in states for key in sorted(entries) if entries[key] is not None]
