@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan.regularisers import clip_weights_
 from fastgan.training.ema import EMA
-from fastgan.training.gan import Batch, Draws, Gan, Terms, total
+from fastgan.training.gan import Batch, Draws, Gan, Terms, gradients_of
 from fastgan.training.optimizer_state import OptimizerState
 from fastgan.training.process_mean import ProcessMean, Shared, floating_buffers
 
@@ -124,14 +124,16 @@ class Update:
         networks, traced = self._standing_for(tensors)
         with torch.enable_grad():
             terms = _with_tensors(self._networks, networks, self.loss, batch, draws)
-            gradients = list(torch.autograd.grad(total(terms), [traced[id(p)] for p in self.trained]))
-        return Shared(gradients, self._buffers(tensors), {name: term.detach() for name, term in terms.items()})
+            gradients = gradients_of(terms, [traced[id(p)] for p in self.trained])
+        self._reached = [p for p, g in zip(self.trained, gradients, strict=True) if g is not None]
+        detached = {name: term.detach() for name, term in terms.items()}
+        return Shared([g for g in gradients if g is not None], self._buffers(tensors), detached)
 
     @torch.no_grad()
     def _apply(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         networks, traced = self._standing_for(tensors)
         states, rates, averages = self._split(tensors[len(self._slots) :])
-        by_id = {id(p): gradient for p, gradient in zip(self.trained, gradients, strict=True)}
+        by_id = {id(p): gradient for p, gradient in zip(self._reached, gradients, strict=True)}
         self.optimizer.update(traced, by_id, states, rates)
         _with_tensors(self._networks, networks, self._finish, averages)
 

@@ -6,7 +6,7 @@ their own - so that a step can be run eagerly or captured as one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -248,3 +248,15 @@ def _class_loss(scores: Scores, labels: Tensor) -> Tensor:
 def total(terms: Terms) -> Tensor:
     """The sum of all terms."""
     return torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms.values()]).sum()
+
+
+def gradients_of(terms: Terms, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of :func:`total` in ``weights``; None for those that the loss does not reach, which optimisers leave alone.
+
+    Raises:
+        ValueError: it reaches none of them.
+    """
+    gradients: list[Tensor | None] = [*torch.autograd.grad(total(terms), weights, allow_unused=True)]
+    if all(gradient is None for gradient in gradients):
+        raise ValueError("the loss must depend on weights of the network that it is minimised in, it does on none")
+    return gradients

@@ -92,20 +92,21 @@ class OptimizerState:
 
         Args:
             traced: what stands for each parameter, by the parameter's id.
-            gradients: likewise.
+            gradients: likewise; a parameter without one is left alone.
             states: what stands for :meth:`tensors`.
             rates: what stands for :attr:`rates`.
         """
         position = 0
         for group, rate in zip(self._groups, rates, strict=True):
-            n = len(group.parameters)
+            reached = [i for i, p in enumerate(group.parameters) if id(p) in gradients]
             lists: list[list[Tensor]] = []
             for name in group.names:
-                lists.append(list(states[position : position + n]) if name else [])
-                position += n if name else 0
-            parameters = [traced[id(p)] for p in group.parameters]
-            constants = group.constants(self.optimizer.param_groups[group.index])
-            group.op(parameters, [gradients[id(p)] for p in group.parameters], *lists, rate, *constants)
+                lists.append([states[position + i] for i in reached] if name else [])
+                position += len(group.parameters) if name else 0
+            if reached:
+                ids = [id(group.parameters[i]) for i in reached]
+                constants = group.constants(self.optimizer.param_groups[group.index])
+                group.op([traced[i] for i in ids], [gradients[i] for i in ids], *lists, rate, *constants)
 
 
 def _group(optimizer: torch.optim.Optimizer, index: int, parameters: list[Tensor]) -> _Group:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastgan.regularisers import clip_weights_
 from fastgan.training.ema import EMA
-from fastgan.training.gan import Batch, Draws, Gan, Terms, total
+from fastgan.training.gan import Batch, Draws, Gan, Terms, gradients_of
 from fastgan.training.process_mean import ProcessMean, Shared, floating_buffers
 from fastgan.training.update_ops import laid_out_like
 
@@ -51,8 +51,9 @@ def _minimise(
     gan: Gan, terms: Terms, network: nn.Module, optimizer: torch.optim.Optimizer, mean: ProcessMean | None
 ) -> Terms:
     """One optimiser step on ``network`` alone: gradients of the other network's weights are never computed."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    gradients = list(torch.autograd.grad(total(terms), parameters))
+    trained = [p for p in network.parameters() if p.requires_grad]
+    reached = [(p, g) for p, g in zip(trained, gradients_of(terms, trained), strict=True) if g is not None]
+    parameters, gradients = [p for p, _ in reached], [g for _, g in reached]
     terms = {name: term.detach() for name, term in terms.items()}
     if mean is not None:
         buffers = floating_buffers(gan)

@@ -32,8 +32,9 @@ class TrainStep:
     between modes. The graph is made at the first call; learning rates may change at each.
 
     A graph serves batches of one shape, dtype and layout, and the optimiser options, train or eval mode of modules and
-    frozen weights that it was made with. Any other call - an odd last batch - runs eagerly, with the same result and one warning. What
-    cannot be captured runs eagerly too, with one :class:`fastgan.backend.BackendWarning` that names the reason.
+    frozen weights that it was made with. Any other call - an odd last batch - runs eagerly, with the same result and
+    one warning. What cannot be captured runs eagerly too, with one :class:`fastgan.backend.BackendWarning` that names
+    the reason. Weights that a loss does not reach are left alone.
 
     Processes of a ``torch.distributed`` group share a batch: each gives its part, all parts of one size, and gets the
     update and the losses of the whole. Gradients are averaged between two graphs, and with them running statistics and
@@ -72,7 +73,7 @@ class TrainStep:
         compilations: graphs compiled so far: 1 a network after its first step, 2 where processes share a batch.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or an optimiser that has none of its network's weights.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class TrainStep:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if clip < 0:
             raise ValueError(f"clip must be at least 0, got {clip}")
+        _check_optimizer("optimizer_g", optimizer_g, "generator", gan.generator)
+        _check_optimizer("optimizer_d", optimizer_d, "discriminator", gan.discriminator)
         self.gan, self.mode, self.backend, self.ema = gan, mode, backend, ema
         self.compilations = 0
         self.device = next(gan.generator.parameters()).device
@@ -161,6 +164,8 @@ class _Step:
         self._is_eager = owner.mode == "eager"
 
     def __call__(self, batch: Batch) -> Terms:
+        if not isinstance(batch, Mapping) or not batch:
+            raise TypeError(f"batch must be a mapping of names to tensors, got {type(batch).__name__}")
         if not self._is_eager and self._captured is None:
             self._capture(batch)
         if self._captured is None or not self._captured.fits(batch):
@@ -323,15 +328,26 @@ class OwnGan:
         return self.discriminator_draws(batch)
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> Terms:
-        return _terms(self._discriminator_loss(batch, draws))
+        return _terms("discriminator_loss", self._discriminator_loss(batch, draws))
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
-        return _terms(self._generator_loss(batch, draws))
+        return _terms("generator_loss", self._generator_loss(batch, draws))
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
 
 
-def _terms(loss: Tensor | Terms) -> Terms:
-    return {"loss": loss} if isinstance(loss, Tensor) else loss
+def _terms(name: str, loss: Tensor | Terms) -> Terms:
+    terms = {"loss": loss} if isinstance(loss, Tensor) else loss
+    for key, term in terms.items():
+        if not isinstance(term, Tensor) or term.ndim:
+            got = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
+            raise ValueError(f"{name} must return scalar tensors, got {got} for {key!r}")
+    return terms
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, of: str, network: nn.Module) -> None:
+    weights = {id(p) for p in network.parameters()}
+    if not any(id(p) in weights for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"{name} must hold weights of the {of}, it has none of them")

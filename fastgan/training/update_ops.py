@@ -136,7 +136,7 @@ for _op in (adam_, rmsprop_, sgd_, ema_):
 
 
 def laid_out_like(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors`` with the strides of ``params``: torch's fused optimisers walk through memory and look at no strides."""
+    """``tensors`` with the strides of ``params``, as torch's fused optimisers walk through memory and look at none."""
     return [
         t if t.stride() == p.stride() else torch.empty_like(p, dtype=t.dtype).copy_(t)
         for p, t in zip(params, tensors, strict=True)

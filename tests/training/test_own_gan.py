@@ -238,6 +238,42 @@ def test_a_wrong_loss_fails_as_it_does_eagerly():
         own_gan(OPTIMIZERS["adam"], "fast")
 
 
+def test_bad_arguments_are_named():
+    step, (optimizer_g, optimizer_d) = own_gan(OPTIMIZERS["adam"], "eager")
+    with pytest.raises(TypeError, match="batch must be a mapping of names to tensors, got Tensor"):
+        step.discriminator(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="optimizer_g must hold weights of the generator, it has none of them"):
+        TrainStep(step.gan, optimizer_d, optimizer_g)
+    weight = step.gan.generator[0].weight
+    for loss, message in (
+        (weight, r"discriminator_loss must return scalar tensors, got \(8, 4\) for 'loss'"),
+        ({"a": 1.0}, "discriminator_loss must return scalar tensors, got float for 'a'"),
+        (weight.sum(), "the loss must depend on weights of the network"),
+    ):
+        step.gan._discriminator_loss = lambda *_, loss=loss: loss
+        with pytest.raises(ValueError, match=message):
+            step.discriminator(vectors(0))
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop"])
+def test_weights_that_the_loss_does_not_reach_stay(name):
+    """As with ``backward`` and ``step``: an optimiser leaves alone what has no gradient."""
+
+    def with_unused(parameters):
+        return OPTIMIZERS[name]([unused, *parameters])
+
+    results = []
+    for mode in ("eager", "compile"):
+        unused = nn.Parameter(torch.ones(3))
+        step, _ = own_gan(with_unused, mode)
+        for network in (step.gan.generator, step.gan.discriminator):
+            network.unused = unused
+        results.append([steps(step, range(3)), step.gan.generator.state_dict(), step.gan.discriminator.state_dict()])
+        assert torch.equal(unused, torch.ones(3))
+    assert step.compilations == 2
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
 def test_the_trainer_captures_where_it_is_told_to_and_goes_on_from_an_eager_checkpoint():
     eager = trainer(n_critic=2, decay_from=0.0)
     eager.run(2)
