@@ -174,16 +174,17 @@ def test_an_unreadable_image(folders, tmp_path):
     assert report["value"] < 1e-6
 
 
-def test_wrong_folders(folders, tmp_path):
+def test_wrong_folders(folders, tmp_path, monkeypatch):
     assert_one_line_error(run("fid", tmp_path / "none", folders[0]), tmp_path / "none", "no such folder")
     assert_one_line_error(run("fid", folders[0], tmp_path), tmp_path, "holds no images")
     assert_one_line_error(run("fid", folders[0], tmp_path / "none.npz"), "none.npz", "no such file")
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
-    assert_one_line_error(
-        run("fid", tmp_path, folders[0], "--json", "--backbone", "efficientnet_lite0"),
-        tmp_path,
-        "at least 2 readable images",
-    )
+    arguments = ("fid", tmp_path, folders[0], "--json", "--backbone", "efficientnet_lite0", "--skip-bad")
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgan.metrics.options.load_backbone", None)  # before anything is computed
+        assert_one_line_error(run(*arguments), tmp_path, "at least 2 images for a covariance, it holds 1")
+    (tmp_path / "two.png").write_bytes(b"")
+    assert_one_line_error(run(*arguments), tmp_path, "at least 2 readable images for a covariance, it holds 1")
 
 
 def test_wrong_statistics(folders, tmp_path):

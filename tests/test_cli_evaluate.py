@@ -146,6 +146,9 @@ def test_what_evaluate_refuses(sets, tmp_path):
     fake, real = sets
     run("stats", "save", real, tmp_path / "stats.npz")
     assert run("evaluate", fake, tmp_path / "stats.npz", "--metrics", "fid,fid-infinity").exit_code == 0
+    np.savez(tmp_path / "few.npz", images=REAL[:23])
+    np.savez(tmp_path / "one.npz", images=REAL[:1])
+    computed = Pooled.calls
     for arguments, part in (
         ((fake, real, "--metrics", "fid,lpips"), "--metrics must be of fid, fid-infinity, kid, is, prdc, got lpips"),
         ((fake, tmp_path / "stats.npz"), "--metrics kid,prdc needs images on both sides"),
@@ -153,10 +156,16 @@ def test_what_evaluate_refuses(sets, tmp_path):
         ((fake,), "names no reference to compare it with"),
         ((fake, real, "--metrics", "prdc", "-k", "0"), "-k must be at least 1"),
         ((fake, real, "--plot", tmp_path / "none" / "a.png"), "its folder does not exist"),
-        ((fake, real, "--plot", tmp_path / "a.xyz"), "a.xyz"),
+        ((fake, real, "--plot", tmp_path / "a.xyz"), "a.xyz: its name must end in one of "),
         ((fake, tmp_path / "nothing"), "no such folder"),
+        ((fake, real, "--metrics", "is", "--splits", 31), "is needs at least 31 images, "),
+        ((fake, real, "-k", 30), f"prdc needs at least 31 images, {fake} holds 30"),
+        ((tmp_path / "few.npz", real, "--metrics", "fid-infinity"), "fid-infinity needs at least 24 images, "),
+        ((fake, tmp_path / "one.npz"), "kid needs at least 2 images, "),
+        ((fake, tmp_path / "one.npz", "--metrics", "fid"), "at least 2 images for a covariance, it holds 1"),
     ):
         assert_one_line_error(run("evaluate", *arguments, "--backbone", "efficientnet_lite0"), part)
+    assert Pooled.calls == computed
     assert run("evaluate", fake, "--metrics", "is").stdout.splitlines()[-1].startswith("class score")
 
 

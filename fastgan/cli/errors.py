@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,5 +53,12 @@ def user_errors() -> Iterator[None]:
 
 
 def _fail(program: str, message: str) -> None:
-    typer.echo(f"{program}: error: {' '.join(message.split())}", err=True)
+    """One line, once however many processes torchrun started, and exit status 2 in all of them."""
+    line = f"{program}: error: {' '.join(message.split())}"
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        typer.echo(line, err=True)
+    else:
+        from fastgan.metrics.distributed import told_by_one
+
+        told_by_one(line, functools.partial(typer.echo, err=True))
     raise typer.Exit(2) from None

@@ -77,7 +77,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
-    from fastgan.metrics.bias import plot_bias
+    from fastgan.metrics.bias import check_plot_path, plot_bias
     from fastgan.metrics.compare import finish
     from fastgan.metrics.evaluate import METRICS, EvaluateOptions
     from fastgan.metrics.evaluate import evaluate as measure
@@ -87,12 +87,16 @@ def evaluate(
     register_opener(open_run)
     wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
     what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, bias_curve=plot is not None)
+    if plot is not None:
+        check_plot_path(plot)
     with all_processes(options) as (world, echo):
-        images = open_images(a, skip_bad=options.skip_bad)
+        with world.agreed():
+            images = open_images(a, skip_bad=options.skip_bad)
         result = measure(images, b, options, what, floor=floor, world=world)
-        if plot is not None and result.curve is not None and world.is_first:
-            limit = None if result.fid_infinity is None else result.fid_infinity.value
-            plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
+        with world.agreed():
+            if plot is not None and result.curve is not None and world.is_first:
+                limit = None if result.fid_infinity is None else result.fid_infinity.value
+                plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
         lines, content = result.lines(), result.as_dict()
         if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
             judged = classify_run(images, device=options.device, tell=warn)

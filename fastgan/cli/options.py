@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,8 +107,9 @@ def computes_features(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def warn(line: str) -> None:
-    """A line on stderr."""
-    typer.echo(f"fastgan: {line}", err=True)
+    """A line on stderr, from the first of the processes that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"fastgan: {line}", err=True)
 
 
 @contextmanager

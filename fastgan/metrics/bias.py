@@ -43,6 +43,17 @@ def bias_curve(features: Tensor, reference: FeatureStats, *, seed: int = 0) -> B
     return BiasCurve(sizes, frechet_distances(reference, parts).tolist())
 
 
+def check_plot_path(path: Path) -> None:
+    """Raise ``InputError`` unless :func:`plot_bias` can write to ``path``: its folder is there, its format known."""
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"cannot write {path}: its name must end in one of {', '.join(f'.{kind}' for kind in known)}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist")
+
+
 def plot_bias(
     curve: BiasCurve, path: Path, *, label: str, floor: float | None = None, limit: float | None = None
 ) -> None:
@@ -58,6 +69,7 @@ def plot_bias(
     """
     from matplotlib.figure import Figure
 
+    check_plot_path(path)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(curve.sizes, curve.distances, "o-")
@@ -69,10 +81,8 @@ def plot_bias(
     if min(curve.distances) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist")
     try:
         with atomic_path(path) as temporary:
             figure.savefig(temporary)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error

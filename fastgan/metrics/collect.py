@@ -67,11 +67,13 @@ def collect(
     state = _State(stats, [] if keep_features else None)
     share = world.share(len(source))
     saved = None
-    if checkpoint is not None:
-        saved = Checkpoint(checkpoint, source, backbone, resize, world, keep_features)
-        state = _State(*saved.restore(state.stats, state.features, source.skipped))
-    _pass(source, share, state, backbone, resize, batch_size, num_workers, progress, saved)
-    state.stats.all_reduce() if world.size > 1 else None
+    with world.agreed():
+        if checkpoint is not None:
+            saved = Checkpoint(checkpoint, source, backbone, resize, world, keep_features)
+            state = _State(*saved.restore(state.stats, state.features, source.skipped))
+        _pass(source, share, state, backbone, resize, batch_size, num_workers, progress, saved)
+    if world.size > 1:
+        state.stats.all_reduce()
     if (state.stats.n or 0) < 2:
         raise InputError(
             f"{source.label} must hold at least 2 readable images for a covariance, it holds {state.stats.n}"

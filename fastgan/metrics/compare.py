@@ -14,9 +14,10 @@ from fastgan.metrics.distributed import World
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.images import ImageSource
+from fastgan.metrics.moments import float64_device
 from fastgan.metrics.options import FeatureOptions, progress_bar
 from fastgan.metrics.sources import open_images
-from fastgan.metrics.stats import FeatureStats, check_comparable, float64_device, joint_precision
+from fastgan.metrics.stats import FeatureStats, check_comparable, joint_precision
 from fastgan.metrics.stats_file import holds_statistics
 
 INCEPTION_DIM = 2048
@@ -112,8 +113,10 @@ def compare(
     Raises:
         InputError: a source or an option cannot be used.
     """
-    paths = [a, b] if floor is None else [a, b, floor]
-    left, right, *third = measure([open_source(path, options) for path in paths], options, world or World())
+    world = world or World()
+    with world.agreed():
+        sources = [open_source(path, options) for path in (a, b, floor) if path is not None]
+    left, right, *third = measure(sources, options, world)
     distance = frechet_distance(left.stats, right.stats)
     if not third:
         return Comparison((left, right), distance)
@@ -133,9 +136,12 @@ def compute_and_save(
         raise InputError(f"statistics are written to an .npz file, got {output}")
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: its folder does not exist")
-    (side,) = measure([open_images(folder, skip_bad=options.skip_bad)], options, world)
-    if world.is_first:
-        side.stats.save(output, root=root)
+    with world.agreed():
+        source = open_images(folder, skip_bad=options.skip_bad)
+    (side,) = measure([source], options, world)
+    with world.agreed():
+        if world.is_first:
+            side.stats.save(output, root=root)
     return side
 
 
@@ -187,8 +193,12 @@ def measure(
     """Statistics of each source, and features where ``keep_features`` says so, all from one network.
 
     Raises:
-        InputError: the sources or the options do not fit each other, or an image cannot be read.
+        InputError: the sources or the options do not fit each other, a set has fewer than two images, or an image
+            cannot be read.
     """
+    for source in sources:
+        if isinstance(source, ImageSource) and len(source) < 2:
+            raise InputError(f"{source.label} must hold at least 2 images for a covariance, it holds {len(source)}")
     loaded = [source.stats for source in sources if isinstance(source, StatsFile)]
     if len(loaded) == len(sources):
         for stats in loaded[1:]:

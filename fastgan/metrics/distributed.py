@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from fastgan.metrics.errors import InputError
 
 if TYPE_CHECKING:
     from fastgan.metrics.stats import FeatureStats
+
+_STORE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,21 @@ class World:
     def share(self, n: int) -> range:
         """The part of ``range(n)`` that is this process's: one block, in the order of the ranks."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Where the block raises an ``InputError`` in one process, all raise it, so that none waits for one that has
+        given up. Every process must come here; nothing within the block may wait for another."""
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            if self.size == 1:
+                raise
+            problem = str(error)
+        problems = [found for found in self.gather(problem) if found is not None]
+        if problems:
+            raise InputError(problems[0])
 
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every process, in rank order."""
@@ -62,6 +80,24 @@ def launched_world(device: torch.device) -> Iterator[World]:
         yield current_world()
     finally:
         dist.destroy_process_group()
+
+
+def told_by_one(line: str, tell: Callable[[str], None]) -> None:
+    """``tell(line)`` in one of the processes that torchrun started, the first to come here with this line; the others
+    return after it has. Where they cannot reach each other, each tells. Needs no process group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+        tell(line)
+        return
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_STORE_SECONDS)))
+        if store.add(f"fastgan/comers to {line}", 1) > 1:
+            store.wait([f"fastgan/told {line}"])
+            return
+    except (RuntimeError, ValueError):  # no store, or nobody who has told
+        tell(line)
+        return
+    tell(line)
+    store.set(f"fastgan/told {line}", "")
 
 
 def local_device() -> torch.device:

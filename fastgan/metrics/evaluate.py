@@ -17,7 +17,7 @@ from fastgan.metrics.distributed import World
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.images import ImageSource
-from fastgan.metrics.infinity import InfiniteFrechet, fid_infinity
+from fastgan.metrics.infinity import LEAST, InfiniteFrechet, fid_infinity
 from fastgan.metrics.kernel_mmd import KernelDistance, kernel_distance
 from fastgan.metrics.neighbourhoods import Neighbourhoods, precision_recall
 from fastgan.metrics.options import FeatureOptions
@@ -131,9 +131,11 @@ def evaluate(
         InputError: a source or an option cannot be used, or a metric needs what is not there.
     """
     world = world or World()
-    fakes = a if isinstance(a, ImageSource) else open_images(a, skip_bad=options.skip_bad)
-    reference = _reference(fakes, b, options, what)
-    second_split = None if reference is None else _second_split(fakes, b, floor, options, what)
+    with world.agreed():
+        fakes = a if isinstance(a, ImageSource) else open_images(a, skip_bad=options.skip_bad)
+        reference = _reference(fakes, b, options, what)
+        second_split = None if reference is None else _second_split(fakes, b, floor, options, what)
+        _check_numbers(fakes, reference, what)
     extra = [] if second_split is None else [second_split]
     sources = [fakes, *([] if reference is None else [reference]), *extra]
     network = options.network([s.stats for s in sources if isinstance(s, StatsFile)], world)
@@ -144,6 +146,17 @@ def evaluate(
     keep = [keep_fakes, *([] if reference is None else [keep_reals]), *([False] * len(extra))]
     sides = measure(sources, options, world, keep_features=keep, network=network)
     return _evaluation(sides, reference is not None, network, what)
+
+
+def _check_numbers(fakes: ImageSource, reference: ImageSource | StatsFile | None, what: EvaluateOptions) -> None:
+    """Before anything is computed: that there are as many images as each metric needs."""
+    least = {"fid-infinity": LEAST, "is": what.splits, "prdc": what.k + 1}
+    for metric in what.metrics:
+        needed = least.get(metric, 2)
+        for source in (fakes, reference) if metric in _NEED_BOTH else (fakes,):
+            if isinstance(source, ImageSource) and len(source) < needed:
+                held = f"{source.label} holds {len(source)}"
+                raise InputError(f"--metrics {metric} needs at least {needed} images, {held}")
 
 
 def _reference(

@@ -19,6 +19,8 @@ from fastgan.metrics.frechet_many import frechet_distances
 from fastgan.metrics.stats import FeatureStats
 
 GROUPS = 12
+LEAST = 2 * GROUPS
+"""Vectors that an extrapolation needs."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def fid_infinity(
     Raises:
         InputError: fewer than 24 vectors, or features and reference do not fit.
     """
-    check_features("features", features, least=2 * GROUPS)
+    check_features("features", features, least=LEAST)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
     groups = [
         FeatureStats(features.shape[1], backbone=backbone, resize=resize).update(features[part])

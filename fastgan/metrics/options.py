@@ -76,9 +76,10 @@ class FeatureOptions:
         dims = self.dims
         if name == "inception" and dims is None and loaded:
             dims = loaded[0].dim
-        return load_backbone(
-            name, weights=self.weights, dims=dims, device=self.torch_device(), precision=self.precision
-        )
+        with world.agreed():
+            return load_backbone(
+                name, weights=self.weights, dims=dims, device=self.torch_device(), precision=self.precision
+            )
 
     def _default_network(self, world: World) -> str:
         """Inception, its weights downloaded once if need be; where they cannot be, what needs no download."""

@@ -1,14 +1,17 @@
 """Statistics and commands of several processes, over gloo: uneven shares, a process without images, groups of some."""
 
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from typer.testing import CliRunner
 
 from fastgan.cli import app
@@ -32,11 +35,13 @@ def module_fed(real, fake):
     return metric
 
 
-def command(folder, *command):
-    return [*command, f"{folder}/a.npz", f"{folder}/b.npz", "--backbone", "efficientnet_lite0", "--json"]
-
-
+BACKBONE = ("--backbone", "efficientnet_lite0")
 EVALUATE = ("evaluate", "--metrics", "fid,prdc", "-k", "1")
+MISTAKES = {"image": (), "option": ("--precision", "fp8"), "usage": ("--btach-size", "1")}
+
+
+def command(folder, *command):
+    return [*command, f"{folder}/a.npz", f"{folder}/b.npz", *BACKBONE, "--json"]
 
 
 def work(folder):
@@ -54,6 +59,9 @@ def work(folder):
     for name, arguments in (("fid", ("fid",)), ("evaluate", EVALUATE)):
         result = CliRunner().invoke(app, command(folder, *arguments), catch_exceptions=False)
         Path(folder, f"{name}-{rank}.json").write_text(result.stdout)
+    for name, options in MISTAKES.items():
+        result = CliRunner().invoke(app, ["fid", f"{folder}/b.npz", f"{folder}/c.zip", *BACKBONE, *options])
+        Path(folder, f"{name}-{rank}.json").write_text(json.dumps([result.exit_code, result.stdout, result.stderr]))
     dist.destroy_process_group()
 
 
@@ -85,6 +93,11 @@ def images(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, n, low in (("a.npz", 7, 0), ("b.npz", 2, 80)):
         np.savez(folder / name, images=rng.integers(low, 256, (n, 6, 6, 3), dtype=np.uint8))
+    with zipfile.ZipFile(folder / "c.zip", "w") as file:  # the last process alone meets the empty one
+        for i in range(3):
+            content = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(content, "png")
+            file.writestr(f"{i}.png", content.getvalue() if i < 2 else b"")
     return folder
 
 
@@ -126,6 +139,19 @@ def test_three_processes_equal_one(images, alone):
         assert found[key] == pytest.approx(alone[name][key], rel=1e-6)
         assert found["n"] == [7, 2]
         assert found.get("prdc") == alone[name].get("prdc")
+
+
+    for name, message in (
+        ("image", "c.zip/2.png is not a readable image (0 bytes)"),
+        ("option", "--precision must be one of"),
+        ("usage", "--btach-size"),
+    ):
+        codes, outputs, errors = zip(*(json.loads((images / f"{name}-{rank}.json").read_text()) for rank in range(3)))
+        assert codes == (2, 2, 2)
+        assert outputs == ("", "", "")
+        (line,) = filter(None, errors)  # in one process, whichever came first
+        assert line.count("\n") == 1
+        assert message in line
 
 
 def test_all_reduce_needs_a_process_group():
