@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,9 @@ def main(
             show_default=False,
         ),
     ] = None,
+    limit: Annotated[
+        float, typer.Option(min=0, help="Begin no workload after this many seconds.", show_default=False)
+    ] = math.inf,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -59,7 +63,7 @@ def main(
         bool, typer.Option("--list", help="Print workloads and implementations; run nothing.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the JSON files  [default: bench/results/DEVICE].")
+        Path | None, typer.Option(file_okay=False, help="Folder of the JSON files  [default: bench/results/DEVICE].")
     ] = None,
 ) -> None:
     """Measure fastgan against its baselines, all in one process. Status 1: a reference or fastgan failed somewhere."""
@@ -83,6 +87,7 @@ def main(
         quick=quick,
         device=device,
         seconds=seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS[device],
+        limit=limit,
         baseline=baseline,
     )
     failures = [failure for name in suites for failure in session.run_suite(name)]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.errors import relative_difference, relative_norm
 from bench.harness import Workload
 from fastgan.metrics.resize import channels_first, clean_with_pillow
 
@@ -63,7 +64,7 @@ def precision_error(n: int, device: str) -> Workload:
         name=f"precision-efficientnet_lite0-{n}",
         implementations={f"fastgan {p}": partial(photograph_distance, n, p, device) for p in ("fp32", *low)},
         reference="fastgan fp32",
-        check=lambda value, exact: abs(value - exact) / exact,
+        check=relative_difference,
         parameters={"n": n, "device": device, "backbone": "efficientnet_lite0"},
         tolerance=0.1,
     )
@@ -88,7 +89,7 @@ def many_small(classes: int, device: str) -> Workload:
             "fastgan, batched": lambda: paired_frechet_distances(real, fake),
         },
         reference="fastgan, one by one",
-        check=lambda a, b: ((a - b).abs() / b).max().item(),
+        check=relative_difference,
         parameters={"classes": classes, "n": n, "dim": dim, "device": device},
         tolerance=1e-9,
     )
@@ -118,7 +119,7 @@ def whole_command(n: int, dims: int) -> Workload:
             "python -m fastgan fid": partial(run_fastgan_fid, n, dims),
         },
         reference="python -m pytorch_fid",
-        check=lambda value, exact: abs(value - exact) / exact,
+        check=relative_difference,
         parameters={
             "n": [n, n],
             "dims": dims,
@@ -140,7 +141,7 @@ def resident(n: int) -> Workload:
         name=f"resident-{n}",
         implementations={f"fastgan {p}": partial(resident_distance, images, p) for p in ("fp32", "tf32", "bf16")},
         reference="fastgan fp32",
-        check=lambda value, exact: abs(value - exact) / exact,
+        check=relative_difference,
         parameters={"n": n, "size": 32, "resize": "legacy_pytorch", "device": "cuda"},
         tolerance=0.1,
         images=2 * n,
@@ -299,7 +300,3 @@ def resident_distance(images: Tensor, precision: str) -> float:
     backbone = fastgan_backbone(2048, "cuda", precision, True)
     sides = (image_stats(side, backbone, batch_size=256, resize="legacy_pytorch") for side in images)
     return frechet_distance(*sides)
-
-
-def relative_norm(features: Tensor, reference: Tensor) -> float:
-    return ((features - reference).norm() / reference.norm()).item()

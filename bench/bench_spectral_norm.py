@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
-from bench.harness import Workload
+from bench.errors import largest_relative_norm
+from bench.harness import Workload, wait
 from fastgan.nn import group_spectral_norm
 
 # Passes over the weights that cannot be avoided: reads and writes of one float32 an entry.
@@ -183,7 +184,7 @@ def _workload(name: str, depth: str, variants: dict[str, Weights], device: str, 
         name=f"{name}, {depth}",
         implementations=implementations,
         reference="torch",
-        check=_difference,
+        check=largest_relative_norm,
         parameters={
             "device": device,
             "layers": len(variants["torch"].layers),
@@ -251,20 +252,9 @@ def copy_bandwidth(device: str) -> float:
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(10):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         target.copy_(source)
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return 2 * 4 * source.numel() / best
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _difference(result: Any, reference: Any) -> float:
-    """The largest relative difference of a weight or gradient, in the Frobenius norm."""
-    pairs = zip(result, reference, strict=True)
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.errors import relative_difference, relative_norm
 from bench.harness import Workload
-from fastgan import _extension
+from fastgan import backend_status
 from fastgan.linalg import sqrtm, trace_sqrt_product
 
 QUICK_SIZE = 256
@@ -154,7 +155,7 @@ def many_pairs(pairs: int, d: int, device: str) -> Workload:
     def one_by_one() -> Tensor:
         return torch.stack([trace_sqrt_product(a, b) for a, b in zip(*operands(), strict=True)])
 
-    small = d <= 64 and not _extension._missing(device)
+    small = d <= 64 and backend_status()[f"extension {device}"].available
     implementations = {
         FACTORS: lambda: factor_trace(*operands()),
         "torch.linalg.eigvals": lambda: eigenvalue_trace(*operands()),
@@ -169,18 +170,21 @@ def full_root(d: int, device: str) -> Workload:
     def operand() -> Tensor:
         return covariance(SAMPLES[d], d, 1, device)
 
+    def own_root(method: str) -> Tensor:
+        return sqrtm(operand(), method=method)
+
     reference = "torch.linalg.eigh"
-    implementations = {
+    implementations: dict[str, Callable[[], Any]] = {
         reference: lambda: eigenvector_root(operand()),
         "scipy.linalg.sqrtm": lambda: scipy_root(operand()),
         "newton-schulz, eager torch": lambda: newton_schulz_root(operand()),
-        **{f"fastgan {m}": lambda m=m: sqrtm(operand(), method=m) for m in ("auto", "eigh", "newton_schulz")},
+        **{f"fastgan {method}": partial(own_root, method) for method in ("auto", "eigh", "newton_schulz")},
     }
     return Workload(
         name=f"sqrtm-{d}",
         implementations=implementations,
         reference=reference,
-        check=lambda root, truth: ((root.cpu() - truth.cpu()).norm() / truth.cpu().norm()).item(),
+        check=relative_norm,
         parameters=parameters(d, SAMPLES[d], 1, device),
         once_above=ONCE_ABOVE,
         warmup=0,
@@ -200,7 +204,7 @@ def workload(
         name=f"trace_sqrt_product-{name}-{d}",
         implementations=implementations,
         reference=reference,
-        check=relative_error,
+        check=relative_difference,
         parameters=parameters(d, n, candidates, device),
         once_above=ONCE_ABOVE,
         warmup=0,
@@ -293,10 +297,6 @@ def newton_schulz_root(a: Tensor, iterations: int = 30) -> Tensor:
 
 def newton_schulz_trace(a: Tensor, b: Tensor) -> Tensor:
     return newton_schulz_root(a @ b).trace()
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    return ((result.cpu().double() - reference.cpu()).abs() / reference.cpu()).max().item()
 
 
 def parameters(d: int, n: int, candidates: int, device: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ class EagerAttention(nn.Module):
 
     def __init__(self, block: SelfAttention2d) -> None:
         super().__init__()
+        if block.o is None:
+            raise ValueError("block must have an output convolution")
         self.theta, self.phi, self.g, self.o, self.gamma = block.theta, block.phi, block.g, block.o, block.gamma
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ from bench.peak_memory import peak_memory
 from bench.records import Record, environment
 from fastgan.timing import compare
 
-__all__ = ["SUITES", "Record", "Workload", "environment", "flush_cache", "load", "measure", "run"]
+__all__ = ["SUITES", "Record", "Workload", "check_all", "environment", "flush_cache", "load", "measure", "run", "wait"]
 
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
 CACHE_FLUSH_BYTES = 256 << 20
 LONG = 2.0
-"""Seconds of a call above which its memory is not measured on a CPU, where the profiler has to run for that."""
+"""Seconds of a call above which the profiler is not run over it: for launches, and on a CPU for memory."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
         device: ``cpu`` or ``cuda``, where the work is done; a GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly, and would be timed so
     records = check_all(suite, workload, device)
     right = {n: workload.implementations[n] for n, r in records.items() if r.failure is None and r.median is None}
     if not right:
@@ -103,31 +102,41 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
 
 
 def check_all(suite: str, workload: Workload, device: str) -> dict[str, Record]:
-    """One call of each implementation; a record has a ``failure`` where it raised or differs from the reference."""
+    """One call of each implementation; a record has a ``failure`` where it raised or differs from the reference.
+
+    The reference's record is the first. Where the reference is of a package that is not installed, the next
+    implementation takes its place.
+    """
+    torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly, and would be timed so
     records: dict[str, Record] = {}
-    expected = None
+    absent: dict[str, Record] = {}
+    expected: Any = None
     for name in workload.order:
-        records[name], result = _check(suite, workload, name, expected, device)
-        if name == workload.reference:
+        record, result = _check(suite, workload, name, expected, device, is_reference=not records)
+        if not records and isinstance(result, ModuleNotFoundError):
+            absent[name] = record
+            continue
+        if not records:
             expected = result
-    return records
+        records[name] = record
+    return records | absent
 
 
-def _check(suite: str, workload: Workload, name: str, expected: Any, device: str) -> tuple[Record, Any]:
+def _check(
+    suite: str, workload: Workload, name: str, expected: Any, device: str, *, is_reference: bool
+) -> tuple[Record, Any]:
+    """The record, without times, and the result or what was raised in its place."""
     record = Record(suite, workload.name, name, workload.parameters, floor=workload.floor, images=workload.images)
+    if isinstance(expected, Exception):
+        return replace(record, failure="the reference failed"), expected
     start = time.perf_counter()
     try:
         result = workload.implementations[name]()
-        _wait(device)
+        wait(device)
         elapsed = time.perf_counter() - start
-        if name == workload.reference:
-            error = None
-        elif expected is None:
-            return replace(record, failure="the reference failed"), None
-        else:
-            error = workload.check(result, expected)
+        error = None if is_reference else workload.check(result, expected)
     except Exception as failure:  # whatever an implementation raises is a result of this benchmark
-        return replace(record, failure=_first_line(failure)), None
+        return replace(record, failure=_first_line(failure)), failure
     if error is not None and not error <= workload.tolerance:
         finite = error if math.isfinite(error) else None
         return replace(record, error=finite, failure=f"wrong: relative error {error:.1e}"), result
@@ -144,15 +153,19 @@ def _first_line(error: Exception) -> str:
 
 def measure(implementation: Callable[[], Any], seconds: float, device: str) -> dict[str, Any]:
     """Peak memory and kernel launches of one call that takes about ``seconds``; None where they are not known."""
-    memory = peak_memory(implementation, device) if seconds < LONG or device == "cuda" else None
-    return {"peak_memory": memory, "launches": _launches(implementation) if device == "cuda" else None}
+    profiled = seconds < LONG
+    return {
+        "peak_memory": peak_memory(implementation, device) if profiled or device == "cuda" else None,
+        "launches": _launches(implementation) if profiled and device == "cuda" else None,
+    }
 
 
 def _launches(implementation: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         implementation()
         torch.cuda.synchronize()
-    return sum(e.count for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(e.count for e in profile.key_averages() if e.device_type == on_device and not e.is_user_annotation)
 
 
 def flush_cache() -> None:
@@ -160,6 +173,7 @@ def flush_cache() -> None:
     torch.empty(CACHE_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the GPU has done what was asked of it; at once on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()

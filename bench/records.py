@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -228,10 +229,13 @@ def _driver() -> str:
 
 
 def _revision() -> str:
-    """The commit, with ``-dirty`` where files other than results were changed since."""
+    """The commit, with ``-dirty`` where files other than results were changed since.
+
+    Of a copy without its repository, what the environment variable ``FASTGAN_REVISION`` says.
+    """
     commit = _output(["git", "rev-parse", "--short=12", "HEAD"])
     if commit == "unknown":
-        return commit
+        return os.environ.get("FASTGAN_REVISION", commit)
     changed = _output(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"]
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from bench.errors import relative_norm
 from fastgan import backend_status
 from fastgan.linalg import sqrtm, trace_sqrt_product
 from fastgan.nn import SelfAttention2d
@@ -90,7 +91,7 @@ def main(names: list[str]) -> None:
 
 def _same(results: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for result, reference in zip(results, expected, strict=True):
-        error = (result.cpu() - reference.cpu()).norm() / reference.cpu().norm().clamp_min(1e-30)
+        error = relative_norm(result.cpu(), reference.cpu())
         if not error <= TOLERANCE:
             raise RuntimeError(f"differs from the reference: relative error {error:.1e}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class Session:
         quick: small sizes.
         device: ``cpu`` or ``cuda``.
         seconds: about how long to time each workload.
+        limit: no workload is begun after this many seconds.
         baseline: the implementation that ratios are against; None for the reference of each workload.
     """
 
@@ -29,25 +31,34 @@ class Session:
     quick: bool
     device: str
     seconds: float
+    limit: float = math.inf
     baseline: str | None = None
     console: Console = field(default_factory=Console)
     environment: dict[str, str] = field(init=False)
+    start: float = field(init=False, default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.environment = environment(self.device)
 
     def run_suite(self, suite: str) -> list[str]:
-        """Run a suite and write its file; a line for every reference or fastgan implementation that failed."""
+        """Run a suite and write its file; a line for every reference or fastgan implementation that failed.
+
+        The file is written after each workload, so that an interrupted run leaves what it has measured.
+        """
         start = time.perf_counter()
+        path = self.folder / f"{suite}{'-quick' if self.quick else ''}.json"
         records: list[Record] = []
         for workload in load(suite, self.quick, self.device):
+            if time.perf_counter() - self.start > self.limit:
+                self.console.print(f"{suite}: left out after {self.limit:.0f} s: {workload.name}", highlight=False)
+                continue
             with self.console.status(f"{suite}: {workload.name}"):
                 found = run(suite, workload, self.seconds, self.device)
             self._print(found)
             records += found
-        path = self.folder / f"{suite}{'-quick' if self.quick else ''}.json"
-        write_run(Run(self.environment, self.quick, tuple(records)), path)
-        self.console.print(f"{suite}: {path} ({time.perf_counter() - start:.0f} s)", highlight=False)
+            write_run(Run(self.environment, self.quick, tuple(records)), path)
+        written = path if records else "nothing was measured"
+        self.console.print(f"{suite}: {written} ({time.perf_counter() - start:.0f} s)", highlight=False)
         return [f"{r.suite} / {r.workload} / {r.implementation}: {r.failure}" for r in _failed(records)]
 
     def _print(self, records: list[Record]) -> None:

@@ -1,11 +1,11 @@
 """The suites under pytest-benchmark: ``pytest bench --benchmark-only``."""
 
-from dataclasses import replace
+from functools import cache, partial
 
 import pytest
 import torch
 
-from bench.harness import SUITES, check_all, flush_cache, load
+from bench.harness import SUITES, check_all, flush_cache, load, wait
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -13,31 +13,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _cases():
     for suite in SUITES:
         for workload in load(suite, True, DEVICE):
+            checked = cache(partial(check_all, suite, workload, DEVICE))
             for name in workload.implementations:
-                yield pytest.param(suite, workload, name, id=f"{suite}-{workload.name}-{name}")
+                yield pytest.param(workload, name, checked, id=f"{suite}-{workload.name}-{name}")
 
 
-@pytest.mark.parametrize(("suite", "workload", "name"), _cases())
-def test_bench(benchmark, suite, workload, name):
+@pytest.mark.parametrize(("workload", "name", "checked"), list(_cases()))
+def test_bench(benchmark, workload, name, checked):
     benchmark.group = workload.name
-    chosen = {n: workload.implementations[n] for n in (workload.reference, name)}
-    failure = check_all(suite, replace(workload, implementations=chosen), DEVICE)[name].failure
+    failure = checked()[name].failure
     if failure and failure.startswith("wrong"):
         pytest.fail(failure)
     if failure:
         pytest.skip(f"{name} cannot do this work here: {failure}")
-    run = workload.implementations[name]
+
+    def run():
+        workload.implementations[name]()
+        wait(DEVICE)
+
     rounds = 1 if workload.once else workload.min_rounds
     setup = flush_cache if workload.cold and DEVICE == "cuda" else None
-    benchmark.pedantic(_waiting(run), setup=setup, rounds=rounds, warmup_rounds=0 if workload.once else workload.warmup)
-
-
-def _waiting(run):
-    if DEVICE == "cpu":
-        return run
-
-    def run_and_wait():
-        run()
-        torch.cuda.synchronize()
-
-    return run_and_wait
+    benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=0 if workload.once else workload.warmup)

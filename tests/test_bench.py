@@ -1,15 +1,18 @@
 import dataclasses
 import json
 import math
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import sanitize
+from bench import sanitize, session
 from bench.__main__ import app
 from bench.compare import regressions
+from bench.errors import largest_relative_norm, relative_difference, relative_norm
 from bench.harness import SUITES, Workload, load, run
 from bench.peak_memory import peak_memory
 from bench.records import Record, RecordError, Run, environment, read_run, write_run
@@ -58,6 +61,30 @@ def test_nothing_is_timed_without_the_reference():
     broken = dataclasses.replace(broken, implementations={"broken": fail, **broken.implementations})
     records = run("toy", broken, 0.0, "cpu")
     assert [r.failure for r in records] == ["no reference", "the reference failed", "the reference failed"]
+
+
+def test_where_the_references_package_is_missing_the_next_takes_its_place():
+    def absent():
+        raise ModuleNotFoundError("No module named 'theirs'")
+
+    others = {"wrong": lambda: torch.zeros(3), "absent too": absent}
+    theirs = dataclasses.replace(workload(theirs=absent, **others), reference="theirs")
+    records = {r.implementation: r for r in run("toy", theirs, 0.0, "cpu")}
+    assert list(records) == ["right", "wrong", "absent too", "theirs"]
+    assert records["right"].median > 0
+    assert records["right"].error is None
+    assert records["wrong"].failure.startswith("wrong: relative error")
+    assert records["theirs"].failure == records["absent too"].failure == "No module named 'theirs'"
+
+
+def test_errors():
+    one, half = torch.ones(4), torch.tensor([1, 1, 1, 0.5])
+    assert relative_norm(half, one) == 0.25
+    assert relative_difference(half, one) == relative_difference(1.5, 3.0) == 0.5
+    assert largest_relative_norm([one, half, one], [one, one, None]) == 0.25
+    assert largest_relative_norm([one, None], [one, torch.zeros(4)]) == 0
+    assert largest_relative_norm([one, None], [one, one]) == math.inf
+    assert math.isnan(relative_norm(torch.full((4,), math.nan), one))
 
 
 def test_an_implementation_that_cannot_run_says_why():
@@ -114,6 +141,28 @@ def test_results_on_disk(tmp_path):
     assert read_run(path) == written
     assert written.environment["torch"] == torch.__version__
     assert written.records[0].first_call > 0
+
+
+def test_a_session_writes_what_it_has_and_begins_nothing_after_its_limit(tmp_path, monkeypatch, capsys):
+    def workloads(suite, quick, device):
+        yield workload()
+        yield dataclasses.replace(workload(right=lambda: time.sleep(0.2) or torch.ones(3)), name="slow")
+        yield dataclasses.replace(workload(), name="late")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "load", workloads)
+    limited = session.Session(tmp_path, quick=True, device="cpu", seconds=0.0, limit=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        limited.run_suite("toy")
+    written = read_run(tmp_path / "toy-quick.json")
+    assert list(written.workloads()) == ["ones", "slow"]
+    assert "toy: left out after 0 s: late" in capsys.readouterr().out
+
+
+def test_every_key_of_a_record_is_described():
+    table = (Path(session.__file__).parent / "README.md").read_text().partition("| key of a record | |")[2]
+    described = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.partition(" | ")[0])}
+    assert described == {field.name for field in dataclasses.fields(Record)}
 
 
 BAD = {
@@ -213,6 +262,8 @@ def test_every_suite_has_quick_workloads_with_their_reference(suite):
     ("arguments", "message"),
     [
         (["--suite", "speed"], "no suite speed; there are attention"),
+        (["--quick", "--suite", "attention", "--output", __file__], "is a file"),
+        (["--quick", "--seconds", "-1"], "'--seconds'"),
         (["--device", "tpu"], "must be cpu or cuda, got tpu"),
         (["--quick", "--suite", "attention", "--baseline", "nobody"], "no workload has 'nobody'"),
         pytest.param(

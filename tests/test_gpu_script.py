@@ -1,6 +1,8 @@
 """``bench/gpu.sh`` with an interpreter that only pretends."""
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,11 +12,14 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
 
 
 def gpu_script(tmp_path, interpreter: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the script, whose repository is ``tmp_path``."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "fastgan").mkdir()
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{interpreter}\n")
     python.chmod(0o755)
     return subprocess.run(
-        ["bash", SCRIPT],
+        ["bash", shutil.copy(SCRIPT, tmp_path / "bench")],
         env={**os.environ, "PYTHON": str(python), "LOGS": str(tmp_path / "logs"), **environment},
         capture_output=True,
         text=True,
@@ -27,7 +32,31 @@ def test_without_a_gpu_it_says_what_it_would_do(tmp_path):
     assert done.returncode == 3
     for command in ("pytest -q -m gpu", "compute-sanitizer --tool memcheck", "bench --device cuda --suite sqrtm"):
         assert command in done.stdout
+    limits = [int(limit) for limit in re.findall(r"^  \w+ +(\d+) s  ", done.stdout, flags=re.MULTILINE)]
+    assert len(limits) == 12
+    assert 1490 <= sum(limits) <= 1500  # 25 minutes
     assert not (tmp_path / "logs").exists()
+
+
+def test_time_that_is_over_stops_a_step(tmp_path):
+    done = gpu_script(tmp_path, 'case "$*" in *pytest*) exec sleep 60;; esac', STEPS="test report", MINUTES="0")
+    assert done.returncode == 1
+    first, second = (tmp_path / "logs" / "summary.txt").read_text().splitlines()
+    assert first.split()[:4] == ["test", "STOPPED", "after", "1"]
+    assert second.split()[:2] == ["report", "passed"]
+
+
+def test_what_has_no_program_is_left_out(tmp_path):
+    """A sanitizer that is not there is no failure; the summary names it."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "sh", "dirname", "mkdir", "ln", "timeout", "tee"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    done = gpu_script(tmp_path, "exit 0", STEPS="build memcheck", PATH=str(tools))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "logs" / "summary.txt").read_text()
+    assert "left out: no compute-sanitizer" in summary
+    assert (tmp_path / "fastgan" / "kernels").is_symlink()
 
 
 def test_a_failing_step_does_not_stop_the_next_and_fails_the_whole(tmp_path):
@@ -35,7 +64,7 @@ def test_a_failing_step_does_not_stop_the_next_and_fails_the_whole(tmp_path):
     assert done.returncode == 1
     summary = (tmp_path / "logs" / "summary.txt").read_text().splitlines()
     assert [line.split()[:2] for line in summary] == [["build", "passed"], ["test", "FAILED,"], ["sqrtm", "passed"]]
-    assert "asked: -m bench --device cuda --suite sqrtm" in (tmp_path / "logs" / "sqrtm.log").read_text()
+    assert "asked: -m bench --device cuda --suite sqrtm --limit " in (tmp_path / "logs" / "sqrtm.log").read_text()
 
 
 def test_all_steps_passed(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -140,6 +141,14 @@ def test_a_readme_without_markers_is_refused(repository):
     (repository / "README.md").write_text("# Title\n")
     with pytest.raises(RecordError, match="README.md must hold the markers"):
         check_report(repository)
+
+
+def test_without_matplotlib_the_tables_are_written(repository, monkeypatch):
+    change_a_record(repository)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (problem,) = write_report(repository)
+    assert problem.startswith("tables are written, plots are not drawn: ")
+    assert "| eager | 30 ms |" in (repository / "bench" / "results" / "cpu" / "README.md").read_text()
 
 
 def test_check_on_the_command_line():
