@@ -81,6 +81,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def _triton_missing() -> str:
+    """Why Triton cannot be used; "" where it can."""
+    triton = _triton()
+    return "" if triton.available else triton.detail
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler: Dynamo need not trace the import of Triton.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _triton() -> Backend:
     try:
@@ -123,8 +133,8 @@ def resolve(impl: str, tensor: Tensor) -> str:
     supported = tensor.dtype in KERNEL_DTYPES
     runnable = tensor.is_cuda or interpreting()
     if impl == "triton":
-        if not _triton().available:
-            raise ValueError(f"impl='triton' cannot be used: {_triton().detail}")
+        if _triton_missing():
+            raise ValueError(f"impl='triton' cannot be used: {_triton_missing()}")
         if not supported:
             raise ValueError(f"impl='triton' supports float32, bfloat16 and float16, got {tensor.dtype}")
         if not runnable:
@@ -132,8 +142,8 @@ def resolve(impl: str, tensor: Tensor) -> str:
         return "triton"
     if not tensor.is_cuda or not supported:
         return "reference"
-    if not _triton().available:
-        warn_once(f"fastgan runs its reference path on the GPU: {_triton().detail}")
+    if _triton_missing():
+        warn_once(f"fastgan runs its reference path on the GPU: {_triton_missing()}")
         return "reference"
     return "triton"
 

@@ -11,19 +11,11 @@ import triton
 from torch import Tensor
 
 from fastgan.kernels.attention_bwd_bwd_kernels import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
-from fastgan.kernels.attention_config import MAX_E, MAX_QK, Launch, launch_for, padded
+from fastgan.kernels.attention_config import Launch, launch_for, padded
 from fastgan.kernels.attention_kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
 from fastgan.kernels.device import on_its_device
 from fastgan.kernels.precision import input_precision
 from fastgan.layout import empty_rows_like
-
-
-def check_supported(d: int, e: int) -> None:
-    """Raise ``ValueError`` for channel counts the kernels are not compiled for."""
-    if d > MAX_QK:
-        raise ValueError(f"q must have at most {MAX_QK} channels for impl='triton', got {d}")
-    if e > MAX_E:
-        raise ValueError(f"v must have at most {MAX_E} channels for impl='triton', got {e}")
 
 
 @on_its_device

@@ -90,6 +90,15 @@ _TABLE: dict[tuple[str, int, int], tuple[Launch, Launch, Launch]] = {
 _E_CLASSES = (64, 128, 256)
 
 
+def unsupported(d: int, e: int) -> str:
+    """Why the kernels cannot take so many channels of q and v; "" where they can."""
+    if d > MAX_QK:
+        return f"q must have at most {MAX_QK} channels for impl='triton', got {d}"
+    if e > MAX_E:
+        return f"v must have at most {MAX_E} channels for impl='triton', got {e}"
+    return ""
+
+
 def padded(channels: int) -> int:
     """Channels of a tile: the next power of two, at least 16 as the matrix units demand."""
     return max(16, 1 << (channels - 1).bit_length())

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan.autocast import outside_autocast
-from fastgan.backend import check_impl, implementation, resolve
+from fastgan.backend import check_impl, implementation, resolve, warn_once
 from fastgan.checks import check_alike, check_tensor
+from fastgan.kernels.attention_config import unsupported
 from fastgan.layout import empty_rows_like
 from fastgan.reference.attention import attention_eager
 
@@ -31,20 +32,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         q: queries (B, N, d); float64 (reference path), float32, bfloat16 or float16; any strides.
         k: keys (B, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q.
         v: values (B, M, e).
-        scale: multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
+        scale: a finite number that multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
         impl: "auto", "triton" or "reference". On a CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and
-            is "reference" above.
+            is "reference" above; so it is, with one warning, for more channels than the kernels take (d 64, e 256).
 
     Returns:
         (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order.
 
     Raises:
-        ValueError: rank, shape, dtype or device do not fit, there is no key or channel, or ``impl`` cannot be used
-        here.
+        ValueError: rank, shape, dtype or device do not fit, there is no key or channel, ``scale`` is not finite, or
+            ``impl`` cannot be used here.
+        TypeError: ``scale`` is a tensor: multiply q by one that is to be learnt.
 
     Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
     """
-    _check(q, k, v, impl)
+    _check(q, k, v, scale)
+    impl = _usable(impl, q, v)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -52,8 +55,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         return attention_eager(q, k, v, scale)
     batch = max(q.shape[0], k.shape[0], v.shape[0]) if 0 not in (q.shape[0], k.shape[0], v.shape[0]) else 0
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
-    if scale < 0:  # the ops keep each row's largest logit, which a negative scale would turn into the smallest
-        q, scale = -q, -scale
+    if scale <= 0:  # the ops keep each row's largest logit, which a negative scale would turn into the smallest
+        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
     return attention_op(q, k, v, float(scale), impl)[0]
 
 
@@ -63,7 +66,11 @@ def _keeps_maps(q: Tensor, k: Tensor) -> bool:
     return max(q.shape[0], k.shape[0]) * q.shape[1] * k.shape[1] * q.element_size() <= SMALL_MAPS
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, impl: str) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor: multiply q by it")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, ndim=3)
     check_alike(q=q, k=k, v=v)
@@ -78,9 +85,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, impl: str) -> None:
     batches = {"q": q.shape[0], "k": k.shape[0], "v": v.shape[0]}
     if len(set(batches.values()) - {1}) > 1:
         raise ValueError(f"q, k and v must have the same batch size B (or 1, which is broadcast), got {batches}")
+
+
+def _usable(impl: str, q: Tensor, v: Tensor) -> str:
+    """``impl``, or "reference" where "auto" would take kernels that are not made for so many channels."""
     check_impl(impl)
-    if resolve(impl, q) == "triton":
-        implementation("attention", impl, q).check_supported(q.shape[2], v.shape[2])
+    reason = unsupported(q.shape[2], v.shape[2]) if resolve(impl, q) == "triton" else ""
+    if not reason:
+        return impl
+    if impl == "triton":
+        raise ValueError(reason)
+    warn_once(f"attention runs its reference path: {reason}")
+    return "reference"
 
 
 @custom_op("fastgan::attention", mutates_args=())

@@ -55,6 +55,14 @@ def test_strided_operands_and_grad(device):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_a_scale_that_is_not_positive(scale, device):
+    inputs = [x.to(device) for x in operands((1, 21, 19, 3, 6), torch.float32)]
+    expected = three_passes(lambda *x: attention_eager(*x, scale=scale), *inputs)
+    actual = three_passes(lambda *x: attention(*x, scale=scale, impl="triton"), *inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_of_one_is_broadcast_without_a_copy(device):
     q, k, v = (x.detach().to(device) for x in operands((3, 5, 4, 2, 3), torch.float32))
     torch.testing.assert_close(triton_attention(q, k[:1], v[:1]), attention_eager(q, k[:1], v[:1]))

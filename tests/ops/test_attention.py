@@ -1,14 +1,17 @@
 import functools
+import importlib
 
 import pytest
 import torch
 from torch.library import opcheck
 
+from fastgan import backend
 from fastgan.ops import attention
 from fastgan.ops.attention import SMALL_MAPS, attention_bwd_bwd_op, attention_bwd_op, attention_op
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
 
+attention_ops = importlib.import_module("fastgan.ops.attention")  # the function of its name hides it
 blockwise = functools.partial(attention, impl="reference")
 SHAPES = [(2, 5, 4, 3, 6), (1, 1, 1, 1, 1), (3, 7, 1, 2, 2), (1, 4, 9, 8, 3)]
 
@@ -71,6 +74,31 @@ def test_opcheck():
     opcheck(attention_bwd_op, (grad_o, q, k, v, o, stats, 0.7, "reference"))
     plain = [x.detach() for x in (q, k, v, grad_o, q, k, v)]
     opcheck(attention_bwd_bwd_op, (*plain, o, stats, 0.7, "reference"))
+
+
+@pytest.fixture
+def auto_is_triton(monkeypatch):
+    """As on a GPU."""
+
+    def resolve(impl, tensor):
+        return "triton" if impl == "auto" else right(impl, tensor)
+
+    right = backend.resolve
+    backend.warn_once.cache_clear()
+    monkeypatch.setattr(backend, "resolve", resolve)
+    monkeypatch.setattr(attention_ops, "resolve", resolve)
+    monkeypatch.setattr(attention_ops, "SMALL_MAPS", 0)
+    yield
+    backend.warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(("d", "e"), [(72, 8), (8, 264)])
+def test_more_channels_than_kernels_take_run_by_the_reference_with_one_warning(auto_is_triton, d, e):
+    q, k, v = operands((1, 4, 3, d, e), torch.float32)
+    with pytest.warns(backend.BackendWarning, match="attention runs its reference path: . must have at most") as caught:
+        outputs = [attention(q, k, v) for _ in range(2)]
+    assert len(caught) == 1
+    torch.testing.assert_close(outputs[1], attention_eager(q, k, v))
 
 
 def test_small_maps_are_kept_on_a_cpu_and_large_ones_recomputed():
@@ -190,3 +218,7 @@ def test_bad_impl():
         attention(*operands((1, 2, 2, 2, 2)), impl="triton")
     with pytest.raises(TypeError, match="k must be a torch.Tensor"):
         attention(torch.ones(1, 2, 2), None, torch.ones(1, 2, 2))
+    with pytest.raises(TypeError, match="scale must be a number, got a tensor: multiply q by it"):
+        attention(*operands((1, 2, 2, 2, 2)), scale=torch.ones((), requires_grad=True))
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        attention(*operands((1, 2, 2, 2, 2)), scale=float("nan"))
