@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.backend import check_impl, resolve
+from fastgan.layout import rows_of
 from fastgan.ops.attention import attention
 from fastgan.ops.pooled_projection import pooled_projection
 from fastgan.ops.projection_residual import projection_residual
@@ -154,8 +155,8 @@ class SelfAttention2d(nn.Module):
         return self._residual(x, attention_map @ v), attention_map
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, kv = _rows(self.theta(x)), self._keys_and_values(x)
-        k, v = _rows(F.max_pool2d(kv, 2) if self.pool else kv).split((self.qk_channels, self.value_channels), dim=2)
+        q, kv = rows_of(self.theta(x)), self._keys_and_values(x)
+        k, v = rows_of(F.max_pool2d(kv, 2) if self.pool else kv).split((self.qk_channels, self.value_channels), dim=2)
         return q, k, v
 
     def _keys_and_values(self, x: Tensor) -> Tensor:
@@ -201,15 +202,12 @@ def _channels(name: str, given: int | None, in_channels: int, divisor: int) -> i
     return in_channels // divisor
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C), a view."""
-    return x.flatten(2).transpose(1, 2)
-
-
 def _joined(*convs: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of one convolution that does the work of all."""
-    biases = [conv.bias for conv in convs if conv.bias is not None]
-    return torch.cat([conv.weight for conv in convs]), torch.cat(biases) if biases else None
+    weight = torch.cat([conv.weight for conv in convs])
+    if all(conv.bias is None for conv in convs):
+        return weight, None
+    return weight, torch.cat([weight.new_zeros(c.out_channels) if c.bias is None else c.bias for c in convs])
 
 
 def _called_as_modules(*modules: nn.Module) -> bool:
@@ -218,6 +216,7 @@ def _called_as_modules(*modules: nn.Module) -> bool:
     return any(
         m._forward_pre_hooks
         or m._forward_hooks
+        or m._backward_pre_hooks
         or m._backward_hooks
         or type(m).forward is not nn.Conv2d.forward
         or "forward" in m.__dict__

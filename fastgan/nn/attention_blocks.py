@@ -50,7 +50,7 @@ class AdoptedAttention2d(SelfAttention2d):
 
     def released(self) -> nn.Module:
         """The module that this one replaced."""
-        self.replaced.train(self.training)
+        self.replaced.training = self.training
         return self.replaced
 
     @property
@@ -126,8 +126,6 @@ def _fits(block: nn.Module, roles: Roles) -> bool:
     if not all(isinstance(c, nn.Conv2d) and _is_pointwise(c) for c in convs):
         return False
     theta, phi, g, *out = convs
-    if len({(c.bias is None) for c in (phi, g)}) != 1:
-        return False
     same_input = theta.in_channels == phi.in_channels == g.in_channels
     ends = out[0].out_channels == g.in_channels and out[0].in_channels == g.out_channels if out else False
     return same_input and theta.out_channels == phi.out_channels and (ends or g.out_channels == g.in_channels)

@@ -147,8 +147,12 @@ def _attempt(swap: Swap) -> tuple[float, str]:
     best = float("inf")
     for variant in swap.variants:
         swap.apply(variant)
-        with trial(swap.module) as seeded:
-            error = relative_error(seeded(swap.run), expected)
+        try:
+            with trial(swap.module) as seeded:
+                error = relative_error(seeded(swap.run), expected)
+        except Exception as why:  # sizes that the implementation asked for has not
+            swap.revert()
+            return best, f"fastgan's does not run in its place ({type(why).__name__}: {why})"
         if error <= tolerance_of(swap.module):
             return error, ""
         swap.revert()

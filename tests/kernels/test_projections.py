@@ -110,3 +110,29 @@ def test_autocast(device):
     torch.testing.assert_close(y, block(x), rtol=0, atol=1e-4)
     y.sum().backward()
     assert block.theta.weight.grad.dtype == torch.float32
+
+
+def test_blocks_of_which_some_convolutions_have_a_bias_or_a_hook(device):
+    block = SelfAttention2d(8, bias=True, impl="triton").to(device)
+    torch.nn.init.constant_(block.gamma, 0.5)
+    block.phi.bias = None
+    x = torch.randn(1, 8, 4, 4, device=device, requires_grad=True)
+    torch.testing.assert_close(block(x), block(x, return_attention=True)[0], rtol=1e-4, atol=1e-5)
+    seen = []
+    block.theta.register_full_backward_pre_hook(lambda *_: seen.append(1))
+    block(x).sum().backward()
+    assert seen
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": False, "value_channels": 8}])
+def test_blocks_with_kernels_compile_whole(options, device):
+    block = SelfAttention2d(8, impl="triton", **options).to(device)
+    torch.nn.init.constant_(block.gamma, 0.5)
+    x = torch.randn(2, 8, 4, 6, device=device, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        (compiled(x), *torch.autograd.grad(compiled(x).sum(), x)),
+        (block(x), *torch.autograd.grad(block(x).sum(), x)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

@@ -256,6 +256,17 @@ def test_blocks_that_are_something_else_are_left():
         assert reason in report.refused[0].reason, str(report)
 
 
+def test_blocks_that_an_implementation_cannot_run_are_left():
+    wide = Attention(264, SIMPLE, pool=False)
+    fused, report = fuse(nn.Sequential(wide), impl="triton")
+    assert type(fused[0]) is Attention
+    assert "fastgan's does not run in its place (ValueError" in report.refused[0].reason
+    model = nn.Sequential(Attention(16, SIMPLE, pool=False), nn.Dropout()).train()
+    fused, _ = fuse(model)
+    fused[0].query_conv.eval()
+    assert not unfuse(fused)[0].query_conv.training  # each part keeps its mode
+
+
 def test_norms_that_are_something_else_are_left():
     twice = parametrizations.spectral_norm(nn.Linear(4, 4))
     parametrizations.spectral_norm(twice)
