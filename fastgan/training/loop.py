@@ -145,9 +145,10 @@ class Trainer:
         self._callbacks = callbacks
         started: list[Callback] = []
         try:
-            for callback in callbacks:
-                started.append(callback)
-                callback.on_start(self, steps)
+            with self.world.agreed():
+                for callback in callbacks:
+                    started.append(callback)
+                    callback.on_start(self, steps)
             for i in range(steps):
                 self.train_step()
                 if len(self._pending) >= FLUSH_INTERVAL or i == steps - 1 or self.stop_requested:

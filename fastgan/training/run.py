@@ -76,7 +76,9 @@ class Run:
             raise InputError(str(error)) from error
         self.checkpoints = Checkpoints(out / "checkpoints")
         log = recipe.log
-        self._metrics = MetricsLog(out / METRICS, make_writers(recipe, out) if self.world.is_first else ())
+        with self.world.agreed():
+            writers = make_writers(recipe, out) if self.world.is_first else ()
+        self._metrics = MetricsLog(out / METRICS, writers)
         self._scores = Scores(log.score_every, self._make_scorer, self._metrics, self._save_best, tell)
         self._saver = Saver(log.checkpoint_every, self.checkpoints, lambda _: self.state_dict())
 
@@ -305,12 +307,11 @@ def load_data_of(recipe: Recipe, world: World = ONE_PROCESS) -> DataSplit:
 
     Of several processes the first loads, and downloads where it must, before the others do.
     """
-    data = recipe.data
-    if not world.is_first:
-        world.gather(None)
-    loaded = load_data(
-        data.source, recipe.model.resolution, channels=data.channels, sketches=data.sketches, held_out=data.held_out
-    )
-    if world.is_first:
-        world.gather(None)
-    return loaded
+    data, resolution = recipe.data, recipe.model.resolution
+    how: dict[str, Any] = {"channels": data.channels, "sketches": data.sketches, "held_out": data.held_out}
+    loaded: list[DataSplit] = []
+    for turn in (world.is_first, not world.is_first):
+        with world.agreed():
+            if turn:
+                loaded.append(load_data(data.source, resolution, **how))
+    return loaded[0]

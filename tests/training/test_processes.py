@@ -17,7 +17,7 @@ from fastgan.errors import InputError
 from fastgan.metrics.distributed import World
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.regularisers import gradient_penalty
-from fastgan.training import EMA, NonFiniteLossError, OwnGan, TrainStep, loop
+from fastgan.training import EMA, NonFiniteLossError, OwnGan, TrainStep, loop, run
 from fastgan.training.process_mean import ProcessMean
 from fastgan.training.run import resume_run, start_run
 from tests.training import test_run
@@ -135,7 +135,18 @@ def run_and_resume(rank, folder):
     test_run.assert_same(again.trainer.state_dict(), whole.trainer.state_dict())
     with pytest.raises(InputError, match="holds a run already"):
         start_run(recipe, f"{folder}/whole", **options)
+    for name in ("load_data", "make_writers", "Scorer"):  # one process alone meets the mistake, all tell it
+        right = getattr(run, name)
+        if rank == 0:
+            setattr(run, name, refuse)
+        with pytest.raises(InputError, match="not today"):
+            start_run(recipe, f"{folder}/{name}", **options).train()
+        setattr(run, name, right)
     return whole.trainer.state_dict()
+
+
+def refuse(*_args, **_options):
+    raise InputError("not today")
 
 
 @pytest.fixture(scope="module")
