@@ -127,12 +127,21 @@ def augment(images: Tensor, policy: Sequence[str], drawn: Mapping[str, Tensor], 
     """Apply the augmentations named in ``policy``, in order, with the numbers that :func:`augment_draws` asked for.
 
     Raises:
-        ValueError: a name is not in :data:`AUGMENTATIONS`, or ``images`` is not (n, channels, h, w).
+        ValueError: a name is not in :data:`AUGMENTATIONS`, ``images`` is not (n, channels, h, w), or ``drawn`` lacks
+            numbers or has them for another n.
     """
     check_tensor("images", images, ndim=4)
     check_policy(policy)
+    n, _, height, width = images.shape
     for name in policy:
-        start = f"{prefix}.{name}."
-        numbers = {key.removeprefix(start): value for key, value in drawn.items() if key.startswith(start)}
+        specs = AUGMENTATIONS[name].draws(n, height, width)
+        numbers = {key: _number(drawn, f"{prefix}.{name}.{key}", spec) for key, spec in specs.items()}
         images = AUGMENTATIONS[name].apply(images, **numbers)
     return images
+
+
+def _number(drawn: Mapping[str, Tensor], key: str, spec: Draw) -> Tensor:
+    got = tuple(drawn[key].shape) if key in drawn else None
+    if got != spec.shape:
+        raise ValueError(f"drawn must hold {key!r} of shape {spec.shape}, as augment_draws says, got {got}")
+    return drawn[key]

@@ -47,6 +47,7 @@ def gradient_penalty(
     check_tensor("fake", fake)
     if real.shape != fake.shape:
         raise ValueError(f"fake must have the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
+    check_tensor("alpha", alpha)
     expected = (len(real), *(1,) * (real.ndim - 1))
     if tuple(alpha.shape) != expected:
         raise ValueError(f"alpha must have shape {expected}, one number a sample, got {tuple(alpha.shape)}")
@@ -61,6 +62,9 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
     Args:
         critic: as in :func:`gradient_penalty`.
         real: (n, ...).
+
+    Returns:
+        A scalar, float32 (float64 for float64 images).
 
     Source: Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", arXiv 1801.04406.
     """

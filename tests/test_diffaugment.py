@@ -84,5 +84,9 @@ def test_policy():
     assert torch.equal(both, augment(augment(images, ["color"], numbers), ["cutout"], numbers))
     with pytest.raises(ValueError, match="augment must be names out of"):
         augment(images, ["colour"], {})
+    with pytest.raises(ValueError, match=r"drawn must hold 'augment.cutout.rows' of shape .*, got None"):
+        augment(images, ["cutout"], {})
+    with pytest.raises(ValueError, match=r"drawn must hold 'augment.color.brightness' of shape .*, got \(1, 1, 1, 1\)"):
+        augment(images, ["color"], drawn(["color"], images[:1]))
     with pytest.raises(ValueError, match="images must have 4 dimensions"):
         augment(images[0], (), {})

@@ -117,5 +117,7 @@ def test_bad_input():
         gradient_penalty(Linear(), real, fake[1:], alpha)
     with pytest.raises(ValueError, match=r"alpha must have shape \(6, 1, 1, 1\), one number a sample, got \(1,\)"):
         gradient_penalty(Linear(), real, fake, torch.rand(1))
+    with pytest.raises(TypeError, match="alpha must be a torch.Tensor, got float"):
+        gradient_penalty(Linear(), real, fake, 0.5)
     with pytest.raises(ValueError, match="real must have dtype"):
         r1_penalty(Linear(), real.long())

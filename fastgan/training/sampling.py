@@ -26,7 +26,7 @@ def sample(
     sketches: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Generate one image for each label, in eval mode; the mode is restored after.
+    """Generate one image for each label, in eval mode; each module's mode is restored after.
 
     Noise is drawn on the CPU from a generator of its own, image by image in order: the same seed gives the same images
     on every device and for every batch size, to rounding.
@@ -124,7 +124,7 @@ def _generate(
 ) -> Tensor:
     parameter = next(generator.parameters())
     inputs, labels = inputs.to(parameter), labels.to(parameter.device)
-    training = generator.training
+    modes = [(module, module.training) for module in generator.modules()]
     generator.eval()
     try:
         images = []
@@ -133,5 +133,6 @@ def _generate(
             if on_batch is not None:
                 on_batch(len(label_batch))
     finally:
-        generator.train(training)
+        for module, training in modes:
+            module.training = training
     return torch.cat(images)
