@@ -20,6 +20,7 @@ from torch.nn.utils import spectral_norm as older_spectral_norm
 
 from bench.errors import largest_relative_norm
 from bench.harness import Workload, wait
+from fastgan.demo_timings import Weights
 from fastgan.nn import group_spectral_norm
 
 # Passes over the weights that cannot be avoided: reads and writes of one float32 an entry.
@@ -30,19 +31,8 @@ PASSES = {
 }
 
 
-class Weights(nn.Module):
-    """Layers whose weights are read, as a forward reads them, and not used."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self) -> list[Tensor]:
-        return [layer.weight for layer in self.layers]  # type: ignore[misc]
-
-
 class OlderWeights(Weights):
-    """The same under torch's older norm, whose hook runs at the forward of a layer."""
+    """Under torch's older norm, whose hook runs at the forward of a layer."""
 
     def forward(self) -> list[Tensor]:
         for layer in self.layers:

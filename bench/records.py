@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 
 from fastgan.files import write_text
+from fastgan.timing import device_name
 
 SCHEMA = 1
 REQUIRED_ENVIRONMENT = ("device", "python", "torch", "revision")
@@ -200,28 +201,11 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def device_name(device: str) -> str:
-    """The GPU's name, or the number of CPU threads that torch uses and the processor's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{threads} thread{'' if threads == 1 else 's'} of {_processor()}"
-
-
 def results_folder(device: str) -> str:
     """The folder in bench/results of what is measured here: ``cpu``, or one named after the GPU."""
     if device != "cuda":
         return device
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
 
 
 def _driver() -> str:

@@ -15,7 +15,9 @@ from fastgan.files import write_text
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- {}: made by `python -m bench report` -->", "<!-- /{} -->"
-UNITS = r"ms|µs|us|ns|s|sec|seconds?|minutes?|min|x(?!\s*\d)|×|times|images/s|img/s|[kMG]i?B"
+UNITS = r"ms|µs|us|ns|s|sec|seconds?|minutes?|min|x(?!\s*\d)|×|times|images/s|img/s|[kMG]i?B|%"
+PROSE = ("README.md", "CHANGELOG.md", "docs/*.md", "fastgan/*/README.md")
+"""Documents in which a measured figure must stand in a table that is made from records."""
 FIGURE = re.compile(rf"(?<![\w.])\d[\d.,]*\s?(?:{UNITS})(?![\w/])")
 
 
@@ -43,10 +45,11 @@ def check_report(root: Path = ROOT) -> list[str]:
             f"{path.relative_to(root)} is not up to date: run `python -m bench report`"
             for path in plots.stale_plots(runs, folder)
         ]
-    readme = (root / "README.md").read_text(encoding="utf-8")
     return problems + [
-        f"README.md: {figure!r} stands outside the tables that are made from records"
-        for figure in unrecorded_figures(readme)
+        f"{path.relative_to(root)}: {figure!r} stands outside the tables that are made from records"
+        for pattern in PROSE
+        for path in sorted(root.glob(pattern))
+        for figure in unrecorded_figures(path.read_text(encoding="utf-8"))
     ]
 
 

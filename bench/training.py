@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.records import environment
 from fastgan.data import LabelledImages, sketches_of
+from fastgan.demo import pixel_classifier
 from fastgan.files import write_text
 from fastgan.metrics import precision_recall
 from fastgan.recipes import load_recipe, override
@@ -104,18 +105,16 @@ def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -
 
 def judge(run: Run) -> dict[str, Any]:
     """What a support vector classifier of real pixels makes of generated images, and how they vary."""
-    from sklearn.svm import SVC
-
     data, held_out = run.data.train, run.data.held_out
-    classifier = SVC().fit(_pixels(data.images), data.labels.numpy())
-    accuracy = float(classifier.score(_pixels(held_out.images), held_out.labels.numpy()))
+    classify = pixel_classifier(data)
+    accuracy = (classify(held_out.images) == held_out.labels).double().mean().item()
     if accuracy <= LEAST_HELD_OUT:
         raise RuntimeError(
             f"the classifier must be right on {LEAST_HELD_OUT:.0%} of held-out digits, got {accuracy:.1%}"
         )
     images, labels = _generated(run, held_out)
     images = images.cpu()
-    predicted = torch.from_numpy(classifier.predict(_pixels(images)))
+    predicted = classify(images)
     found: dict[str, Any] = {"kind": "SVC of pixels", "held_out_accuracy": accuracy, "images": len(images)}
     if run.generator.n_classes:
         right = (predicted == labels).double()
@@ -160,10 +159,6 @@ def _generated(run: Run, held_out: LabelledImages) -> tuple[Tensor, Tensor]:
         return sample(run.generator, held_out.labels, sketches=sketches), held_out.labels
     labels = class_rows(held_out.n_classes, PER_CLASS)
     return sample(run.generator, labels, seed=SAMPLE_SEED), labels
-
-
-def _pixels(images: Tensor) -> Any:
-    return images.cpu().flatten(1).numpy()
 
 
 def _named(distances: dict[int, float]) -> dict[str, float]:

@@ -6,10 +6,9 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,9 @@ from fastgan.demo_timings import TimedWorkload, time_workloads
 from fastgan.files import write_bytes, write_text
 from fastgan.metrics import FeatureStats, frechet_distance, load_backbone
 from fastgan.metrics.errors import InputError
-from fastgan.pictures import grid_png
+from fastgan.pictures import curves_png, grid_png
 from fastgan.recipes import Recipe, load_recipe
+from fastgan.timing import device_name
 from fastgan.training import History, ProgressBar, Trainer, build_networks, class_rows, sample
 
 if TYPE_CHECKING:
@@ -184,21 +184,25 @@ class _Scorer:
 
 
 def _agreement(trainer: Trainer, train: LabelledImages, held_out: LabelledImages, per_class: int = 50) -> Agreement:
-    from sklearn.svm import SVC
-
-    classifier = SVC().fit(_pixels(train.images), train.labels.numpy())
+    classify = pixel_classifier(train)
     labels = class_rows(train.n_classes, per_class)
-    predicted = classifier.predict(_pixels(sample(trainer.ema.module, labels, seed=AGREEMENT_SEED)))
-    right = torch.from_numpy(predicted == labels.numpy()).double().view(train.n_classes, per_class).mean(1)
+    right = (classify(sample(trainer.ema.module, labels, seed=AGREEMENT_SEED)) == labels).double()
     return Agreement(
-        held_out=float(classifier.score(_pixels(held_out.images), held_out.labels.numpy())),
+        held_out=(classify(held_out.images) == held_out.labels).double().mean().item(),
         generated=right.mean().item(),
-        per_class=tuple(right.tolist()),
+        per_class=tuple(right.view(train.n_classes, per_class).mean(1).tolist()),
     )
 
 
-def _pixels(images: Tensor) -> Any:
-    return images.cpu().flatten(1).numpy()
+def pixel_classifier(train: LabelledImages) -> Callable[[Tensor], Tensor]:
+    """A support vector classifier fitted to the pixels of ``train``: images (n, c, h, w) to labels (n,), int64."""
+    from sklearn.svm import SVC
+
+    def pixels(images: Tensor) -> Any:
+        return images.cpu().flatten(1).numpy()
+
+    classifier = SVC().fit(pixels(train.images), train.labels.numpy())
+    return lambda images: torch.from_numpy(classifier.predict(pixels(images)))
 
 
 def _report(
@@ -212,8 +216,7 @@ def _report(
     return {
         "versions": {"fastgan": fastgan.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "backends": {b.name: b.detail for b in fastgan.backend_status()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "threads": torch.get_num_threads(),
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "recipe": asdict(recipe),
         "sample_seeds": {"frechet_distance": SCORE_SEED, "classifier_accuracy": AGREEMENT_SEED},
         "frechet_distance": asdict(scores),
@@ -224,37 +227,13 @@ def _report(
     }
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _curves_png(history: History, scores: Scores) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, distances = figure.subplots(1, 2)
-    steps = range(1, len(history) + 1)
-    losses.plot(steps, history.discriminator, label="discriminator", linewidth=0.8)
-    losses.plot(steps, history.generator, label="generator", linewidth=0.8)
-    losses.set(xlabel="step", ylabel="hinge loss", title="Losses")
-    losses.legend()
-    distances.plot([0, len(history)], [scores.before, scores.after], marker="o", label="generated")
-    distances.axhline(scores.real, color="grey", linestyle="--", label="real training images")
-    distances.set(
-        xlabel="step",
-        ylabel=f"Frechet distance ({scores.backbone})",
-        title=f"To {scores.n} held-out images",
-        ylim=(0, None),
+    return curves_png(
+        {"discriminator": history.discriminator, "generator": history.generator},
+        {"generated": ([0, len(history)], [scores.before, scores.after])},
+        score_name=f"Frechet distance to {scores.n} held-out images ({scores.backbone})",
+        floors={"real training images": scores.real},
     )
-    distances.legend()
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def _summarise(

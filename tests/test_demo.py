@@ -69,14 +69,15 @@ def test_timed_implementations_agree():
 
     def weights(normalise):
         torch.manual_seed(0)
-        root = demo_timings.Weights(fastgan.models.SAGANDiscriminator(3, width=8, spectral_norm=False))
+        network = fastgan.models.SAGANDiscriminator(3, width=8, spectral_norm=False)
+        root = demo_timings.Weights(demo_timings.normalisable(network))
         normalise(root)
         for _ in range(30):
             root()
         return root.eval()()
 
     def torch_each_layer(root):
-        for layer in demo_timings.normalisable(root.network):
+        for layer in root.layers:
             torch.nn.utils.parametrizations.spectral_norm(layer)
 
     for grouped, single in zip(weights(group_spectral_norm), weights(torch_each_layer), strict=True):

@@ -109,6 +109,11 @@ def add_a_row_without_a_record(root):
         file.write("| attention on another device | 0.3 ms |\n")
 
 
+def claim_a_speed_elsewhere(root):
+    (root / "docs").mkdir()
+    (root / "docs" / "layers.md").write_text("All layers are 3 times as fast.\n")
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -117,7 +122,8 @@ def add_a_row_without_a_record(root):
         (change_a_record, "speedup.png is not up to date"),
         (lose_a_plot, "speedup.png is not up to date"),
         (keep_an_old_plot, "old.png is not up to date"),
-        (add_a_row_without_a_record, "'0.3 ms' stands outside"),
+        (add_a_row_without_a_record, "README.md: '0.3 ms' stands outside"),
+        (claim_a_speed_elsewhere, "docs/layers.md: '3 times' stands outside"),
     ],
 )
 def test_what_disagrees_is_found(repository, change, problem):
@@ -125,7 +131,7 @@ def test_what_disagrees_is_found(repository, change, problem):
     assert any(problem in line for line in check_report(repository))
 
 
-@pytest.mark.parametrize("text", ["12 ms", "3.5× faster", "| 0.3 s |", "1,000 images/s", "2.5 GB", "twice: 2x"])
+@pytest.mark.parametrize("text", ["12 ms", "3.5× faster", "| 0.3 s |", "1,000 images/s", "2.5 GB", "twice: 2x", "12 % less"])
 def test_measured_figures_are_recognised(text):
     assert unrecorded_figures(f"a {text} b")
 
