@@ -131,7 +131,9 @@ def test_what_disagrees_is_found(repository, change, problem):
     assert any(problem in line for line in check_report(repository))
 
 
-@pytest.mark.parametrize("text", ["12 ms", "3.5× faster", "| 0.3 s |", "1,000 images/s", "2.5 GB", "twice: 2x", "12 % less"])
+@pytest.mark.parametrize(
+    "text", ["12 ms", "3.5× faster", "| 0.3 s |", "1,000 images/s", "2.5 GB", "twice: 2x", "12 % less"]
+)
 def test_measured_figures_are_recognised(text):
     assert unrecorded_figures(f"a {text} b")
 
