@@ -144,6 +144,8 @@ def resident(n: int) -> Workload:
         check=relative_difference,
         parameters={"n": n, "size": 32, "resize": "legacy_pytorch", "device": "cuda"},
         tolerance=0.1,
+        warmup=0,
+        min_rounds=1,
         images=2 * n,
     )
 

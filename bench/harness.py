@@ -88,14 +88,18 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
     right = {n: workload.implementations[n] for n, r in records.items() if r.failure is None and r.median is None}
     if not right:
         return list(records.values())
-    timings = compare(
-        right,
-        seconds=seconds,
-        min_rounds=workload.min_rounds,
-        warmup=workload.warmup,
-        device=device,
-        prepare=flush_cache if workload.cold and device == "cuda" else None,
-    )
+    try:
+        timings = compare(
+            right,
+            seconds=seconds,
+            min_rounds=workload.min_rounds,
+            warmup=workload.warmup,
+            device=device,
+            prepare=flush_cache if workload.cold and device == "cuda" else None,
+        )
+    except Exception as error:  # such as a GPU's memory that runs out: the suite goes on with the next workload
+        failure = f"not timed: {_first_line(error)}"
+        return [replace(r, failure=failure) if name in right else r for name, r in records.items()]
     for name, timing in timings.items():
         records[name] = replace(records[name], **asdict(timing), **measure(right[name], timing.median, device))
     return list(records.values())
@@ -160,12 +164,13 @@ def measure(implementation: Callable[[], Any], seconds: float, device: str) -> d
     }
 
 
-def _launches(implementation: Callable[[], Any]) -> int:
+def _launches(implementation: Callable[[], Any]) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         implementation()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA
-    return sum(e.count for e in profile.key_averages() if e.device_type == on_device and not e.is_user_annotation)
+    events = [e for e in profile.key_averages() if e.device_type == on_device and not e.is_user_annotation]
+    return sum(e.count for e in events) or None  # none where the profiler cannot see the GPU
 
 
 def flush_cache() -> None:

@@ -95,6 +95,21 @@ def test_an_implementation_that_cannot_run_says_why():
     assert records["absent"].failure == "needs a GPU"
 
 
+def test_what_fails_while_it_is_timed_stops_its_workload_alone():
+    calls = []
+
+    def exhausted():
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        return torch.ones(3)
+
+    records = run("toy", workload(exhausted=exhausted, wrong=lambda: torch.zeros(3)), 0.0, "cpu")
+    failures = [r.failure for r in records]
+    assert failures[:2] == ["not timed: out of memory"] * 2
+    assert failures[2].startswith("wrong")
+
+
 def test_what_runs_once_is_timed_when_it_is_checked():
     calls = []
     slow = dataclasses.replace(
