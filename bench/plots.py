@@ -96,7 +96,7 @@ def _speedup(figure: Any, runs: dict[str, Run]) -> None:
     ratios = [times(r, line.own) for line in found for r in line.baselines]
     axes.set(xscale="log", xlim=(min(*ratios, 1) / 1.5, max(*ratios, 2) * 3), ylim=(-0.5, len(found)))
     axes.set_yticks(range(len(found)), [f"{line.suite}: {line.workload}" for line in found], fontsize=8)
-    _plain_ticks(axes)
+    _plain_ticks(axes.xaxis)
     axes.set_xlabel("median time over fastgan's: right of the line fastgan is faster")
     axes.set_title(next(iter(runs.values())).environment["device"], fontsize=9)
 
@@ -116,7 +116,13 @@ def _against_n(figure: Any, records: Iterable[Record], field: str, unit: str, fa
                     field,
                     factor,
                 )
+        values = [factor * getattr(r, field) for r in chosen]
         axes.set(title=mode, xlabel="queries N (keys: N / 4)", ylabel=unit, xscale="log", yscale="log")
+        axes.set(ylim=(min(values) / 2, max(values) * 2))
+        axes.set_xticks(sorted({r.parameters["height"] ** 2 for r in chosen}), minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        _plain_ticks(axes.yaxis)
         axes.legend(fontsize=7)
 
 
@@ -157,7 +163,7 @@ def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
         axes.set(title=name, xlabel="ms", ylabel="relative error", xscale="log", yscale="log")
         axes.margins(0.1)
         axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-        _plain_ticks(axes)
+        _plain_ticks(axes.xaxis)
 
 
 def _images(figure: Any, runs: dict[str, Run]) -> None:
@@ -169,14 +175,14 @@ def _images(figure: Any, runs: dict[str, Run]) -> None:
     colours = [COLOUR if r.own else GREY for _, r in found]
     bars = axes.barh(range(len(found)), rates, color=colours)
     axes.set_yticks(range(len(found)), [f"{suite}: {r.workload}: {r.implementation}" for suite, r in found], fontsize=7)
-    axes.bar_label(bars, [f" {rate:.3g}" for rate in rates], fontsize=7)
+    axes.bar_label(bars, [f" {float(f'{rate:.3g}'):g}" for rate in rates], fontsize=7)
     axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images a second")
-    _plain_ticks(axes)
+    _plain_ticks(axes.xaxis)
 
 
-def _plain_ticks(axes: Any) -> None:
+def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
