@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastgan.checks import FLOATS, check_tensor
 from fastgan.metrics.backbones.precision import float32_arithmetic, resolve_precision
@@ -184,8 +183,13 @@ def check_images(images: Tensor) -> None:
 
 
 def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
-    """Fold the batch normalisation ``module.bn`` into ``module.conv``, whose output it takes; eval mode only."""
-    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn)))
+    """Fold the batch normalisation ``module.bn`` into ``module.conv``, without a bias, whose output it takes; in place,
+    for eval mode."""
+    convolution, norm = getattr(module, conv), getattr(module, bn)
+    with torch.no_grad():
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        convolution.weight.mul_(scale[:, None, None, None])
+        convolution.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
     setattr(module, bn, nn.Identity())
 
 
@@ -204,10 +208,11 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_state(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load ``state`` into ``network``, all of it. Raises ``InputError`` naming the file where they do not fit."""
+def load_state(network: nn.Module, state: dict[str, Tensor], path: str | Path, *, assign: bool = False) -> None:
+    """Load ``state`` into ``network``, all of it; ``assign`` takes its tensors instead of copying them. Raises
+    ``InputError`` naming the file where they do not fit."""
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         details = " ".join(str(error).split())
         raise InputError(f"weights file {path} does not fit {type(network).__name__}: {details[:200]}") from error
