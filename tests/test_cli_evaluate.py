@@ -94,7 +94,7 @@ def test_many_images_are_worth_a_compilation(sets, monkeypatch):
     compiled = []
     monkeypatch.setattr("fastgan.metrics.Backbone.compile", lambda self: compiled.append(self.name))
     for threshold, expected in ((71, 0), (70, 1)):  # 30 and 40 images
-        monkeypatch.setattr("fastgan.metrics.compare.COMPILE_FROM", threshold)
+        monkeypatch.setattr("fastgan.metrics.backbones.base._COMPILE_FROM", threshold)
         run("fid", *sets)
         assert len(compiled) == expected
 

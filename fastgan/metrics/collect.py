@@ -17,9 +17,6 @@ from fastgan.metrics.errors import InputError
 from fastgan.metrics.images import ImageSource
 from fastgan.metrics.stats import FeatureStats
 
-COMPILE_FROM = 1500
-"""Images of one process from which on the compilation of a network costs less time than it saves."""
-
 _SAVE_EVERY = 60.0  # seconds between two checkpoints
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import fastgan
 from fastgan.metrics.backbones import Backbone
-from fastgan.metrics.collect import COMPILE_FROM, Collected, collect
+from fastgan.metrics.collect import Collected, collect
 from fastgan.metrics.distributed import World
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
@@ -208,7 +208,7 @@ def measure(
         return [_from_file(source) for source in sources if isinstance(source, StatsFile)]
     network = network or options.network(loaded, world)
     resize = options.resize_method(loaded, network)
-    if sum(len(source) for source in sources if isinstance(source, ImageSource)) >= COMPILE_FROM * world.size:
+    if sum(len(source) for source in sources if isinstance(source, ImageSource)) >= network.compile_from * world.size:
         network.compile()
     for stats in loaded:
         check_comparable(stats, FeatureStats(network.dim, backbone=network.name, resize=resize))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgan.metrics.backbones import Backbone
-from fastgan.metrics.collect import COMPILE_FROM, collect
+from fastgan.metrics.collect import collect
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.images import ImageSource
 from fastgan.metrics.sources import open_images
@@ -32,7 +32,7 @@ def folder_stats(
         InputError: no images, a file that cannot be read, or fewer than two that can.
     """
     source = images if isinstance(images, ImageSource) else open_images(images)
-    if len(source) >= COMPILE_FROM:
+    if len(source) >= backbone.compile_from:
         backbone.compile()
     collected = collect(
         source, backbone, resize=resize, batch_size=batch_size, num_workers=num_workers, progress=progress

@@ -11,6 +11,8 @@ from torchvision.models import inception_v3
 
 from fastgan.metrics import Backbone, InputError, load_backbone
 from fastgan.metrics.backbones import inception
+from fastgan.metrics.backbones.inception_network import ConvNorm
+from fastgan.metrics.backbones.packed import can_pack
 from fastgan.metrics.backbones.precision import resolve_precision
 from tests.accuracy import assert_as_accurate
 
@@ -136,6 +138,20 @@ def test_every_block_equals_pytorch_fids(network, pytorch_fid, weights):
     logits = load_backbone("inception", weights=weights, dims="logits", precision="fp32").from_pixels(pixels)
     torch.testing.assert_close(logits, network.fc(features).detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(backbone.head(features), logits - network.fc.bias.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_convolutions_change_nothing(weights, monkeypatch):
+    """Nor does another number of images than that at which the weights were packed; without oneDNN there are none."""
+    packed = load_backbone("inception", weights=weights, dims=192)
+    monkeypatch.setattr("fastgan.metrics.backbones.base.can_pack", lambda dtype: False)
+    plain = load_backbone("inception", weights=weights, dims=192)
+    convolutions = [[m.packed for m in b._network.modules() if isinstance(m, ConvNorm)] for b in (packed, plain)]
+    assert can_pack(torch.float32) == all(convolutions[0])
+    assert not any(convolutions[1])
+    images = torch.randint(0, 256, (3, 3, 40, 30), dtype=torch.uint8)
+    features = plain(images)
+    for n in (2, 3, 1):
+        torch.testing.assert_close(packed(images[:n]), features[:n], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgan.checks import FLOATS, check_tensor
+from fastgan.metrics.backbones.packed import can_pack
 from fastgan.metrics.backbones.precision import float32_arithmetic, resolve_precision
 from fastgan.metrics.errors import InputError
 from fastgan.metrics.resize import check_resize, resize_tensor
@@ -18,6 +20,8 @@ from fastgan.metrics.resize import check_resize, resize_tensor
 # on a CPU a batch this small keeps the early, wide feature maps in cache: up to twice the throughput of 64
 _CPU_CHUNK = 16
 _GPU_CHUNK = 256
+
+_COMPILE_FROM, _COMPILE_PACKED_FROM = 1500, 15_000
 
 
 class Backbone:
@@ -36,6 +40,8 @@ class Backbone:
         own: the network is nobody else's: bf16 then converts its weights once, where autocast would do so at each call,
             and :meth:`compile` may compile it.
         head: from features (n, dim) to class scores (n, classes), for the inception score.
+        pack: of an ``own`` network: called once its weights are final, where it runs on a CPU that has
+            :mod:`fastgan.metrics.backbones.packed`.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Backbone:
         precision: str = "auto",
         own: bool = False,
         head: Callable[[Tensor], Tensor] | None = None,
+        pack: Callable[[], Any] | None = None,
     ) -> None:
         self.name = name
         self.dim = dim
@@ -65,6 +72,14 @@ class Backbone:
         self._compiled_size = 0
         if self._own:
             self._module.to(self._input_dtype)
+        self._packed = pack is not None and self.device.type == "cpu" and can_pack(self._input_dtype)
+        if self._packed and pack is not None:
+            pack()
+
+    @property
+    def compile_from(self) -> int:
+        """Number of images from which on the compilation costs less time than it saves."""
+        return _COMPILE_PACKED_FROM if self._packed else _COMPILE_FROM
 
     @property
     def compiled(self) -> bool:

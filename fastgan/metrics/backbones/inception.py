@@ -59,6 +59,7 @@ def load(
         precision=precision,
         own=True,
         head=UnbiasedHead(network.fc) if dims == DIMS[-1] else None,
+        pack=network.pack,
     )
 
 

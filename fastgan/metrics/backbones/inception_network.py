@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.metrics.backbones.base import fold_batch_norm
+from fastgan.metrics.backbones.packed import PackedConvolution
 
 DIMS = (64, 192, 768, 2048)
 CLASSES = 1008
@@ -68,9 +69,18 @@ class InceptionV3(nn.Module):
                 fold_batch_norm(module, "conv", "bn")
         return self
 
+    def pack(self) -> InceptionV3:
+        """Once folded, take :class:`PackedConvolution` for what is not compiled, on a CPU."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.packed = PackedConvolution(module.conv)
+        return self
+
 
 class ConvNorm(nn.Module):
     """Convolution, batch normalisation, ReLU."""
+
+    packed: PackedConvolution | None = None
 
     def __init__(
         self,
@@ -86,6 +96,8 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and not torch.compiler.is_compiling():
+            return self.packed(x)
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
