@@ -5,12 +5,26 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it is active and applies to ``x``, else None."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block without autocast on the device of ``x``; there is none on "meta"."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def outside_autocast(function: F) -> F:
@@ -21,7 +35,7 @@ def outside_autocast(function: F) -> F:
 
     @functools.wraps(function)
     def body(*args: Any) -> Any:
-        with torch.autocast(_first_tensor(args).device.type, enabled=False):
+        with no_autocast(_first_tensor(args)):
             return function(*args)
 
     # An op's schema is read from these types, which the names of this module would not resolve.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,6 +55,16 @@ def runs_at_once(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+    if is_transforming() or torch._C._get_tracing_state() is not None:
         return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
+
+
+def is_transforming() -> bool:
+    """True within ``torch.func``'s transforms and forward-mode differentiation.
+
+    Ops of ``torch.library`` refuse the former's gradients, and drop tangents in silence.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -30,7 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan.autocast import autocast_dtype
 from fastgan.backend import check_impl, resolve
+from fastgan.checks import is_transforming
 from fastgan.layout import rows_of
 from fastgan.ops.attention import attention
 from fastgan.ops.pooled_projection import pooled_projection
@@ -132,13 +134,12 @@ class SelfAttention2d(nn.Module):
             raise ValueError(f"x must be at least 2 x 2 pixels where keys are pooled, got {tuple(x.shape)}")
 
     def _is_fused(self, x: Tensor) -> bool:
-        if not self.pool or self.o is None or resolve(self.impl, x) != "triton":
+        if not self.pool or self.o is None or resolve(self.impl, x) != "triton" or is_transforming():
             return False
         return not _called_as_modules(*self._convolutions())
 
     def _fused(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         weight, bias = _joined(self.theta, self.phi, self.g)
         bias = None if bias is None else bias.to(dtype)
         q, kv = pooled_projection(x, weight.flatten(1).to(dtype), bias, self.qk_channels, self.impl)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from fastgan.autocast import no_autocast
 from fastgan.backend import check_impl
 from fastgan.checks import check_tensor
 from fastgan.nn.normed_weight import (
@@ -86,7 +87,7 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
 
 def _revive(vector: Tensor) -> None:
     """A weight of zeros leaves the power method at zero for good; begin at a random direction instead."""
-    if not vector.any():
+    if not vector.is_meta and not vector.any():
         vector.copy_(nn.functional.normalize(torch.randn_like(vector), dim=0))
 
 
@@ -141,7 +142,7 @@ def spectral_norm(
     check_settings(n_power_iterations, eps, impl)
     if not -weight.ndim <= dim < weight.ndim:
         raise ValueError(f"dim must lie in [{-weight.ndim}, {weight.ndim - 1}] for this {name}, got {dim}")
-    with torch.autocast(weight.device.type, enabled=False):  # registration demands that the dtype stays
+    with no_autocast(weight):  # registration demands that the dtype stays
         norm = SpectralNorm(weight, n_power_iterations, dim, eps, autocast=isinstance(module, AUTOCAST), impl=impl)
         parametrize.register_parametrization(module, name, norm)
     complete(module)

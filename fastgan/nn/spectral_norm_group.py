@@ -102,6 +102,8 @@ def _can_be_remembered(weights: list[Tensor]) -> bool:
         return False
     if any(torch._C._functorch.is_functorch_wrapped_tensor(w) for w in weights):
         return False
+    if weights[0].is_meta:
+        return False
     return not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -146,6 +148,9 @@ def group_spectral_norm(
     Modules in eval mode make no update. Their normalised weights are computed once and reused until weights or vectors
     change, which is seen by version counters and, for writes through ``.data``, by 64 sampled entries a tensor. With
     gradients to the weights enabled, and in compiled or captured graphs, they are computed at each forward.
+
+    Part of ``root`` that is recomputed in the backward pass (``torch.utils.checkpoint``) makes updates of its own then;
+    that needs ``use_reentrant=True``, or ``root`` as a whole as the part.
 
     Args:
         root: the network.

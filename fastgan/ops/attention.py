@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.autocast import outside_autocast
+from fastgan.autocast import autocast_dtype, outside_autocast
 from fastgan.backend import check_impl, implementation, resolve, warn_once
-from fastgan.checks import check_alike, check_tensor
+from fastgan.checks import check_alike, check_tensor, is_transforming
 from fastgan.kernels.attention_config import unsupported
 from fastgan.layout import empty_rows_like
 from fastgan.reference.attention import attention_eager
@@ -35,6 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         scale: a finite number that multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
         impl: "auto", "triton" or "reference". On a CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and
             is "reference" above; so it is, with one warning, for more channels than the kernels take (d 64, e 256).
+            Within transforms of ``torch.func`` and forward-mode differentiation, which know no such op, maps of any
+            size are kept, whatever ``impl`` says.
 
     Returns:
         (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order.
@@ -48,10 +50,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
     """
     _check(q, k, v, scale)
     impl = _usable(impl, q, v)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q)
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if impl == "auto" and _keeps_maps(q, k):
+    if is_transforming() or (impl == "auto" and _keeps_maps(q, k)):
         return attention_eager(q, k, v, scale)
     batch = max(q.shape[0], k.shape[0], v.shape[0]) if 0 not in (q.shape[0], k.shape[0], v.shape[0]) else 0
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.autocast import outside_autocast
+from fastgan.autocast import autocast_dtype, outside_autocast
 from fastgan.backend import check_impl, implementation, resolve
-from fastgan.checks import check_tensor, runs_at_once
-from fastgan.reference.spectral_norm import compute_dtype, matrix_shape
+from fastgan.checks import check_tensor, is_transforming, runs_at_once
+from fastgan.reference.spectral_norm import compute_dtype, matrix_shape, scale_differentiably
 
 
 def spectral_norm_update(
@@ -74,6 +74,7 @@ def update_vectors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`spectral_norm_update` of operands that are known to fit one another, ``dims`` not negative."""
     with torch.no_grad():
+        weights = [weight.detach() for weight in weights] if is_transforming() else weights
         if runs_at_once(*weights, *us, *vs):
             compute = implementation("spectral_norm", impl, weights[0]).update
             vectors = compute(weights, us, vs, dims, n_power_iterations, float(eps), v_first)
@@ -131,15 +132,14 @@ def scaled(
     """:func:`spectral_norm_scale` of operands that are known to fit one another, ``dims`` not negative."""
     if not torch.is_grad_enabled() and runs_at_once(*weights):
         return implementation("spectral_norm", impl, weights[0]).scale(weights, u, v, sigma, dims, dtype)
+    if is_transforming():
+        return scale_differentiably(weights, u, v, sigma, dims, dtype)
     return spectral_norm_scale_op(list(weights), u, v, sigma, list(dims), dtype, impl)
 
 
 def output_dtype(weight: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is active and applies to ``weight``, else the dtype of ``weight``."""
-    device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return autocast_dtype(weight) or weight.dtype
 
 
 def _check_weights(weights: Sequence[Tensor], dims: Sequence[int] | None, impl: str) -> list[int]:

@@ -96,6 +96,20 @@ def scale(
     ]
 
 
+def scale_differentiably(
+    weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """:func:`scale` with PyTorch's own gradients, for transforms of ``torch.func``, which do not know those of ops."""
+    results = []
+    for weight, (row, column), s, dim in zip(
+        weights, split_vectors(u, v, weights, dims), sigma.unbind(), dims, strict=True
+    ):
+        w = _widen(weight)
+        change = torch.dot(row, torch.mv(as_matrix(w, dim), column))
+        results.append((w / (s + change - change.detach())).to(dtype))
+    return results
+
+
 def scale_bwd(
     grads: Sequence[Tensor], weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int]
 ) -> list[Tensor]:

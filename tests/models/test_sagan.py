@@ -204,3 +204,21 @@ def test_check_labels():
     for bad in ([0, 3], [-1, 0]):
         with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
             check_labels(torch.tensor(bad), 3)
+
+
+def test_networks_can_be_built_without_memory_and_filled():
+    sizes = {"resolution": 16, "width": 8, "attention_resolution": 8}
+    torch.manual_seed(1)
+    inputs = torch.randn(2, 8), torch.tensor([0, 2])
+    for cls, arguments in ((SAGANGenerator, {"dim_z": 8}), (SAGANDiscriminator, {})):
+        made = cls(3, **sizes, **arguments).eval()
+        with torch.device("meta"):
+            hollow = cls(3, **sizes, **arguments)
+        shape = made(*inputs).shape
+        for mode in (True, False):  # twice, as a norm's weight is kept in eval mode
+            assert hollow.train(mode)(*(x.to("meta") for x in inputs)).shape == shape
+            with torch.no_grad():
+                assert hollow(*(x.to("meta") for x in inputs)).shape == shape
+        hollow.to_empty(device="cpu").load_state_dict(made.state_dict())
+        assert torch.equal(hollow(*inputs), made(*inputs))
+        inputs = made(*inputs).detach(), inputs[1]

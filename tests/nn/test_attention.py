@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 from fastgan.nn import SelfAttention2d
 
@@ -227,3 +229,25 @@ def test_bad_arguments(arguments, message):
 def test_bad_input(shape, message):
     with pytest.raises(ValueError, match=message):
         SelfAttention2d(16)(torch.randn(shape))
+
+
+def test_transforms_of_torch_func_and_forward_mode():
+    """Which see no gradients of ops: those of each sample, and a derivative along a direction."""
+    block = SelfAttention2d(8, impl="reference").double()
+    nn.init.constant_(block.gamma, 0.5)
+    weights = {name: p.detach() for name, p in block.named_parameters()}
+    x = torch.randn(3, 1, 8, 4, 4, dtype=torch.float64)
+
+    def loss(weights, x):
+        return functional_call(block, weights, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for i in range(3):
+        expected = torch.autograd.grad(block(x[i]).square().sum(), list(block.parameters()))
+        torch.testing.assert_close([each[name][i] for name in weights], list(expected))
+    direction = torch.randn_like(x[0])
+    expected = (block(x[0] + 1e-5 * direction) - block(x[0] - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close(torch.func.jvp(block, (x[0],), (direction,))[1], expected, rtol=1e-6, atol=1e-8)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x[0], direction))).tangent
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)

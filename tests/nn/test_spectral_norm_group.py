@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
@@ -181,6 +182,27 @@ def test_functional_call():
         output = functional_call(ours, replaced.state_dict(), (images(),))
         torch.testing.assert_close(output, replaced(images()))
         assert not torch.allclose(ours(images()), output)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transforms_of_torch_func_and_forward_mode(training):
+    results = []
+    for model in (grouped().train(training), network(parametrizations.spectral_norm).train(training)):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        directions = {name: torch.ones_like(p) for name, p in weights.items()}
+
+        def loss(weights, x, model=model):
+            return functional_call(model, weights, (x,)).square().sum()
+
+        results.append([torch.func.grad(loss)(weights, images())])
+        if training:  # torch's own refuses the rest
+            continue
+        results[-1].append(torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images()[:, None]))
+        results[-1].append(torch.func.jvp(lambda w, loss=loss: loss(w, images()), (weights,), (directions,))[1])
+        with forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(p, directions[name]) for name, p in weights.items()}
+            results[-1].append(forward_ad.unpack_dual(loss(dual, images())).tangent)
+    torch.testing.assert_close(*results)
 
 
 def test_shared_and_frozen_weights():
