@@ -18,7 +18,13 @@ from fastgan.checks import check_tensor
 
 @dataclass(frozen=True)
 class GANLoss:
-    """``discriminator(real_logits, fake_logits)`` and ``generator(fake_logits)``, each a scalar."""
+    """The two objectives of a name.
+
+    Attributes:
+        name: what recipes and :func:`gan_loss` call it.
+        discriminator: (real logits, fake logits) to a scalar.
+        generator: fake logits to a scalar.
+    """
 
     name: str
     discriminator: Callable[[Tensor, Tensor], Tensor]
