@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 @computes_features
 def fid(
-    a: Annotated[Path, typer.Argument(help="A folder, zip or npz of images, or an .npz file of statistics.")],
+    a: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images, or an .npz file of statistics.")],
     b: Annotated[Path, typer.Argument(help="The same; with --save-stats the .npz file to write.")],
     options: FeatureOptions,
     save_stats: Annotated[
@@ -53,7 +53,7 @@ def fid(
 
 @computes_features
 def evaluate(
-    a: Annotated[Path, typer.Argument(help="The images to judge: a folder, zip or npz, or what knows its reference.")],
+    a: Annotated[Path, typer.Argument(help="The images to judge, as for fid, or a run, which knows its reference.")],
     options: FeatureOptions,
     b: Annotated[
         Path | None, typer.Argument(help="The real images, or for fid alone an .npz of their statistics.")
@@ -108,7 +108,7 @@ def evaluate(
 @stats_app.command("save")
 @computes_features
 def stats_save(
-    images: Annotated[Path, typer.Argument(help="A folder, zip or npz of images.")],
+    images: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images.")],
     output: Annotated[Path, typer.Argument(help="The .npz file to write; pytorch-fid and clean-fid read it too.")],
     options: FeatureOptions,
     root: WithRoot = False,

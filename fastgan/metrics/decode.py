@@ -1,7 +1,8 @@
 """Image files to 8-bit RGB.
 
 Greyscale is repeated, palettes are looked up, alpha is dropped (not blended, as pytorch-fid and clean-fid do), CMYK is
-converted by Pillow without its profile, 16-bit greyscale is divided by 257 and rounded. Of an animation or a multi-page
+converted by Pillow without its profile, 16-bit greyscale is divided by 257 and rounded, and of 16-bit colours Pillow
+keeps the upper byte. Of an animation or a multi-page
 file the first picture counts; an EXIF orientation is not applied. Floating-point images have no agreed range and are
 refused.
 """

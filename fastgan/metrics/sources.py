@@ -1,4 +1,4 @@
-"""From a path to a set of images: a folder, a zip file of images, an npz of an image array, or what an opener knows.
+"""From a path to a set of images: a folder, a zip file, a file of an image array or tensor, or what an opener knows.
 
 Another part of the library adds a kind of source with :func:`register_opener`: a function that looks at a path,
 cheaply, and returns an :class:`ImageSource` or None. A training run's folder becomes a source in this way, its samples
@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastgan.metrics.decode import EXTENSIONS, decode_image, is_image_name
@@ -23,6 +24,9 @@ from fastgan.metrics.images import ImageFolder, ImageSource
 
 IMAGE_KEYS = ("images", "arr_0", "x", "samples")
 """Where an npz may hold its images; a file with one array only may call it anything."""
+
+ARRAY_FILES = (".npz", ".npy", ".pt", ".pth")
+"""NumPy's, and tensors of ``torch.save``."""
 
 Opener = Callable[[Path, bool], ImageSource | None]
 """(path, skip_bad) -> the source, or None for a path of another kind."""
@@ -43,12 +47,12 @@ def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
         source = opener(path, skip_bad)
         if source is not None:
             return source
-    if path.is_file() and path.suffix == ".npz":
+    if path.is_file() and path.suffix in ARRAY_FILES:
         return ImageArray.load(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ImageZip(path, skip_bad=skip_bad)
     if path.is_file():
-        raise InputError(f"{path} is neither a folder of images, a zip file nor an .npz file")
+        raise InputError(f"{path} is neither a folder of images, a zip file nor one of {', '.join(ARRAY_FILES)}")
     return ImageFolder(path, skip_bad=skip_bad)
 
 
@@ -108,16 +112,22 @@ class ImageArray(ImageSource):
 
     @classmethod
     def load(cls, path: str | Path) -> ImageArray:
-        """Read an npz file with one array of images, or one of the names of :data:`IMAGE_KEYS`. Nothing is
-        unpickled."""
-        from fastgan.metrics.stats_file import read_npz
-
-        arrays = read_npz(Path(path))
-        keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
-        if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
-            allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
-            raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
-        return cls(arrays[keys[0]], label=str(path))
+        """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or an npz whose images are its one array or have one
+        of the names of :data:`IMAGE_KEYS`. Nothing but tensors is unpickled; an npy file is read as its images are."""
+        path = Path(path)
+        if path.suffix == ".npz":
+            return cls(_npz_images(path), label=str(path))
+        try:
+            if path.suffix == ".npy":
+                return cls(np.load(path, mmap_mode="r", allow_pickle=False), label=str(path))
+            images = torch.load(path, map_location="cpu", weights_only=True)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the damage leads to
+            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(images, Tensor):
+            raise InputError(f"{path} must hold one tensor of images, it holds a {type(images).__name__}")
+        return cls(images, label=str(path))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -131,6 +141,17 @@ class ImageArray(ImageSource):
 
     def _identity(self, index: int) -> str:
         return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
+
+
+def _npz_images(path: Path) -> np.ndarray:
+    from fastgan.metrics.stats_file import read_npz
+
+    arrays = read_npz(path)
+    keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
+    if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
+        allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
+        raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
+    return arrays[keys[0]]
 
 
 def _channels_last(array: np.ndarray, label: str) -> np.ndarray:

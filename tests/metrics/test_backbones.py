@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastgan.metrics import Backbone, InputError, default_backbone, image_stats, load_backbone
 from fastgan.metrics.backbones import efficientnet_lite0, inception_weights
@@ -132,6 +133,9 @@ def test_every_image_passes_once_whatever_the_chunks(n):
         stats = image_stats(images, backbone, batch_size=7)
         assert stats.n == n
         torch.testing.assert_close(stats.cov, torch.cov(backbone(images).double().T))
+        labelled = TensorDataset(images, torch.arange(n))
+        for batches in (DataLoader(labelled, batch_size=7), (part for part in images.split(9))):
+            torch.testing.assert_close(image_stats(batches, backbone).cov, stats.cov)
 
 
 @pytest.mark.parametrize(

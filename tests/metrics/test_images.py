@@ -1,5 +1,8 @@
 """Folders of images: formats, conversion to RGB, batches, damaged files."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +71,20 @@ def test_sixteen_bit_greyscale_is_scaled(tmp_path, name):
     Image.fromarray(values).save(tmp_path / name)
     expected = np.round(values / 65535 * 255).astype(np.uint8)
     np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat(expected[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("colour_type", [2, 6])
+def test_sixteen_bit_colours_keep_the_upper_byte(tmp_path, colour_type):
+    """With alpha too; Pillow writes no such files."""
+    values = RNG.integers(0, 65536, (5, 7, 3 if colour_type == 2 else 4), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 7, 5, 16, colour_type, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    ]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), (values[:, :, :3] >> 8).astype(np.uint8))
 
 
 def test_floating_point_images_are_refused(tmp_path):

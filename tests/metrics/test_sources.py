@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastgan.metrics import InputError
-from fastgan.metrics.images import ImageFolder
+from fastgan.metrics.images import ImageFolder, ImageSource
 from fastgan.metrics.sources import ImageArray, ImageZip, open_images, register_opener
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), dtype=np.uint8)
@@ -63,7 +63,7 @@ def test_unusable_files(zipped, tmp_path):
     with pytest.raises(InputError, match=r"empty\.zip holds no images"):
         open_images(tmp_path / "empty.zip")
     (tmp_path / "list.txt").write_text("a.png")
-    with pytest.raises(InputError, match=r"list\.txt is neither a folder of images, a zip file nor an \.npz file"):
+    with pytest.raises(InputError, match=r"list\.txt is neither a folder of images, a zip file nor one of \.npz"):
         open_images(tmp_path / "list.txt")
     with pytest.raises(InputError, match=r"none\.zip: no such folder"):
         open_images(tmp_path / "none.zip")
@@ -94,6 +94,48 @@ def test_npz_files(tmp_path, key):
     np.testing.assert_array_equal(pixels(open_images(tmp_path / "a.npz")), IMAGES)
     np.savez(tmp_path / "b.npz", labels=np.zeros(5), images=IMAGES)
     np.testing.assert_array_equal(pixels(open_images(tmp_path / "b.npz")), IMAGES)
+
+
+def test_npy_and_tensor_files(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    torch.save(torch.from_numpy(IMAGES).permute(0, 3, 1, 2), tmp_path / "a.pt")
+    for name in ("a.npy", "a.pt"):
+        np.testing.assert_array_equal(pixels(open_images(tmp_path / name)), IMAGES)
+    np.save(tmp_path / "b.npy", np.array([None]))
+    torch.save({"images": torch.zeros(2, 3, 4, 4)}, tmp_path / "b.pt")
+    torch.save(torch.full((2, 3, 4, 4), 3.0), tmp_path / "c.pt")
+    (tmp_path / "d.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:200])
+    for name, message in (
+        ("b.npy", "cannot be read: .*bject"),
+        ("b.pt", "must hold one tensor of images, it holds a dict"),
+        ("c.pt", r"must lie in \[0, 1\]"),
+        ("d.pt", "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            open_images(tmp_path / name)
+        assert name in str(error.value)
+
+
+def test_few_images_are_in_memory_at_a_time():
+    """However many there are: those of the batch, of two more, and what the threads are at."""
+    ahead, yielded = [], 0
+
+    class Endless(ImageSource):
+        def __len__(self):
+            return 10**9
+
+        def read(self, index):
+            ahead.append(index - yielded)
+            return IMAGES[index % 5]
+
+        def name(self, index):
+            return str(index)
+
+    batches = Endless("endless").batches(None, batch_size=4, num_workers=2)
+    for _ in range(100):
+        yielded += len(next(batches))
+    batches.close()
+    assert max(ahead) <= 4 * 3 + 2
 
 
 @pytest.mark.parametrize(
