@@ -169,7 +169,7 @@ def _group(holder: nn.Module, swaps: list[Swap]) -> None:
         group = SpectralNormGroup()
         group.put_on(root)
     if group is not None:
-        group.layers += layers
+        group.take_in(layers)
 
 
 def _undo_harmful(holder: nn.Module, swaps: list[Swap], example_input: Any, before: Any) -> list[Swap]:

@@ -122,4 +122,4 @@ def scale(readings: Sequence[Reading], vectors: Vectors) -> list[Tensor]:
 
 def without_supply(state: dict[str, Any]) -> dict[str, Any]:
     """``__dict__`` of a norm as copies and pickles get it: what was supplied belongs to a forward of the original."""
-    return {name: value for name, value in state.items() if name != "_supplied"}
+    return state | {"_supplied": None}

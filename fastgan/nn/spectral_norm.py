@@ -55,8 +55,8 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
     def released(self) -> _SpectralNorm:
         """A module of torch's class with the buffers, settings and hooks of this one."""
         released = _SpectralNorm.__new__(_SpectralNorm)
-        own = {"autocast", "impl", "once"}
-        released.__dict__.update({k: v for k, v in without_supply(self.__dict__).items() if k not in own})
+        own = {"autocast", "impl", "once", "_supplied"}
+        released.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         return released
 
     def forward(self, weight: Tensor) -> Tensor:

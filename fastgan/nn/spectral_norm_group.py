@@ -39,6 +39,12 @@ class SpectralNormGroup:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_supplied": [], "_cache": {}}
 
+    def take_in(self, layers: Iterable[tuple[nn.Module, NormedWeight]]) -> None:
+        """Supply these layers too."""
+        for module, norm in layers:
+            norm.supply(None)  # a compiled forward asks whether there is such an entry
+            self.layers.append((module, norm))
+
     def put_on(self, root: nn.Module) -> None:
         root.register_forward_pre_hook(self.before_forward, prepend=True)
         root.register_forward_hook(self.after_forward, always_call=True)
@@ -184,7 +190,8 @@ def group_spectral_norm(
     if group is None:
         group = SpectralNormGroup()
         group.put_on(root)
-    group.layers, group.updates = layers, updates
+    group.layers, group.updates = [], updates
+    group.take_in(layers)
     return root
 
 

@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if is_transforming() or (impl == "auto" and _keeps_maps(q, k)):
         return attention_eager(q, k, v, scale)
-    batch = max(q.shape[0], k.shape[0], v.shape[0]) if 0 not in (q.shape[0], k.shape[0], v.shape[0]) else 0
+    batch = next(iter(_batches(q, k, v)), 1)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
     if scale <= 0:  # the ops keep each row's largest logit, which a negative scale would turn into the smallest
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
@@ -84,9 +84,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         raise ValueError(f"q and v must have at least one channel, got shapes {tuple(q.shape)} and {tuple(v.shape)}")
     if k.shape[1] == 0:
         raise ValueError("k must have at least one key, got M = 0")
-    batches = {"q": q.shape[0], "k": k.shape[0], "v": v.shape[0]}
-    if len(set(batches.values()) - {1}) > 1:
-        raise ValueError(f"q, k and v must have the same batch size B (or 1, which is broadcast), got {batches}")
+    batches = _batches(q, k, v)
+    if any(batch != batches[0] for batch in batches):
+        got = tuple(x.shape[0] for x in (q, k, v))
+        raise ValueError(f"q, k and v must have the same batch size B (or 1, which is broadcast), got {got}")
+
+
+def _batches(q: Tensor, k: Tensor, v: Tensor) -> list[int]:
+    """Batch sizes that are not broadcast; in a list, as a set would tie a compiled graph to their values."""
+    return [x.shape[0] for x in (q, k, v) if x.shape[0] != 1]
 
 
 def _usable(impl: str, q: Tensor, v: Tensor) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
@@ -166,7 +167,12 @@ def test_compile_export_functional_call_and_deepcopy():
     block.gamma.data.fill_(0.7)
     x = torch.randn(2, 16, 6, 4)
     y = block(x)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), y)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=graphs)
+    torch.testing.assert_close(compiled(x), y)
+    for size in (3, 5, 7):
+        compiled(torch.randn(size, 16, 6, 4))
+    assert graphs.frame_count <= 2  # one for all sizes, or one before the first that is not 2
     torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), y)
     torch.testing.assert_close(copy.deepcopy(block)(x), y)
     zeroed = torch.func.functional_call(block, {"gamma": torch.zeros(())}, (x,))

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
@@ -156,10 +157,11 @@ def assert_same_as_recomputed(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_whole(training):
+def test_compiles_whole_and_once(training):
     eager = grouped().train(training)
     other = copy.deepcopy(eager)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, fullgraph=True, backend=graphs)
     for _ in range(2):
         outputs = eager(images()), compiled(images())
         torch.testing.assert_close(*outputs)
@@ -169,6 +171,7 @@ def test_compiles_whole(training):
         ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
+    assert graphs.frame_count == 1
     assert_same_state(eager, other)
 
 
