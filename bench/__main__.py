@@ -80,7 +80,7 @@ def main(
         names = sorted({name for found in catalogue.values() for order in found.values() for name in order})
         if baseline not in names:
             raise typer.BadParameter(
-                f"no workload has {baseline!r}; there are {', '.join(names)}", param_hint="--baseline"
+                f"no workload has {baseline!r}; there are {'; '.join(names)}", param_hint="--baseline"
             )
     session = Session(
         folder=output or RESULTS / results_folder(device),
