@@ -54,10 +54,10 @@ class DeviceLoader:
     ) -> None:
         if not 1 <= batch_size <= len(data):
             raise ValueError(f"batch_size must be from 1 to the number of images, {len(data)}, got {batch_size}")
+        if not 0 <= rank < parts:
+            raise ValueError(f"rank must be at least 0 and less than parts, got {rank} and {parts}")
         if batch_size % parts:
             raise ValueError(f"batch_size must be divisible by the number of processes, {parts}, got {batch_size}")
-        if not 0 <= rank < parts:
-            raise ValueError(f"rank must be from 0 to {parts - 1}, got {rank}")
         check_sketches(data, sketches)
         self._part = slice(rank * batch_size // parts, (rank + 1) * batch_size // parts)
         self.data = data

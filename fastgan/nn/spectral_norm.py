@@ -138,6 +138,8 @@ def spectral_norm(
     if weight is None:
         raise ValueError(f"name must be that of a parameter or buffer of {type(module).__name__}, got {name!r}")
     check_tensor(name, weight)
+    if not weight.ndim:
+        raise ValueError(f"name must be that of a vector or matrix, {name!r} is a scalar")
     dim = (1 if isinstance(module, TRANSPOSED) else 0) if dim is None else dim
     check_settings(n_power_iterations, eps, impl)
     if not -weight.ndim <= dim < weight.ndim:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from fastgan.reference.spectral_norm import as_matrix
+
 # Buffers (1, rows) in which other code keeps u, and sigma: BigGAN's, and torch-mimicry's.
 _STORED = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
@@ -113,7 +115,7 @@ def _read_older_format(norm: _SpectralNorm, name: str, state_dict: dict[str, Any
         return
     u = state_dict[new + "0._u"] = state_dict.pop(f"{prefix}{name}_u")
     v = state_dict.pop(f"{prefix}{name}_v", None)
-    state_dict[new + "0._v"] = _normalized(_matrix(weight, norm.dim).T, u, norm.eps) if v is None else v
+    state_dict[new + "0._v"] = _normalized(as_matrix(weight.detach(), norm.dim).T, u, norm.eps) if v is None else v
 
 
 def _read_stored_u(norm: _SpectralNorm, name: str, state_dict: dict[str, Any], prefix: str) -> None:
@@ -125,14 +127,10 @@ def _read_stored_u(norm: _SpectralNorm, name: str, state_dict: dict[str, Any], p
         if prefix + u_name in state_dict and prefix + name in state_dict:
             new = f"{prefix}parametrizations.{name}."
             weight = state_dict[new + "original"] = state_dict.pop(prefix + name)
-            matrix = _matrix(weight, norm.dim)
+            matrix = as_matrix(weight.detach(), norm.dim)
             v = _normalized(matrix.T, state_dict.pop(prefix + u_name).flatten(), norm.eps)
             state_dict[new + "0._u"], state_dict[new + "0._v"] = _normalized(matrix, v, norm.eps), v
             state_dict.pop(prefix + sigma_name, None)
-
-
-def _matrix(weight: Tensor, dim: int) -> Tensor:
-    return weight.detach().movedim(dim, 0).flatten(1)
 
 
 def _normalized(matrix: Tensor, vector: Tensor, eps: float) -> Tensor:

@@ -167,5 +167,6 @@ def test_parts_of_batches_are_the_whole_ones(sketches):
     assert all(torch.equal(part.state_dict()["rng"], whole.state_dict()["rng"]) for part in parts)
     with pytest.raises(ValueError, match="batch_size must be divisible by the number of processes, 4, got 6"):
         DeviceLoader(data, 6, parts=4)
-    with pytest.raises(ValueError, match="rank must be from 0 to 2, got 3"):
-        DeviceLoader(data, 6, rank=3, parts=3)
+    for rank, parts in ((3, 3), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank must be at least 0 and less than parts, got {rank} and {parts}"):
+            DeviceLoader(data, 6, rank=rank, parts=parts)

@@ -49,6 +49,9 @@ def test_bad_input():
     layer = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="name must be that of a parameter"):
         spectral_norm(layer, "weights")
+    layer.register_parameter("gain", nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match="'gain' is a scalar"):
+        spectral_norm(layer, "gain")
     with pytest.raises(ValueError, match=r"dim must lie in \[-2, 1\]"):
         spectral_norm(layer, dim=2)
     with pytest.raises(ValueError, match="n_power_iterations must be 1 or more"):
