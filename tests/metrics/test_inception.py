@@ -1,5 +1,8 @@
 """FID's Inception-v3, with random weights: the published ones are not at hand everywhere."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +155,8 @@ def test_packed_convolutions_change_nothing(weights, monkeypatch):
     features = plain(images)
     for n in (2, 3, 1):
         torch.testing.assert_close(packed(images[:n]), features[:n], rtol=1e-5, atol=1e-6)
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(copied(images), packed(images))
 
 
 @pytest.mark.slow

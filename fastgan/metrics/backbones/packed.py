@@ -6,6 +6,7 @@ It is what ``torch.compile`` makes of them with frozen weights, without the half
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ class PackedConvolution:
         self._conv = conv
         self._options = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
         self._weight: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles, which have no form for packed weights, pack their own."""
+        return {**self.__dict__, "_weight": None}
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._weight is None:
