@@ -1,9 +1,11 @@
 // Operator schemas, and the primitives of trace_sqrt_product on the CPU.
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "aten.h"
+#include "pivoted_cholesky.h"
 #include "trace_sqrt_product.h"
 
 namespace fastgan {
@@ -53,25 +55,55 @@ Tensor symmetrized(const Tensor& a, double scale) {
   return out;
 }
 
+Tensor part(const Tensor& m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  Tensor band = m;
+  band = torch::stable::narrow(band, 0, row, rows);
+  return torch::stable::narrow(band, 1, column, columns);
+}
+
 // Column block J of L^T B L, at and below its diagonal, needs B and L from J on only, and of its row block I needs L from
 // I on: a quarter of the operations of two full products.
 Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
-  const int64_t d = b.size(0);
-  const auto block = [](Tensor m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    Tensor part = torch::stable::narrow(m, 0, row, rows);
-    return torch::stable::narrow(part, 1, column, columns);
-  };
-  Tensor out = torch::stable::new_empty(b, {d, d});
-  for (int64_t j = 0; j < d; j += kSandwichColumns) {
-    const int64_t columns = std::min(kSandwichColumns, d - j);
-    Tensor panel = torch::stable::matmul(block(b, j, d - j, j, d - j), block(lower, j, d - j, j, columns));
-    for (int64_t i = j; i < d; i += kSandwichRows) {
-      const int64_t rows = std::min(kSandwichRows, d - i);
-      const Tensor factor = torch::stable::transpose(block(lower, i, d - i, i, rows), 0, 1);
-      aten::mm_out(factor, torch::stable::narrow(panel, 0, i - j, d - i), block(out, i, rows, j, columns));
+  const int64_t d = lower.size(0), rank = lower.size(1);
+  Tensor out = torch::stable::new_empty(b, {rank, rank});
+  for (int64_t j = 0; j < rank; j += kSandwichColumns) {
+    const int64_t columns = std::min(kSandwichColumns, rank - j);
+    Tensor panel = torch::stable::matmul(part(b, j, d - j, j, d - j), part(lower, j, d - j, j, columns));
+    for (int64_t i = j; i < rank; i += kSandwichRows) {
+      const int64_t rows = std::min(kSandwichRows, rank - i);
+      const Tensor factor = torch::stable::transpose(part(lower, i, d - i, i, rows), 0, 1);
+      aten::mm_out(factor, torch::stable::narrow(panel, 0, i - j, d - i), part(out, i, rows, j, columns));
     }
   }
   return out;
+}
+
+// Rows (r, d), the order of the pivots (d,) and what is left of A, (1,).
+std::tuple<Tensor, Tensor, Tensor> pivoted_cholesky_cpu(const Tensor& a) {
+  const int64_t d = a.size(0);
+  Tensor rest = torch::stable::clone(torch::stable::contiguous(a));
+  Tensor rows = torch::stable::new_zeros(a, {d, d}), block = torch::stable::new_empty(a, {kPivotBlock, d});
+  Tensor room = torch::stable::new_empty(a, {d * d});
+  const auto data = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
+  const auto gram = [&](int64_t count, int64_t size) {
+    const Tensor leading = part(block, 0, count, 0, size);
+    const Tensor product = torch::stable::view(torch::stable::narrow(room, 0, 0, size * size), {size, size});
+    aten::mm_out(torch::stable::transpose(leading, 0, 1), leading, product);
+    return data(product);
+  };
+  const PivotedFactor factor = pivoted_cholesky(data(rest), d, data(rows), data(block), gram);
+  Tensor order = torch::stable::new_empty(a, {d}, ScalarType::Long);
+  std::copy(factor.order.begin(), factor.order.end(), static_cast<int64_t*>(order.data_ptr()));
+  Tensor remainder = torch::stable::new_empty(a, {1});
+  *data(remainder) = factor.remainder;
+  return {torch::stable::narrow(rows, 0, 0, factor.rank), order, remainder};
+}
+
+std::optional<FactorRows> semidefinite_factor(const Tensor& a) {
+  auto [rows, order, remainder] = pivoted_cholesky_cpu(a);
+  const double limit = 2 * pivot_floor(static_cast<const double*>(a.data_ptr()), a.size(0));
+  if (!(*static_cast<const double*>(remainder.data_ptr()) <= limit)) return std::nullopt;
+  return FactorRows{rows, order};
 }
 
 std::vector<double> to_host(const Tensor& vector) {
@@ -121,7 +153,7 @@ Tensor asymmetry_cpu(const Tensor& a) {
   return out;
 }
 
-const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host};
+const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host, &semidefinite_factor};
 
 Tensor trace_sqrt_product_cpu(const Tensor& a, const Tensor& b, const Tensor& pairs, int64_t method) {
   return trace_sqrt_products(kPrimitives, a, b, pairs, method);
@@ -141,6 +173,7 @@ bool has_cuda() {
 STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("has_cuda() -> bool");
   m.def("asymmetry(Tensor a) -> Tensor");
+  m.def("pivoted_cholesky(Tensor a) -> (Tensor, Tensor, Tensor)");
   m.def("trace_sqrt_product(Tensor a, Tensor b, Tensor pairs, int method) -> Tensor");
 }
 
@@ -150,5 +183,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
   m.impl("asymmetry", TORCH_BOX(&fastgan::asymmetry_cpu));
+  m.impl("pivoted_cholesky", TORCH_BOX(&fastgan::pivoted_cholesky_cpu));
   m.impl("trace_sqrt_product", TORCH_BOX(&fastgan::trace_sqrt_product_cpu));
 }

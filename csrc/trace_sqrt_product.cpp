@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "aten.h"
+#include "pivoted_cholesky.h"
 
 namespace fastgan {
 namespace {
@@ -14,9 +15,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 // As in fastgan/reference/trace_sqrt_product.py.
-enum Method : int64_t { kFailed = -1, kCholesky = 0, kEigh = 1, kSvd = 2, kAuto = 3 };
-constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
-constexpr double kNoise = 4 * kEpsilon;
+enum Method : int64_t { kFailed = -1, kCholesky = 0, kPivoted = 1, kEigh = 2, kSvd = 3, kAuto = 4 };
+constexpr double kNoise = 4 * std::numeric_limits<double>::epsilon();
 constexpr double kIndefinite = 1e-5;
 
 struct Result {
@@ -42,6 +42,11 @@ struct Quality {
   double noise = 0, smallest = 0;
 };
 
+struct [[gnu::visibility("hidden")]] Factor : FactorRows {
+  Quality quality;
+  Method method;
+};
+
 // One operand: its matrices, scaled when first asked for, and each factored at most once.
 class Operand {
  public:
@@ -51,49 +56,35 @@ class Operand {
   double scale(int64_t i) { return entry(i).scale; }
   const Tensor& matrix(int64_t i) { return *entry(i).matrix; }
 
-  // Lower Cholesky factor, or nothing where the matrix is not positive definite.
-  const std::optional<Tensor>& cholesky(int64_t i) {
+  // Lower Cholesky factor, or null where the matrix is not positive definite.
+  const Tensor* cholesky(int64_t i) {
     Entry& e = entry(i);
     if (!e.cholesky_tried) {
       e.cholesky_tried = true;
-      e.cholesky = factor(*e.matrix);
+      e.cholesky = cholesky_factor(*e.matrix);
     }
-    return e.cholesky;
+    return e.cholesky ? &*e.cholesky : nullptr;
   }
 
-  // (d, r) factor F with F F^T = A from the r eigenvalues above rounding, or nothing where A is clearly indefinite.
-  const std::optional<Tensor>& eigen_factor(int64_t i) {
+  // The factor of a singular matrix that `method` takes, or null where there is none: by pivoted Cholesky, else, but for
+  // kPivoted, by eigenvectors. Not for kCholesky.
+  const Factor* factor(int64_t i, Method method) {
     Entry& e = entry(i);
-    if (!e.eigh_tried) {
-      e.eigh_tried = true;
-      auto [values, vectors] = aten::eigh(*e.matrix);
-      const std::vector<double> host = primitives_.to_host(values);
-      const double largest = std::max(std::abs(host.front()), std::abs(host.back()));
-      if (host.front() >= -kIndefinite * largest) {
-        const double floor = size_ * kEpsilon * largest;
-        const int64_t skip = std::upper_bound(host.begin(), host.end(), floor) - host.begin();
-        const double smallest = skip < size_ ? host[skip] : std::numeric_limits<double>::infinity();
-        e.eigen_quality = {kNoise * frobenius_norm(host), smallest};
-        Tensor kept_values = torch::stable::narrow(values, 0, skip, size_ - skip);
-        Tensor kept_vectors = torch::stable::narrow(vectors, 1, skip, size_ - skip);
-        e.eigen_factor = aten::mul(kept_vectors, aten::sqrt(kept_values));
-      }
+    if (method != kEigh && primitives_.pivoted_cholesky) {
+      if (!e.pivoted_tried) e.pivoted = pivoted_factor(*e.matrix, i);
+      e.pivoted_tried = true;
+      if (e.pivoted) return &*e.pivoted;
     }
-    return e.eigen_factor;
+    if (method == kPivoted) return nullptr;
+    if (!e.eigen_tried) e.eigen = eigen_factor(*e.matrix);
+    e.eigen_tried = true;
+    return e.eigen ? &*e.eigen : nullptr;
   }
-
-  const Quality& eigen_quality(int64_t i) { return entry(i).eigen_quality; }
 
   // Of the Cholesky factor, which must be there: the smallest eigenvalue is at least 1 / |L^{-1}|^2.
   const Quality& cholesky_quality(int64_t i) {
     Entry& e = entry(i);
-    if (e.cholesky_quality.smallest == 0) {
-      Tensor eye = torch::stable::new_zeros(*e.matrix, {size_, size_});
-      Tensor diagonal = aten::diagonal(eye);
-      torch::stable::fill_(diagonal, 1);
-      const Tensor inverse = torch::stable::flatten(aten::solve_lower(*e.cholesky, eye));
-      e.cholesky_quality = {kNoise * trace(i), 1 / scalar(aten::dot(inverse, inverse))};
-    }
+    if (e.cholesky_quality.smallest == 0) e.cholesky_quality = triangular_quality(*e.cholesky, i);
     return e.cholesky_quality;
   }
 
@@ -110,19 +101,17 @@ class Operand {
 
   // False where A has an eigenvalue clearly below zero, by one Cholesky factorisation of A + tolerance I.
   bool semidefinite(int64_t i) {
-    Entry& e = entry(i);
-    Tensor shift = torch::stable::new_zeros(*e.matrix, {size_, size_});
-    Tensor diagonal = aten::diagonal(shift);
-    torch::stable::fill_(diagonal, kIndefinite);
-    return factor(aten::add(*e.matrix, shift)).has_value();
+    const Tensor shift = scaled_identity(size_, kIndefinite);
+    return cholesky_factor(aten::add(matrix(i), shift)).has_value();
   }
 
  private:
   struct Entry {
-    std::optional<Tensor> matrix, cholesky, eigen_factor;
-    Quality cholesky_quality, eigen_quality;
+    std::optional<Tensor> matrix, cholesky;
+    std::optional<Factor> pivoted, eigen;
+    Quality cholesky_quality;
     double scale = 1;
-    bool cholesky_tried = false, eigh_tried = false;
+    bool cholesky_tried = false, pivoted_tried = false, eigen_tried = false;
   };
 
   Entry& entry(int64_t i) {
@@ -135,7 +124,44 @@ class Operand {
     return e;
   }
 
-  std::optional<Tensor> factor(const Tensor& matrix) {
+  // Of the columns of the pivots, which make a square; the rest of the rows can but add to the eigenvalues.
+  std::optional<Factor> pivoted_factor(const Tensor& matrix, int64_t i) {
+    auto found = primitives_.pivoted_cholesky(matrix);
+    if (!found) return std::nullopt;
+    const Tensor pivots = torch::stable::narrow(*found->order, 0, 0, found->rows.size(0));
+    const Tensor upper = aten::index_select(found->rows, 1, pivots);
+    return Factor{*found, triangular_quality(torch::stable::transpose(upper, 0, 1), i), kPivoted};
+  }
+
+  // From the eigenvalues above rounding, or nothing where A is clearly indefinite.
+  std::optional<Factor> eigen_factor(const Tensor& matrix) {
+    auto [values, vectors] = aten::eigh(matrix);
+    const std::vector<double> host = primitives_.to_host(values);
+    const double largest = std::max(std::abs(host.front()), std::abs(host.back()));
+    if (host.front() < -kIndefinite * largest) return std::nullopt;
+    const int64_t skip = std::upper_bound(host.begin(), host.end(), double(size_) * kRounding * largest) - host.begin();
+    const double smallest = skip < size_ ? host[skip] : std::numeric_limits<double>::infinity();
+    Tensor kept_values = torch::stable::narrow(values, 0, skip, size_ - skip);
+    Tensor kept_vectors = torch::stable::narrow(vectors, 1, skip, size_ - skip);
+    const Tensor columns = aten::mul(kept_vectors, aten::sqrt(kept_values));
+    return Factor{{torch::stable::transpose(columns, 0, 1), {}}, {kNoise * frobenius_norm(host), smallest}, kEigh};
+  }
+
+  // Of a factor of A that is lower triangular in some rows: the smallest eigenvalue is at least 1 / |L^{-1}|^2.
+  Quality triangular_quality(const Tensor& lower, int64_t i) {
+    if (lower.size(0) == 0) return {kNoise * trace(i), std::numeric_limits<double>::infinity()};
+    const Tensor inverse = torch::stable::flatten(aten::solve_lower(lower, scaled_identity(lower.size(0), 1)));
+    return {kNoise * trace(i), 1 / scalar(aten::dot(inverse, inverse))};
+  }
+
+  Tensor scaled_identity(int64_t size, double scale) {
+    Tensor out = torch::stable::new_zeros(matrices_, {size, size}, ScalarType::Double);
+    Tensor diagonal = aten::diagonal(out);
+    torch::stable::fill_(diagonal, scale);
+    return out;
+  }
+
+  std::optional<Tensor> cholesky_factor(const Tensor& matrix) {
     auto [lower, info] = aten::cholesky_ex(matrix);
     if (scalar(info) != 0) return std::nullopt;
     return lower;
@@ -176,7 +202,7 @@ Result from_singular_values(const std::vector<double>& singular) {
 // `value`, which is about the result.
 std::optional<Result> from_cholesky_factors(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j,
                                             double value, double tolerance) {
-  const auto &f = a.cholesky(i), &g = b.cholesky(j);
+  const Tensor *f = a.cholesky(i), *g = b.cholesky(j);
   if (!g) return std::nullopt;
   const double error = a.factor_error(i, a.cholesky_quality(i), value, b, j) +
                        b.factor_error(j, b.cholesky_quality(j), value, a, i);
@@ -187,53 +213,67 @@ std::optional<Result> from_cholesky_factors(const Primitives& primitives, Operan
   return result;
 }
 
-// By eigenvalues of F^T Y F with the factor by eigenvectors of X = F F^T, or nothing where their error bound is too wide.
-std::optional<Result> from_eigen_factor(const Primitives& primitives, Operand& x, Operand& y, int64_t i, int64_t j,
-                                        double tolerance) {
-  const auto& f = x.eigen_factor(i);
+Tensor gram(const Primitives& primitives, const Factor& factor, const Tensor& y) {
+  if (!factor.order)
+    return torch::stable::matmul(torch::stable::matmul(factor.rows, y), torch::stable::transpose(factor.rows, 0, 1));
+  const Tensor upper = aten::index_select(factor.rows, 1, *factor.order);
+  const Tensor ordered = aten::index_select(aten::index_select(y, 0, *factor.order), 1, *factor.order);
+  return primitives.triangular_sandwich(torch::stable::transpose(upper, 0, 1), ordered);
+}
+
+// By eigenvalues of F^T Y F with a factor of X = F F^T, or nothing where their error bound is too wide.
+std::optional<Result> from_one_factor(const Primitives& primitives, Operand& x, Operand& y, int64_t i, int64_t j,
+                                      Method method, double tolerance) {
+  const Factor* f = x.factor(i, method);
   if (!f || !y.semidefinite(j)) return Result{};
-  if (f->size(1) == 0) return Result{0, 0, kEigh};
-  const Tensor f_transposed = torch::stable::transpose(*f, 0, 1);
-  const Tensor gram = torch::stable::matmul(torch::stable::matmul(f_transposed, y.matrix(j)), *f);
+  if (f->rows.size(0) == 0) return Result{0, 0, f->method};
   bool accurate = false;
-  Result result = from_gram_eigenvalues(primitives.to_host(aten::eigvalsh(gram)), tolerance, kEigh, &accurate);
-  result.bound += x.factor_error(i, x.eigen_quality(i), result.value, y, j);
+  const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram(primitives, *f, y.matrix(j))));
+  Result result = from_gram_eigenvalues(eigenvalues, tolerance, f->method, &accurate);
+  result.bound += x.factor_error(i, f->quality, result.value, y, j);
   return accurate ? std::optional(result) : std::nullopt;
 }
 
-Result from_eigen_factors(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j) {
-  const auto &f = a.eigen_factor(i), &g = b.eigen_factor(j);
+Result from_both_factors(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j, Method method) {
+  const Factor *f = a.factor(i, method), *g = b.factor(j, method);
   if (!f || !g) return {};
-  if (f->size(1) == 0 || g->size(1) == 0) return {0, 0, kEigh};
-  const Tensor product = torch::stable::matmul(torch::stable::transpose(*f, 0, 1), *g);
+  if (f->rows.size(0) == 0 || g->rows.size(0) == 0) return {0, 0, f->method};
+  const Tensor product = torch::stable::matmul(f->rows, torch::stable::transpose(g->rows, 0, 1));
   Result result = from_singular_values(primitives.to_host(aten::svdvals(product)));
-  result.bound += a.factor_error(i, a.eigen_quality(i), result.value, b, j);
-  result.bound += b.factor_error(j, b.eigen_quality(j), result.value, a, i);
+  result.bound += a.factor_error(i, f->quality, result.value, b, j);
+  result.bound += b.factor_error(j, g->quality, result.value, a, i);
   return result;
 }
 
-Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j, int64_t method,
+// F^T Y F of a factor that has more columns than Y has rank is singular: its eigenvalues are not accurate.
+std::optional<Result> from_factor_of_lower_rank(const Primitives& primitives, Operand& a, Operand& b, int64_t i,
+                                                int64_t j, Method method, double tolerance) {
+  const std::optional<Result> found = from_one_factor(primitives, a, b, i, j, method, tolerance);
+  if (found) return found;
+  const Factor *f = a.factor(i, method), *g = b.factor(j, method);
+  if (!g || g->rows.size(0) >= f->rows.size(0)) return std::nullopt;
+  return from_one_factor(primitives, b, a, j, i, method, tolerance);
+}
+
+Result solve(const Primitives& primitives, Operand& a, Operand& b, int64_t i, int64_t j, Method method,
              double tolerance) {
   std::optional<Result> found;
-  if (method == kAuto || method == kCholesky) {
-    if (const auto& lower = a.cholesky(i)) {
-      const Tensor gram = primitives.triangular_sandwich(*lower, b.matrix(j));
-      bool accurate = false;
-      const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(gram));
-      const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kCholesky, &accurate);
-      if (accurate) return result;
-      if (method == kCholesky) return b.semidefinite(j) ? result : Result{};
-      found = from_cholesky_factors(primitives, a, b, i, j, result.value, tolerance);
-      if (!found) found = from_eigen_factor(primitives, b, a, j, i, tolerance);  // it is B that may be singular
-    } else if (method == kCholesky) {
-      return {};
-    } else {
-      found = from_eigen_factor(primitives, a, b, i, j, tolerance);
-    }
-  } else if (method == kEigh) {
-    found = from_eigen_factor(primitives, a, b, i, j, tolerance);
+  const bool cholesky = method == kAuto || method == kCholesky;
+  if (const Tensor* lower = cholesky ? a.cholesky(i) : nullptr) {
+    const Tensor product = primitives.triangular_sandwich(*lower, b.matrix(j));
+    bool accurate = false;
+    const std::vector<double> eigenvalues = primitives.to_host(aten::eigvalsh(product));
+    const Result result = from_gram_eigenvalues(eigenvalues, tolerance, kCholesky, &accurate);
+    if (accurate) return result;
+    if (method == kCholesky) return b.semidefinite(j) ? result : Result{};
+    found = from_cholesky_factors(primitives, a, b, i, j, result.value, tolerance);
+    if (!found) found = from_one_factor(primitives, b, a, j, i, method, tolerance);  // it is B that may be singular
+  } else if (method == kCholesky) {
+    return {};
+  } else if (method != kSvd) {
+    found = from_factor_of_lower_rank(primitives, a, b, i, j, method, tolerance);
   }
-  return found ? *found : from_eigen_factors(primitives, a, b, i, j);
+  return found ? *found : from_both_factors(primitives, a, b, i, j, method);
 }
 
 }  // namespace
@@ -248,7 +288,7 @@ Tensor trace_sqrt_products(const Primitives& primitives, const Tensor& a, const 
   auto* out = static_cast<double*>(rows.data_ptr());
   for (int64_t n = 0; n < count; ++n) {
     const int64_t i = index[2 * n], j = index[2 * n + 1];
-    const Result result = solve(primitives, left, right, i, j, method, tolerance);
+    const Result result = solve(primitives, left, right, i, j, static_cast<Method>(method), tolerance);
     // Two factors: the product of the scales may leave the range where the value does not.
     const double scale_a = std::sqrt(left.scale(i)), scale_b = std::sqrt(right.scale(j));
     out[3 * n] = result.value * scale_a * scale_b;

@@ -3,19 +3,29 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
 namespace fastgan {
 
 using torch::stable::Tensor;
 
+// F with F F^T = A up to rounding, by rows: those of F^T.
+struct [[gnu::visibility("hidden")]] FactorRows {
+  Tensor rows;                  // (r, d)
+  std::optional<Tensor> order;  // int64 (d,): with its columns in this order, `rows` is upper trapezoidal
+};
+
 struct Primitives {
   // (A + A^T) / (2 scale) in float64, for one (d, d) float32 or float64 matrix.
   Tensor (*symmetrized)(const Tensor& a, double scale);
-  // Lower triangle of L^T B L, L lower triangular; what stands above the diagonal is unspecified.
+  // Lower triangle of L^T B L, L (d, r) lower trapezoidal, square on a GPU; what stands above the diagonal is unspecified.
   Tensor (*triangular_sandwich)(const Tensor& lower, const Tensor& b);
   // A copy on the host of a float64 or int32 vector, widened to double.
   std::vector<double> (*to_host)(const Tensor& vector);
+  // Of a (d, d) float64 matrix, as in fastgan/reference/pivoted_cholesky.py, or nothing where the matrix is not
+  // semi-definite to rounding. Null on a GPU, where it would wait for the device at each pivot.
+  std::optional<FactorRows> (*pivoted_cholesky)(const Tensor& a);
 };
 
 // Rows (value, error bound, method) for the index pairs (i, j) into a (na, d, d) and b (nb, d, d); `pairs` is (n, 2)

@@ -10,8 +10,11 @@ from fastgan.checks import needs_no_dispatch
 from fastgan.ops import nuclear_norm as norm_ops
 from fastgan.ops import sqrtm as sqrtm_ops
 from fastgan.ops.nuclear_norm import direct_rows, power_of_two, value_tolerance
+from fastgan.ops.pivoted_cholesky import semidefinite_rows
 from fastgan.ops.trace_sqrt_product import scaled
 from fastgan.reference.nuclear_norm import GRAM, root_sum
+from fastgan.reference.pivoted_cholesky import ROUNDING
+from fastgan.reference.sqrtm import symmetric_part
 from fastgan.reference.trace_sqrt_product import cholesky_if_definite, triangular_sandwich
 
 _BLOCK = 256
@@ -36,21 +39,25 @@ def without_mean(factor: Tensor) -> Tensor:
 
 
 def root_of(cov: Tensor, name: str) -> tuple[Tensor, bool]:
-    """R with R R^T = cov, and whether it is lower triangular: a Cholesky factor, or a singular matrix's symmetric root.
+    """R with R R^T = cov, and whether it is lower triangular: a Cholesky factor; of a singular matrix a factor of as
+    many columns as it has rank, or its symmetric root, which has a gradient.
 
     Raises:
         ValueError: the covariance is clearly indefinite.
     """
     lower, singular = cholesky_if_definite(cov)
-    if not checks.watched() and bool(singular.any()):
-        checks.check_semidefinite(name, cov)
-        root = sqrtm_ops.compute if needs_no_dispatch(cov) else sqrtm_ops.sqrtm
-        return root(cov, "auto", False, "auto"), False
-    return lower, True
+    if checks.watched() or not bool(singular.any()):
+        return lower, True
+    if cov.ndim == 2 and needs_no_dispatch(cov):
+        return row_root(name, cov).mT, False
+    checks.check_semidefinite(name, cov)
+    root = sqrtm_ops.compute if needs_no_dispatch(cov) else sqrtm_ops.sqrtm
+    return root(cov, "auto", False, "auto"), False
 
 
 def row_root(name: str, cov: Tensor) -> Tensor:
-    """R (r, d) with R^T R = cov (d, d): a transposed Cholesky factor, or r = rank scaled eigenvectors.
+    """R (r, d) with R^T R = cov (d, d): a transposed Cholesky factor, or r = rank rows of one with pivots, or of scaled
+    eigenvectors where cov is not quite semi-definite.
 
     Raises:
         ValueError: the covariance is clearly indefinite.
@@ -58,9 +65,12 @@ def row_root(name: str, cov: Tensor) -> Tensor:
     lower, singular = cholesky_if_definite(cov)
     if not bool(singular):
         return lower.mT.contiguous()
+    rows = None if cov.is_cuda else semidefinite_rows(cov)
+    if rows is not None and len(rows):
+        return rows.contiguous()
     checks.check_semidefinite(name, cov)
     values, vectors = torch.linalg.eigh(cov)
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    kept = values > len(values) * ROUNDING * values[-1]
     kept[-1] = True  # of a zero matrix, a row of zeros
     return (vectors[:, kept] * values[kept].clamp(min=0).sqrt()).mT.contiguous()
 
@@ -78,14 +88,14 @@ def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds
     """
     differentiable = torch.is_grad_enabled() and (factor.requires_grad or cov.requires_grad)
     if differentiable or factor.ndim > 2 or factor.is_cuda or checks.watched() or 2 * len(factor) <= cov.shape[-1]:
-        return _products(factor, *root_of(_symmetric(cov), name), impl, bounds)
+        return _products(factor, *root_of(symmetric_part(cov.double()), name), impl, bounds)
     rows = without_mean(factor.double())
     upper, tolerance = _is_upper(rows), value_tolerance(factor.dtype)
     flat = cov.reshape(-1, *cov.shape[-2:])
     value, report = flat.new_zeros(len(flat), dtype=torch.float64), flat.new_zeros(len(flat), 4, dtype=torch.float64)
     for i, matrix in enumerate(flat):
         found = _by_congruence(rows, upper, name, matrix, tolerance)
-        value[i], report[i] = found or _products(factor, *root_of(_symmetric(matrix), name), impl, bounds)
+        value[i], report[i] = found or _products(factor, *root_of(symmetric_part(matrix.double()), name), impl, bounds)
     return value.reshape(cov.shape[:-2]), report.reshape(*cov.shape[:-2], 4)
 
 
@@ -107,11 +117,6 @@ def _by_congruence(rows: Tensor, upper: bool, name: str, cov: Tensor, tolerance:
         checks.check_semidefinite(name, wide)
     scale = row_scale * cov_scale.sqrt()
     return (value * scale)[0], direct_rows(value * scale, bound * scale, GRAM)[0]
-
-
-def _symmetric(matrices: Tensor) -> Tensor:
-    wide = matrices.double()
-    return 0.5 * (wide + wide.mT)
 
 
 def _products(factor: Tensor, other: Tensor, triangular: bool, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:

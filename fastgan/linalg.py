@@ -164,7 +164,7 @@ def trace_sqrt_product(
     It is the sum of the singular values of F^T H, where A = F F^T and B = H H^T (Dowson & Landau, "The Frechet distance
     between multivariate normal distributions", 1982). Returned in the operands' dtype but computed in float64 also for
     float32 ones: a square root of an eigenvalue at rounding level keeps half the digits only. The entries are taken as
-    exact; eigenvalues below zero, and in a singular matrix those up to d * 2.2e-16 of the largest, as zero. So a
+    exact; eigenvalues below zero, and in a singular matrix those up to d * 8.9e-16 of the largest, as zero. So a
     singular covariance that was rounded to float32 brings a relative error of about 1e-4 for each missing direction
     along: keep covariances in float64, or give factors.
 
@@ -173,7 +173,10 @@ def trace_sqrt_product(
     ========================================  ==========================================================================
     ``"cholesky"``                            eigenvalues of L^T B L, with A = L L^T of the operand that has fewer
                                               matrices, which must be positive definite
-    ``"eigh"``                                the same with a factor by eigenvectors, for singular A
+    ``"pivoted"``                             the same with a factor by pivoted Cholesky, which has as many columns as A
+                                              has rank, or of B where that has fewer; on a CPU, for singular A
+    ``"eigh"``                                the same with a factor by eigenvectors: slow, also for A with eigenvalues
+                                              below zero that are not quite rounding
     ``"svd"``                                 singular values of the product of two such factors: slow, for any spectrum
     ``"polar"``                               matrix products alone: the polar factor U of M = F^T H by scaled
                                               Newton-Schulz, then <U, M>; float32 iterations first for float32 operands
@@ -189,9 +192,10 @@ def trace_sqrt_product(
     ========================================  ==========================================================================
     ``factors``                               ``"lowrank"``
     CPU                                       ``"cholesky"`` where its error bound is below 1e-9 of the value (1e-7 for
-                                              float32); ``"eigh"`` of the singular one where A or B is, with the same
-                                              bound; else ``"svd"``, of Cholesky factors where they serve. As one
-                                              batch from 4 pairs on where d <= 128, else pair by pair
+                                              float32); ``"pivoted"`` of the singular one where A or B is, with the same
+                                              bound, or ``"eigh"`` where that fails; else ``"svd"``, of Cholesky factors
+                                              where they serve. As one batch from 4 pairs on where d <= 128, else pair
+                                              by pair
     GPU, d <= 64, extension built             ``"jacobi"``
     GPU                                       ``"polar"``
     ========================================  ==========================================================================
@@ -215,7 +219,8 @@ def trace_sqrt_product(
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry
-            or eigenvalue), of another dtype, or does not fit the other; ``method="cholesky"`` meets a singular matrix.
+            or eigenvalue), of another dtype, or does not fit the other; ``method="cholesky"`` meets a singular matrix,
+            or ``method="pivoted"`` one that is indefinite beyond rounding.
     """
     checks.check_options(method, METHODS, impl)
     if factors is not None or method == "lowrank":
@@ -233,6 +238,8 @@ def trace_sqrt_product(
     if method == "jacobi" and (impl == "reference" or a.shape[-1] > trace_ops.JACOBI_SIZE):
         limit = trace_ops.JACOBI_SIZE
         raise ValueError(f"method='jacobi' needs the extension and d <= {limit}, got impl={impl!r}, d = {a.shape[-1]}")
+    if method == "pivoted" and a.is_cuda:
+        raise ValueError(f"method='pivoted' runs on a CPU: it looks at each pivot; got operands on {a.device}")
     trace = trace_ops.compute if needs_no_dispatch(a, b) else trace_ops.trace_sqrt_product
     value, report = trace(a, b, method, impl, return_info)
     if not watched and bool((report[..., METHOD] == FAILED).any()):
@@ -249,6 +256,8 @@ def _failure(a: Tensor, b: Tensor, method: str) -> str:
     if method == "cholesky":
         factored = "b" if b.shape[:-2].numel() < a.shape[:-2].numel() else "a"
         return f"{factored} must be positive definite for method='cholesky', and is singular: use 'auto' or 'eigh'"
+    if method == "pivoted":
+        return "a and b must be positive semi-definite up to rounding for method='pivoted': use 'auto' or 'eigh'"
     return "a and b must be positive semi-definite"
 
 

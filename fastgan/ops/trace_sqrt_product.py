@@ -27,11 +27,12 @@ from fastgan.ops.nuclear_norm import (
 from fastgan.reference import trace_sqrt_gradients as gradients
 from fastgan.reference import trace_sqrt_product as reference
 from fastgan.reference.nuclear_norm import root_sum
+from fastgan.reference.sqrtm import symmetric_part
 from fastgan.reference.trace_sqrt_product import CHOLESKY, DIRECT, FAILED, JACOBI, POLAR
 
 __all__ = ["IMPLS", "METHODS", "asymmetry", "resolve", "trace_sqrt_product"]
 
-METHODS = ("auto", "cholesky", "eigh", "svd", "polar", "jacobi")
+METHODS = ("auto", "cholesky", "pivoted", "eigh", "svd", "polar", "jacobi")
 JACOBI_SIZE = 64
 """Largest d of the kernel that takes a pair of matrices a block: three of them stand in its shared memory."""
 
@@ -128,8 +129,7 @@ def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two, and the symmetric float64 matrices divided by them."""
     wide = matrices.double()
     scale = power_of_two(wide)
-    wide = wide / scale[:, None, None]
-    return scale, 0.5 * (wide + wide.mT)
+    return scale, symmetric_part(wide / scale[:, None, None])
 
 
 def _batch_shape(a: Tensor, b: Tensor) -> torch.Size:
@@ -149,9 +149,14 @@ def _(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tenso
     return a.new_empty(shape), a.new_empty((*shape, 4), dtype=torch.float64)
 
 
+def _transport(a: Tensor, b: Tensor) -> gradients.Transport | None:
+    """None where gradients are by eigenvectors, or an operand is singular."""
+    return gradients.transport_by_products(a, b, resolved_polar_factor, captured(a)) if by_products(a) else None
+
+
 @custom_op("fastgan::trace_sqrt_product_bwd", mutates_args=())
 def trace_sqrt_product_bwd(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    found = gradients.transport_by_products(a, b, resolved_polar_factor, captured(a)) if by_products(a) else None
+    found = _transport(a, b)
     if found is not None:
         return gradients.bwd_by_products(grad, a, b, found)
     return gradients.trace_sqrt_product_bwd(grad, a, b)
@@ -166,7 +171,7 @@ def _(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def trace_sqrt_product_bwd_bwd(
     cotangent_a: Tensor, cotangent_b: Tensor, grad: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = gradients.transport_by_products(a, b, resolved_polar_factor, captured(a)) if by_products(a) else None
+    found = _transport(a, b)
     if found is not None:
         second = gradients.bwd_bwd_by_products(cotangent_a, cotangent_b, grad, a, b, found, captured(a))
         if second is not None:

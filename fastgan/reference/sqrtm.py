@@ -12,10 +12,10 @@ EPSILON = torch.finfo(torch.float64).eps
 
 def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
     """Through eigenvectors. Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
-    values, vectors = torch.linalg.eigh(_symmetric(a))
+    values, vectors = torch.linalg.eigh(symmetric_part(a))
     floor = values.shape[-1] * EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
-    return _symmetric((vectors * roots[..., None, :]) @ vectors.mT)
+    return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
 
 
 def sqrtm_newton_schulz(a: Tensor, inverse: bool) -> Tensor:
@@ -32,7 +32,7 @@ def sqrtm_newton_schulz(a: Tensor, inverse: bool) -> Tensor:
     for linear, cubic in scaled_newton_schulz(1e-8 if inverse else 1e-5):
         t = linear * eye - cubic * (z @ y)
         y, z = y @ t, t @ z
-    return _symmetric(z) / scale.sqrt() if inverse else _symmetric(y) * scale.sqrt()
+    return symmetric_part(z) / scale.sqrt() if inverse else symmetric_part(y) * scale.sqrt()
 
 
 def residual(a: Tensor, root: Tensor, inverse: bool) -> Tensor:
@@ -45,12 +45,12 @@ def residual(a: Tensor, root: Tensor, inverse: bool) -> Tensor:
 
 def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     """The symmetric X with root X + X root = (rhs + rhs^T) / 2, zero between directions that ``root`` lacks."""
-    values, vectors = torch.linalg.eigh(_symmetric(root))
+    values, vectors = torch.linalg.eigh(symmetric_part(root))
     sums = values[..., :, None] + values[..., None, :]
     floor = (values.shape[-1] * EPSILON) ** 0.5 * values[..., -1].abs()[..., None, None]
-    rotated = vectors.mT @ _symmetric(rhs) @ vectors
-    return _symmetric(vectors @ torch.where(sums > floor, rotated / sums, 0.0) @ vectors.mT)
+    rotated = vectors.mT @ symmetric_part(rhs) @ vectors
+    return symmetric_part(vectors @ torch.where(sums > floor, rotated / sums, 0.0) @ vectors.mT)
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
+def symmetric_part(matrix: Tensor) -> Tensor:
     return 0.5 * (matrix + matrix.mT)

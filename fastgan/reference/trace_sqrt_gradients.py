@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgan.reference.nuclear_norm import lyapunov_newton_schulz
+from fastgan.reference.sqrtm import symmetric_part
 from fastgan.reference.trace_sqrt_product import cholesky_if_definite, power_of_two_scale
 
 _EPSILON = torch.finfo(torch.float64).eps
@@ -42,7 +43,7 @@ def trace_sqrt_product_bwd_bwd(
     (sigma_i + sigma_j).
     """
     z, w, sigma, scale_a, scale_b = _congruence(a, b)
-    va, vb = _symmetric(cotangent_a.double()) / scale_a, _symmetric(cotangent_b.double()) / scale_b
+    va, vb = symmetric_part(cotangent_a.double()) / scale_a, symmetric_part(cotangent_b.double()) / scale_b
     va_z, vb_w = z.mT @ va @ z, w.mT @ vb @ w
     root = scale_a.sqrt() * scale_b.sqrt()
     traces = va_z.diagonal(dim1=-2, dim2=-1).sum(-1) + vb_w.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -65,13 +66,9 @@ def _congruence(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _eigen_factor(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    values, vectors = torch.linalg.eigh(symmetric_part(matrix))
     floor = values.shape[-1] * _EPSILON * values[..., -1:]
     return vectors * torch.where(values > floor, values, 0.0).sqrt()[..., None, :]
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.mT)
 
 
 def _sum_to(gradient: Tensor, operand: Tensor) -> Tensor:
@@ -105,8 +102,8 @@ def transport_by_products(
         watched: nobody may look at values; else None is returned where a matrix is singular.
     """
     scale_a, scale_b = (power_of_two_scale(m.double())[..., None, None] for m in (a, b))
-    f, singular_a = cholesky_if_definite(_symmetric(a.double() / scale_a))
-    h, singular_b = cholesky_if_definite(_symmetric(b.double() / scale_b))
+    f, singular_a = cholesky_if_definite(symmetric_part(a.double() / scale_a))
+    h, singular_b = cholesky_if_definite(symmetric_part(b.double() / scale_b))
     if not watched and bool(singular_a.any() | singular_b.any()):
         return None
     m = f.mT @ h
@@ -116,7 +113,7 @@ def transport_by_products(
     u = u.reshape(m.shape)
     p = torch.linalg.solve_triangular(f, h @ u.mT, upper=False, left=False)
     q = torch.linalg.solve_triangular(h, f @ u, upper=False, left=False)
-    return Transport(_symmetric(p), _symmetric(q), f, _symmetric(m @ u.mT), scale_a, scale_b)
+    return Transport(symmetric_part(p), symmetric_part(q), f, symmetric_part(m @ u.mT), scale_a, scale_b)
 
 
 def bwd_by_products(grad: Tensor, a: Tensor, b: Tensor, found: Transport) -> tuple[Tensor, Tensor]:
@@ -132,13 +129,13 @@ def bwd_bwd_by_products(
 
     D = F^T E F solves the Lyapunov equation T D + D T = F^T R F of T = F^T P F.
     """
-    va, vb = _symmetric(cotangent_a.double()) / found.scale_a, _symmetric(cotangent_b.double()) / found.scale_b
+    va, vb = symmetric_part(cotangent_a.double()) / found.scale_a, symmetric_part(cotangent_b.double()) / found.scale_b
     rhs = found.factor.mT @ (vb - found.p @ va @ found.p) @ found.factor
-    d, converged = lyapunov_newton_schulz(found.kernel, _symmetric(rhs))
+    d, converged = lyapunov_newton_schulz(found.kernel, symmetric_part(rhs))
     if not watched and not bool(converged.all()):
         return None
     left = torch.linalg.solve_triangular(found.factor.mT, d, upper=True)
-    e = _symmetric(torch.linalg.solve_triangular(found.factor, left, upper=False, left=False))
+    e = symmetric_part(torch.linalg.solve_triangular(found.factor, left, upper=False, left=False))
     root = found.scale_a.sqrt() * found.scale_b.sqrt()
     traces = (va * found.p).sum((-2, -1)) + (vb * found.q).sum((-2, -1))
     weight = 0.5 * grad.double()[..., None, None] * root

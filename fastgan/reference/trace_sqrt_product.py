@@ -4,28 +4,30 @@ With A = F F^T, the eigenvalues of the symmetric G = F^T B F are those of A B, s
 square roots of the eigenvalues of G, and with B = H H^T the sum of the singular values of F^T H. A square root of an
 eigenvalue at rounding level keeps half the digits only; singular values of the factors keep them all, at several times
 the cost. Hence the order: Cholesky factor and eigenvalues of G with a bound on the error; where the bound is too wide,
-singular values of the product of both Cholesky factors; where one of them is too near to singular, of factors by
-eigenvectors with the eigenvalues at rounding level left out. The C++ operator is the same algorithm, step by step.
+singular values of the product of both Cholesky factors; where one of them is too near to singular, the same with
+factors by pivoted Cholesky, which leave out what is at rounding level. The C++ operator is the same algorithm, step by
+step.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastgan.reference.nuclear_norm import root_sum
+from fastgan.reference.pivoted_cholesky import ROUNDING, pivot_floor, pivoted_cholesky
 
-FAILED, CHOLESKY, EIGH, SVD, AUTO, POLAR, JACOBI = -1, 0, 1, 2, 3, 4, 5
-DIRECT = {"auto": AUTO, "cholesky": CHOLESKY, "eigh": EIGH, "svd": SVD}
+FAILED, CHOLESKY, PIVOTED, EIGH, SVD, AUTO, POLAR, JACOBI = -1, 0, 1, 2, 3, 4, 5, 6
+DIRECT = {"auto": AUTO, "cholesky": CHOLESKY, "pivoted": PIVOTED, "eigh": EIGH, "svd": SVD}
 """The methods of :func:`trace_sqrt_product` here and of the C++ operator of that name."""
 
 INDEFINITE = 1e-5
 """An eigenvalue below minus this share of the largest is no rounding error."""
 
-_EPSILON = torch.finfo(torch.float64).eps
-_NOISE = 4 * _EPSILON
+_NOISE = 4 * torch.finfo(torch.float64).eps
 _SANDWICH_COLUMNS, _SANDWICH_ROWS = 256, 512
 _ASYMMETRY_BLOCK = 128
 
@@ -48,7 +50,8 @@ def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tens
             it.
         pairs: (n, 2) int64, on the host.
         method: one of :data:`DIRECT`'s values. The method in the result is :data:`FAILED`, and the value NaN, where a
-            matrix is clearly indefinite, or singular with ``method=CHOLESKY``.
+            matrix is clearly indefinite, singular with ``method=CHOLESKY``, or indefinite beyond rounding with
+            ``method=PIVOTED``.
 
     Returns:
         (n, 3) float64, on the host.
@@ -73,6 +76,19 @@ Quality = tuple[float, float]
 """Of a factor F with F F^T = A + E: |E|, and a lower bound of the smallest eigenvalue that F keeps."""
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """F with F F^T = A up to rounding, by rows: those of F^T, (r, d).
+
+    With their columns in the given order, they are upper trapezoidal.
+    """
+
+    rows: Tensor
+    order: Tensor | None
+    quality: Quality
+    method: int
+
+
 class _Operand:
     """One operand: its matrices, scaled when first asked for, and each factored at most once."""
 
@@ -80,8 +96,7 @@ class _Operand:
         self.matrices = matrices
         self._scaled: dict[int, tuple[Tensor, float]] = {}
         self._cholesky: dict[int, Tensor | None] = {}
-        self._eigen: dict[int, Tensor | None] = {}
-        self._eigen_quality: dict[int, Quality] = {}
+        self._factors: dict[tuple[int, int], _Factor | None] = {}
         self._cholesky_quality: dict[int, Quality] = {}
 
     def matrix(self, i: int) -> Tensor:
@@ -104,29 +119,57 @@ class _Operand:
             self._cholesky[i] = _cholesky(self.matrix(i))
         return self._cholesky[i]
 
-    def eigen_factor(self, i: int) -> Tensor | None:
-        """(d, r) factor F, F F^T = A, of the r eigenvalues above rounding; None where A is clearly indefinite."""
-        if i not in self._eigen:
-            values, vectors = torch.linalg.eigh(self.matrix(i))
-            smallest, largest = values[0].item(), values.abs().amax().item()
-            kept = values > values.numel() * _EPSILON * largest
-            definite = smallest >= -INDEFINITE * largest
-            self._eigen[i] = vectors[:, kept] * values[kept].sqrt() if definite else None
-            noise = _NOISE * torch.linalg.vector_norm(values).item()
-            self._eigen_quality[i] = noise, values[kept].amin().item() if kept.any() else math.inf
-        return self._eigen[i]
+    def factor(self, i: int, method: int) -> _Factor | None:
+        """The factor of a singular matrix that ``method`` takes, or None where there is none: by pivoted Cholesky,
+        else, but for PIVOTED, by eigenvectors. Not for CHOLESKY."""
+        if method != EIGH and not self.matrices.is_cuda:
+            pivoted = self._cached(i, PIVOTED)
+            if pivoted is not None or method == PIVOTED:
+                return pivoted
+        return None if method == PIVOTED else self._cached(i, EIGH)
 
-    def eigen_quality(self, i: int) -> Quality:
-        return self._eigen_quality[i]
+    def _cached(self, i: int, method: int) -> _Factor | None:
+        if (i, method) not in self._factors:
+            self._factors[i, method] = self._pivoted_factor(i) if method == PIVOTED else self._eigen_factor(i)
+        return self._factors[i, method]
+
+    def _pivoted_factor(self, i: int) -> _Factor | None:
+        """None where A is not semi-definite to rounding.
+
+        Its quality is of the columns of the pivots, which make a square: the others can but add to the eigenvalues.
+        """
+        matrix = self.matrix(i)
+        rows, order, remainder = pivoted_cholesky(matrix)
+        if not remainder.item() <= 2 * pivot_floor(matrix):
+            return None
+        lower = rows[:, order[: len(rows)]].mT
+        return _Factor(rows, order, self._triangular_quality(lower, i), PIVOTED)
+
+    def _eigen_factor(self, i: int) -> _Factor | None:
+        """From the eigenvalues above rounding; None where A is clearly indefinite."""
+        values, vectors = torch.linalg.eigh(self.matrix(i))
+        smallest, largest = values[0].item(), values.abs().amax().item()
+        if smallest < -INDEFINITE * largest:
+            return None
+        kept = values > values.numel() * ROUNDING * largest
+        noise = _NOISE * torch.linalg.vector_norm(values).item()
+        quality = noise, values[kept].amin().item() if kept.any() else math.inf
+        return _Factor((vectors[:, kept] * values[kept].sqrt()).mT, None, quality, EIGH)
 
     def cholesky_quality(self, i: int) -> Quality:
-        """Of the Cholesky factor, which must be there: the smallest eigenvalue is at least 1 / |L^{-1}|^2."""
+        """Of the Cholesky factor, which must be there."""
         if i not in self._cholesky_quality:
             lower = self._cholesky[i]
             assert lower is not None
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-            self._cholesky_quality[i] = _NOISE * self.trace(i), 1 / inverse.square().sum().item()
+            self._cholesky_quality[i] = self._triangular_quality(lower, i)
         return self._cholesky_quality[i]
+
+    def _triangular_quality(self, lower: Tensor, i: int) -> Quality:
+        """Of a factor of A that is lower triangular in some rows: the smallest eigenvalue is at least 1 / |L^-1|^2."""
+        if len(lower) == 0:
+            return _NOISE * self.trace(i), math.inf
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        return _NOISE * self.trace(i), 1 / inverse.square().sum().item()
 
     def trace(self, i: int) -> float:
         return max(self.matrix(i).diagonal().sum().item(), 0.0)
@@ -164,49 +207,60 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
 
 def _solve(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: float) -> Row:
     found = None
-    if method in (AUTO, CHOLESKY):
-        lower = a.cholesky(i)
-        if lower is not None:
-            gram = triangular_sandwich(lower, b.matrix(j))
-            value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
-            if accurate:
-                return value, bound, CHOLESKY
-            if method == CHOLESKY:
-                return (value, bound, CHOLESKY) if b.semidefinite(j) else _FAILED
-            found = _from_cholesky_factors(a, b, i, j, value, tolerance)
-            if found is None:  # it is B that may be singular
-                found = _from_eigen_factor(b, a, j, i, tolerance)
-        elif method == CHOLESKY:
-            return _FAILED
-        else:
-            found = _from_eigen_factor(a, b, i, j, tolerance)
-    elif method == EIGH:
-        found = _from_eigen_factor(a, b, i, j, tolerance)
-    return found or _from_eigen_factors(a, b, i, j)
+    lower = a.cholesky(i) if method in (AUTO, CHOLESKY) else None
+    if lower is not None:
+        product = triangular_sandwich(lower, b.matrix(j))
+        value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(product), tolerance)
+        if accurate:
+            return value, bound, CHOLESKY
+        if method == CHOLESKY:
+            return (value, bound, CHOLESKY) if b.semidefinite(j) else _FAILED
+        found = _from_cholesky_factors(a, b, i, j, value, tolerance)
+        if found is None:  # it is B that may be singular
+            found = _from_one_factor(b, a, j, i, method, tolerance)
+    elif method == CHOLESKY:
+        return _FAILED
+    elif method != SVD:
+        found = _from_factor_of_lower_rank(a, b, i, j, method, tolerance)
+    return found or _from_both_factors(a, b, i, j, method)
 
 
-def _from_eigen_factor(x: _Operand, y: _Operand, i: int, j: int, tolerance: float) -> Row | None:
-    """By eigenvalues of F^T Y F with the factor by eigenvectors of X = F F^T, or None where their error bound is too
-    wide."""
-    factor = x.eigen_factor(i)
+def _from_one_factor(x: _Operand, y: _Operand, i: int, j: int, method: int, tolerance: float) -> Row | None:
+    """By eigenvalues of F^T Y F with a factor of X = F F^T, or None where their error bound is too wide."""
+    factor = x.factor(i, method)
     if factor is None or not y.semidefinite(j):
         return _FAILED
-    if factor.shape[1] == 0:
-        return 0.0, 0.0, EIGH
-    gram = factor.mT @ y.matrix(j) @ factor
-    value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(gram), tolerance)
-    return (value, bound + x.factor_error(i, x.eigen_quality(i), value, y, j), EIGH) if accurate else None
+    if len(factor.rows) == 0:
+        return 0.0, 0.0, factor.method
+    value, bound, accurate = _from_gram_eigenvalues(torch.linalg.eigvalsh(_gram(factor, y.matrix(j))), tolerance)
+    return (value, bound + x.factor_error(i, factor.quality, value, y, j), factor.method) if accurate else None
 
 
-def _from_eigen_factors(a: _Operand, b: _Operand, i: int, j: int) -> Row:
-    factor, other = a.eigen_factor(i), b.eigen_factor(j)
+def _gram(factor: _Factor, y: Tensor) -> Tensor:
+    if factor.order is None:
+        return factor.rows @ y @ factor.rows.mT
+    return triangular_sandwich(factor.rows[:, factor.order].mT, y[factor.order][:, factor.order])
+
+
+def _from_factor_of_lower_rank(a: _Operand, b: _Operand, i: int, j: int, method: int, tolerance: float) -> Row | None:
+    """F^T Y F of a factor that has more columns than Y has rank is singular: its eigenvalues are not accurate."""
+    found = _from_one_factor(a, b, i, j, method, tolerance)
+    if found is not None:
+        return found
+    factor, other = a.factor(i, method), b.factor(j, method)
+    if factor is None or other is None or len(other.rows) >= len(factor.rows):
+        return None
+    return _from_one_factor(b, a, j, i, method, tolerance)
+
+
+def _from_both_factors(a: _Operand, b: _Operand, i: int, j: int, method: int) -> Row:
+    factor, other = a.factor(i, method), b.factor(j, method)
     if factor is None or other is None:
         return _FAILED
-    if 0 in (factor.shape[1], other.shape[1]):
-        return 0.0, 0.0, EIGH
-    value, bound = _from_singular_values(factor.mT @ other)
-    factor_errors = a.factor_error(i, a.eigen_quality(i), value, b, j)
-    factor_errors += b.factor_error(j, b.eigen_quality(j), value, a, i)
+    if 0 in (len(factor.rows), len(other.rows)):
+        return 0.0, 0.0, factor.method
+    value, bound = _from_singular_values(factor.rows @ other.rows.mT)
+    factor_errors = a.factor_error(i, factor.quality, value, b, j) + b.factor_error(j, other.quality, value, a, i)
     return value, bound + factor_errors, SVD
 
 
@@ -232,15 +286,16 @@ def _from_singular_values(product: Tensor) -> tuple[float, float]:
 
 
 def triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:
-    """Lower triangle of L^T B L.
+    """Lower triangle of L^T B L, L (d, r) lower trapezoidal.
 
     Column block J needs B and L from J on only, and of its row block I needs L from I on: a quarter of the operations
     of two full products.
     """
-    out = torch.zeros_like(b)
-    for j in range(0, len(b), _SANDWICH_COLUMNS):
+    rank = lower.shape[1]
+    out = b.new_zeros(rank, rank)
+    for j in range(0, rank, _SANDWICH_COLUMNS):
         panel = b[j:, j:] @ lower[j:, j : j + _SANDWICH_COLUMNS]
-        for i in range(j, len(b), _SANDWICH_ROWS):
+        for i in range(j, rank, _SANDWICH_ROWS):
             rows = lower[i:, i : i + _SANDWICH_ROWS].mT @ panel[i - j :]
             out[i : i + _SANDWICH_ROWS, j : j + _SANDWICH_COLUMNS] = rows
     return out
@@ -252,11 +307,14 @@ def _from_gram_eigenvalues(eigenvalues: Tensor, tolerance: float) -> tuple[float
 
 
 def cholesky_if_definite(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors, and where they fail or have a pivot at rounding level, which is noise and not a direction."""
+    """Lower factors, and where they fail or have a pivot at rounding level, which is noise and not a direction.
+
+    A higher level than of pivoted ones: without a choice of pivots, small ones make rounding errors grow.
+    """
     lower, failed = torch.linalg.cholesky_ex(matrices)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
     largest = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
-    return lower, (failed != 0) | ~(pivots > 4 * matrices.shape[-1] * _EPSILON * largest)
+    return lower, (failed != 0) | ~(pivots > 16 * matrices.shape[-1] * ROUNDING * largest)
 
 
 def factors(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +330,7 @@ def factors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if bool(singular.any()):
         values, vectors = torch.linalg.eigh(matrices[singular])
         largest = values.abs().amax(-1, keepdim=True)
-        floor = values.shape[-1] * _EPSILON * largest
+        floor = values.shape[-1] * ROUNDING * largest
         lower[singular] = vectors * torch.where(values > floor, values, 0.0).sqrt()[:, None, :]
         indefinite[singular] = values[:, 0] < -INDEFINITE * largest[:, 0]
     return lower, indefinite

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "nuclear_norm.h"
+#include "pivoted_cholesky.h"
 #include "small_trace.h"
 #include "sqrtm.h"
 
@@ -172,6 +173,31 @@ void test_small(const Values& sigma, bool definite) {
   expect("small trace is semi-definite", result[2], definite, 0);
 }
 
+void test_pivoted(const Values& sigma, int64_t rank) {
+  const auto d = int64_t(sigma.size());
+  const Values a = with_spectrum(sigma, d, d, true);
+  Values rest = a, rows(d * d, 0), block(fastgan::kPivotBlock * d), product(d * d);
+  const auto gram = [&](int64_t count, int64_t size) {
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < size; ++j) {
+        product[i * size + j] = 0;
+        for (int64_t k = 0; k < count; ++k) product[i * size + j] += block[k * d + i] * block[k * d + j];
+      }
+    return static_cast<const double*>(product.data());
+  };
+  const fastgan::PivotedFactor factor = fastgan::pivoted_cholesky(rest.data(), d, rows.data(), block.data(), gram);
+  double worst = 0, largest = 0;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      double found = 0;
+      for (int64_t k = 0; k < factor.rank; ++k) found += rows[k * d + i] * rows[k * d + j];
+      worst = std::max(worst, std::abs(found - a[i * d + j]));
+      largest = std::max(largest, std::abs(a[i * d + j]));
+    }
+  expect("rank by pivots", double(factor.rank), double(rank), 0);
+  expect("factor by pivots", largest + worst, largest, 1e-14);
+}
+
 Values geometric(int64_t n, double last) {
   Values values(n);
   for (int64_t i = 0; i < n; ++i) values[i] = std::pow(last, n == 1 ? 0.0 : double(i) / double(n - 1));
@@ -199,6 +225,13 @@ int main() {
   test_small<double>(singular, true);
   test_small<double>(Values(5, 0), true);
   test_small<double>(geometric(6, 1e-2), false);
+  test_pivoted(geometric(150, 1e-6), 150);
+  test_pivoted(singular, 4);
+  test_pivoted(Values(5, 0), 0);
+  test_pivoted({0.7}, 1);
+  Values low_rank = geometric(100, 1e-4);
+  low_rank.resize(200, 0);
+  test_pivoted(low_rank, 100);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

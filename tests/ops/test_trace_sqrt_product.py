@@ -35,7 +35,7 @@ def test_layouts(dtype, impl):
 
 @pytest.mark.skipif(bool(_extension._load()), reason="the extension is not built")
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("method", ["cholesky", "eigh", "svd", "auto"])
+@pytest.mark.parametrize("method", ["cholesky", "pivoted", "eigh", "svd", "auto"])
 def test_extension_equals_reference(method, dtype):
     a, b = covariance(4, 65, dtype=dtype), covariance(2, 1, 65, dtype=dtype)
     value, info = trace_sqrt_product(a, b, method=method, impl="extension", return_info=True)
