@@ -112,31 +112,38 @@ std::vector<double> to_host(const Tensor& vector) {
   return {data, data + wide.numel()};
 }
 
+// Largest magnitudes of A - A^T and of A in one row of tiles of (d, d) A, NaN where an entry is not finite.
 template <typename T>
-void measure_asymmetry(const T* a, int64_t d, double* difference, double* largest) {
+void measure_tile_row(const T* a, int64_t d, int64_t row, double* difference, double* largest) {
+  T gap = 0, magnitude = 0, poison = 0;  // 0 * x is NaN for every non-finite x; a comparison would lose it
+  for_lower_tiles(d, row, row + 1, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t j = j0; j < std::min(j1, i + 1); ++j) {
+        const T x = a[i * d + j], y = a[j * d + i];
+        gap = std::max(gap, std::abs(x - y));
+        magnitude = std::max(magnitude, std::max(std::abs(x), std::abs(y)));
+        poison += T(0) * x + T(0) * y;
+      }
+  });
+  *difference = double(gap) + double(poison);
+  *largest = double(magnitude) + double(poison);
+}
+
+// To `out` (count, 2), of `a` (count, d, d).
+template <typename T>
+void measure_asymmetry(const T* a, int64_t count, int64_t d, double* out) {
   const int64_t tiles = (d + kTile - 1) / kTile;
-  std::vector<double> differences(tiles, 0), magnitudes(tiles, 0);
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      T gap = 0, magnitude = 0, poison = 0;  // 0 * x is NaN for every non-finite x; a comparison would lose it
-      for_lower_tiles(d, row, row + 1, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
-        for (int64_t i = i0; i < i1; ++i)
-          for (int64_t j = j0; j < std::min(j1, i + 1); ++j) {
-            const T x = a[i * d + j], y = a[j * d + i];
-            gap = std::max(gap, std::abs(x - y));
-            magnitude = std::max(magnitude, std::max(std::abs(x), std::abs(y)));
-            poison += T(0) * x + T(0) * y;
-          }
-      });
-      differences[row] = double(gap) + double(poison);
-      magnitudes[row] = double(magnitude) + double(poison);
-    }
+  std::vector<double> measured(2 * count * tiles);
+  torch::stable::parallel_for(0, count * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      measure_tile_row(a + k / tiles * d * d, d, k % tiles, &measured[2 * k], &measured[2 * k + 1]);
   });
   const auto keep_nan = [](double x, double y) { return std::isnan(x) || x > y ? x : y; };
-  for (int64_t row = 0; row < tiles; ++row) {
-    *difference = keep_nan(differences[row], *difference);
-    *largest = keep_nan(magnitudes[row], *largest);
-  }
+  for (int64_t k = 0; k < count * tiles; ++k)
+    for (int64_t column : {0, 1}) {
+      double& result = out[2 * (k / tiles) + column];
+      result = keep_nan(measured[2 * k + column], result);
+    }
 }
 
 Tensor asymmetry_cpu(const Tensor& a) {
@@ -144,12 +151,10 @@ Tensor asymmetry_cpu(const Tensor& a) {
   const int64_t count = a.size(0), d = a.size(1);
   Tensor out = torch::stable::new_zeros(a, {count, 2}, ScalarType::Double);
   auto* rows = static_cast<double*>(out.data_ptr());
-  for (int64_t n = 0; n < count; ++n) {
-    if (a.scalar_type() == ScalarType::Float)
-      measure_asymmetry(static_cast<const float*>(dense.data_ptr()) + n * d * d, d, rows + 2 * n, rows + 2 * n + 1);
-    else
-      measure_asymmetry(static_cast<const double*>(dense.data_ptr()) + n * d * d, d, rows + 2 * n, rows + 2 * n + 1);
-  }
+  if (a.scalar_type() == ScalarType::Float)
+    measure_asymmetry(static_cast<const float*>(dense.data_ptr()), count, d, rows);
+  else
+    measure_asymmetry(static_cast<const double*>(dense.data_ptr()), count, d, rows);
   return out;
 }
 

@@ -9,10 +9,10 @@ from fastgan import _linalg_checks as checks
 from fastgan.checks import needs_no_dispatch
 from fastgan.ops import nuclear_norm as norm_ops
 from fastgan.ops import sqrtm as sqrtm_ops
-from fastgan.ops.nuclear_norm import direct_rows, power_of_two, value_tolerance
+from fastgan.ops.nuclear_norm import direct_rows, value_tolerance
 from fastgan.ops.pivoted_cholesky import semidefinite_rows
 from fastgan.ops.trace_sqrt_product import scaled
-from fastgan.reference.nuclear_norm import GRAM, root_sum
+from fastgan.reference.nuclear_norm import GRAM, power_of_two, root_sum
 from fastgan.reference.pivoted_cholesky import ROUNDING
 from fastgan.reference.sqrtm import symmetric_part
 from fastgan.reference.trace_sqrt_product import cholesky_if_definite, triangular_sandwich

@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 from fastgan import _extension
 from fastgan.reference import nuclear_norm as reference
-from fastgan.reference.nuclear_norm import GRAM, POLAR, SVD
+from fastgan.reference.nuclear_norm import GRAM, POLAR, SVD, power_of_two
 
 IMPLS = ("auto", "extension", "reference")
 LOWER, UPPER, METHOD, ITERATIONS = range(4)
@@ -81,14 +81,6 @@ def compute(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Te
 
 
 nuclear_norm = custom_op("fastgan::nuclear_norm", mutates_args=())(compute)
-
-
-def power_of_two(matrices: Tensor) -> Tensor:
-    """For each matrix (n, rows, cols) the power of two at or below its largest magnitude, 1 for zero."""
-    if matrices.numel() == 0:
-        return matrices.new_ones(len(matrices))
-    largest = torch.linalg.vector_norm(matrices, ord=torch.inf, dim=(1, 2))
-    return torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.double() - 1), 1.0)
 
 
 def _solve(m: Tensor, dtype: torch.dtype, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.ops.nuclear_norm import by_products, captured, power_of_two, resolve
+from fastgan.ops.nuclear_norm import by_products, captured, resolve
 from fastgan.reference import sqrtm as reference
-from fastgan.reference.nuclear_norm import lyapunov_newton_schulz
+from fastgan.reference.nuclear_norm import lyapunov_newton_schulz, power_of_two
 
 METHODS = ("auto", "eigh", "newton_schulz")
 

@@ -19,14 +19,13 @@ from fastgan.ops.nuclear_norm import (
     captured,
     direct_rows,
     polar_rows,
-    power_of_two,
     resolve,
     resolved_polar_factor,
     value_tolerance,
 )
 from fastgan.reference import trace_sqrt_gradients as gradients
 from fastgan.reference import trace_sqrt_product as reference
-from fastgan.reference.nuclear_norm import root_sum
+from fastgan.reference.nuclear_norm import power_of_two, root_sum
 from fastgan.reference.sqrtm import symmetric_part
 from fastgan.reference.trace_sqrt_product import CHOLESKY, DIRECT, FAILED, JACOBI, POLAR
 
@@ -88,8 +87,8 @@ def _batched(a: Tensor, b: Tensor, pairs: Tensor, direct: Callable[[Tensor, Tens
     (scale_a, wide_a), (scale_b, wide_b) = scaled(a), scaled(b)
     lower, singular = reference.cholesky_if_definite(wide_a)
     i, j = pairs.unbind(1)
-    factor = lower[i]
-    eigenvalues = torch.linalg.eigvalsh(factor.mT @ wide_b[j] @ factor)
+    factor = _taken(lower, i)
+    eigenvalues = torch.linalg.eigvalsh(factor.mT @ _taken(wide_b, j) @ factor)
     value, bound, accurate = root_sum(eigenvalues, value_tolerance(a.dtype))
     scale = scale_a[i].sqrt() * scale_b[j].sqrt()
     rows = torch.stack([value * scale, bound * scale, torch.full_like(value, CHOLESKY)], 1)
@@ -97,6 +96,12 @@ def _batched(a: Tensor, b: Tensor, pairs: Tensor, direct: Callable[[Tensor, Tens
     if bool(rest.any()):
         rows[rest] = direct(a, b, pairs[rest].contiguous(), DIRECT["auto"])
     return rows
+
+
+def _taken(matrices: Tensor, index: Tensor) -> Tensor:
+    """``matrices[index]``, without a copy where that is all of them in their order."""
+    every = torch.arange(len(matrices), device=index.device)
+    return matrices if torch.equal(index, every) else matrices[index]
 
 
 def _polar(a: Tensor, b: Tensor, pairs: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:

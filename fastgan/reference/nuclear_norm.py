@@ -23,6 +23,16 @@ _NEWTON_SCHULZ = (1.5, 0.5)
 _ORTHONORMAL = 1e-7
 
 
+def power_of_two(matrices: Tensor) -> Tensor:
+    """Of matrices (..., rows, cols) the power of two at or below the largest magnitude, 1 for zero: dividing by it is
+    exact."""
+    if matrices.numel() == 0:
+        return matrices.new_ones(matrices.shape[:-2])
+    largest = torch.maximum(matrices.amax((-2, -1)), -matrices.amin((-2, -1)))
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest > 0, largest / (2 * mantissa), 1.0)
+
+
 def scaled_newton_schulz(smallest: float) -> list[tuple[float, float]]:
     """(linear, cubic) of the steps x <- linear x - cubic x^3 that bring [smallest, 1] within 1e-8 of 1, and one more.
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgan.reference.nuclear_norm import lyapunov_newton_schulz
+from fastgan.reference.nuclear_norm import lyapunov_newton_schulz, power_of_two
 from fastgan.reference.sqrtm import symmetric_part
-from fastgan.reference.trace_sqrt_product import cholesky_if_definite, power_of_two_scale
+from fastgan.reference.trace_sqrt_product import cholesky_if_definite
 
 _EPSILON = torch.finfo(torch.float64).eps
 
@@ -57,7 +57,7 @@ def trace_sqrt_product_bwd_bwd(
 
 def _congruence(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Z, W, sigma and the scales of A and B, with P = Z Z^T, Q = W W^T for A and B divided by their scales."""
-    scale_a, scale_b = (power_of_two_scale(m.double())[..., None, None] for m in (a, b))
+    scale_a, scale_b = (power_of_two(m.double())[..., None, None] for m in (a, b))
     factor_a, factor_b = _eigen_factor(a.double() / scale_a), _eigen_factor(b.double() / scale_b)
     u, sigma, vh = torch.linalg.svd(factor_a.mT @ factor_b)
     floor = sigma.shape[-1] * _EPSILON * sigma[..., :1]
@@ -101,7 +101,7 @@ def transport_by_products(
         polar: the polar factors of (n, d, d), or None where they do not resolve every direction; so is the result then.
         watched: nobody may look at values; else None is returned where a matrix is singular.
     """
-    scale_a, scale_b = (power_of_two_scale(m.double())[..., None, None] for m in (a, b))
+    scale_a, scale_b = (power_of_two(m.double())[..., None, None] for m in (a, b))
     f, singular_a = cholesky_if_definite(symmetric_part(a.double() / scale_a))
     h, singular_b = cholesky_if_definite(symmetric_part(b.double() / scale_b))
     if not watched and bool(singular_a.any() | singular_b.any()):

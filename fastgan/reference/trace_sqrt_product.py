@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgan.reference.nuclear_norm import root_sum
+from fastgan.reference.nuclear_norm import power_of_two, root_sum
 from fastgan.reference.pivoted_cholesky import ROUNDING, pivot_floor, pivoted_cholesky
 
 FAILED, CHOLESKY, PIVOTED, EIGH, SVD, AUTO, POLAR, JACOBI = -1, 0, 1, 2, 3, 4, 5, 6
@@ -108,7 +108,7 @@ class _Operand:
     def _entry(self, i: int) -> tuple[Tensor, float]:
         if i not in self._scaled:
             matrix = self.matrices[i].double()
-            scale = power_of_two_scale(matrix)
+            scale = power_of_two(matrix)
             matrix = matrix / scale
             self._scaled[i] = (0.5 * (matrix + matrix.mT), scale.item())
         return self._scaled[i]
@@ -191,13 +191,6 @@ class _Operand:
         matrix = self.matrix(i).clone()
         matrix.diagonal().add_(INDEFINITE)
         return _cholesky(matrix) is not None
-
-
-def power_of_two_scale(matrix: Tensor) -> Tensor:
-    """The power of two at or below the largest magnitude of each matrix, 1 for zero: dividing by it is exact."""
-    largest = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
-    mantissa, _ = torch.frexp(largest)
-    return torch.where(largest > 0, largest / (2 * mantissa), 1.0)
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
