@@ -142,7 +142,7 @@ class FeatureStats:
     def root(self) -> Tensor:
         """R (r, dim), float64, with ``R^T R = cov``: factored when first asked for, and kept until vectors are added.
 
-        The transposed Cholesky factor, upper triangular; for a singular covariance from its eigenvectors, r its rank;
+        The transposed Cholesky factor, upper triangular; for a singular covariance that of a pivoted one, r its rank;
         while n <= dim, from :attr:`factor`. Distances to statistics with a known root do not factor these again.
 
         Raises:

@@ -24,7 +24,7 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     if len(flat) == 0:
         return a.clone()
     scale = power_of_two(flat)[:, None, None]
-    flat = 0.5 * (flat + flat.mT) / scale
+    flat = reference.symmetric_part(flat) / scale
     if method == "eigh" or (method == "auto" and not a.is_cuda):
         root = reference.sqrtm_eigh(flat, inverse)
     else:
@@ -70,7 +70,7 @@ def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
 
 def _lyapunov_iterated(root: Tensor, rhs: Tensor) -> Tensor:
     """By Newton-Schulz, as eigensolvers are slow on a GPU; where that has not converged by eigenvectors."""
-    x, converged = lyapunov_newton_schulz(root, 0.5 * (rhs + rhs.mT))
+    x, converged = lyapunov_newton_schulz(root, reference.symmetric_part(rhs))
     if captured(root):
         return x
     failed = ~converged

@@ -11,8 +11,8 @@ EPSILON = torch.finfo(torch.float64).eps
 
 
 def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
-    """Through eigenvectors. Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
-    values, vectors = torch.linalg.eigh(symmetric_part(a))
+    """Of symmetric ``a``, through eigenvectors. Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
+    values, vectors = torch.linalg.eigh(a)
     floor = values.shape[-1] * EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
     return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
@@ -44,8 +44,9 @@ def residual(a: Tensor, root: Tensor, inverse: bool) -> Tensor:
 
 
 def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
-    """The symmetric X with root X + X root = (rhs + rhs^T) / 2, zero between directions that ``root`` lacks."""
-    values, vectors = torch.linalg.eigh(symmetric_part(root))
+    """The symmetric X with root X + X root = (rhs + rhs^T) / 2, zero between directions that ``root``, which is
+    symmetric, lacks."""
+    values, vectors = torch.linalg.eigh(root)
     sums = values[..., :, None] + values[..., None, :]
     floor = (values.shape[-1] * EPSILON) ** 0.5 * values[..., -1].abs()[..., None, None]
     rotated = vectors.mT @ symmetric_part(rhs) @ vectors
