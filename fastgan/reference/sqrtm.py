@@ -11,7 +11,8 @@ EPSILON = torch.finfo(torch.float64).eps
 
 
 def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
-    """Of symmetric ``a``, through eigenvectors. Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
+    """Of symmetric ``a``, through eigenvectors. Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the
+    inverse."""
     values, vectors = torch.linalg.eigh(a)
     floor = values.shape[-1] * EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
