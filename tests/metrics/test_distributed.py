@@ -60,7 +60,7 @@ def work(folder):
         result = CliRunner().invoke(app, command(folder, *arguments), catch_exceptions=False)
         Path(folder, f"{name}-{rank}.json").write_text(result.stdout)
     for name, options in MISTAKES.items():
-        result = CliRunner().invoke(app, ["fid", f"{folder}/b.npz", f"{folder}/c.zip", *BACKBONE, *options])
+        result = CliRunner().invoke(app, ["fid", f"{folder}/c.zip", f"{folder}/b.npz", *BACKBONE, *options])
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps([result.exit_code, result.stdout, result.stderr]))
     dist.destroy_process_group()
 

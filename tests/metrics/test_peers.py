@@ -17,10 +17,10 @@ DIMS = 64
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Of 30 and 25 PNGs of 24 x 24; the second is brighter."""
+    """Of 16 and 13 PNGs of 24 x 24; the second is brighter."""
     rng = np.random.default_rng(0)
     roots = []
-    for name, n, low in (("a", 30, 0), ("b", 25, 100)):
+    for name, n, low in (("a", 16, 0), ("b", 13, 100)):
         root = tmp_path_factory.mktemp(name)
         for i in range(n):
             Image.fromarray(rng.integers(low, 256, (24, 24, 3), dtype=np.uint8)).save(root / f"{i}.png")
