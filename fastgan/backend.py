@@ -11,12 +11,15 @@ import importlib
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 IMPLS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,14 +84,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def _called_when_traced(function: F) -> F:
+    """As ``torch.compiler.assume_constant_result``, which would import the compiler: Dynamo calls such a function and
+    does not trace it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_called_when_traced
 def _triton_missing() -> str:
     """Why Triton cannot be used; "" where it can."""
     triton = _triton()
     return "" if triton.available else triton.detail
-
-
-# As torch.compiler.assume_constant_result, which would import the compiler: Dynamo need not trace the import of Triton.
-_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -109,10 +116,16 @@ def _gpu() -> Backend:
     return Backend("gpu", False, "no CUDA device is visible")
 
 
-@functools.cache
+@_called_when_traced
 def warn_once(message: str) -> None:
     """Issue ``message`` as a :class:`BackendWarning`, once in the life of the process."""
-    warnings.warn(message, BackendWarning, stacklevel=3)
+    warn_anew(message)
+
+
+@functools.cache
+def warn_anew(message: str) -> None:
+    """What :func:`warn_once` remembers: ``cache_clear`` makes it forget."""
+    warnings.warn(message, BackendWarning, stacklevel=4)
 
 
 def check_impl(impl: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.backend import BackendWarning, warn_once
+from fastgan.backend import BackendWarning, warn_anew
 from fastgan.data import edge_map
 from fastgan.nn import SelfAttention2d
 from fastgan.recipes import available, load_recipe
@@ -28,9 +28,9 @@ FLOAT64_TOLERANCE = 1e-8
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    warn_once.cache_clear()
+    warn_anew.cache_clear()
     yield
-    warn_once.cache_clear()
+    warn_anew.cache_clear()
 
 
 class Recording(TrainStep):
