@@ -16,6 +16,8 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kTile = 64;          // two float64 tiles stand in the first-level cache
 constexpr int64_t kSandwichColumns = 256, kSandwichRows = 512;
 
+double* data_of(const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
+
 // Calls visit(i, j, end_i, end_j) for the tiles on and below the diagonal of rows [begin, end) of tiles.
 template <typename Visit>
 void for_lower_tiles(int64_t d, int64_t begin, int64_t end, const Visit& visit) {
@@ -41,6 +43,37 @@ void symmetrize(const T* a, double* out, int64_t d, double scale) {
       for (int64_t c = 0; c < columns; ++c) std::copy_n(mirrored[c], rows, out + (j0 + c) * d + i0);
     });
   });
+}
+
+template <typename T>
+double power_of_two(const T* a, int64_t size) {
+  T largest = 0;
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(a[i]));
+  return power_of_two_scale(double(largest));
+}
+
+template <typename T>
+void scale_and_symmetrize(const Tensor& dense, double* scales, double* out) {
+  const int64_t d = dense.size(1);
+  const auto* a = static_cast<const T*>(dense.data_ptr());
+  torch::stable::parallel_for(0, dense.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      scales[n] = power_of_two(a + n * d * d, d * d);
+      symmetrize(a + n * d * d, out + n * d * d, d, scales[n]);
+    }
+  });
+}
+
+// Powers of two (n,) and the symmetric float64 matrices (n, d, d) divided by them.
+std::tuple<Tensor, Tensor> scaled_cpu(const Tensor& a) {
+  const Tensor dense = torch::stable::contiguous(a);
+  Tensor scales = torch::stable::new_empty(a, {a.size(0)}, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(1)}, ScalarType::Double);
+  if (a.scalar_type() == ScalarType::Float)
+    scale_and_symmetrize<float>(dense, data_of(scales), data_of(out));
+  else
+    scale_and_symmetrize<double>(dense, data_of(scales), data_of(out));
+  return {scales, out};
 }
 
 Tensor symmetrized(const Tensor& a, double scale) {
@@ -78,32 +111,65 @@ Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
   return out;
 }
 
+// What the factor's next rows leave: two matrices by turns, of which one is read while the other is written.
+class Complement {
+ public:
+  Complement(const Tensor& like, const Tensor& block) : block_(block) {
+    const int64_t d = like.size(0);
+    for (Tensor& room : rooms_) room = torch::stable::new_empty(like, {d * d});
+  }
+
+  const double* operator()(const double* rest, int64_t size, int64_t count, const std::vector<int64_t>& kept) {
+    const auto left = int64_t(kept.size());
+    std::swap(rooms_[0], rooms_[1]);
+    const Tensor rows = part(block_, 0, count, 0, left);
+    const Tensor out = torch::stable::view(torch::stable::narrow(rooms_[0], 0, 0, left * left), {left, left});
+    aten::mm_out(torch::stable::transpose(rows, 0, 1), rows, out);
+    double* next = data_of(out);
+    torch::stable::parallel_for(0, left, kTile, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j < left; ++j) next[i * left + j] = rest[kept[i] * size + kept[j]] - next[i * left + j];
+    });
+    return next;
+  }
+
+ private:
+  Tensor block_, rooms_[2];
+};
+
 // Rows (r, d), the order of the pivots (d,) and what is left of A, (1,).
 std::tuple<Tensor, Tensor, Tensor> pivoted_cholesky_cpu(const Tensor& a) {
+  const Tensor dense = torch::stable::contiguous(a);
   const int64_t d = a.size(0);
-  Tensor rest = torch::stable::clone(torch::stable::contiguous(a));
   Tensor rows = torch::stable::new_zeros(a, {d, d}), block = torch::stable::new_empty(a, {kPivotBlock, d});
-  Tensor room = torch::stable::new_empty(a, {d * d});
-  const auto data = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
-  const auto gram = [&](int64_t count, int64_t size) {
-    const Tensor leading = part(block, 0, count, 0, size);
-    const Tensor product = torch::stable::view(torch::stable::narrow(room, 0, 0, size * size), {size, size});
-    aten::mm_out(torch::stable::transpose(leading, 0, 1), leading, product);
-    return data(product);
-  };
-  const PivotedFactor factor = pivoted_cholesky(data(rest), d, data(rows), data(block), gram);
+  const PivotedFactor factor =
+      pivoted_cholesky(data_of(dense), d, data_of(rows), data_of(block), Complement(dense, block));
   Tensor order = torch::stable::new_empty(a, {d}, ScalarType::Long);
   std::copy(factor.order.begin(), factor.order.end(), static_cast<int64_t*>(order.data_ptr()));
   Tensor remainder = torch::stable::new_empty(a, {1});
-  *data(remainder) = factor.remainder;
+  *data_of(remainder) = factor.remainder;
   return {torch::stable::narrow(rows, 0, 0, factor.rank), order, remainder};
 }
 
 std::optional<FactorRows> semidefinite_factor(const Tensor& a) {
   auto [rows, order, remainder] = pivoted_cholesky_cpu(a);
-  const double limit = 2 * pivot_floor(static_cast<const double*>(a.data_ptr()), a.size(0));
-  if (!(*static_cast<const double*>(remainder.data_ptr()) <= limit)) return std::nullopt;
+  if (!(*data_of(remainder) <= 2 * pivot_floor(data_of(a), a.size(0)))) return std::nullopt;
   return FactorRows{rows, order};
+}
+
+// Rows and columns of a symmetric matrix in an order.
+Tensor reordered(const Tensor& a, const Tensor& order) {
+  const Tensor dense = torch::stable::contiguous(a);
+  const int64_t d = a.size(0);
+  Tensor out = torch::stable::empty_like(dense);
+  const double* from = data_of(dense);
+  double* to = data_of(out);
+  const auto* index = static_cast<const int64_t*>(order.data_ptr());
+  torch::stable::parallel_for(0, d, kTile, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < d; ++j) to[i * d + j] = from[index[i] * d + index[j]];
+  });
+  return out;
 }
 
 std::vector<double> to_host(const Tensor& vector) {
@@ -158,7 +224,7 @@ Tensor asymmetry_cpu(const Tensor& a) {
   return out;
 }
 
-const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host, &semidefinite_factor};
+const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host, &semidefinite_factor, &reordered};
 
 Tensor trace_sqrt_product_cpu(const Tensor& a, const Tensor& b, const Tensor& pairs, int64_t method) {
   return trace_sqrt_products(kPrimitives, a, b, pairs, method);
@@ -178,6 +244,7 @@ bool has_cuda() {
 STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("has_cuda() -> bool");
   m.def("asymmetry(Tensor a) -> Tensor");
+  m.def("scaled(Tensor a) -> (Tensor, Tensor)");
   m.def("pivoted_cholesky(Tensor a) -> (Tensor, Tensor, Tensor)");
   m.def("trace_sqrt_product(Tensor a, Tensor b, Tensor pairs, int method) -> Tensor");
 }
@@ -188,6 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
   m.impl("asymmetry", TORCH_BOX(&fastgan::asymmetry_cpu));
+  m.impl("scaled", TORCH_BOX(&fastgan::scaled_cpu));
   m.impl("pivoted_cholesky", TORCH_BOX(&fastgan::pivoted_cholesky_cpu));
   m.impl("trace_sqrt_product", TORCH_BOX(&fastgan::trace_sqrt_product_cpu));
 }

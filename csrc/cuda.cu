@@ -77,7 +77,7 @@ std::vector<double> to_host(const Tensor& vector) {
   return host;
 }
 
-const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host, nullptr};
+const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host, nullptr, nullptr};
 
 Tensor trace_sqrt_product_cuda(const Tensor& a, const Tensor& b, const Tensor& pairs, int64_t method) {
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());

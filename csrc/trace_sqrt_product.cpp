@@ -25,14 +25,6 @@ struct Result {
   Method method = kFailed;
 };
 
-// The power of two at or below the largest magnitude: dividing by it is exact.
-double power_of_two_scale(double largest) {
-  if (!(largest > 0)) return 1;
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  return std::ldexp(1.0, exponent - 1);
-}
-
 double frobenius_norm(const std::vector<double>& values) {
   return std::sqrt(std::inner_product(values.begin(), values.end(), values.begin(), 0.0));
 }
@@ -101,8 +93,12 @@ class Operand {
 
   // False where A has an eigenvalue clearly below zero, by one Cholesky factorisation of A + tolerance I.
   bool semidefinite(int64_t i) {
-    const Tensor shift = scaled_identity(size_, kIndefinite);
-    return cholesky_factor(aten::add(matrix(i), shift)).has_value();
+    const Tensor shifted = torch::stable::clone(matrix(i));
+    Tensor diagonal = aten::diagonal(shifted);
+    Tensor shift = torch::stable::new_empty(diagonal, {size_});
+    torch::stable::fill_(shift, kIndefinite);
+    torch::stable::copy_(diagonal, aten::add(diagonal, shift));
+    return cholesky_factor(shifted).has_value();
   }
 
  private:
@@ -150,14 +146,14 @@ class Operand {
   // Of a factor of A that is lower triangular in some rows: the smallest eigenvalue is at least 1 / |L^{-1}|^2.
   Quality triangular_quality(const Tensor& lower, int64_t i) {
     if (lower.size(0) == 0) return {kNoise * trace(i), std::numeric_limits<double>::infinity()};
-    const Tensor inverse = torch::stable::flatten(aten::solve_lower(lower, scaled_identity(lower.size(0), 1)));
+    const Tensor inverse = torch::stable::flatten(aten::solve_lower(lower, identity(lower.size(0))));
     return {kNoise * trace(i), 1 / scalar(aten::dot(inverse, inverse))};
   }
 
-  Tensor scaled_identity(int64_t size, double scale) {
+  Tensor identity(int64_t size) {
     Tensor out = torch::stable::new_zeros(matrices_, {size, size}, ScalarType::Double);
     Tensor diagonal = aten::diagonal(out);
-    torch::stable::fill_(diagonal, scale);
+    torch::stable::fill_(diagonal, 1);
     return out;
   }
 
@@ -217,8 +213,7 @@ Tensor gram(const Primitives& primitives, const Factor& factor, const Tensor& y)
   if (!factor.order)
     return torch::stable::matmul(torch::stable::matmul(factor.rows, y), torch::stable::transpose(factor.rows, 0, 1));
   const Tensor upper = aten::index_select(factor.rows, 1, *factor.order);
-  const Tensor ordered = aten::index_select(aten::index_select(y, 0, *factor.order), 1, *factor.order);
-  return primitives.triangular_sandwich(torch::stable::transpose(upper, 0, 1), ordered);
+  return primitives.triangular_sandwich(torch::stable::transpose(upper, 0, 1), primitives.reordered(y, *factor.order));
 }
 
 // By eigenvalues of F^T Y F with a factor of X = F F^T, or nothing where their error bound is too wide.

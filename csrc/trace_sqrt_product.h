@@ -3,12 +3,21 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
 namespace fastgan {
 
 using torch::stable::Tensor;
+
+// The power of two at or below the largest magnitude: dividing by it is exact.
+inline double power_of_two_scale(double largest) {
+  if (!(largest > 0)) return 1;
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  return std::ldexp(1.0, exponent - 1);
+}
 
 // F with F F^T = A up to rounding, by rows: those of F^T.
 struct [[gnu::visibility("hidden")]] FactorRows {
@@ -26,6 +35,8 @@ struct Primitives {
   // Of a (d, d) float64 matrix, as in fastgan/reference/pivoted_cholesky.py, or nothing where the matrix is not
   // semi-definite to rounding. Null on a GPU, where it would wait for the device at each pivot.
   std::optional<FactorRows> (*pivoted_cholesky)(const Tensor& a);
+  // Rows and columns of a symmetric matrix in the order of such a factor; null with it.
+  Tensor (*reordered)(const Tensor& a, const Tensor& order);
 };
 
 // Rows (value, error bound, method) for the index pairs (i, j) into a (na, d, d) and b (nb, d, d); `pairs` is (n, 2)

@@ -132,6 +132,8 @@ def _factored(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two, and the symmetric float64 matrices divided by them."""
+    if not matrices.is_cuda and _extension.available("cpu"):
+        return torch.ops.fastgan_C.scaled(matrices)
     wide = matrices.double()
     scale = power_of_two(wide)
     return scale, symmetric_part(wide / scale[:, None, None])

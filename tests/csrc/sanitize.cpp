@@ -176,16 +176,18 @@ void test_small(const Values& sigma, bool definite) {
 void test_pivoted(const Values& sigma, int64_t rank) {
   const auto d = int64_t(sigma.size());
   const Values a = with_spectrum(sigma, d, d, true);
-  Values rest = a, rows(d * d, 0), block(fastgan::kPivotBlock * d), product(d * d);
-  const auto gram = [&](int64_t count, int64_t size) {
-    for (int64_t i = 0; i < size; ++i)
-      for (int64_t j = 0; j < size; ++j) {
-        product[i * size + j] = 0;
-        for (int64_t k = 0; k < count; ++k) product[i * size + j] += block[k * d + i] * block[k * d + j];
+  Values rows(d * d, 0), block(fastgan::kPivotBlock * d), current;
+  const auto complement = [&](const double* rest, int64_t size, int64_t count, const std::vector<int64_t>& kept) {
+    Values next;
+    for (size_t i = 0; i < kept.size(); ++i)
+      for (size_t j = 0; j < kept.size(); ++j) {
+        next.push_back(rest[kept[i] * size + kept[j]]);
+        for (int64_t k = 0; k < count; ++k) next.back() -= block[k * d + i] * block[k * d + j];
       }
-    return static_cast<const double*>(product.data());
+    current = std::move(next);
+    return static_cast<const double*>(current.data());
   };
-  const fastgan::PivotedFactor factor = fastgan::pivoted_cholesky(rest.data(), d, rows.data(), block.data(), gram);
+  const fastgan::PivotedFactor factor = fastgan::pivoted_cholesky(a.data(), d, rows.data(), block.data(), complement);
   double worst = 0, largest = 0;
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) {
