@@ -11,8 +11,9 @@ from bench.records import Record, RecordError, Run, read_run
 
 SELECTED = {
     "attention": r"^block (backward|penalty), C=(128 H=32|64 H=64) ",
+    "fid": r"^(inception|class_distances|command|resident)",
     "spectral_norm": r"critic, forward\+backward",
-    "sqrtm": r"(full_rank|rank_deficient|one_against_\d+|classes)-(256|2048)$|pairs-32$|^sqrtm",
+    "sqrtm": r"(full_rank|unrelated|rank_deficient|one_against_\d+|classes)-(256|2048)$|pairs-32$|^sqrtm",
     "train_step": r"discriminator$",
 }
 """Workloads that the README shows of a suite, if it has any of them; all of the others."""
