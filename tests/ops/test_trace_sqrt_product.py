@@ -6,10 +6,21 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastgan import _extension
 from fastgan.linalg import trace_sqrt_product
-from fastgan.ops.trace_sqrt_product import asymmetry, trace_sqrt_product_bwd
+from fastgan.ops.trace_sqrt_product import asymmetry, scaled, trace_sqrt_product_bwd
 from fastgan.ops.trace_sqrt_product import trace_sqrt_product as op
 from fastgan.reference import trace_sqrt_product as reference
-from tests.spectra import IMPLS, SPECTRA, TOLERANCE, covariance, factor, nuclear_norm, relative_error
+from fastgan.reference.nuclear_norm import power_of_two
+from fastgan.reference.sqrtm import symmetric_part
+from tests.spectra import (
+    IMPLS,
+    SPECTRA,
+    TOLERANCE,
+    covariance,
+    covariance_of_rank,
+    factor,
+    nuclear_norm,
+    relative_error,
+)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -44,6 +55,34 @@ def test_extension_equals_reference(method, dtype):
     assert info.methods == expected_info.methods
     torch.testing.assert_close(info.error_bound, expected_info.error_bound, rtol=1e-9, atol=0)
     assert (info.implementation, expected_info.implementation) == ("extension", "reference")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("factor", [2.0**-120, 1.0, 2.0**120])
+def test_scaled_equals_its_definition(factor, dtype):
+    matrices = torch.randn(3, 67, 67, dtype=torch.float64).mul(factor).to(dtype)
+    matrices[1] = 0
+    scale, found = scaled(matrices)
+    assert torch.equal(scale, power_of_two(matrices.double()))
+    assert torch.equal(scale[1], torch.ones_like(scale[1]))
+    assert torch.equal(found, symmetric_part(matrices.double() / scale[:, None, None]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ranks", [(30, 9), (9, 30)])
+def test_singular_pairs_go_by_the_factor_of_lower_rank(ranks, impl):
+    (x, a), (y, b) = (covariance_of_rank(rank + 1, 48, seed=rank) for rank in ranks)
+    value, info = trace_sqrt_product(a, b, impl=impl, return_info=True)
+    assert info.method == "pivoted"
+    assert relative_error(value, torch.linalg.svdvals(x @ y.mT).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batches_at_extreme_scales(impl):
+    a, b = covariance(5, 7), covariance(5, 7)
+    truth = trace_sqrt_product(a, b)
+    for scale in (1e300, 1e-300):
+        assert relative_error(trace_sqrt_product(a * scale, b * scale, impl=impl) / scale, truth) < 1e-13
 
 
 @pytest.mark.parametrize("impl", IMPLS)
