@@ -1,7 +1,7 @@
 """Matrix square roots: fastgan against scipy's Schur method, torch's eigensolvers and plain Newton-Schulz.
 
-The time that unsymmetric eigensolvers take depends on the spectra, fastgan's does not: ``full_rank``, two samples of one
-population with eigenvalues down to 1e-6, is hard for them, ``unrelated`` is easy. Features of photographs, whose
+The time that unsymmetric eigensolvers take depends on the spectra, fastgan's does not: ``full_rank``, two samples of
+one population with eigenvalues down to 1e-6, is hard for them, ``unrelated`` is easy. Features of photographs, whose
 eigenvalues span as much, were found nearer to ``unrelated`` (EfficientNet's, 1280 dimensions).
 
 Errors are relative to the workload's reference: of singular values of factors, which keep all digits for any spectrum,
