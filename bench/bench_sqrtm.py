@@ -73,10 +73,8 @@ def full_rank(d: int, device: str) -> Workload:
 def unrelated(d: int, device: str) -> Workload:
     """Covariances of two populations with nothing in common, of eigenvalues down to 1e-4 of the largest."""
 
-    @functools.cache
     def pair() -> tuple[Tensor, Tensor]:
-        samples = (features(SAMPLES[d], d, seed, device, population=seed, smallest=1e-2) for seed in (1, 2))
-        a, b = (torch.cov(x.T) for x in samples)
+        a, b = (covariance(SAMPLES[d], d, seed, device, population=seed, smallest=1e-2) for seed in (1, 2))
         return a, b
 
     implementations = {
@@ -260,8 +258,8 @@ def centred(n: int, d: int, seed: int, device: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def covariance(n: int, d: int, seed: int, device: str) -> Tensor:
-    return torch.cov(features(n, d, seed, device).T)
+def covariance(n: int, d: int, seed: int, device: str, population: int = 0, smallest: float = 1e-3) -> Tensor:
+    return torch.cov(features(n, d, seed, device, population, smallest).T)
 
 
 @functools.lru_cache(maxsize=1)

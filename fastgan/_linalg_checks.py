@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgan.checks import check_alike, check_tensor
 from fastgan.ops.nuclear_norm import IMPLS
-from fastgan.ops.trace_sqrt_product import asymmetry
+from fastgan.ops.trace_sqrt_product import asymmetry, batch_shape
 from fastgan.reference.trace_sqrt_product import INDEFINITE
 
 DTYPES = (torch.float32, torch.float64)
@@ -46,10 +46,8 @@ def check_pair(names: tuple[str, str], left: Tensor, right: Tensor) -> None:
     check_alike(**{a: left, b: right})
     if left.shape[-1] != right.shape[-1]:
         raise ValueError(f"{b} must have the d of {a} ({left.shape[-1]}), got {right.shape[-1]}")
-    if left.shape[:-2] == right.shape[:-2]:  # the first call of torch.broadcast_shapes imports sympy for a second
-        return
     try:
-        torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        batch_shape(left, right)
     except RuntimeError:
         shapes = f"{tuple(left.shape[:-2])}, got {tuple(right.shape[:-2])}"
         raise ValueError(f"{b} must have batch dimensions that broadcast with those of {a}: {shapes}") from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _linalg_checks as checks
-from fastgan.checks import needs_no_dispatch
+from fastgan.checks import is_differentiated, needs_no_dispatch
 from fastgan.ops import nuclear_norm as norm_ops
 from fastgan.ops import sqrtm as sqrtm_ops
 from fastgan.ops.nuclear_norm import direct_rows, value_tolerance
@@ -49,10 +49,9 @@ def root_of(cov: Tensor, name: str) -> tuple[Tensor, bool]:
     if checks.watched() or not bool(singular.any()):
         return lower, True
     if cov.ndim == 2 and needs_no_dispatch(cov):
-        return row_root(name, cov).mT, False
+        return _singular_row_root(name, cov).mT, False
     checks.check_semidefinite(name, cov)
-    root = sqrtm_ops.compute if needs_no_dispatch(cov) else sqrtm_ops.sqrtm
-    return root(cov, "auto", False, "auto"), False
+    return sqrtm_ops.call(cov, "auto", False, "auto"), False
 
 
 def row_root(name: str, cov: Tensor) -> Tensor:
@@ -63,8 +62,10 @@ def row_root(name: str, cov: Tensor) -> Tensor:
         ValueError: the covariance is clearly indefinite.
     """
     lower, singular = cholesky_if_definite(cov)
-    if not bool(singular):
-        return lower.mT.contiguous()
+    return _singular_row_root(name, cov) if bool(singular) else lower.mT.contiguous()
+
+
+def _singular_row_root(name: str, cov: Tensor) -> Tensor:
     rows = None if cov.is_cuda else semidefinite_rows(cov)
     if rows is not None and len(rows):
         return rows.contiguous()
@@ -86,8 +87,8 @@ def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds
 
     F that has about as many rows as columns goes by eigenvalues of F cov F^T, which needs no factor of cov.
     """
-    differentiable = torch.is_grad_enabled() and (factor.requires_grad or cov.requires_grad)
-    if differentiable or factor.ndim > 2 or factor.is_cuda or checks.watched() or 2 * len(factor) <= cov.shape[-1]:
+    one_by_one = factor.ndim == 2 and 2 * len(factor) > cov.shape[-1] and not factor.is_cuda
+    if not one_by_one or is_differentiated(factor, cov) or checks.watched():
         return _products(factor, *root_of(symmetric_part(cov.double()), name), impl, bounds)
     rows = without_mean(factor.double())
     upper, tolerance = _is_upper(rows), value_tolerance(factor.dtype)
@@ -128,10 +129,9 @@ def _products(factor: Tensor, other: Tensor, triangular: bool, impl: str, bounds
     def solve(factor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         rows = without_mean(factor.double())
         product = _times_lower(rows, other) if triangular else rows @ other
-        norm = norm_ops.compute if needs_no_dispatch(product) else norm_ops.nuclear_norm
-        return norm(product, "auto", impl, bounds)
+        return norm_ops.call(product, "auto", impl, bounds)
 
-    differentiable = torch.is_grad_enabled() and (factor.requires_grad or other.requires_grad)
+    differentiable = is_differentiated(factor, other)
     triangular = triangular and other.ndim == 2 and not differentiable
     if differentiable or checks.watched() or (factor.ndim == 2) == (other.ndim == 2):
         return solve(factor, other)

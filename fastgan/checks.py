@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,13 +41,27 @@ def check_alike(**tensors: Tensor) -> None:
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
+def is_differentiated(*tensors: Tensor) -> bool:
+    """True where autograd records what is computed of these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def needs_no_dispatch(*tensors: Tensor) -> bool:
     """True where an op of these tensors may be computed by a plain call: neither its gradient nor its graph is wanted.
 
     The first call of a ``torch.library.custom_op`` imports torch._dynamo, which takes a second or two.
     """
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not differentiable and runs_at_once(*tensors)
+    return not is_differentiated(*tensors) and runs_at_once(*tensors)
+
+
+def dispatched_if_needed(compute: Callable[..., R], op: Callable[..., R]) -> Callable[..., R]:
+    """``op``, made of ``compute``, as a function that calls the latter where :func:`needs_no_dispatch` allows it."""
+
+    def call(*args: Any) -> R:
+        plain = needs_no_dispatch(*(x for x in args if isinstance(x, Tensor)))
+        return compute(*args) if plain else op(*args)
+
+    return call
 
 
 def runs_at_once(*tensors: Tensor) -> bool:

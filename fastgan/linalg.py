@@ -10,7 +10,6 @@ from torch import Tensor
 from fastgan import _linalg_checks as checks
 from fastgan._linalg_checks import ASYMMETRIC, DTYPES
 from fastgan._lowrank import against_covariance, against_factor
-from fastgan.checks import needs_no_dispatch
 from fastgan.ops import nuclear_norm as nuclear_norm_ops
 from fastgan.ops import sqrtm as sqrtm_ops
 from fastgan.ops import trace_sqrt_product as trace_ops
@@ -88,8 +87,7 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
             checks.check_definite("a", a)
         else:
             checks.check_semidefinite("a", a)
-    root = sqrtm_ops.compute if needs_no_dispatch(a) else sqrtm_ops.sqrtm
-    return root(a, method, inverse, impl)
+    return sqrtm_ops.call(a, method, inverse, impl)
 
 
 @overload
@@ -125,8 +123,7 @@ def nuclear_norm(
     if not checks.watched():
         impl = resolve(impl, m.device)
         checks.check_finite("m", m)
-    norm = nuclear_norm_ops.compute if needs_no_dispatch(m) else nuclear_norm_ops.nuclear_norm
-    value, report = norm(m, method, impl, return_info)
+    value, report = nuclear_norm_ops.call(m, method, impl, return_info)
     return (value, _info(report, _NORM_NAMES, impl)) if return_info else value
 
 
@@ -240,8 +237,7 @@ def trace_sqrt_product(
         raise ValueError(f"method='jacobi' needs the extension and d <= {limit}, got impl={impl!r}, d = {a.shape[-1]}")
     if method == "pivoted" and a.is_cuda:
         raise ValueError(f"method='pivoted' runs on a CPU: it looks at each pivot; got operands on {a.device}")
-    trace = trace_ops.compute if needs_no_dispatch(a, b) else trace_ops.trace_sqrt_product
-    value, report = trace(a, b, method, impl, return_info)
+    value, report = trace_ops.call(a, b, method, impl, return_info)
     if not watched and bool((report[..., METHOD] == FAILED).any()):
         raise ValueError(_failure(a, b, method))
     return (value, _info(report, _TRACE_NAMES, impl)) if return_info else value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastgan.checks import is_differentiated
 from fastgan.nn.normed_weight import AUTOCAST, NormedWeight, OlderHook, Reading, Vectors, scale, update
 from fastgan.nn.spectral_norm import SpectralNorm, check_settings, spectral_norm
 from fastgan.nn.spectral_norm_state import complete, only_norm, parametrizations
@@ -94,7 +95,7 @@ class SpectralNormGroup:
                 cached = self._cache[key] = _Cached(_versions(sources), _sample(sources), vectors, {})
         else:
             vectors = cached.vectors
-        if not reusable or cached is None or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+        if not reusable or cached is None or is_differentiated(*weights):
             return scale(readings, vectors)
         output_key = (tuple(r.dtype for r in readings), torch.is_inference_mode_enabled())
         if output_key not in cached.outputs:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan import _extension
+from fastgan.checks import dispatched_if_needed
 from fastgan.reference import nuclear_norm as reference
 from fastgan.reference.nuclear_norm import GRAM, POLAR, SVD, power_of_two
 
@@ -81,6 +82,7 @@ def compute(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Te
 
 
 nuclear_norm = custom_op("fastgan::nuclear_norm", mutates_args=())(compute)
+call = dispatched_if_needed(compute, nuclear_norm)
 
 
 def _solve(m: Tensor, dtype: torch.dtype, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:

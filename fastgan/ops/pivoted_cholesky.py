@@ -17,4 +17,4 @@ def semidefinite_rows(a: Tensor) -> Tensor | None:
     """
     compute = torch.ops.fastgan_C.pivoted_cholesky if _extension.available("cpu") else reference.pivoted_cholesky
     rows, _, remainder = compute(a)
-    return rows if remainder.item() <= 2 * reference.pivot_floor(a) else None
+    return rows if reference.is_semidefinite(a, remainder) else None

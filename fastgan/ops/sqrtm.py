@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastgan.checks import dispatched_if_needed
 from fastgan.ops.nuclear_norm import by_products, captured, resolve
 from fastgan.reference import sqrtm as reference
 from fastgan.reference.nuclear_norm import lyapunov_newton_schulz, power_of_two
@@ -34,6 +35,7 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
 
 
 sqrtm = custom_op("fastgan::sqrtm", mutates_args=())(compute)
+call = dispatched_if_needed(compute, sqrtm)
 
 
 def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:

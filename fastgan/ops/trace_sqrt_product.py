@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan import _extension
+from fastgan.checks import dispatched_if_needed
 from fastgan.ops.nuclear_norm import (
     IMPLS,
     LOWER,
@@ -25,8 +26,7 @@ from fastgan.ops.nuclear_norm import (
 )
 from fastgan.reference import trace_sqrt_gradients as gradients
 from fastgan.reference import trace_sqrt_product as reference
-from fastgan.reference.nuclear_norm import power_of_two, root_sum
-from fastgan.reference.sqrtm import symmetric_part
+from fastgan.reference.nuclear_norm import root_sum
 from fastgan.reference.trace_sqrt_product import CHOLESKY, DIRECT, FAILED, JACOBI, POLAR
 
 __all__ = ["IMPLS", "METHODS", "asymmetry", "resolve", "trace_sqrt_product"]
@@ -44,7 +44,7 @@ _CHUNK_ENTRIES = 2**26  # of the products that a chunk of pairs is iterated on
 
 def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """tr((A B)^{1/2}) of (..., d, d) matrices, and float64 (lower bound, upper bound, method code, iterations)."""
-    shape = _batch_shape(a, b)
+    shape = batch_shape(a, b)
     matrices_a, matrices_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     if method == "auto" and a.is_cuda:
         small = a.shape[-1] <= JACOBI_SIZE and resolve(impl, a.device) == "extension"
@@ -59,6 +59,7 @@ def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple
 
 
 trace_sqrt_product = custom_op("fastgan::trace_sqrt_product", mutates_args=())(compute)
+call = dispatched_if_needed(compute, trace_sqrt_product)
 
 
 def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
@@ -134,14 +135,15 @@ def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two, and the symmetric float64 matrices divided by them."""
     if not matrices.is_cuda and _extension.available("cpu"):
         return torch.ops.fastgan_C.scaled(matrices)
-    wide = matrices.double()
-    scale = power_of_two(wide)
-    return scale, symmetric_part(wide / scale[:, None, None])
+    return reference.scaled(matrices)
 
 
-def _batch_shape(a: Tensor, b: Tensor) -> torch.Size:
+def batch_shape(a: Tensor, b: Tensor) -> torch.Size:
+    """Of the values. Raises RuntimeError where the batch dimensions do not broadcast."""
     left, right = a.shape[:-2], b.shape[:-2]
-    return left if left == right else torch.broadcast_shapes(left, right)
+    if left == right:  # the first call of torch.broadcast_shapes imports sympy for a second
+        return left
+    return torch.broadcast_shapes(left, right)
 
 
 def _indices(operand: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
@@ -152,7 +154,7 @@ def _indices(operand: Tensor, shape: torch.Size, device: torch.device) -> Tensor
 
 @trace_sqrt_product.register_fake
 def _(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
-    shape = _batch_shape(a, b)
+    shape = batch_shape(a, b)
     return a.new_empty(shape), a.new_empty((*shape, 4), dtype=torch.float64)
 
 

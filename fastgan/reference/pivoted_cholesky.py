@@ -29,8 +29,7 @@ def pivoted_cholesky(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         C, of which the columns in the order of the pivots are upper trapezoidal; the order (d,) int64; and the largest
-        magnitude in A - C^T C, a 0-dimensional tensor. The last is above twice :func:`pivot_floor` where A is not
-        semi-definite to rounding.
+        magnitude in A - C^T C, a 0-dimensional tensor, for :func:`is_semidefinite`.
     """
     rest, floor, rank = a.clone(), pivot_floor(a), 0
     index, pivots = torch.arange(len(a), device=a.device), []
@@ -47,6 +46,11 @@ def pivoted_cholesky(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rest = torch.addmm(rest[kept][:, kept], block.mT, block, alpha=-1)
     remainder = rest.abs().amax() if len(index) else a.new_zeros(())
     return rows[:rank], torch.cat([*pivots, index]), remainder
+
+
+def is_semidefinite(a: Tensor, remainder: Tensor) -> bool:
+    """Whether A is semi-definite to rounding, from what its factor leaves of it."""
+    return remainder.item() <= 2 * pivot_floor(a)
 
 
 def _factor_block(rest: Tensor, floor: float) -> tuple[Tensor, Tensor]:

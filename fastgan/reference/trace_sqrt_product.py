@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastgan.reference.nuclear_norm import power_of_two, root_sum
-from fastgan.reference.pivoted_cholesky import ROUNDING, pivot_floor, pivoted_cholesky
+from fastgan.reference.pivoted_cholesky import ROUNDING, is_semidefinite, pivoted_cholesky
+from fastgan.reference.sqrtm import symmetric_part
 
 FAILED, CHOLESKY, PIVOTED, EIGH, SVD, AUTO, POLAR, JACOBI = -1, 0, 1, 2, 3, 4, 5, 6
 DIRECT = {"auto": AUTO, "cholesky": CHOLESKY, "pivoted": PIVOTED, "eigh": EIGH, "svd": SVD}
@@ -40,6 +41,13 @@ def asymmetry(a: Tensor) -> Tensor:
     ]
     # amax carries NaN along, and an infinite entry makes its own difference infinite or NaN.
     return torch.stack([torch.stack(gaps, 1).amax(1), torch.maximum(a.amax((1, 2)), -a.amin((1, 2)))], 1).double()
+
+
+def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of two (n,), and the symmetric float64 matrices (n, d, d) divided by them."""
+    wide = matrices.double()
+    scale = power_of_two(wide)
+    return scale, symmetric_part(wide / scale[:, None, None])
 
 
 def trace_sqrt_product(a: Tensor, b: Tensor, pairs: Tensor, method: int) -> Tensor:
@@ -107,10 +115,8 @@ class _Operand:
 
     def _entry(self, i: int) -> tuple[Tensor, float]:
         if i not in self._scaled:
-            matrix = self.matrices[i].double()
-            scale = power_of_two(matrix)
-            matrix = matrix / scale
-            self._scaled[i] = (0.5 * (matrix + matrix.mT), scale.item())
+            scale, (matrix,) = scaled(self.matrices[i : i + 1])
+            self._scaled[i] = matrix, scale.item()
         return self._scaled[i]
 
     def cholesky(self, i: int) -> Tensor | None:
@@ -140,7 +146,7 @@ class _Operand:
         """
         matrix = self.matrix(i)
         rows, order, remainder = pivoted_cholesky(matrix)
-        if not remainder.item() <= 2 * pivot_floor(matrix):
+        if not is_semidefinite(matrix, remainder):
             return None
         lower = rows[:, order[: len(rows)]].mT
         return _Factor(rows, order, self._triangular_quality(lower, i), PIVOTED)
