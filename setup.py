@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 BLACKWELL_NVCC = (12, 8)  # the first that knows sm_100
+KERNEL_PACKAGES = ["fastgan.kernels", *(f"fastgan.kernels.{name}" for name in find_packages("kernels"))]
 CPU_SOURCES = ["csrc/cpu.cpp", "csrc/cpu_iterations.cpp", "csrc/trace_sqrt_product.cpp"]
 CUDA_SOURCES = ["csrc/cuda.cu", "csrc/cuda_iterations.cu"]
 
@@ -188,7 +189,7 @@ def build_command() -> type[build_ext]:
 
 ext_modules = extensions()
 setup(
-    packages=[*find_packages(include=["fastgan", "fastgan.*"]), "fastgan.kernels"],
+    packages=[*find_packages(include=["fastgan", "fastgan.*"]), *KERNEL_PACKAGES],
     package_dir={"fastgan.kernels": "kernels"},
     package_data={"fastgan": ["py.typed", "recipes/*.yaml"]},
     ext_modules=ext_modules,

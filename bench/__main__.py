@@ -10,9 +10,9 @@ import torch
 import typer
 
 from bench import compare as comparison
-from bench.harness import SUITES, load
-from bench.records import RecordError, read_run, results_folder
 from bench.session import Session
+from fastgan.bench.harness import SUITES, load
+from fastgan.bench.records import RecordError, read_run, results_folder
 from fastgan.cli.errors import OneLineErrors
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import relative_difference, relative_norm
-from bench.harness import Workload
-from fastgan.metrics.resize import channels_first, clean_with_pillow
+from fastgan.bench.harness import Workload
+from fastgan.data.resize import channels_first, clean_with_pillow
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"  # where pytorch-fid looks for them
 READ_SIZE = {"legacy_pytorch": None, "clean": 299}  # to which the readers resize; the device does it otherwise

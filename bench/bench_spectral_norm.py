@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
 from bench.errors import largest_relative_norm
-from bench.harness import Workload, wait
+from fastgan.bench.harness import Workload, wait
 from fastgan.demo_timings import Weights
 from fastgan.nn import group_spectral_norm
 

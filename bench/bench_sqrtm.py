@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from bench.errors import relative_difference, relative_norm
-from bench.harness import Workload
 from fastgan import backend_status
+from fastgan.bench.harness import Workload
 from fastgan.linalg import sqrtm, trace_sqrt_product
 
 QUICK_SIZE = 256

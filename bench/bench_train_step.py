@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 from bench.eager_attention import EagerAttention
 from bench.errors import relative_norm
-from bench.harness import Workload
+from fastgan.bench.harness import Workload
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.recipes import load_recipe
 from fastgan.training import EMA, Objective, RecipeGan, TrainStep, build_networks

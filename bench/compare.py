@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.records import Record, RecordError, Run
+from fastgan.bench.records import Record, RecordError, Run
 
 LEAST_SLOWDOWN = 1.05
 """The quantiles of a few rounds understate the noise between processes: less than this never counts."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.records import Record, RecordError, Run, read_run
+from fastgan.bench.records import Record, RecordError, Run, read_run
 
 SELECTED = {
     "attention": r"^block (backward|penalty), C=(128 H=32|64 H=64) ",

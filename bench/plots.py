@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.digest import lines, seconds, times
-from bench.records import Record, Run
-from fastgan.files import atomic_path
+from fastgan._files import atomic_path
+from fastgan.bench.records import Record, Run
 
 DIGEST = "fastgan-records"
 COLOUR, GREY = "#1f6fb4", "#9aa5b1"

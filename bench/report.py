@@ -10,8 +10,8 @@ from typing import Any
 
 from bench import plots
 from bench.digest import Line, lines, read_runs, times
-from bench.records import Record, RecordError, Run
-from fastgan.files import write_text
+from fastgan._files import write_text
+from fastgan.bench.records import Record, RecordError, Run
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- {}: made by `python -m bench report` -->", "<!-- /{} -->"

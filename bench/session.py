@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import load, run
-from bench.records import Record, Run, environment, write_run
+from fastgan.bench.harness import load, run
+from fastgan.bench.records import Record, Run, environment, write_run
 
 
 @dataclass

@@ -5,7 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from bench.harness import SUITES, check_all, flush_cache, load, wait
+from fastgan.bench.harness import SUITES, check_all, flush_cache, load, wait
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -22,10 +22,10 @@ import torch
 import typer
 from torch import Tensor
 
-from bench.records import environment
+from fastgan._files import write_text
+from fastgan.bench.records import environment
 from fastgan.data import LabelledImages, sketches_of
 from fastgan.demo import pixel_classifier
-from fastgan.files import write_text
 from fastgan.metrics import precision_recall
 from fastgan.recipes import load_recipe, override
 from fastgan.training import class_rows, sample

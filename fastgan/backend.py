@@ -13,6 +13,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -60,8 +61,6 @@ class BackendStatus:
 
 def backend_status() -> BackendStatus:
     """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension."""
-    from fastgan import _extension
-
     return BackendStatus(
         (
             Backend("torch", True, f"{torch.__version__} (python {platform.python_version()})"),
@@ -74,7 +73,8 @@ def backend_status() -> BackendStatus:
                 else "TRITON_INTERPRET not set",
             ),
             _gpu(),
-            *_extension.status(),
+            _extension("cpu"),
+            _extension("cuda"),
         )
     )
 
@@ -114,6 +114,42 @@ def _gpu() -> Backend:
     if torch.version.cuda is None:
         return Backend("gpu", False, "torch was built without CUDA")
     return Backend("gpu", False, "no CUDA device is visible")
+
+
+@functools.cache
+def _load_extension() -> str:
+    """Load the C++/CUDA extension ``fastgan/_C*.so``; return "" on success, else the reason why it is missing."""
+    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return "not built: reinstall with `pip install --no-build-isolation .` where a C++ compiler is at hand"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{found[0].name} does not load: {error}"
+    return ""
+
+
+def extension_missing(device_type: str = "cpu") -> str:
+    """Return why the extension's half for ``device_type`` ("cpu" or "cuda") cannot be used; "" if it can."""
+    reason = _load_extension()
+    if not reason and device_type == "cuda" and not torch.ops.fastgan_C.has_cuda():
+        return "built without CUDA: no nvcc of torch's CUDA version was found (FASTGAN_CUDA=1 demands one)"
+    return reason
+
+
+def extension_available(device_type: str = "cpu") -> bool:
+    """Return whether the extension's half for ``device_type`` is loaded. The first no warns once."""
+    missing = extension_missing(device_type)
+    if missing:
+        warn_once(f"fastgan runs its Python path in place of the C++ extension ({device_type}): {missing}")
+    return not missing
+
+
+def _extension(device_type: str) -> Backend:
+    missing = extension_missing(device_type)
+    idle = device_type == "cuda" and not torch.cuda.is_available()
+    detail = missing or ("built, with no CUDA device to run on" if idle else "loaded")
+    return Backend(f"extension {device_type}", not missing, detail)
 
 
 @_called_when_traced

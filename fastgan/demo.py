@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 import fastgan
+from fastgan._checks import InputError
+from fastgan._files import write_bytes, write_text
+from fastgan.bench.timing import device_name
 from fastgan.data import LabelledImages, digits
 from fastgan.demo_timings import TimedWorkload, time_workloads
-from fastgan.files import write_bytes, write_text
 from fastgan.metrics import FeatureStats, frechet_distance, load_backbone
-from fastgan.metrics.errors import InputError
-from fastgan.pictures import curves_png, grid_png
 from fastgan.recipes import Recipe, load_recipe
-from fastgan.timing import device_name
 from fastgan.training import History, ProgressBar, Trainer, build_networks, class_rows, sample
+from fastgan.training.pictures import curves_png, grid_png
 
 if TYPE_CHECKING:
     from rich.console import Console

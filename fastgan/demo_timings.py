@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastgan.bench.timing import Timing, compare
 from fastgan.linalg import trace_sqrt_product
 from fastgan.models import SAGANDiscriminator
 from fastgan.nn import group_spectral_norm
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
-from fastgan.timing import Timing, compare
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels.attention_tiles import load_tile, store_tile
+from fastgan._layout import rows_of
+from fastgan.kernels.attention.tiles import load_tile, store_tile
 from fastgan.kernels.device import on_its_device
 from fastgan.kernels.precision import conv_precision, dot, narrow
 from fastgan.kernels.projection_config import CHUNK, NUM_STAGES, across, block_for
-from fastgan.layout import rows_of
 
 
 @on_its_device

@@ -29,7 +29,7 @@ def aot_cases(capability: int) -> list:
     """Every tile in float16 and float32, x channels-first and channels-last, float32 x under float16 weights."""
     del capability
     from fastgan.kernels.pooled_projection import pooled_projection_fwd_kernel
-    from fastgan.kernels.projection_residual import PIXELS, projection_residual_fwd_kernel
+    from fastgan.kernels.projections import PIXELS, projection_residual_fwd_kernel
 
     cases = []
     tiles = (16, 32, 64, 128)

@@ -50,7 +50,9 @@ def _parse() -> argparse.Namespace:
 
 
 def _cases(op: str, capability: int) -> list:
-    module = {"attention": "attention_aot", "projection": "projection_config", "spectral_norm": "spectral_norm"}[op]
+    module = {"attention": "attention.aot", "projection": "projection_config", "spectral_norm": "spectral_norm.launch"}[
+        op
+    ]
     return importlib.import_module(f"fastgan.kernels.{module}").aot_cases(capability)
 
 

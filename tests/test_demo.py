@@ -8,8 +8,8 @@ import torch
 
 import fastgan.demo
 import fastgan.models
+from fastgan._checks import InputError
 from fastgan.demo import run_demo
-from fastgan.metrics.errors import InputError
 
 SCORED = 20
 

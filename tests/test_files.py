@@ -1,6 +1,6 @@
 import pytest
 
-from fastgan.files import atomic_path, write_bytes, write_text
+from fastgan._files import atomic_path, write_bytes, write_text
 
 
 def test_writes_into_a_new_folder_and_overwrites(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgan import _extension
+from fastgan import backend
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "kernels", "fastgan")
@@ -194,7 +194,7 @@ def test_wheel_with_the_extension(tree):
     assert float(loaded.stdout) == pytest.approx(3, rel=1e-6)
 
 
-@pytest.mark.skipif(bool(_extension._load()), reason="the extension is not built")
+@pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
 def test_built_extension_uses_the_stable_abi_alone():
     """Any symbol of namespace c10 or at is tied to one release of torch."""
     if shutil.which("nm") is None:
@@ -208,9 +208,9 @@ def test_built_extension_uses_the_stable_abi_alone():
     assert not [symbol for symbol in symbols if symbol.startswith(("_ZN3c10", "_ZN2at", "_ZNK3c10", "_ZNK2at"))]
 
 
-@pytest.mark.skipif(bool(_extension._load()), reason="the extension is not built")
+@pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
 def test_broken_extension_is_reported_not_raised(tmp_path, monkeypatch):
     (tmp_path / "_C.so").write_bytes(b"not a library")
-    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
-    reason = _extension._load.__wrapped__()
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    reason = backend._load_extension.__wrapped__()
     assert "_C.so does not load" in reason

@@ -44,7 +44,7 @@ def _usage_errors(program: str) -> Iterator[None]:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn an ``InputError`` into one line on stderr and exit status 2."""
-    from fastgan.metrics.errors import InputError
+    from fastgan._checks import InputError
 
     try:
         yield
@@ -58,7 +58,7 @@ def _fail(program: str, message: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         typer.echo(line, err=True)
     else:
-        from fastgan.metrics.distributed import told_by_one
+        from fastgan.distributed import told_by_one
 
         told_by_one(line, functools.partial(typer.echo, err=True))
     raise typer.Exit(2) from None

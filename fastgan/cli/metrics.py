@@ -77,11 +77,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
+    from fastgan.data.archives import open_images, register_opener
     from fastgan.metrics.bias import check_plot_path, plot_bias
     from fastgan.metrics.compare import finish
     from fastgan.metrics.evaluate import METRICS, EvaluateOptions
     from fastgan.metrics.evaluate import evaluate as measure
-    from fastgan.metrics.sources import open_images, register_opener
     from fastgan.training.evaluation import RunSamples, classify_run, open_run
 
     register_opener(open_run)

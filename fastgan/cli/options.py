@@ -16,7 +16,7 @@ import typer
 from fastgan.cli.errors import user_errors
 
 if TYPE_CHECKING:
-    from fastgan.metrics.distributed import World
+    from fastgan.distributed import World
     from fastgan.metrics.options import FeatureOptions
 
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
@@ -115,7 +115,7 @@ def warn(line: str) -> None:
 @contextmanager
 def all_processes(options: FeatureOptions) -> Iterator[tuple[World, Callable[..., None]]]:
     """The processes that torchrun started, or this one; and a print that the first alone does."""
-    from fastgan.metrics.distributed import launched_world
+    from fastgan.distributed import launched_world
 
     with launched_world(options.torch_device()) as world:
         yield world, typer.echo if world.is_first else _print_nothing

@@ -37,8 +37,8 @@ def train(
     On several devices: torchrun --nproc-per-node K -m fastgan train ...; batch_size is that of all together.
     """
     with user_errors():
-        from fastgan.errors import InputError
-        from fastgan.metrics.distributed import launched_world
+        from fastgan._checks import InputError
+        from fastgan.distributed import launched_world
         from fastgan.recipes import load_recipe, override
         from fastgan.training.run import resume_run, start_run
 
@@ -116,7 +116,7 @@ def sample(
 def _device(name: str | None) -> str:
     import torch
 
-    from fastgan.errors import InputError
+    from fastgan._checks import InputError
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,8 +131,8 @@ def _own_device(name: str | None) -> torch.device:
     """The device of this process: of several that torchrun started, each has a GPU of its own."""
     import torch
 
-    from fastgan.errors import InputError
-    from fastgan.metrics.distributed import local_device
+    from fastgan._checks import InputError
+    from fastgan.distributed import local_device
 
     device = torch.device(_device(name))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,11 +1,9 @@
 """Labelled image sets, their splits, and a loader that keeps them on the device."""
 
-from fastgan.data.digits import digits
+from fastgan.data.datasets import DataSplit, digits, load_data
 from fastgan.data.folders import image_folder, sketch_folder
 from fastgan.data.images import LabelledImages, as_float, stratified_split
-from fastgan.data.loader import SKETCHES, Batch, DeviceLoader, sketches_of
-from fastgan.data.sketches import edge_map
-from fastgan.data.sources import DataSplit, load_data
+from fastgan.data.loader import SKETCHES, Batch, DeviceLoader, edge_map, sketches_of
 
 __all__ = [
     "SKETCHES",

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan.data.image_sources import find_images, read_image
 from fastgan.data.images import LabelledImages
-from fastgan.errors import InputError
-from fastgan.metrics.images import find_images, read_image
 
 IMAGES, SKETCHES = "images", "sketches"
 _NAMED = 5  # files listed in a message

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastgan.checks import FLOATS, check_tensor
+from fastgan._checks import FLOATS, check_tensor
 
 PIXELS = (torch.uint8, *FLOATS)
 

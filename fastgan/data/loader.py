@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastgan._checks import check_tensor
 from fastgan.data.images import LabelledImages, as_float
-from fastgan.data.sketches import edge_map
 
 Batch = dict[str, Tensor]
 
@@ -187,3 +188,25 @@ def sketches_of(data: LabelledImages, sketches: str) -> Tensor:
         chosen.append(by_class.order[by_class.starts[label] + seen[label] % by_class.counts[label]])
         seen[label] += 1
     return as_float(data.sketches[torch.stack(chosen)])
+
+
+def edge_map(images: Tensor) -> Tensor:
+    """A line drawing of each image: dark strokes (-1) on white paper (1) where the brightness changes.
+
+    The strength of a stroke is the magnitude of the Sobel gradient of the channels' mean, over its maximum in the
+    image; an image of one colour gives blank paper.
+
+    Args:
+        images: (n, channels, h, w), floating-point in [-1, 1].
+
+    Returns:
+        (n, 1, h, w) in [-1, 1].
+    """
+    check_tensor("images", images, ndim=4)
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    smooth, difference = images.new_tensor([1.0, 2.0, 1.0]), images.new_tensor([-1.0, 0.0, 1.0])
+    across = torch.outer(smooth, difference)
+    gradients = F.conv2d(grey, torch.stack([across, across.T])[:, None])
+    strength = gradients.square().sum(1, keepdim=True).sqrt()
+    peak = strength.amax((2, 3), keepdim=True).clamp_min(1e-3)
+    return 1 - 2 * strength / peak

@@ -1,26 +1,26 @@
 """Frechet distances of image sets and their relatives: streaming statistics, feature networks, folders of images.
 
-The classes of :mod:`fastgan.metrics.modules` are imported when first asked for: they need torchmetrics.
+The classes of :mod:`fastgan.metrics.torchmetrics_api` are imported when first asked for: they need torchmetrics.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from fastgan._checks import InputError
+from fastgan.data.archives import open_images
+from fastgan.data.image_sources import ImageFolder, ImageSource
+from fastgan.metrics._fid_infinity import fid_infinity
+from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, default_backbone, load_backbone
-from fastgan.metrics.class_scores import inception_score
-from fastgan.metrics.errors import InputError
 from fastgan.metrics.features import folder_stats, image_stats
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.frechet_loss import FrechetLoss
 from fastgan.metrics.frechet_many import frechet_distances, paired_frechet_distances
-from fastgan.metrics.images import ImageFolder, ImageSource
-from fastgan.metrics.infinity import fid_infinity
-from fastgan.metrics.kernel_mmd import kernel_distance
-from fastgan.metrics.neighbourhoods import precision_recall
-from fastgan.metrics.sources import open_images
+from fastgan.metrics.kid import kernel_distance
+from fastgan.metrics.prdc import precision_recall
 from fastgan.metrics.stats import FeatureStats
 
 if TYPE_CHECKING:
-    from fastgan.metrics.modules import (
+    from fastgan.metrics.torchmetrics_api import (
         ClassFrechetDistance,
         FrechetInceptionDistance,
         InceptionScore,
@@ -66,6 +66,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _TORCHMETRICS_CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastgan.metrics import modules
+    from fastgan.metrics import torchmetrics_api as modules
 
     return getattr(modules, name)

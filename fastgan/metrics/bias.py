@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgan.files import atomic_path
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError
+from fastgan._files import atomic_path
 from fastgan.metrics.feature_checks import check_features
 from fastgan.metrics.frechet_many import frechet_distances
 from fastgan.metrics.stats import FeatureStats

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan.data.image_sources import ImageSource
+from fastgan.distributed import World
 from fastgan.metrics.backbones import Backbone
-from fastgan.metrics.distributed import World
-from fastgan.metrics.errors import InputError
-from fastgan.metrics.images import ImageSource
 from fastgan.metrics.moments import float64_device
 from fastgan.metrics.stats import FeatureStats
 from fastgan.metrics.stats_file import load_stats, read_npz, save_stats

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan.data.image_sources import ImageSource
+from fastgan.distributed import World, gather_rows
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.checkpoint import Checkpoint
-from fastgan.metrics.distributed import World, gather_rows
-from fastgan.metrics.errors import InputError
-from fastgan.metrics.images import ImageSource
 from fastgan.metrics.stats import FeatureStats
 
 _SAVE_EVERY = 60.0  # seconds between two checkpoints

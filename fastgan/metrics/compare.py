@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import fastgan
+from fastgan._checks import InputError
+from fastgan.data.archives import open_images
+from fastgan.data.image_sources import ImageSource
+from fastgan.distributed import World
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.collect import Collected, collect
-from fastgan.metrics.distributed import World
-from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.images import ImageSource
 from fastgan.metrics.moments import float64_device
 from fastgan.metrics.options import FeatureOptions, progress_bar
-from fastgan.metrics.sources import open_images
 from fastgan.metrics.stats import FeatureStats, check_comparable, joint_precision
 from fastgan.metrics.stats_file import holds_statistics
 

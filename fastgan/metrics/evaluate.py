@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan.data.archives import open_images
+from fastgan.data.image_sources import ImageSource
+from fastgan.distributed import World
+from fastgan.metrics._fid_infinity import LEAST, InfiniteFrechet, fid_infinity
+from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.bias import BiasCurve, bias_curve
-from fastgan.metrics.class_scores import InceptionScoreResult, inception_score
 from fastgan.metrics.compare import Side, StatsFile, describe_sides, distance_label, measure, open_source
-from fastgan.metrics.distributed import World
-from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.images import ImageSource
-from fastgan.metrics.infinity import LEAST, InfiniteFrechet, fid_infinity
-from fastgan.metrics.kernel_mmd import KernelDistance, kernel_distance
-from fastgan.metrics.neighbourhoods import Neighbourhoods, precision_recall
+from fastgan.metrics.kid import KernelDistance, kernel_distance
 from fastgan.metrics.options import FeatureOptions
-from fastgan.metrics.sources import open_images
+from fastgan.metrics.prdc import Neighbourhoods, precision_recall
 
 METRICS = ("fid", "fid-infinity", "kid", "is", "prdc")
 DEFAULT_METRICS = ("fid", "kid", "prdc")
@@ -123,7 +123,7 @@ def evaluate(
     """Measure the images ``a`` against ``b``, by default the reference that ``a`` itself names.
 
     Args:
-        a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.metrics.sources` knows.
+        a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.data.archives` knows.
         b: the same, or an npz of statistics, with which the Frechet distances alone can be had.
         floor: a second split of the images of ``b``, by default the one that ``a`` names beside its reference.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError
 
 
 def check_features(name: str, features: Tensor, *, least: int) -> None:

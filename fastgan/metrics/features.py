@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan.data.archives import open_images
+from fastgan.data.image_sources import ImageSource
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.collect import collect
-from fastgan.metrics.errors import InputError
-from fastgan.metrics.images import ImageSource
-from fastgan.metrics.sources import open_images
 from fastgan.metrics.stats import FeatureStats
 
 
@@ -26,7 +26,7 @@ def folder_stats(
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStats:
     """Feature statistics of all images of a folder, zip file, npz or :class:`ImageSource`; see
-    :func:`fastgan.metrics.sources.open_images` and :mod:`fastgan.metrics.decode` for what is read and how.
+    :func:`fastgan.data.archives.open_images` and :mod:`fastgan.data.decode` for what is read and how.
 
     Raises:
         InputError: no images, a file that cannot be read, or fewer than two that can.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fastgan._checks import InputError
 from fastgan.linalg import trace_sqrt_product
-from fastgan.metrics.errors import InputError
 from fastgan.metrics.stats import FeatureStats, check_comparable
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastgan._lowrank import without_mean
+from fastgan._checks import InputError
 from fastgan.linalg import nuclear_norm
-from fastgan.metrics.errors import InputError
+from fastgan.linalg._factors import without_mean
 from fastgan.metrics.stats import FeatureStats
 
 

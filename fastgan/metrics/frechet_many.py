@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
 from fastgan.linalg import nuclear_norm, trace_sqrt_product
-from fastgan.metrics.errors import InputError
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.stats import FeatureStats, check_comparable
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError
 
 
 def centred(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from fastgan._checks import InputError
+from fastgan.data.resize import RESIZE_METHODS
+from fastgan.distributed import World, local_device
 from fastgan.metrics.backbones import (
     BACKBONE_NAMES,
     PRECISIONS,
@@ -19,9 +22,6 @@ from fastgan.metrics.backbones import (
     is_backbone_name,
     load_backbone,
 )
-from fastgan.metrics.distributed import World, local_device
-from fastgan.metrics.errors import InputError
-from fastgan.metrics.resize import RESIZE_METHODS
 from fastgan.metrics.stats import FeatureStats
 
 

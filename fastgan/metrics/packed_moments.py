@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError
 from fastgan.metrics.moments import joined
 from fastgan.metrics.stats import FeatureStats
 

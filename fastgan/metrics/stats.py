@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgan._lowrank import row_root
-from fastgan.checks import check_tensor
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError, check_tensor
+from fastgan.linalg._factors import row_root
 from fastgan.metrics.moments import as_float64, centred, float64_device, joined, moments_of
 from fastgan.metrics.stats_checks import check_factor, check_finite, check_moments, check_root
 
@@ -217,7 +216,7 @@ class FeatureStats:
             ValueError: the processes' dimensions, backbones or resizing methods differ, or an ``n`` is unknown.
             RuntimeError: torch.distributed is not initialised.
         """
-        from fastgan.metrics.distributed import all_reduce_stats
+        from fastgan.metrics.reduction import all_reduce_stats
 
         all_reduce_stats(self, group)
         return self

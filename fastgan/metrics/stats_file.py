@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import fastgan
-from fastgan.files import atomic_path
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError
+from fastgan._files import atomic_path
 from fastgan.metrics.stats import FeatureStats
 
 # (mean, covariance) as named by fastgan, pytorch-fid and clean-fid, and by others

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgan.checks import check_tensor
-from fastgan.errors import InputError
+from fastgan._checks import InputError, check_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -78,7 +77,7 @@ class Generator(nn.Module):
         from safetensors.torch import save
 
         from fastgan import __version__
-        from fastgan.files import write_bytes, write_text
+        from fastgan._files import write_bytes, write_text
 
         folder = Path(folder)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}

@@ -30,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.autocast import autocast_dtype
+from fastgan._checks import is_transforming
+from fastgan._layout import rows_of
 from fastgan.backend import check_impl, resolve
-from fastgan.checks import is_transforming
-from fastgan.layout import rows_of
-from fastgan.ops.attention import attention
-from fastgan.ops.pooled_projection import pooled_projection
-from fastgan.ops.projection_residual import projection_residual
+from fastgan.ops._attention import attention
+from fastgan.ops._dispatch import autocast_dtype
+from fastgan.ops._pooled_projection import pooled_projection
+from fastgan.ops._projections import projection_residual
 from fastgan.reference.attention import attention_eager
 
 # Spellings of theta, phi, g, o and gamma in other people's checkpoints; a family is known by its first name.
@@ -102,7 +102,7 @@ class SelfAttention2d(nn.Module):
         )
         self.gamma = nn.Parameter(torch.zeros(()))
         if spectral_norm:
-            from fastgan.nn.spectral_norm import spectral_norm as normalise
+            from fastgan.nn.spectral_norms import spectral_norm as normalise
 
             for conv in self._convolutions():
                 normalise(conv)

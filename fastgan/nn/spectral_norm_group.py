@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan.checks import is_differentiated
+from fastgan._checks import is_differentiated
 from fastgan.nn.normed_weight import AUTOCAST, NormedWeight, OlderHook, Reading, Vectors, scale, update
-from fastgan.nn.spectral_norm import SpectralNorm, check_settings, spectral_norm
 from fastgan.nn.spectral_norm_state import complete, only_norm, parametrizations
+from fastgan.nn.spectral_norms import SpectralNorm, check_settings, spectral_norm
 
 _NORMALIZED = (*AUTOCAST, nn.Embedding)
 

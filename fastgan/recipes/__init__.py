@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastgan.errors import InputError
+from fastgan._checks import InputError
 from fastgan.recipes.schema import DataConfig, LogConfig, ModelConfig, Recipe, TrainConfig
 
 __all__ = [

@@ -97,7 +97,7 @@ class TrainConfig:
         decay_from: the part of ``steps`` after which both learning rates fall linearly to zero; 1 keeps them constant.
         ema_decay: decay of the generator's moving average a step, in [0, 1).
         augment: differentiable augmentations of real and generated images (Zhao et al. 2020), names in
-            ``fastgan.diffaugment.AUGMENTATIONS``.
+            ``fastgan.losses.augmentation.AUGMENTATIONS``.
         precision: "fp32", or "bf16" for autocast; weights and gradient penalty stay float32.
         channels_last: memory layout of weights and images.
         step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or

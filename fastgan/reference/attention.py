@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgan.layout import empty_rows_like, is_channels_first
+from fastgan._layout import empty_rows_like, is_channels_first
 
 # A block of a map: large enough for the products to be efficient, small enough for a core's own cache.
 BLOCK_BYTES = 1 << 20

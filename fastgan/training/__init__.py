@@ -1,13 +1,13 @@
 """Training loop and what goes with it."""
 
+from fastgan.recipes.build import build_networks
 from fastgan.recipes.schema import TrainConfig
 from fastgan.training.callbacks import Callback, Every, ProgressBar
 from fastgan.training.ema import EMA
 from fastgan.training.gan import Gan, Objective, RecipeGan
-from fastgan.training.loop import History, NonFiniteLossError, Trainer
-from fastgan.training.networks import build_networks
 from fastgan.training.sampling import class_rows, sample
-from fastgan.training.train_step import OwnGan, TrainStep
+from fastgan.training.step.train_step import OwnGan, TrainStep
+from fastgan.training.trainer import History, NonFiniteLossError, Trainer
 
 __all__ = [
     "EMA",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from fastgan.training.loop import Trainer
+    from fastgan.training.trainer import Trainer
 
 
 class Callback:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastgan.errors import InputError
-from fastgan.files import atomic_path
+from fastgan._checks import InputError
+from fastgan._files import atomic_path
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

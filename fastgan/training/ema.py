@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastgan.training.update_ops import ema_
+from fastgan.training.step.update_ops import ema_
 
 
 class EMA:

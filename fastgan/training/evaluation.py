@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan._files import write_bytes, write_text
 from fastgan.data import LabelledImages, as_float, sketches_of
-from fastgan.errors import InputError
-from fastgan.files import write_bytes, write_text
-from fastgan.metrics.class_scores import InceptionScoreResult, inception_score
-from fastgan.metrics.images import ImageSource
-from fastgan.metrics.sources import ImageArray
-from fastgan.pictures import to_pixels
+from fastgan.data.archives import ImageArray
+from fastgan.data.image_sources import ImageSource
+from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
 from fastgan.recipes import Recipe
 from fastgan.training.classifier import Accuracies, Classifier, train_classifier
+from fastgan.training.pictures import to_pixels
 from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
 from fastgan.training.sampling import sample
 
@@ -61,7 +61,7 @@ def _real_images(data: LabelledImages, label: str) -> ImageArray:
 
 
 def open_run(path: Path, skip_bad: bool) -> ImageSource | None:
-    """An opener for :func:`fastgan.metrics.sources.register_opener`: the folder of a run, or None."""
+    """An opener for :func:`fastgan.data.archives.register_opener`: the folder of a run, or None."""
     return RunSamples(path) if (path / CONFIG).is_file() else None
 
 

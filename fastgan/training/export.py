@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
+from fastgan._files import write_bytes
 from fastgan.data import as_float, sketches_of
 from fastgan.data.folders import read_images
-from fastgan.errors import InputError
-from fastgan.files import write_bytes
-from fastgan.metrics.images import find_images
+from fastgan.data.image_sources import find_images
 from fastgan.models import Generator
-from fastgan.pictures import grid_png, png_bytes, to_pixels
+from fastgan.training.pictures import grid_png, png_bytes, to_pixels
 from fastgan.training.reports import MAX_ROWS, scale_of
 from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
 from fastgan.training.sampling import interpolate, sample

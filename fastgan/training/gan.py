@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastgan.diffaugment import augment, augment_draws, check_policy
-from fastgan.draws import Draw, integers, normal, uniform
-from fastgan.losses import GANLoss, auxiliary_class_loss, gan_loss
+from fastgan.losses.adversarial import GANLoss, auxiliary_class_loss, gan_loss
+from fastgan.losses.augmentation import augment, augment_draws, check_policy
+from fastgan.losses.noise import Draw, integers, normal, uniform
+from fastgan.losses.penalties import gradient_penalty, r1_penalty
 from fastgan.recipes.schema import TrainConfig
-from fastgan.regularisers import gradient_penalty, r1_penalty
 
 Batch = Mapping[str, Tensor]
 Draws = Mapping[str, Tensor]

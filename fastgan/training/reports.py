@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastgan._files import write_bytes, write_text
 from fastgan.data import LabelledImages, sketches_of
-from fastgan.files import write_bytes, write_text
-from fastgan.pictures import curves_png, grid_png
 from fastgan.training.callbacks import Callback
 from fastgan.training.checkpoint import Checkpoints
+from fastgan.training.pictures import curves_png, grid_png
 from fastgan.training.sampling import class_rows, sample
 from fastgan.training.scoring import Score, Scorer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastgan.training.loop import Trainer
+    from fastgan.training.trainer import Trainer
 
 Writer = Callable[[int, dict[str, float]], None]
 

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from fastgan import __version__
+from fastgan._checks import InputError
+from fastgan._files import write_text
 from fastgan.data import DataSplit, load_data
-from fastgan.errors import InputError
-from fastgan.files import write_text
-from fastgan.metrics.distributed import World, current_world
+from fastgan.distributed import World, current_world
 from fastgan.models import Generator
 from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
+from fastgan.recipes.build import build_networks
 from fastgan.training.callbacks import Callback, ProgressBar
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
-from fastgan.training.loop import NonFiniteLossError, Trainer
-from fastgan.training.networks import build_networks
 from fastgan.training.reports import Curves, Grids, MetricsLog, Saver, Scores
 from fastgan.training.scoring import Score, Scorer
+from fastgan.training.trainer import NonFiniteLossError, Trainer
 from fastgan.training.writers import make_writers
 
 CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"

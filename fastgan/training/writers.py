@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fastgan.errors import InputError
+from fastgan._checks import InputError
 from fastgan.recipes.schema import Recipe
 from fastgan.training.reports import Writer
 

@@ -37,8 +37,8 @@ def test_a_configuration_that_spills_is_found():
     code = """
 import torch
 from fastgan.kernels.aot import compile_case
-from fastgan.kernels.attention_aot import case
-from fastgan.kernels.attention_config import Launch
+from fastgan.kernels.attention.aot import case
+from fastgan.kernels.attention.config import Launch
 wasteful = case("bwd_bwd_keys", 64, 256, Launch(64, 64, 256, 4), torch.float16, {"QK": True, "V": True})
 print(compile_case(wasteful, 90).violations(wasteful))
 """

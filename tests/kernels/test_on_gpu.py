@@ -12,13 +12,13 @@ from torch.library import opcheck
 
 pytest.importorskip("triton")
 
-from fastgan.kernels import spectral_norm as norm_kernels
-from fastgan.kernels import spectral_norm_plan
+from fastgan.kernels.spectral_norm import launch as norm_kernels
+from fastgan.kernels.spectral_norm import plan as spectral_norm_plan
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.ops import attention, spectral_norm_scale, spectral_norm_update
-from fastgan.ops.attention import attention_bwd_bwd_op, attention_bwd_op, attention_op
-from fastgan.ops.pooled_projection import pooled_projection_op
-from fastgan.ops.projection_residual import projection_residual_op
+from fastgan.ops._attention import attention_bwd_bwd_op, attention_bwd_op, attention_op
+from fastgan.ops._pooled_projection import pooled_projection_op
+from fastgan.ops._projections import projection_residual_op
 from fastgan.reference import spectral_norm as norm_reference
 from tests.kernels.test_attention import block_operands
 from tests.kernels.test_spectral_norm import assert_accurate, double, random_vectors

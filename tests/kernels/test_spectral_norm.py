@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from fastgan.backend import interpreting
-from fastgan.kernels import spectral_norm as kernels
-from fastgan.kernels.spectral_norm_plan import LAUNCH, layout_of, plan_for, table_of
+from fastgan.kernels.spectral_norm import launch as kernels
+from fastgan.kernels.spectral_norm.plan import LAUNCH, layout_of, plan_for, table_of
 from fastgan.reference import spectral_norm as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

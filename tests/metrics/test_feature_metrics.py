@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fastgan.metrics import InputError
-from fastgan.metrics.class_scores import inception_score
-from fastgan.metrics.kernel_mmd import kernel_distance, squared_mmd
-from fastgan.metrics.neighbourhoods import precision_recall
+from fastgan.metrics._inception_score import inception_score
+from fastgan.metrics.kid import kernel_distance, squared_mmd
+from fastgan.metrics.prdc import precision_recall
 
 
 def rows(n, dim=6, shift=0.0, seed=0, dtype=torch.float64):
@@ -85,7 +85,7 @@ def brute_force(real, fake, k):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_recall_density_coverage_are_their_definitions(k, monkeypatch):
-    monkeypatch.setattr("fastgan.metrics.neighbourhoods._BLOCK", 7)
+    monkeypatch.setattr("fastgan.metrics.prdc._BLOCK", 7)
     real, fake = rows(25, dim=3, dtype=torch.float32), rows(18, dim=3, shift=0.7, seed=1, dtype=torch.float32)
     result = precision_recall(real, fake, k=k)
     expected = brute_force(real.numpy(), fake.numpy(), k)

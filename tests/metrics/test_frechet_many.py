@@ -5,10 +5,10 @@ import torch
 
 from fastgan.linalg import trace_sqrt_product
 from fastgan.metrics import FeatureStats, InputError, frechet_distance
+from fastgan.metrics._fid_infinity import _covariance_gradient, _trace_gradient, fid_infinity
 from fastgan.metrics.frechet_loss import FrechetLoss
 from fastgan.metrics.frechet_many import frechet_distances, paired_frechet_distances
-from fastgan.metrics.infinity import _covariance_gradient, _trace_gradient, fid_infinity
-from tests.spectra import count_factorisations
+from tests.linalg.spectra import count_factorisations
 
 
 def rows(n, dim=8, seed=0, shift=0.0):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastgan.errors import InputError
+from fastgan._checks import InputError
 from fastgan.models import DCGANGenerator, Generator, ResNetGenerator, SAGANGenerator, SketchGenerator
 
 SMALL = {"resolution": 16, "image_channels": 1, "width": 8}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fastgan.losses.penalties import gradient_penalty
 from fastgan.models import SketchDiscriminator, SketchGenerator
-from fastgan.regularisers import gradient_penalty
 
 
 @pytest.mark.parametrize("resolution", [16, 64])

@@ -1,14 +1,11 @@
 """A small network with spectral norms, and what the tests of them share."""
 
-import importlib
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from fastgan.nn import group_spectral_norm
-
-SpectralNorm = importlib.import_module("fastgan.nn.spectral_norm").SpectralNorm  # the function of its name hides it
+from fastgan.nn.spectral_norms import SpectralNorm
 
 
 def network(norm=lambda layer: layer, dtype=torch.float64):

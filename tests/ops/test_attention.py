@@ -1,17 +1,16 @@
 import functools
-import importlib
 
 import pytest
 import torch
 from torch.library import opcheck
 
 from fastgan import backend
+from fastgan.ops import _attention as attention_ops
 from fastgan.ops import attention
-from fastgan.ops.attention import SMALL_MAPS, attention_bwd_bwd_op, attention_bwd_op, attention_op
+from fastgan.ops._attention import SMALL_MAPS, attention_bwd_bwd_op, attention_bwd_op, attention_op
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
 
-attention_ops = importlib.import_module("fastgan.ops.attention")  # the function of its name hides it
 blockwise = functools.partial(attention, impl="reference")
 SHAPES = [(2, 5, 4, 3, 6), (1, 1, 1, 1, 1), (3, 7, 1, 2, 2), (1, 4, 9, 8, 3)]
 

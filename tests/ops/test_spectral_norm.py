@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgan.ops import spectral_norm as ops
+from fastgan.ops import _spectral_norm as ops
 from fastgan.ops import spectral_norm_scale, spectral_norm_update
 from fastgan.reference.spectral_norm import as_matrix, matrix_shape
 

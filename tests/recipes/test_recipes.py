@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgan.errors import InputError
+from fastgan._checks import InputError
 from fastgan.recipes import (
     ModelConfig,
     Recipe,

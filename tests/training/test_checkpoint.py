@@ -5,7 +5,7 @@ import resource
 import pytest
 import torch
 
-from fastgan.errors import InputError
+from fastgan._checks import InputError
 from fastgan.training.checkpoint import Checkpoints, DiskFullError, read_checkpoint
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fastgan._checks import InputError
 from fastgan.data import LabelledImages
-from fastgan.errors import InputError
-from fastgan.metrics.sources import open_images, register_opener
+from fastgan.data.archives import open_images, register_opener
 from fastgan.recipes import load_recipe, override
 from fastgan.training.classifier import Classifier, train_classifier
 from fastgan.training.evaluation import RunSamples, classify_run, open_run

@@ -7,14 +7,14 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan.data import edge_map
-from fastgan.draws import draw
-from fastgan.losses import auxiliary_class_loss, gan_loss
+from fastgan.losses.adversarial import auxiliary_class_loss, gan_loss
+from fastgan.losses.noise import draw
+from fastgan.losses.penalties import r1_penalty
 from fastgan.models import DCGANDiscriminator, DCGANGenerator, SketchDiscriminator, SketchGenerator
 from fastgan.recipes import available, load_recipe
-from fastgan.regularisers import r1_penalty
 from fastgan.training import Objective, RecipeGan, build_networks
 from fastgan.training.gan import total
-from fastgan.training.step import discriminator_step
+from fastgan.training.step.eager import discriminator_step
 
 SMALL = {"resolution": 16, "image_channels": 1, "width": 8}
 N = 6

@@ -11,17 +11,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from fastgan._checks import InputError
 from fastgan.backend import BackendWarning
-from fastgan.draws import draw, normal, uniform
-from fastgan.errors import InputError
-from fastgan.metrics.distributed import World
+from fastgan.distributed import World
+from fastgan.losses.noise import draw, normal, uniform
+from fastgan.losses.penalties import gradient_penalty
 from fastgan.nn import SelfAttention2d, group_spectral_norm
-from fastgan.regularisers import gradient_penalty
-from fastgan.training import EMA, NonFiniteLossError, OwnGan, TrainStep, loop, run
-from fastgan.training.process_mean import ProcessMean
+from fastgan.training import EMA, NonFiniteLossError, OwnGan, TrainStep, run
+from fastgan.training import trainer as loop
 from fastgan.training.run import resume_run, start_run
+from fastgan.training.step.process_mean import ProcessMean
 from tests.training import test_run
-from tests.training.test_loop import trainer
+from tests.training.test_trainer import trainer
 
 N, STEPS = 32, 3
 

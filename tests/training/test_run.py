@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from fastgan.errors import InputError
+from fastgan._checks import InputError
 from fastgan.metrics import Backbone
 from fastgan.models import Generator
 from fastgan.recipes import available, load_recipe, override

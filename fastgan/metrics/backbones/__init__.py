@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone
 from fastgan.metrics.backbones.precision import PRECISIONS
-from fastgan.metrics.errors import InputError
 
 BACKBONES = ("inception", "efficientnet_lite0", "dinov2", "clip")
 

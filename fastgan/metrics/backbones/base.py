@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.checks import FLOATS, check_tensor
+from fastgan._checks import FLOATS, InputError, check_tensor
+from fastgan.data.resize import check_resize, resize_tensor
 from fastgan.metrics.backbones.packed import can_pack
 from fastgan.metrics.backbones.precision import float32_arithmetic, resolve_precision
-from fastgan.metrics.errors import InputError
-from fastgan.metrics.resize import check_resize, resize_tensor
 
 # on a CPU a batch this small keeps the early, wide feature maps in cache: up to twice the throughput of 64
 _CPU_CHUNK = 16
@@ -97,7 +96,7 @@ class Backbone:
         """Features (n, dim), float32, of images (n, 3, h, w) or greyscale (n, 1, h, w), which are repeated.
 
         Images are uint8 in [0, 255] or floating-point in [0, 1], on any device. ``resize`` is a method of
-        :mod:`fastgan.metrics.resize`.
+        :mod:`fastgan.data.resize`.
 
         Raises:
             ValueError: ``images`` has another rank, number of channels or dtype, is empty, or is floating-point with

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone, fold_batch_norm, load_state, load_weights, sha256
-from fastgan.metrics.errors import InputError
 
 DIM = 1280
 INPUT_SIZE = 224

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone, load_state, load_weights, sha256
 from fastgan.metrics.backbones.inception_network import CLASSES, DIMS, InceptionV3
 from fastgan.metrics.backbones.inception_weights import HASH_PREFIX, download, local_weights
-from fastgan.metrics.errors import InputError
 
 INPUT_SIZE = 299
 

@@ -9,8 +9,8 @@ from urllib.request import urlopen
 
 import torch
 
+from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import sha256
-from fastgan.metrics.errors import InputError
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"

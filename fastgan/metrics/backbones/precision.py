@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastgan.metrics.errors import InputError
+from fastgan._checks import InputError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone, load_state, load_weights, sha256
-from fastgan.metrics.errors import InputError
 
 ALIASES = {"dinov2": "timm:vit_large_patch14_dinov2.lvd142m", "clip": "timm:vit_base_patch32_clip_224.openai"}
 _DINOV2_SIZE = 224

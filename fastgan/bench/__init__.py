@@ -1,0 +1,1 @@
+"""Time implementations against each other, and keep the records."""

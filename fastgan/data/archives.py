@@ -1,0 +1,176 @@
+"""From a path to a set of images: a folder, a zip file, a file of an image array or tensor, or what an opener knows.
+
+Another part of the library adds a kind of source with :func:`register_opener`: a function that looks at a path,
+cheaply, and returns an :class:`ImageSource` or None. A training run's folder becomes a source in this way, its samples
+drawn when it is opened and its data named as the source's ``reference``, which ``fastgan evaluate RUN`` then compares
+them with.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan._checks import InputError
+from fastgan.data.decode import EXTENSIONS, decode_image, is_image_name
+from fastgan.data.image_sources import ImageFolder, ImageSource
+
+IMAGE_KEYS = ("images", "arr_0", "x", "samples")
+"""Where an npz may hold its images; a file with one array only may call it anything."""
+
+ARRAY_FILES = (".npz", ".npy", ".pt", ".pth")
+"""NumPy's, and tensors of ``torch.save``."""
+
+Opener = Callable[[Path, bool], ImageSource | None]
+"""(path, skip_bad) -> the source, or None for a path of another kind."""
+
+_openers: list[Opener] = []
+
+
+def register_opener(opener: Opener) -> None:
+    """Let :func:`open_images` ask ``opener`` first. An opener that is registered already is not added again."""
+    if opener not in _openers:
+        _openers.append(opener)
+
+
+def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
+    """The images behind ``path``. Raises ``InputError`` where there are none or they cannot be read."""
+    path = Path(path)
+    for opener in _openers:
+        source = opener(path, skip_bad)
+        if source is not None:
+            return source
+    if path.is_file() and path.suffix in ARRAY_FILES:
+        return ImageArray.load(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return ImageZip(path, skip_bad=skip_bad)
+    if path.is_file():
+        raise InputError(f"{path} is neither a folder of images, a zip file nor one of {', '.join(ARRAY_FILES)}")
+    return ImageFolder(path, skip_bad=skip_bad)
+
+
+class ImageZip(ImageSource):
+    """All images in a zip file, in the order of their names.
+
+    Raises:
+        InputError: the file is damaged, or holds no images.
+    """
+
+    def __init__(self, path: str | Path, *, skip_bad: bool = False) -> None:
+        super().__init__(str(path), skip_bad=skip_bad)
+        try:
+            self._file = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read as a zip file: {error}") from error
+        self._lock = Lock()
+        self.names = sorted(name for name in self._file.namelist() if is_image_name(name))
+        if not self.names:
+            raise InputError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> np.ndarray:
+        try:
+            with self._lock:  # one file handle for all threads
+                content = self._file.read(self.names[index])
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: a password is needed
+            raise InputError(f"{self.name(index)} cannot be read: {error}") from error
+        return decode_image(content, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.label}/{self.names[index]}"
+
+    def _identity(self, index: int) -> str:
+        entry = self._file.getinfo(self.names[index])
+        return f"{entry.filename}:{entry.file_size}:{entry.CRC}"
+
+
+class ImageArray(ImageSource):
+    """Images of one size in one array.
+
+    Args:
+        images: uint8 in [0, 255] or floating-point in [0, 1]; (n, h, w, c), (n, c, h, w) or (n, h, w), with c 1 or 3. A
+            tensor of any device, or an array.
+
+    Raises:
+        InputError: another shape or dtype, no images, or floating-point values outside [0, 1].
+    """
+
+    def __init__(self, images: np.ndarray | Tensor, *, label: str = "images") -> None:
+        super().__init__(label)
+        array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        _check_range(array, label)
+        self.images = _channels_last(array, label)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImageArray:
+        """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or an npz whose images are its one array or have one
+        of the names of :data:`IMAGE_KEYS`. Nothing but tensors is unpickled; an npy file is read as its images are."""
+        path = Path(path)
+        if path.suffix == ".npz":
+            return cls(_npz_images(path), label=str(path))
+        try:
+            if path.suffix == ".npy":
+                return cls(np.load(path, mmap_mode="r", allow_pickle=False), label=str(path))
+            images = torch.load(path, map_location="cpu", weights_only=True)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the damage leads to
+            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        if not isinstance(images, Tensor):
+            raise InputError(f"{path} must hold one tensor of images, it holds a {type(images).__name__}")
+        return cls(images, label=str(path))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> np.ndarray:
+        image = self.images[index]
+        return image if image.dtype == np.uint8 else image.astype(np.float32) * 255
+
+    def name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+    def _identity(self, index: int) -> str:
+        return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
+
+
+def _npz_images(path: Path) -> np.ndarray:
+    from fastgan.metrics.stats_file import read_npz
+
+    arrays = read_npz(path)
+    keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
+    if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
+        allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
+        raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
+    return arrays[keys[0]]
+
+
+def _channels_last(array: np.ndarray, label: str) -> np.ndarray:
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
+        raise InputError(f"{label} must hold images (n, h, w, c) or (n, c, h, w), c = 1 or 3, got shape {array.shape}")
+    return np.broadcast_to(array, (*array.shape[:3], 3))
+
+
+def _check_range(array: np.ndarray, label: str) -> None:
+    if array.dtype == np.uint8 or array.size == 0:
+        return
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}")
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):  # also where there is a NaN
+        raise InputError(
+            f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
+        )

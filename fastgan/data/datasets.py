@@ -1,0 +1,139 @@
+"""Data sets by name or folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from fastgan._checks import InputError
+from fastgan.data.folders import has_sketches, image_folder, sketch_folder
+from fastgan.data.images import LabelledImages, stratified_split
+
+NAMED = ("digits", "cifar10")
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Images to train on and images that no network sees in training, to score against."""
+
+    train: LabelledImages
+    held_out: LabelledImages
+
+
+def load_data(
+    source: str | Path, resolution: int, *, channels: int = 0, sketches: str = "none", held_out: float = 0.1
+) -> DataSplit:
+    """Load a data set of :data:`NAMED`, or a folder as :mod:`fastgan.data.folders` reads it.
+
+    Args:
+        source: "digits", "cifar10" (downloaded once by torchvision into ``~/.cache/fastgan``), or a folder.
+        resolution: height and width wanted.
+        channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
+        sketches: as in :class:`fastgan.data.DeviceLoader`; "paired" and "unpaired" need a folder with sketches.
+        held_out: the part of a folder's images to score against, of each class; digits hold out a third, CIFAR-10 its
+            test images.
+
+    Raises:
+        InputError: there is no such data, or it has not what is asked for.
+    """
+    wants_sketches = sketches in ("paired", "unpaired")
+    if str(source) in NAMED and wants_sketches:
+        raise InputError(f"data {source} has no sketches: sketches must be 'edges' or 'none', got {sketches!r}")
+    try:
+        if str(source) == "digits":
+            return _digits(resolution, channels)
+        if str(source) == "cifar10":
+            return _cifar10(resolution, channels)
+    except ImportError as error:
+        raise InputError(str(error)) from error
+    folder = Path(source)
+    if not folder.exists():
+        raise InputError(f"data must be one of {', '.join(NAMED)} or a folder; {folder} does not exist")
+    if wants_sketches:
+        whole = sketch_folder(folder, resolution, channels or 3, paired=sketches == "paired")
+    else:
+        whole = image_folder(folder / "images" if has_sketches(folder) else folder, resolution, channels or 3)
+    try:
+        return DataSplit(*stratified_split(whole, held_out=held_out))
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
+    """The 1797 handwritten 8x8 grey digits inside scikit-learn's wheel, up-sampled; no download.
+
+    They are the test part of Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998.
+
+    Args:
+        resolution: height and width to resize to, bicubically.
+        held_out: the part of each class to hold out, in (0, 1).
+        seed: of the split.
+
+    Returns:
+        The training and the held-out images, (n, 1, resolution, resolution) float32 in [-1, 1], ten classes.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        ValueError: ``resolution`` or ``held_out`` is outside its range.
+    """
+    if resolution < 1:
+        raise ValueError(f"resolution must be at least 1, got {resolution}")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the digits data set comes with scikit-learn, which is not installed: pip install 'fastgan[demo]'"
+        ) from error
+    bunch = load_digits()
+    grey = torch.from_numpy(bunch.images).float()[:, None] / 16  # the wheel's range is 0 to 16
+    if resolution != grey.shape[-1]:
+        grey = F.interpolate(grey, size=(resolution, resolution), mode="bicubic", antialias=True)
+    images = grey.clamp_(0, 1) * 2 - 1
+    whole = LabelledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10)
+    return stratified_split(whole, held_out=held_out, seed=seed)
+
+
+def _digits(resolution: int, channels: int) -> DataSplit:
+    train, held_out = digits(resolution)
+    if channels == 3:
+        train, held_out = _coloured(train), _coloured(held_out)
+    return DataSplit(train, held_out)
+
+
+def _coloured(data: LabelledImages) -> LabelledImages:
+    return LabelledImages(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels, data.n_classes)
+
+
+def _cifar10(resolution: int, channels: int) -> DataSplit:
+    from torchvision.datasets import CIFAR10
+
+    if channels == 1:
+        raise InputError("cifar10 is in colour: channels must be 0 or 3, got 1")
+    root = Path.home() / ".cache" / "fastgan" / "cifar10"
+    try:
+        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"CIFAR-10 is not under {root} and cannot be downloaded ({error}): put cifar-10-python.tar.gz there"
+        ) from error
+    train, test = (
+        LabelledImages(
+            _resized(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), resolution),
+            torch.tensor(part.targets),
+            n_classes=10,
+            class_names=tuple(part.classes),
+        )
+        for part in parts
+    )
+    return DataSplit(train, test)
+
+
+def _resized(images: torch.Tensor, resolution: int) -> torch.Tensor:
+    if images.shape[-1] == resolution:
+        return images
+    from torchvision.transforms.v2.functional import resize
+
+    return torch.cat([resize(part, [resolution, resolution], antialias=True) for part in images.split(1000)])

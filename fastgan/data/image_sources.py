@@ -1,0 +1,232 @@
+"""Sets of images that can be read one by one: the interface, and folders of files.
+
+Reading by index is what lets several processes share a set and an interrupted pass go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan._checks import InputError
+from fastgan.data.decode import EXTENSIONS, is_image_name, read_image
+from fastgan.data.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
+
+_PREFETCH_BATCHES = 2
+
+
+class ImageSource(ABC):
+    """A set of images: a folder, a zip file, an array, or what a subclass makes of anything else.
+
+    Args:
+        label: how messages and results name the set.
+        skip_bad: leave out images that cannot be read and list their names in ``skipped``, rather than stop at the
+            first.
+
+    Attributes:
+        reference: what ``fastgan evaluate`` compares this set with where it is given nothing else: another source, or
+            the path of one. None for most; the samples of a training run have the run's held-out images.
+        second_split: other images of the same data, whose distance to the reference is then told as the floor; those
+            that a run was trained on.
+    """
+
+    def __init__(self, label: str, *, skip_bad: bool = False) -> None:
+        self.label = label
+        self.skip_bad = skip_bad
+        self.skipped: list[str] = []
+        self.reference: Path | ImageSource | None = None
+        self.second_split: ImageSource | None = None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, the unreadable ones too."""
+
+    @abstractmethod
+    def read(self, index: int) -> np.ndarray:
+        """Image ``index`` as RGB (h, w, 3), uint8 or float32 in [0, 255]. Called by several threads.
+
+        Raises:
+            InputError: the image cannot be read; the message names it.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What a message calls image ``index``."""
+
+    def fingerprint(self) -> str:
+        """A digest that differs where the images do, as far as can be told without reading them."""
+        digest = hashlib.sha256(f"{self.label}:{len(self)}".encode())
+        for index in range(len(self)):
+            digest.update(self._identity(index).encode())
+        return digest.hexdigest()
+
+    def _identity(self, index: int) -> str:
+        return self.name(index)
+
+    def batches(
+        self,
+        size: int | None,
+        *,
+        batch_size: int = 64,
+        resize: str = "clean",
+        num_workers: int | None = None,
+        indices: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield float32 batches (<= batch_size, 3, size, size) in [0, 255], decoded by ``num_workers`` threads.
+
+        ``clean`` resizing is Pillow's and done by these threads too; the others are done on ``device``.
+
+        Args:
+            size: height and width of the batches, to which each image is resized on its own; None leaves the images as
+                they are, which must then be of one size.
+            num_workers: None takes one thread per core, 8 at most; 0 decodes in the calling thread.
+            indices: which images, in which order; None takes all.
+            device: of the batches.
+            progress: called with the number of images done since the last call.
+
+        Raises:
+            InputError: an image cannot be read (it is named), unless ``skip_bad``.
+        """
+        check_resize(resize)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        indices = range(len(self)) if indices is None else indices
+        batch: list[Tensor] = []
+        early_size = size if resize == "clean" else None
+        for image in self._load(early_size, indices, num_workers, batch_size * _PREFETCH_BATCHES):
+            if progress is not None:
+                progress(1)
+            if image is not None:
+                batch.append(image)
+            if len(batch) == batch_size:
+                yield _to_batch(batch, size, resize, device)
+                batch = []
+        if batch:
+            yield _to_batch(batch, size, resize, device)
+
+    def _load(
+        self, clean_size: int | None, indices: Sequence[int], num_workers: int | None, ahead: int
+    ) -> Iterator[Tensor | None]:
+        def load(index: int) -> Tensor:
+            image = self.read(index)
+            return torch.from_numpy(
+                channels_first(image) if clean_size is None else clean_with_pillow(image, clean_size)
+            )
+
+        for index, result in _map_ahead(load, indices, _worker_count(num_workers), ahead):
+            try:
+                yield result()
+            except InputError:
+                if not self.skip_bad:
+                    raise
+                self.skipped.append(self.name(index))
+                yield None
+
+
+class ImageFolder(ImageSource):
+    """All images under a folder, in the order of their paths.
+
+    Args:
+        root: searched recursively for the extensions of :data:`fastgan.data.decode.EXTENSIONS` in any case; links to
+            folders are not followed.
+
+    Raises:
+        InputError: ``root`` is no folder, or holds no images.
+    """
+
+    def __init__(self, root: str | Path, *, skip_bad: bool = False) -> None:
+        super().__init__(str(root), skip_bad=skip_bad)
+        self.root = Path(root)
+        self.paths = find_images(self.root)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> np.ndarray:
+        return read_image(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def _identity(self, index: int) -> str:
+        found = self.paths[index].stat()
+        return f"{self.paths[index]}:{found.st_size}:{found.st_mtime_ns}"
+
+
+def find_images(root: str | Path) -> list[Path]:
+    """Paths of all images under ``root``, sorted. Raises ``InputError`` for no folder and for none in it."""
+    root = Path(root)
+    if not root.exists():
+        raise InputError(f"{root}: no such folder")
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder of images")
+    found = []
+    for folder, _, names in os.walk(root, onerror=_raise_unreadable):
+        found += [Path(folder, name) for name in names if is_image_name(name)]
+    if not found:
+        raise InputError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    return sorted(found)
+
+
+def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.device | str) -> Tensor:
+    """(n, 3, size, size), float32; resized where that is still to do."""
+    shapes = {tuple(image.shape[1:]) for image in batch}
+    if len(shapes) == 1:
+        pixels = torch.stack(batch).to(device).float()
+        return pixels if size is None else resize_tensor(pixels, size, resize)
+    if size is None:
+        sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes)[:3])
+        raise InputError(f"images of different sizes ({sizes}) need a backbone with an input_size to be resized to")
+    return torch.cat([resize_tensor(image[None].to(device).float(), size, resize) for image in batch])
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot read folder {error.filename}: {error.strerror}") from error
+
+
+def _worker_count(num_workers: int | None) -> int:
+    if num_workers is None:
+        return min(os.cpu_count() or 1, 8)
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    return num_workers
+
+
+def _map_ahead(
+    load: Callable[[int], Tensor], indices: Sequence[int], workers: int, ahead: int
+) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+    """Pair each index with a call that gives its result, computed by threads at most ``ahead`` images in advance.
+
+    Threads and not processes: Pillow decodes and resizes without the interpreter lock, and nothing has to be copied or
+    started. ``python -m bench --suite fid`` times them against a DataLoader's worker processes.
+    """
+    if workers == 0:
+        for index in indices:
+            yield index, functools.partial(load, index)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        pending: deque[tuple[int, Future[Tensor]]] = deque()
+        try:
+            for index in indices:
+                pending.append((index, pool.submit(load, index)))
+                if len(pending) > ahead:
+                    done, future = pending.popleft()
+                    yield done, future.result
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result
+        finally:
+            for _, future in pending:
+                future.cancel()

@@ -1,0 +1,140 @@
+"""Processes that share the work, on any backend of torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgan._checks import InputError
+
+_STORE_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that share the work."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """The part of ``range(n)`` that is this process's: one block, in the order of the ranks."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Where the block raises an ``InputError`` in one process, all raise it, so that none waits for one that has
+        given up. Every process must come here; nothing within the block may wait for another."""
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            if self.size == 1:
+                raise
+            problem = str(error)
+        problems = [found for found in self.gather(problem) if found is not None]
+        if problems:
+            raise InputError(problems[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every process, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def current_world() -> World:
+    """The default process group where one is initialised; else a world of one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def launched_world(device: torch.device) -> Iterator[World]:
+    """The world that torchrun started this process in, its process group up while the block runs."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or not dist.is_available() or dist.is_initialized():
+        yield current_world()
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield current_world()
+    finally:
+        dist.destroy_process_group()
+
+
+def told_by_one(line: str, tell: Callable[[str], None]) -> None:
+    """``tell(line)`` in one of the processes that torchrun started, the first to come here with this line; the others
+    return after it has. Where they cannot reach each other, each tells. Needs no process group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+        tell(line)
+        return
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_STORE_SECONDS)))
+        if store.add(f"fastgan/comers to {line}", 1) > 1:
+            store.wait([f"fastgan/told {line}"])
+            return
+    except (RuntimeError, ValueError):  # no store, or nobody who has told
+        tell(line)
+        return
+    tell(line)
+    store.set(f"fastgan/told {line}", "")
+
+
+def local_device() -> torch.device:
+    """The GPU of this process where there is one for each of the node's processes, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """The rows (n_i, dim) of all processes in rank order, (sum n_i, dim), the same on each."""
+    if world.size == 1:
+        return rows
+    shapes = world.gather((rows.shape[0], rows.shape[1]))
+    dim = max(shape[1] for shape in shapes)
+    parts = gather_parts(rows, [shape[0] for shape in shapes], dim, collective_device(None), None)
+    return torch.cat(parts).to(rows.device)
+
+
+def gather_parts(
+    rows: Tensor, counts: Sequence[int], dim: int, device: torch.device, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Rows of every process, padded to one size on the way."""
+    padded = torch.zeros(max(counts), dim, dtype=rows.dtype, device=device)
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def collective_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors must be to be sent."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,132 @@
+"""Argument checks of :mod:`fastgan.linalg`: each error names the argument and the violation that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgan._checks import check_alike, check_tensor
+from fastgan.linalg._nuclear_norm import IMPLS
+from fastgan.linalg._trace import asymmetry, batch_shape
+from fastgan.linalg._trace_reference import INDEFINITE
+
+DTYPES = (torch.float32, torch.float64)
+ASYMMETRIC = 1e-5
+"""A difference between A and its transpose above this share of the largest entry is no rounding error."""
+
+
+def watched() -> bool:
+    """True where nobody may look at values: while torch.compile traces, and within a CUDA graph."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def check_options(method: str, methods: Sequence[str], impl: str) -> None:
+    for name, value, allowed in (("method", method, methods), ("impl", impl, IMPLS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_square(name: str, operand: Tensor) -> None:
+    check_tensor(name, operand, dtypes=DTYPES)
+    if operand.ndim < 2 or operand.shape[-1] != operand.shape[-2] or operand.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (..., d, d) with d >= 1, got {tuple(operand.shape)}")
+
+
+def check_matrix(name: str, operand: Tensor) -> None:
+    check_tensor(name, operand, dtypes=DTYPES)
+    if operand.ndim < 2 or 0 in operand.shape[-2:]:
+        raise ValueError(f"{name} must have shape (..., n, d) with n, d >= 1, got {tuple(operand.shape)}")
+
+
+def check_pair(names: tuple[str, str], left: Tensor, right: Tensor) -> None:
+    """Both checked already each for itself: same dtype, device and d, and batches that broadcast."""
+    (a, b) = names
+    check_alike(**{a: left, b: right})
+    if left.shape[-1] != right.shape[-1]:
+        raise ValueError(f"{b} must have the d of {a} ({left.shape[-1]}), got {right.shape[-1]}")
+    try:
+        batch_shape(left, right)
+    except RuntimeError:
+        shapes = f"{tuple(left.shape[:-2])}, got {tuple(right.shape[:-2])}"
+        raise ValueError(f"{b} must have batch dimensions that broadcast with those of {a}: {shapes}") from None
+
+
+def _where(name: str, index: int, count: int) -> str:
+    return f"{name}, matrix {index} of the flattened batch," if count > 1 else name
+
+
+def check_finite(name: str, operand: Tensor) -> None:
+    entries = operand.detach().reshape(-1, operand.shape[-2] * operand.shape[-1])
+    if bool(entries.sum().isfinite()):  # one pass; a sum of finite entries that overflows takes the second
+        return
+    finite = entries.isfinite().all(-1)
+    if not bool(finite.all()):
+        index = int((~finite).nonzero()[0])
+        raise ValueError(_not_finite(name, entries, index))
+
+
+def _not_finite(name: str, matrices: Tensor, index: int) -> str:
+    matrix = matrices[index]
+    bad = matrix.numel() - int(matrix.isfinite().sum())
+    return f"{_where(name, index, len(matrices))} must be finite, got {bad} NaN or infinite of {matrix.numel()} entries"
+
+
+def check_symmetric(name: str, operand: Tensor) -> None:
+    """Raise unless every matrix is finite and symmetric up to rounding."""
+    flat = operand.detach().reshape(-1, *operand.shape[-2:])
+    gaps, sizes = asymmetry(flat).unbind(1)
+    bad = ~((gaps <= ASYMMETRIC * sizes) & sizes.isfinite())
+    if not bool(bad.any()):
+        return
+    index = int(bad.nonzero()[0])
+    gap, largest = gaps[index].item(), sizes[index].item()
+    if not (gap < float("inf") and largest < float("inf")):
+        raise ValueError(_not_finite(name, flat, index))
+    share = f"max |A - A^T| is {gap:.3g}, {gap / largest:.2g} of the largest entry (allowed: {ASYMMETRIC:g})"
+    raise ValueError(f"{_where(name, index, len(flat))} must be symmetric: {share}")
+
+
+def smallest_share(operand: Tensor) -> Tensor:
+    """For each matrix the smallest eigenvalue as a share of the largest magnitude among them, (n,)."""
+    values = torch.linalg.eigvalsh(operand.detach().double().reshape(-1, *operand.shape[-2:]))
+    return values[:, 0] / values.abs().amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def check_semidefinite(name: str, operand: Tensor) -> None:
+    """Raise where an eigenvalue is clearly below zero: one Cholesky factorisation where none is."""
+    if _smallest_is_below(operand, INDEFINITE, lambda wide: wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)):
+        share = smallest_share(operand)
+        if share.min() < -INDEFINITE:
+            raise ValueError(indefinite(name, share))
+
+
+def _smallest_is_below(operand: Tensor, share: float, size: Callable[[Tensor], Tensor]) -> bool:
+    """Whether A + share * size(A) I has no Cholesky factor, for any matrix A."""
+    wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
+    shift = share * size(wide).clamp(min=torch.finfo(torch.float64).tiny)
+    _, failed = torch.linalg.cholesky_ex(wide + shift[:, None, None] * torch.eye(wide.shape[-1]).to(wide))
+    return bool((failed != 0).any())
+
+
+def check_definite(name: str, operand: Tensor) -> None:
+    """Raise where an eigenvalue is at rounding level or below: one Cholesky factorisation where none is."""
+    floor = operand.shape[-1] * torch.finfo(torch.float64).eps
+    if not _smallest_is_below(operand, -floor, torch.linalg.matrix_norm):
+        return
+    share = smallest_share(operand)
+    if share.min() <= floor:
+        index = int(share.argmin())
+        raise ValueError(
+            f"{_where(name, index, len(share))} must be positive definite for inverse=True: its smallest eigenvalue is "
+            f"{share[index].item():.2g} of the largest (it must be above {floor:.2g})"
+        )
+
+
+def indefinite(name: str, share: Tensor) -> str:
+    index = int(share.argmin())
+    return (
+        f"{_where(name, index, len(share))} must be positive semi-definite: its smallest eigenvalue is "
+        f"{share[index].item():.2g} of the largest (allowed: {-INDEFINITE:g})"
+    )

@@ -1,0 +1,124 @@
+"""Adversarial losses on discriminator logits, by name.
+
+Each :class:`GANLoss` holds the two objectives, both to be minimised. Logits may have any shape; the mean over all
+of them is taken, in float32 where they come in half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan._checks import check_tensor
+
+
+@dataclass(frozen=True)
+class GANLoss:
+    """The two objectives of a name.
+
+    Attributes:
+        name: what recipes and :func:`gan_loss` call it.
+        discriminator: (real logits, fake logits) to a scalar.
+        generator: fake logits to a scalar.
+    """
+
+    name: str
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean(max(0, 1 - real)) + mean(max(0, 1 + fake)) (Lim & Ye 2017)."""
+    real, fake = _full(real=real), _full(fake=fake)
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    """-mean(fake)."""
+    return -_full(fake=fake).mean()
+
+
+def bce_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """-mean(log sigmoid(real)) - mean(log(1 - sigmoid(fake))) (Goodfellow et al. 2014)."""
+    real, fake = _full(real=real), _full(fake=fake)
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def non_saturating_generator(fake: Tensor) -> Tensor:
+    """-mean(log sigmoid(fake)) (Goodfellow et al. 2014)."""
+    return F.softplus(-_full(fake=fake)).mean()
+
+
+def saturating_generator(fake: Tensor) -> Tensor:
+    """mean(log(1 - sigmoid(fake))), the minimax objective (Goodfellow et al. 2014)."""
+    return -F.softplus(_full(fake=fake)).mean()
+
+
+def wasserstein_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean(fake) - mean(real) (Arjovsky et al. 2017)."""
+    real, fake = _full(real=real), _full(fake=fake)
+    return fake.mean() - real.mean()
+
+
+def wasserstein_generator(fake: Tensor) -> Tensor:
+    """-mean(fake)."""
+    return -_full(fake=fake).mean()
+
+
+def least_squares_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean((real - 1)^2) / 2 + mean(fake^2) / 2 (Mao et al. 2017)."""
+    real, fake = _full(real=real), _full(fake=fake)
+    return (real - 1).square().mean() / 2 + fake.square().mean() / 2
+
+
+def least_squares_generator(fake: Tensor) -> Tensor:
+    """mean((fake - 1)^2) / 2 (Mao et al. 2017)."""
+    return (_full(fake=fake) - 1).square().mean() / 2
+
+
+def auxiliary_class_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """-mean(log softmax(class_logits)[label]), the L_C of an auxiliary classifier (Odena et al. 2017).
+
+    Args:
+        class_logits: (n, n_classes).
+        labels: int64 (n,).
+    """
+    check_tensor("class_logits", class_logits, ndim=2)
+    check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
+    return F.cross_entropy(_full(class_logits=class_logits), labels)
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        GANLoss("hinge", hinge_discriminator, hinge_generator),
+        GANLoss("non-saturating", bce_discriminator, non_saturating_generator),
+        GANLoss("saturating", bce_discriminator, saturating_generator),
+        GANLoss("wasserstein", wasserstein_discriminator, wasserstein_generator),
+        GANLoss("least-squares", least_squares_discriminator, least_squares_generator),
+    )
+}
+
+
+def gan_loss(name: str) -> GANLoss:
+    """Look up a loss of :data:`LOSSES`.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {name!r}")
+    return LOSSES[name]
+
+
+def _full(**logits: Tensor) -> Tensor:
+    """The one named tensor, checked, in float32 at least."""
+    ((name, tensor),) = logits.items()
+    check_tensor(name, tensor)
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} must hold at least one logit, got shape {tuple(tensor.shape)}")
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,98 @@
+"""What keeps a discriminator smooth: gradient penalties, weight clipping, differentiable augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastgan._checks import check_tensor
+from fastgan.losses.augmentation import augment, augment_draws
+
+__all__ = ["augment", "augment_draws", "clip_weights_", "gradient_penalty", "r1_penalty"]
+
+
+def gradient_penalty(
+    critic: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor,
+    *,
+    target: float = 1.0,
+    eps: float = 1e-12,
+) -> Tensor:
+    """mean over the samples of (|grad critic(x)| - target)^2 at x = real + alpha (fake - real).
+
+    The norm is over all dimensions but the first, float32 throughout whatever autocast says, and sqrt(sum g^2 + eps),
+    whose gradient is finite where the critic is flat. Differentiable in the critic's weights. A critic with batch norm
+    has no gradient of one sample alone: use another norm.
+
+    Args:
+        critic: from a batch like ``real`` to logits of any shape, sample by sample.
+        real, fake: (n, ...), no gradient flows into either.
+        alpha: one number in [0, 1] a sample, (n, 1, ..., 1).
+        target: the wanted norm; 1 in the paper, 0 for a penalty on the slope.
+        eps: added under the root.
+
+    Returns:
+        A scalar, float32 (float64 for float64 images).
+
+    Raises:
+        ValueError: shapes disagree.
+
+    Source: Gulrajani et al. 2017, "Improved Training of Wasserstein GANs", arXiv 1704.00028.
+    """
+    check_tensor("real", real)
+    check_tensor("fake", fake)
+    if real.shape != fake.shape:
+        raise ValueError(f"fake must have the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
+    check_tensor("alpha", alpha)
+    expected = (len(real), *(1,) * (real.ndim - 1))
+    if tuple(alpha.shape) != expected:
+        raise ValueError(f"alpha must have shape {expected}, one number a sample, got {tuple(alpha.shape)}")
+    real, fake = _full(real.detach()), _full(fake.detach())
+    squares = _squared_gradient(critic, real + alpha.to(real.dtype) * (fake - real))
+    return ((squares + eps).sqrt() - target).square().mean()
+
+
+def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    """mean over the samples of |grad critic(real)|^2 / 2, float32; differentiable in the critic's weights.
+
+    Args:
+        critic: as in :func:`gradient_penalty`.
+        real: (n, ...).
+
+    Returns:
+        A scalar, float32 (float64 for float64 images).
+
+    Source: Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", arXiv 1801.04406.
+    """
+    check_tensor("real", real)
+    return _squared_gradient(critic, _full(real)).mean() / 2
+
+
+@torch.no_grad()
+def clip_weights_(module: nn.Module, limit: float) -> None:
+    """Clamp every parameter of ``module`` to [-limit, limit], in place (Arjovsky et al. 2017, arXiv 1701.07875).
+
+    Raises:
+        ValueError: ``limit`` is not positive.
+    """
+    if not limit > 0:
+        raise ValueError(f"limit must be positive, got {limit}")
+    parameters = [p.detach() for p in module.parameters()]
+    torch._foreach_clamp_min_(parameters, -limit)
+    torch._foreach_clamp_max_(parameters, limit)
+
+
+def _squared_gradient(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """|grad critic(x)|^2 of each sample, (n,), with a graph behind it."""
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return gradient.flatten(1).square().sum(1)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

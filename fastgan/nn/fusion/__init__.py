@@ -1,0 +1,1 @@
+"""Fast layers put into a model that exists: recognising, adopting and checking."""

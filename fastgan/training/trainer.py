@@ -1,0 +1,265 @@
+"""The training loop: alternating discriminator and generator updates, moving average, loss history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.data import DeviceLoader, LabelledImages
+from fastgan.distributed import World, current_world
+from fastgan.recipes.schema import DataConfig, TrainConfig
+from fastgan.training.callbacks import Callback
+from fastgan.training.ema import EMA
+from fastgan.training.gan import Batch, Objective, RecipeGan, Terms, total
+from fastgan.training.step.optimizers import make_optimizer
+from fastgan.training.step.train_step import TrainStep
+
+FLUSH_INTERVAL = 10
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss became infinite or not a number; ``step`` is the first such step, counted from 1."""
+
+    def __init__(self, step: int, discriminator: float, generator: float) -> None:
+        super().__init__(f"loss is not finite at step {step}: discriminator {discriminator}, generator {generator}")
+        self.step = step
+
+
+@dataclass
+class History:
+    """Losses of each step done; of the discriminator the mean over its ``n_critic`` updates."""
+
+    discriminator: list[float] = field(default_factory=list)
+    generator: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.generator)
+
+
+class Trainer:
+    """Trains a GAN on one device, or on several: see :class:`TrainStep` for what processes have in common.
+
+    Processes take equal parts of the same batches, and so the same number of steps.
+
+    Args:
+        generator: called as ``generator(z, labels)`` or ``generator(sketches, labels)``; has ``n_classes`` and
+            ``dim_z``, as :class:`fastgan.models.Generator` has.
+        discriminator: called as ``discriminator(images, labels)``, gives logits, or logits and class logits.
+        data: real images; kept on ``device`` where ``images.on_device``.
+        config: learning rates, batch size, loss and the rest.
+        images: flips, noise and sketches of the batches.
+        device: where to train; both networks are moved there.
+        world: the processes; None for those of the default process group, where it is initialised.
+
+    Attributes:
+        gan: the networks and losses, a :class:`fastgan.training.gan.Gan`.
+        steps: both updates, eager or captured as ``config.step_mode`` says.
+        discriminator_step, generator_step: those of ``steps``, from a batch to the terms of the loss. The generator's
+            takes the moving average along.
+        ema: moving average of the generator; ``ema.module`` is the network to sample from.
+        history: losses so far.
+        step: generator updates done.
+        stop_requested: set it to end :meth:`run` after the step under way; of several processes any may, and all end
+            together within the next :data:`FLUSH_INTERVAL` steps.
+
+    Raises:
+        ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
+            batch size is not divisible by the number of processes.
+    """
+
+    discriminator_step: Callable[[Batch], Terms]
+    generator_step: Callable[[Batch], Terms]
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        data: LabelledImages,
+        config: TrainConfig,
+        *,
+        images: DataConfig | None = None,
+        device: torch.device | str = "cpu",
+        world: World | None = None,
+    ) -> None:
+        self.world = current_world() if world is None else world
+        for name, network in (("generator", generator), ("discriminator", discriminator)):
+            if network.n_classes not in (0, data.n_classes):
+                raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
+        objective = Objective.of(config)
+        images = DataConfig() if images is None else images
+        self.config = config
+        self.device = torch.device(device)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.generator = generator.to(self.device).to(memory_format=self.layout).train()
+        self.discriminator = discriminator.to(self.device).to(memory_format=self.layout).train()
+        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        self.gan = RecipeGan(self.generator, self.discriminator, objective, autocast=autocast)
+        if self.gan.from_sketches and images.sketches == "none":
+            raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
+        if self.gan.sees_sketch and images.sketches == "unpaired":
+            raise ValueError("sketches must be 'edges' or 'paired' for a discriminator that sees them, got 'unpaired'")
+        self.loader = DeviceLoader(
+            data.to(self.device) if images.on_device else data,
+            config.batch_size,
+            seed=config.seed,
+            flip=images.flip,
+            dequantise=images.dequantise,
+            sketches=images.sketches,
+            device=self.device,
+            rank=self.world.rank,
+            parts=self.world.size,
+        )
+        self.rng = torch.Generator(self.device).manual_seed(config.seed)
+        self.ema = EMA(self.generator, config.ema_decay)
+        self.optimizer_g = make_optimizer(self.generator, config.lr_generator, config)
+        self.optimizer_d = make_optimizer(self.discriminator, config.lr_discriminator, config)
+        self.steps = TrainStep(
+            self.gan,
+            self.optimizer_g,
+            self.optimizer_d,
+            mode=_mode(config, self.device),
+            ema=self.ema,
+            clip=config.clip,
+            rng=self.rng,
+            world=self.world,
+        )
+        self.discriminator_step, self.generator_step = self.steps.discriminator, self.steps.generator
+        self.history = History()
+        self.step = 0
+        self.stop_requested = False
+        self._callbacks: Sequence[Callback] = ()
+        self._pending: list[dict[str, Tensor]] = []
+
+    def run(self, steps: int | None = None, callbacks: Sequence[Callback] = ()) -> History:
+        """Do ``steps`` more steps, by default up to ``config.steps``, or fewer where a stop is requested.
+
+        Raises:
+            NonFiniteLossError: a loss is infinite or not a number.
+        """
+        steps = max(self.config.steps - self.step, 0) if steps is None else steps
+        self._callbacks = callbacks
+        started: list[Callback] = []
+        try:
+            with self.world.agreed():
+                for callback in callbacks:
+                    started.append(callback)
+                    callback.on_start(self, steps)
+            for i in range(steps):
+                self.train_step()
+                if len(self._pending) >= FLUSH_INTERVAL or i == steps - 1 or self.stop_requested:
+                    self.flush()
+                for callback in callbacks:
+                    callback.on_step(self)
+                if self._all_stop():
+                    self.flush()
+                    break
+        finally:
+            for callback in started:
+                callback.on_end(self)
+            self._callbacks = ()
+        return self.history
+
+    def train_step(self) -> None:
+        """``n_critic`` discriminator updates and one generator update."""
+        self._set_learning_rates()
+        terms: list[Terms] = []
+        for _ in range(self.config.n_critic):
+            batch = self._next_batch()
+            terms.append(self.discriminator_step(batch))
+        terms_g = self.generator_step(batch)
+        self.step += 1
+        means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+        self._pending.append(
+            {"discriminator": total(means), "generator": total(terms_g)}
+            | {f"discriminator/{name}": term for name, term in means.items()}
+            | {f"generator/{name}": term for name, term in terms_g.items()}
+        )
+
+    def flush(self) -> None:
+        """Read the losses of the last steps from the device, and hand them to the callbacks.
+
+        Raises:
+            NonFiniteLossError: one is infinite or not a number; the history ends before it.
+        """
+        if not self._pending:
+            return
+        names = list(self._pending[0])
+        values = torch.stack([torch.stack([row[name].float() for name in names]) for row in self._pending]).tolist()
+        first = self.step - len(values) + 1
+        self._pending = []
+        rows = []
+        for step, row in enumerate(values, first):
+            losses = dict(zip(names, row, strict=True))
+            if not (math.isfinite(losses["discriminator"]) and math.isfinite(losses["generator"])):
+                raise NonFiniteLossError(step, losses["discriminator"], losses["generator"])
+            self.history.discriminator.append(losses["discriminator"])
+            self.history.generator.append(losses["generator"])
+            rows.append(losses)
+        for callback in self._callbacks:
+            callback.on_losses(self, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the next step, as tensors and plain numbers: ``torch.load(weights_only=True)`` reads it."""
+        self.flush()
+        return {
+            "step": self.step,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "ema_updates": self.ema.updates,
+            "optimizer_g": self.optimizer_g.state_dict(),
+            "optimizer_d": self.optimizer_d.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": self.rng.get_state(),
+            "history": {"discriminator": self.history.discriminator, "generator": self.history.generator},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; on the same device the run goes on bit for bit."""
+        self.step = state["step"]
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.ema.updates.copy_(state["ema_updates"])
+        self.optimizer_g.load_state_dict(state["optimizer_g"])
+        self.optimizer_d.load_state_dict(state["optimizer_d"])
+        self.loader.load_state_dict(state["loader"])
+        self.rng.set_state(state["rng"].cpu())
+        history = state["history"]
+        self.history = History(list(history["discriminator"]), list(history["generator"]))
+        self._pending = []
+
+    def _all_stop(self) -> bool:
+        """Whether to stop, which all processes must find at the same step."""
+        if self.world.size == 1:
+            return self.stop_requested
+        if self.step % FLUSH_INTERVAL == 0:
+            self.stop_requested = any(self.world.gather(self.stop_requested))
+            return self.stop_requested
+        return False
+
+    def _next_batch(self) -> Batch:
+        batch = self.loader.next()
+        return {
+            name: value.contiguous(memory_format=self.layout) if value.ndim == 4 else value
+            for name, value in batch.items()
+        }
+
+    def _set_learning_rates(self) -> None:
+        config = self.config
+        start = config.decay_from * config.steps
+        decaying = start < config.steps and self.step > start
+        factor = max(config.steps - self.step, 0) / (config.steps - start) if decaying else 1.0
+        self.optimizer_g.param_groups[0]["lr"] = config.lr_generator * factor
+        self.optimizer_d.param_groups[0]["lr"] = config.lr_discriminator * factor
+
+
+def _mode(config: TrainConfig, device: torch.device) -> str:
+    if config.step_mode == "auto":
+        return "compile" if device.type == "cuda" else "eager"
+    return config.step_mode

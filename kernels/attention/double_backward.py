@@ -1,0 +1,170 @@
+"""Double backward of attention: formulas in ``fastgan.reference.attention``, the scheme in ``attention_kernels``.
+
+The logits are multiplied in the precision LOGITS of the forward pass, whose sums P is recomputed from: rows of P that
+do not sum to 1 would cost more than the rounding of all other products.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastgan.kernels.attention.tiles import LOG2E, load_tile, other_slabs, row_delta, row_stats, store_tile
+from fastgan.kernels.precision import dot, narrow
+
+
+@triton.jit
+def attention_bwd_bwd_rows_kernel(
+    ggq_ptr, ggk_ptr, ggv_ptr, do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, stats_ptr,
+    sums_ptr, g_do_ptr, gq_ptr,
+    ggq_sb, ggq_sn, ggq_sd, ggk_sb, ggk_sm, ggk_sd, ggv_sb, ggv_sm, ggv_se, do_sb, do_sn, do_se,
+    q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se,
+    g_do_sb, g_do_sn, g_do_se, gq_sb, gq_sn, gq_sd,
+    N, M, d, e, scale, plane,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N, R)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
+    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
+    k_base, v_base, do_base = k_ptr + batch * k_sb, v_ptr + batch * v_sb, do_ptr + batch * do_sb
+    ggk_base, ggv_base = ggk_ptr + batch * ggk_sb, ggv_ptr + batch * ggv_sb
+    scale_log2 = scale * LOG2E
+    HALF: tl.constexpr = o_ptr.dtype.element_ty != tl.float32  # O is rounded, and delta with it
+
+    q = load_tile(q_ptr + batch * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
+    ggq = load_tile(ggq_ptr + batch * ggq_sb, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
+    top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
+    sums = sums_ptr + batch * N + rows
+    if QK:
+        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
+        delta = row_delta(do_base, o_ptr + batch * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
+        a_row = tl.zeros([R], tl.float32)  # rowsum(A * P)
+        if HALF:
+            pc_row = tl.zeros([R], tl.float32)  # rowsum(P * c), the rounding of delta
+        pac_row = tl.zeros([R], tl.float32)  # rowsum(P * A * c)
+        ph_row = tl.zeros([R], tl.float32)  # rowsum(P * (dO ggv^T))
+        for start in range(0, M, C):
+            keys = start + tl.arange(0, C)
+            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
+            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
+            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+            p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
+            p = tl.where(keys[None, :] < M, p, 0.0)
+            a_map = dot(ggq, tl.trans(k), None, PRECISION)
+            a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale
+            pa = p * a_map
+            a_row += tl.sum(pa, 1)
+            dp = dot(do, tl.trans(v), None, PRECISION)
+            dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
+            c = dp - delta[:, None]
+            if HALF:
+                pc_row += tl.sum(p * c, 1)
+            pac_row += tl.sum(pa * c, 1)
+            h = dot(do, tl.trans(ggv), None, PRECISION)
+            h = other_slabs(h, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION)
+            ph_row += tl.sum(p * h, 1)
+        b_row = pac_row + ph_row  # rowsum(P * B)
+        if HALF:
+            delta += pc_row
+            b_row -= pc_row * a_row
+        tl.store(sums, delta, mask=rows < N)
+        tl.store(sums + plane, a_row, mask=rows < N)
+        tl.store(sums + 2 * plane, b_row, mask=rows < N)
+        gq = tl.zeros([R, D], tl.float32)
+    else:
+        a_row = tl.load(sums + plane, mask=rows < N, other=0.0)
+
+    if V:
+        g_do = tl.zeros([R, SLAB], tl.float32)
+    for start in range(0, M, C):
+        keys = start + tl.arange(0, C)
+        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+        ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+        ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
+        s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+        p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
+        p = tl.where(keys[None, :] < M, p, 0.0)
+        a_map = dot(ggq, tl.trans(k), None, PRECISION)
+        a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - a_row[:, None]
+        if V:
+            g_do = dot(narrow(p, ggv.dtype), ggv, g_do, PRECISION)
+            g_do = dot(narrow(p * a_map, v.dtype), v, g_do, PRECISION)
+        if QK:
+            dp = dot(do, tl.trans(v), None, PRECISION)
+            dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
+            c = dp - delta[:, None]
+            gq = dot(narrow(p * c, ggk.dtype), ggk, gq, PRECISION)
+            b_map = dot(do, tl.trans(ggv), a_map * c, PRECISION)
+            b_map = other_slabs(
+                b_map, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION
+            )
+            gq = dot(narrow(p * (b_map - b_row[:, None]), k.dtype), k, gq, PRECISION)
+    if V:
+        store_tile(g_do_ptr + batch * g_do_sb, g_do, rows, cols_e, g_do_sn, g_do_se, N, e)
+    if QK:
+        store_tile(gq_ptr + batch * gq_sb, gq * scale, rows, cols_d, gq_sn, gq_sd, N, d)
+
+
+@triton.jit
+def attention_bwd_bwd_keys_kernel(
+    ggq_ptr, ggk_ptr, ggv_ptr, do_ptr, q_ptr, k_ptr, v_ptr, stats_ptr,
+    sums_ptr, gk_ptr, gv_ptr,
+    ggq_sb, ggq_sn, ggq_sd, ggk_sb, ggk_sm, ggk_sd, ggv_sb, ggv_sm, ggv_se, do_sb, do_sn, do_se,
+    q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se,
+    gk_sb, gk_sm, gk_sd, gv_sb, gv_sm, gv_se,
+    N, M, d, e, scale, plane,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(M, C)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    keys = (tl.program_id(0) % blocks) * C + tl.arange(0, C)
+    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
+    q_base, ggq_base, do_base = q_ptr + batch * q_sb, ggq_ptr + batch * ggq_sb, do_ptr + batch * do_sb
+    v_base, ggv_base = v_ptr + batch * v_sb, ggv_ptr + batch * ggv_sb
+    scale_log2 = scale * LOG2E
+
+    k = load_tile(k_ptr + batch * k_sb, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+    ggk = load_tile(ggk_ptr + batch * ggk_sb, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
+    if QK:
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+        ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
+        gk = tl.zeros([C, D], tl.float32)
+    if V:
+        gv = tl.zeros([C, SLAB], tl.float32)
+    for start in range(0, N, R):
+        rows = start + tl.arange(0, R)
+        inside = rows < N
+        q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
+        ggq = load_tile(ggq_base, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
+        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
+        top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
+        sums = sums_ptr + batch * N + rows
+        a_row = tl.load(sums + plane, mask=inside, other=0.0)
+        s = dot(k, tl.trans(q), None, LOGITS)  # [C, R]
+        p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
+        a_map = dot(k, tl.trans(ggq), None, PRECISION)
+        a_map = dot(ggk, tl.trans(q), a_map, PRECISION) * scale - a_row[None, :]
+        if V:
+            gv = dot(narrow(p * a_map, do.dtype), do, gv, PRECISION)
+        if QK:
+            delta = tl.load(sums, mask=inside, other=0.0)
+            b_row = tl.load(sums + 2 * plane, mask=inside, other=0.0)
+            dp = dot(v, tl.trans(do), None, PRECISION)
+            dp = other_slabs(dp, v_base, keys, v_sm, v_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION)
+            c = dp - delta[None, :]
+            gk = dot(narrow(p * c, ggq.dtype), ggq, gk, PRECISION)
+            b_map = dot(ggv, tl.trans(do), a_map * c, PRECISION)
+            b_map = other_slabs(
+                b_map, ggv_base, keys, ggv_sm, ggv_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION
+            )
+            gk = dot(narrow(p * (b_map - b_row[None, :]), q.dtype), q, gk, PRECISION)
+    if QK:
+        store_tile(gk_ptr + batch * gk_sb, gk * scale, keys, cols_d, gk_sm, gk_sd, M, d)
+    if V:
+        store_tile(gv_ptr + batch * gv_sb, gv, keys, cols_e, gv_sm, gv_se, M, e)

@@ -1,0 +1,146 @@
+"""Forward and backward of attention.
+
+In the kernels that own rows of queries a program walks over the keys; in those that own keys it walks over the
+queries, so that every output is summed by one program in a fixed order: deterministic, no atomics. Where v has too
+many channels for the registers (SLAB below E), products over them are summed slab by slab, and outputs as wide as v
+come from launches of their own (V without QK), one program for each slab.
+
+Shapes in comments: R query rows and C keys of a tile, D and E the padded channels of q/k and of v.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastgan.kernels.attention.tiles import LOG2E, load_tile, other_slabs, row_delta, row_stats, store_tile
+from fastgan.kernels.precision import dot, narrow
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, stats_ptr,
+    q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se,
+    N, M, d, e, scale, plane,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N, R)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
+    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
+    k_base, v_base = k_ptr + batch * k_sb, v_ptr + batch * v_sb
+    scale_log2 = scale * LOG2E  # scale >= 0, so that the largest logit stays the largest
+
+    q = load_tile(q_ptr + batch * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
+    top = tl.full([R], float("-inf"), tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, SLAB], tl.float32)
+    for start in range(0, M, C):
+        keys = start + tl.arange(0, C)
+        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+        s = dot(q, tl.trans(k), None, PRECISION)  # [R, C]
+        s = tl.where(keys[None, :] < M, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2((s - new_top[:, None]) * scale_log2)
+        shrink = tl.exp2((top - new_top) * scale_log2)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+        acc = dot(narrow(p, v.dtype), v, acc * shrink[:, None], PRECISION)
+        top = new_top
+    store_tile(o_ptr + batch * o_sb, acc / total[:, None], rows, cols_e, o_sn, o_se, N, e)
+    if tl.program_id(1) == 0:
+        stats = stats_ptr + batch * N + rows
+        tl.store(stats, top, mask=rows < N)
+        tl.store(stats + plane, tl.log(total), mask=rows < N)
+
+
+@triton.jit
+def attention_bwd_rows_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, stats_ptr, delta_ptr, dq_ptr,
+    do_sb, do_sn, do_se, q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se, dq_sb, dq_sn, dq_sd,
+    N, M, d, e, scale, plane,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N, R)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
+    cols_d, cols_e = tl.arange(0, D), tl.arange(0, SLAB)
+    k_base, v_base, do_base = k_ptr + batch * k_sb, v_ptr + batch * v_sb, do_ptr + batch * do_sb
+    scale_log2 = scale * LOG2E
+    # O is rounded to half precision, and delta with it; what the rows of dS then sum to is taken off at the end.
+    HALF: tl.constexpr = o_ptr.dtype.element_ty != tl.float32
+
+    q = load_tile(q_ptr + batch * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
+    do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
+    delta = row_delta(do_base, o_ptr + batch * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
+    top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
+    dq = tl.zeros([R, D], tl.float32)
+    if HALF:
+        mean_key = tl.zeros([R, D], tl.float32)
+        missing = tl.zeros([R], tl.float32)
+    else:  # rows of dS sum to 0 but for rounding, which is multiplied by less where keys are far from 0
+        first_key = tl.load(k_base + cols_d.to(tl.int64) * k_sd, mask=cols_d < d, other=0.0)
+    for start in range(0, M, C):
+        keys = start + tl.arange(0, C)
+        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+        s = dot(q, tl.trans(k), None, PRECISION)  # [R, C]
+        p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
+        p = tl.where(keys[None, :] < M, p, 0.0)
+        dp = dot(do, tl.trans(v), None, PRECISION)  # [R, C]
+        dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if not HALF:
+            k -= first_key[None, :]
+        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
+        if HALF:
+            mean_key = dot(narrow(p, k.dtype), k, mean_key, PRECISION)
+            missing += tl.sum(ds, 1)
+    if HALF:
+        dq -= missing[:, None] * mean_key
+        delta += missing
+    tl.store(delta_ptr + batch * N + rows, delta, mask=rows < N)
+    store_tile(dq_ptr + batch * dq_sb, dq * scale, rows, cols_d, dq_sn, dq_sd, N, d)
+
+
+@triton.jit
+def attention_bwd_keys_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
+    do_sb, do_sn, do_se, q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se,
+    dk_sb, dk_sm, dk_sd, dv_sb, dv_sm, dv_se,
+    N, M, d, e, scale, plane,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
+    QK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(M, C)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    keys = (tl.program_id(0) % blocks) * C + tl.arange(0, C)
+    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
+    q_base, v_base, do_base = q_ptr + batch * q_sb, v_ptr + batch * v_sb, do_ptr + batch * do_sb
+    scale_log2 = scale * LOG2E
+
+    k = load_tile(k_ptr + batch * k_sb, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+    if QK:
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+        dk = tl.zeros([C, D], tl.float32)
+    if V:
+        dv = tl.zeros([C, SLAB], tl.float32)
+    for start in range(0, N, R):
+        rows = start + tl.arange(0, R)
+        q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
+        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
+        top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
+        s = dot(k, tl.trans(q), None, PRECISION)  # [C, R]
+        p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
+        if V:
+            dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
+        if QK:
+            delta = tl.load(delta_ptr + batch * N + rows, mask=rows < N, other=0.0)
+            dp = dot(v, tl.trans(do), None, PRECISION)  # [C, R]
+            dp = other_slabs(dp, v_base, keys, v_sm, v_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = dot(narrow(ds, q.dtype), q, dk, PRECISION)
+    if QK:
+        store_tile(dk_ptr + batch * dk_sb, dk * scale, keys, cols_d, dk_sm, dk_sd, M, d)
+    if V:
+        store_tile(dv_ptr + batch * dv_sb, dv, keys, cols_e, dv_sm, dv_se, M, e)

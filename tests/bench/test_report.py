@@ -1,0 +1,163 @@
+"""README's tables and the plots are what the committed records give; a figure without a record is found."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.report import check_report, unrecorded_figures, write_report
+from fastgan.bench.records import Record, RecordError, Run, environment, read_run, write_run
+
+
+def times(median):
+    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "rounds": 5}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A README and one record of every kind that a table or a plot shows, with its report."""
+    tmp_path = tmp_path_factory.mktemp("repository")
+    sections = "".join(
+        f"<!-- {n}: made by `python -m bench report` -->\n<!-- /{n} -->\n" for n in ("results", "training")
+    )
+    (tmp_path / "README.md").write_text(f"# Title\n{sections}")
+    parameters = {"mode": "penalty", "dtype": "float32", "channels": 128, "height": 32}
+    attention = [
+        Record("attention", f"{kind} penalty", name, parameters, peak_memory=10_000_000, **times(t))
+        for kind in ("core", "block")
+        for name, t in (("eager", 0.02), ("fastgan", 0.005), ("compile", 0.01))
+    ]
+    roots = [
+        Record("sqrtm", "full_rank", name, {}, error=e, images=7, **times(t))
+        for name, t, e in (("scipy", 0.2, None), ("fastgan auto", 0.1, 1e-15), ("fastgan, saved", 0.05, 0.0))
+    ]
+    folder = tmp_path / "bench" / "results" / "cpu"
+    for suite, records in (("attention", attention), ("sqrtm", roots)):
+        write_run(Run(environment("cpu"), True, tuple(records)), folder / f"{suite}-quick.json")
+    assert write_report(tmp_path) == []
+    return tmp_path
+
+
+@pytest.fixture
+def repository(reported, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(reported, tmp_path / "repository")
+
+
+def test_committed_documents_and_plots_are_up_to_date():
+    assert check_report() == []
+
+
+def test_tables_and_plots_from_records(repository):
+    readme = (repository / "README.md").read_text()
+    assert "| attention: block penalty | 5 ms (fastgan) | 10 ms (compile), 2.00×; 20 ms (eager), 4.00× |  |" in readme
+    assert "| sqrtm: full_rank | 100 ms (auto), 70.0 images/s; 50 ms (saved), 140.0 images/s | 200 ms" in readme
+    assert "**Not measured on a GPU yet.**" in readme
+    plots = {path.stem for path in (repository / "bench" / "results" / "cpu").glob("*.png")}
+    assert plots == {"speedup", "attention-time", "attention-memory", "sqrtm-error", "images"}
+    assert check_report(repository) == []
+
+
+def test_a_gpus_records_take_the_place_of_the_remark(repository):
+    run = read_run(repository / "bench" / "results" / "cpu" / "sqrtm-quick.json")
+    on_gpu = dataclasses.replace(run, environment=run.environment | {"device": "GPU X", "driver": "1.2"}, quick=False)
+    write_run(on_gpu, repository / "bench" / "results" / "gpu-x" / "sqrtm.json")
+    assert write_report(repository) == []
+    readme = (repository / "README.md").read_text()
+    assert "GPU X, driver 1.2" in readme
+    assert "Not measured" not in readme
+
+
+def test_a_full_run_replaces_a_quick_one(repository):
+    folder = repository / "bench" / "results" / "cpu"
+    quick = read_run(folder / "sqrtm-quick.json")
+    full = dataclasses.replace(
+        quick, quick=False, records=tuple(dataclasses.replace(r, **times(3.0)) for r in quick.records)
+    )
+    write_run(full, folder / "sqrtm.json")
+    write_report(repository)
+    assert "3 s (auto)" in (repository / "README.md").read_text()
+
+
+def change_a_figure(root):
+    path = root / "README.md"
+    path.write_text(path.read_text().replace("5 ms (fastgan)", "4 ms (fastgan)"))
+
+
+def change_a_record(root):
+    path = root / "bench" / "results" / "cpu" / "attention-quick.json"
+    content = json.loads(path.read_text())
+    content["records"][0] |= times(0.03)
+    path.write_text(json.dumps(content))
+
+
+def lose_a_plot(root):
+    (root / "bench" / "results" / "cpu" / "speedup.png").unlink()
+
+
+def keep_an_old_plot(root):
+    folder = root / "bench" / "results" / "cpu"
+    shutil.copy(folder / "speedup.png", folder / "old.png")
+
+
+def add_a_row_without_a_record(root):
+    with (root / "README.md").open("a") as file:
+        file.write("| attention on another device | 0.3 ms |\n")
+
+
+def claim_a_speed_elsewhere(root):
+    (root / "docs").mkdir()
+    (root / "docs" / "layers.md").write_text("All layers are 3 times as fast.\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (change_a_figure, "README.md is not up to date"),
+        (change_a_record, "README.md is not up to date"),
+        (change_a_record, "speedup.png is not up to date"),
+        (lose_a_plot, "speedup.png is not up to date"),
+        (keep_an_old_plot, "old.png is not up to date"),
+        (add_a_row_without_a_record, "README.md: '0.3 ms' stands outside"),
+        (claim_a_speed_elsewhere, "docs/layers.md: '3 times' stands outside"),
+    ],
+)
+def test_what_disagrees_is_found(repository, change, problem):
+    change(repository)
+    assert any(problem in line for line in check_report(repository))
+
+
+@pytest.mark.parametrize(
+    "text", ["12 ms", "3.5× faster", "| 0.3 s |", "1,000 images/s", "2.5 GB", "twice: 2x", "12 % less"]
+)
+def test_measured_figures_are_recognised(text):
+    assert unrecorded_figures(f"a {text} b")
+
+
+@pytest.mark.parametrize(
+    "text", ["torch 2.11", "32 x 32", "sm_80", "N = 512", "```\n3 ms\n```", "d <= 64", "a 2x2 pool"]
+)
+def test_other_numbers_are_not_figures(text):
+    assert unrecorded_figures(text) == []
+
+
+def test_a_readme_without_markers_is_refused(repository):
+    (repository / "README.md").write_text("# Title\n")
+    with pytest.raises(RecordError, match="README.md must hold the markers"):
+        check_report(repository)
+
+
+def test_without_matplotlib_the_tables_are_written(repository, monkeypatch):
+    change_a_record(repository)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (problem,) = write_report(repository)
+    assert problem.startswith("tables are written, plots are not drawn: ")
+    assert "| eager | 30 ms |" in (repository / "bench" / "results" / "cpu" / "README.md").read_text()
+
+
+def test_check_on_the_command_line():
+    assert CliRunner().invoke(app, ["report", "--check"]).exit_code == 0
