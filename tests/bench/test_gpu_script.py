@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
 
 def gpu_script(tmp_path, interpreter: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastgan.nn import SelfAttention2d
-from fastgan.ops import _pooled_projection as pooled_projection
-from fastgan.ops import _projections as projection_residual
+from fastgan.ops import pooled_projection, projection_residual
 from tests.accuracy import assert_as_accurate
 from tests.ops.test_projections import (
     LAYOUTS,

@@ -13,8 +13,8 @@ EIGENSOLVERS = {"aten::_linalg_eigh", "aten::_linalg_svd"}
 @pytest.fixture
 def by_products(monkeypatch):
     def choose(value):
-        for op in ("nuclear_norm", "trace_sqrt_product", "sqrtm"):
-            monkeypatch.setattr(f"fastgan.ops.{op}.by_products", lambda operand: value)
+        for op in ("nuclear_norm", "trace", "sqrtm"):
+            monkeypatch.setattr(f"fastgan.linalg._{op}.by_products", lambda operand: value)
 
     return choose
 

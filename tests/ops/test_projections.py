@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from fastgan.ops import _pooled_projection as pooled_projection
-from fastgan.ops import _projections as projection_residual
+from fastgan.ops import pooled_projection, projection_residual
 from fastgan.ops._pooled_projection import pooled_projection_op
 from fastgan.ops._projections import projection_residual_op
 
