@@ -9,9 +9,8 @@ from typing import Annotated
 import torch
 import typer
 
-from bench import compare as comparison
-from bench.session import Session
-from fastgan.bench.harness import SUITES, load
+from bench.regressions import notes, regressions
+from bench.session import SUITES, Session, load
 from fastgan.bench.records import RecordError, read_run, results_folder
 from fastgan.cli.errors import OneLineErrors
 
@@ -134,15 +133,15 @@ def _print_catalogue(catalogue: dict[str, dict[str, list[str]]]) -> None:
 def _compare(old: Path, new: Path) -> int:
     try:
         before, after = read_run(old), read_run(new)
-        regressions = comparison.regressions(before, after)
+        worse = regressions(before, after)
     except RecordError as error:
         raise typer.BadParameter(str(error), param_hint="--compare") from None
-    for note in comparison.notes(before, after):
+    for note in notes(before, after):
         typer.echo(note)
-    for regression in regressions:
-        typer.echo(regression)
-    typer.echo(f"{len(regressions)} regression{'' if len(regressions) == 1 else 's'}")
-    return 1 if regressions else 0
+    for line in worse:
+        typer.echo(line)
+    typer.echo(f"{len(worse)} regression{'' if len(worse) == 1 else 's'}")
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from bench.eager_attention import EagerAttention
-from bench.errors import largest_relative_norm
-from fastgan.bench.harness import Workload
+from fastgan.bench import Workload, largest_relative_norm
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager

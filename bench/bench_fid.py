@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.errors import relative_difference, relative_norm
-from fastgan.bench.harness import Workload
+from fastgan.bench import Workload, relative_difference, relative_norm
 from fastgan.data.resize import channels_first, clean_with_pillow
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"  # where pytorch-fid looks for them

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
-from bench.errors import largest_relative_norm
-from fastgan.bench.harness import Workload, wait
-from fastgan.demo_timings import Weights
+from fastgan.bench import Workload, largest_relative_norm
+from fastgan.bench.harness import wait
+from fastgan.bench.quick import Weights
 from fastgan.nn import group_spectral_norm
 
 # Passes over the weights that cannot be avoided: reads and writes of one float32 an entry.

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.errors import relative_difference, relative_norm
 from fastgan import backend_status
-from fastgan.bench.harness import Workload
+from fastgan.bench import Workload, relative_difference, relative_norm
 from fastgan.linalg import sqrtm, trace_sqrt_product
 
 QUICK_SIZE = 256

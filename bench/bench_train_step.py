@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from bench.eager_attention import EagerAttention
-from bench.errors import relative_norm
-from fastgan.bench.harness import Workload
+from fastgan.bench import Workload, relative_norm
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.recipes import load_recipe
 from fastgan.training import EMA, Objective, RecipeGan, TrainStep, build_networks

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bench.errors import relative_norm
 from fastgan import backend_status
+from fastgan.bench import relative_norm
 from fastgan.linalg import sqrtm, trace_sqrt_product
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import spectral_norm_scale, spectral_norm_update

@@ -1,17 +1,28 @@
-"""One ``python -m bench``: suites in turn, a table a workload on the terminal, a file a suite."""
+"""One ``python -m bench``: runs suites in turn, prints a table per workload, writes a file per suite.
+
+A suite is a module ``bench_<suite>`` with ``workloads(quick, device)``, which yields workloads.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from fastgan.bench.harness import load, run
-from fastgan.bench.records import Record, Run, environment, write_run
+from fastgan.bench import Record, Run, Workload, environment, run, write_run
+
+SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
+
+
+def load(suite: str, quick: bool, device: str) -> Iterable[Workload]:
+    """Return the workloads of one of :data:`SUITES`."""
+    return importlib.import_module(f"bench.bench_{suite}").workloads(quick, device)
 
 
 @dataclass

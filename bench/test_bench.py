@@ -5,7 +5,9 @@ from functools import cache, partial
 import pytest
 import torch
 
-from fastgan.bench.harness import SUITES, check_all, flush_cache, load, wait
+from bench.session import SUITES, load
+from fastgan.bench import check_all
+from fastgan.bench.harness import flush_cache, wait
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

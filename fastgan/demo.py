@@ -1,4 +1,4 @@
-"""The demonstration: a GAN trained on real digits and scored against held-out ones, and the library timed."""
+"""Demonstration: train a small GAN on real digits, score it against held-out ones, and time the library."""
 
 from __future__ import annotations
 
@@ -8,73 +8,30 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastgan
 from fastgan._checks import InputError
 from fastgan._files import write_bytes, write_text
-from fastgan.bench.timing import device_name
+from fastgan.bench import Workload, environment, run
+from fastgan.bench.quick import workloads
 from fastgan.data import LabelledImages, digits
-from fastgan.demo_timings import TimedWorkload, time_workloads
-from fastgan.metrics import FeatureStats, frechet_distance, load_backbone
-from fastgan.recipes import Recipe, load_recipe
-from fastgan.training import History, ProgressBar, Trainer, build_networks, class_rows, sample
+from fastgan.recipes import load_recipe
+from fastgan.training import ProgressBar, Trainer, build_networks, class_rows, sample
 from fastgan.training.pictures import curves_png, grid_png
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
+from fastgan.training.scoring import Scorer
 
 RECIPE = "sagan-quick-digits"
 BACKBONE = "efficientnet_lite0"
 REQUIRED = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib", "rich": "rich"}
 GRID_COLUMNS = 12
-SCORE_BATCH = 50
-SCORE_SEED, AGREEMENT_SEED = 1, 2
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Frechet distances between ``n`` images and as many held-out real ones."""
-
-    backbone: str
-    n: int
-    before: float
-    after: float
-    real: float
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Accuracy of a support vector classifier of pixels, trained on the real training images.
-
-    Attributes:
-        held_out: on the held-out real images.
-        generated: on generated images, against the class that was asked for.
-        per_class: the latter for each class.
-    """
-
-    held_out: float
-    generated: float
-    per_class: tuple[float, ...]
-
-
-@dataclass
-class Stopwatch:
-    """Seconds of wall-clock time of each named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+CLASSIFIED_PER_CLASS = 50
+CLASSIFIED_SEED = 2
 
 
 def run_demo(
@@ -86,31 +43,32 @@ def run_demo(
     sqrtm_dim: int = 1024,
     timing_seconds: float = 1.0,
 ) -> dict[str, Any]:
-    """Train a small conditional SAGAN on real digits, score and time it, and write what came out.
+    """Train a small conditional SAGAN on real digits, score and time it, and write the results.
 
-    Writes ``samples.png`` (a row a class, from the moving average of the generator), ``curves.png`` and ``report.json``
-    under ``out``, each at once or not at all.
+    Writes ``samples.png`` (a row per class, from the moving average of the generator), ``curves.png`` and
+    ``report.json`` under ``out``, each at once or not at all.
 
     Args:
-        out: folder, made where it is missing.
+        out: folder, created if missing.
         steps: generator updates; by default the recipe's.
-        seed: of weights, noise and batches.
-        score_images: images a set in the Frechet distances, from 10 to the 599 held out.
+        seed: seed of weights, noise and batches.
+        score_images: images per set in the Frechet distances, from 10 to the 599 held out.
         sqrtm_dim: size of the matrices whose square root is timed.
-        timing_seconds: about how long to time each pair of fast implementations.
+        timing_seconds: approximate seconds to time each workload, all implementations together.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
 
     Raises:
         InputError: a package of the extra ``demo`` is missing.
         ValueError: ``steps`` or ``score_images`` is out of range.
     """
-    _check_packages()
+    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise InputError(f"the demo needs {', '.join(missing)}: pip install 'fastgan[demo]'")
     recipe = load_recipe(RECIPE)
-    recipe = replace(
-        recipe, train=replace(recipe.train, seed=seed, steps=recipe.train.steps if steps is None else steps)
-    )
+    steps = recipe.train.steps if steps is None else steps
+    recipe = replace(recipe, train=replace(recipe.train, seed=seed, steps=steps))
     train, held_out = digits(recipe.model.resolution)
     if not train.n_classes <= score_images <= len(held_out):
         raise ValueError(f"score_images must be from {train.n_classes} to {len(held_out)}, got {score_images}")
@@ -118,84 +76,60 @@ def run_demo(
     from rich.console import Console
     from rich.progress import Progress
 
-    console, watch = Console(), Stopwatch()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds: dict[str, float] = {}
+    console = Console()
     with Progress(console=console) as progress:
-        trainer = _trainer(recipe, train)
-        with watch.stage("score before"):
-            scorer = _Scorer(held_out, score_images, progress)
-            before = scorer.distance_of_generator(trainer, "scoring the untrained generator")
-        with watch.stage("train"):
+        torch.manual_seed(seed)
+        networks = build_networks(recipe.model, train.n_classes, train.images.shape[1])
+        trainer = Trainer(*networks, train, recipe.train, images=recipe.data, device=device)
+        with _timed(seconds, "score before"):
+            scorer = Scorer(held_out, train, [score_images], backbone=BACKBONE)
+            before = scorer.score(trainer.ema.module, 0).decisive
+        with _timed(seconds, "train"):
             history = trainer.run(callbacks=[ProgressBar(progress)])
-        with watch.stage("score after"):
-            after = scorer.distance_of_generator(trainer, "scoring the trained generator")
-            real = scorer.distance(train.images, "scoring real training images")
-            scores = Scores(BACKBONE, score_images, before, after, real)
-            agreement = _agreement(trainer, train, held_out)
-        with watch.stage("timings"):
-            timings = time_workloads(progress, seconds=timing_seconds, sqrtm_dim=sqrtm_dim)
+        with _timed(seconds, "score after"):
+            after = scorer.score(trainer.ema.module, trainer.step).decisive
+            distances = {"before": before, "after": after, "real": scorer.floors[score_images]}
+            accuracy = _classifier_accuracy(trainer.ema.module, train, held_out)
+        with _timed(seconds, "timings"):
+            timings = _time(workloads(device, sqrtm_dim), timing_seconds, device, progress)
 
-    report = _report(recipe, scores, agreement, timings, watch, history)
+    report = {
+        "versions": {"fastgan": fastgan.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "backends": {b.name: b.detail for b in fastgan.backend_status()},
+        "device": environment(device)["device"],
+        "recipe": asdict(recipe),
+        "frechet_distance": {"backbone": BACKBONE, "n": score_images, **distances},
+        "classifier_accuracy": accuracy,
+        "timings": timings,
+        "wall_seconds": seconds,
+        "losses": asdict(history),
+    }
     out = Path(out)
-    grid = sample(trainer.ema.module, class_rows(trainer.gan.n_classes, GRID_COLUMNS), seed=seed)
+    grid = sample(trainer.ema.module, class_rows(train.n_classes, GRID_COLUMNS), seed=seed)
+    curves = curves_png(
+        {"discriminator": history.discriminator, "generator": history.generator},
+        {"generated": ([0, len(history)], [before, after])},
+        score_name=f"Frechet distance to {score_images} held-out images ({BACKBONE})",
+        floors={"real training images": distances["real"]},
+    )
     write_bytes(out / "samples.png", grid_png(grid, GRID_COLUMNS))
-    write_bytes(out / "curves.png", _curves_png(history, scores))
+    write_bytes(out / "curves.png", curves)
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    _summarise(console, out, scores, agreement, timings, watch)
+    _summarize(console, out, report)
     return report
 
 
-def _check_packages() -> None:
-    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise InputError(f"the demo needs {', '.join(missing)}: pip install 'fastgan[demo]'")
-
-
-def _trainer(recipe: Recipe, data: LabelledImages) -> Trainer:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(recipe.train.seed)
-    generator, discriminator = build_networks(recipe.model, data.n_classes, data.images.shape[1])
-    return Trainer(generator, discriminator, data, recipe.train, images=recipe.data, device=device)
-
-
-class _Scorer:
-    """Distances to a fixed set of held-out images, whose features are computed once."""
-
-    def __init__(self, held_out: LabelledImages, n: int, progress: Progress) -> None:
-        self.n = n
-        self.n_classes = held_out.n_classes
-        self.progress = progress
-        self.backbone = load_backbone(BACKBONE)
-        self.reference = self._stats(held_out.images, "scoring held-out images")
-
-    def distance(self, images: Tensor, description: str) -> float:
-        return frechet_distance(self._stats(images, description), self.reference)
-
-    def distance_of_generator(self, trainer: Trainer, description: str) -> float:
-        labels = torch.arange(self.n) % self.n_classes
-        return self.distance(sample(trainer.ema.module, labels, seed=SCORE_SEED), description)
-
-    def _stats(self, images: Tensor, description: str) -> FeatureStats:
-        stats = FeatureStats()
-        task = self.progress.add_task(description, total=self.n)
-        for batch in images[: self.n].split(SCORE_BATCH):
-            stats.update(self.backbone((batch.cpu() + 1) / 2))
-            self.progress.advance(task, len(batch))
-        return stats
-
-
-def _agreement(trainer: Trainer, train: LabelledImages, held_out: LabelledImages, per_class: int = 50) -> Agreement:
-    classify = pixel_classifier(train)
-    labels = class_rows(train.n_classes, per_class)
-    right = (classify(sample(trainer.ema.module, labels, seed=AGREEMENT_SEED)) == labels).double()
-    return Agreement(
-        held_out=(classify(held_out.images) == held_out.labels).double().mean().item(),
-        generated=right.mean().item(),
-        per_class=tuple(right.view(train.n_classes, per_class).mean(1).tolist()),
-    )
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 2)
 
 
 def pixel_classifier(train: LabelledImages) -> Callable[[Tensor], Tensor]:
-    """A support vector classifier fitted to the pixels of ``train``: images (n, c, h, w) to labels (n,), int64."""
+    """Fit a support vector classifier to the pixels of ``train``: images (n, c, h, w) to labels (n,), int64."""
     from sklearn.svm import SVC
 
     def pixels(images: Tensor) -> Any:
@@ -205,68 +139,70 @@ def pixel_classifier(train: LabelledImages) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(classifier.predict(pixels(images)))
 
 
-def _report(
-    recipe: Recipe,
-    scores: Scores,
-    agreement: Agreement,
-    timings: list[TimedWorkload],
-    watch: Stopwatch,
-    history: History,
-) -> dict[str, Any]:
+def _classifier_accuracy(generator: nn.Module, train: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
+    """Accuracy of a classifier of real digits on held-out ones, and on samples of each class."""
+    classify = pixel_classifier(train)
+    labels = class_rows(train.n_classes, CLASSIFIED_PER_CLASS)
+    right = (classify(sample(generator, labels, seed=CLASSIFIED_SEED)) == labels).double()
     return {
-        "versions": {"fastgan": fastgan.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "backends": {b.name: b.detail for b in fastgan.backend_status()},
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
-        "recipe": asdict(recipe),
-        "sample_seeds": {"frechet_distance": SCORE_SEED, "classifier_accuracy": AGREEMENT_SEED},
-        "frechet_distance": asdict(scores),
-        "classifier_accuracy": asdict(agreement),
-        "timings": [asdict(timing) | {"speedup": timing.speedup} for timing in timings],
-        "wall_seconds": watch.seconds,
-        "losses": asdict(history),
+        "held_out": (classify(held_out.images) == held_out.labels).double().mean().item(),
+        "generated": right.mean().item(),
+        "per_class": right.view(train.n_classes, -1).mean(1).tolist(),
     }
 
 
-def _curves_png(history: History, scores: Scores) -> bytes:
-    return curves_png(
-        {"discriminator": history.discriminator, "generator": history.generator},
-        {"generated": ([0, len(history)], [scores.before, scores.after])},
-        score_name=f"Frechet distance to {scores.n} held-out images ({scores.backbone})",
-        floors={"real training images": scores.real},
-    )
+def _time(workloads: Iterator[Workload], seconds: float, device: str, progress: Any) -> list[dict[str, Any]]:
+    """Time each workload; in the report a workload is one row with the quantiles of each implementation."""
+    task = progress.add_task("timing against eager code", total=None)
+    rows = []
+    for workload in workloads:
+        records = run("demo", workload, seconds, device)
+        timings = {}
+        for record in records:
+            if record.median is None:
+                raise RuntimeError(f"{workload.name}, {record.implementation}: {record.failure}")
+            timings[record.implementation] = {key: getattr(record, key) for key in ("median", "low", "high", "rounds")}
+        speedup = timings[workload.reference]["median"] / timings["fastgan"]["median"]
+        rows.append(
+            {
+                "workload": workload.name,
+                "size": workload.parameters,
+                "baseline": workload.reference,
+                "device": device,
+                "timings": timings,
+                "speedup": speedup,
+            }
+        )
+        progress.advance(task)
+    progress.update(task, total=len(rows))
+    return rows
 
 
-def _summarise(
-    console: Console,
-    out: Path,
-    scores: Scores,
-    agreement: Agreement,
-    timings: list[TimedWorkload],
-    watch: Stopwatch,
-) -> None:
+def _summarize(console: Any, out: Path, report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    console.print(f"\nFrechet distance to held-out digits ({scores.backbone}, N = {scores.n}):")
+    distance, accuracy = report["frechet_distance"], report["classifier_accuracy"]
+    console.print(f"\nFrechet distance to held-out digits ({distance['backbone']}, N = {distance['n']}):")
     quality = Table(show_header=False)
-    for name, value in (
-        ("untrained generator", scores.before),
-        ("trained generator", scores.after),
-        ("real training digits", scores.real),
+    for label, key in (
+        ("untrained generator", "before"),
+        ("trained generator", "after"),
+        ("real training digits", "real"),
     ):
-        quality.add_row(name, f"{value:.2f}")
+        quality.add_row(label, f"{distance[key]:.2f}")
     console.print(quality)
     console.print(
-        f"A classifier of real digits recognises {agreement.generated:.1%} of the generated digits as the class "
-        f"asked for ({agreement.held_out:.1%} of held-out real ones)."
+        f"A classifier of real digits recognises {accuracy['generated']:.1%} of the generated digits as the class "
+        f"asked for ({accuracy['held_out']:.1%} of held-out real ones)."
     )
     console.print("\nMedian times on this machine, in milliseconds (sizes and quantiles are in report.json):")
     speed = Table("work", "baseline", "baseline ms", "fastgan ms", "speed-up")
-    for timing in timings:
-        baseline, ours = timing.timings[timing.baseline].median, timing.timings["fastgan"].median
-        speed.add_row(
-            timing.workload, timing.baseline, f"{baseline * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{timing.speedup:.2f}x"
-        )
+    for row in report["timings"]:
+        medians = [f"{1e3 * row['timings'][name]['median']:.2f}" for name in (row["baseline"], "fastgan")]
+        speed.add_row(row["workload"], row["baseline"], *medians, f"{row['speedup']:.2f}x")
     console.print(speed)
-    console.print("Wall-clock seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in watch.seconds.items()))
+    console.print(
+        "Wall-clock seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report["wall_seconds"].items())
+    )
     for name in ("samples.png", "curves.png", "report.json"):
         console.print(f"wrote {out / name}", soft_wrap=True, highlight=False)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import fastgan.demo
-import fastgan.models
 from fastgan._checks import InputError
 from fastgan.demo import run_demo
 
@@ -61,28 +60,6 @@ def check_report(report):
         assert set(timing["timings"]) == {"fastgan", timing["baseline"]}
         for quantiles in timing["timings"].values():
             assert 0 < quantiles["low"] <= quantiles["median"] <= quantiles["high"]
-
-
-def test_timed_implementations_agree():
-    from fastgan import demo_timings
-    from fastgan.nn import group_spectral_norm
-
-    def weights(normalise):
-        torch.manual_seed(0)
-        network = fastgan.models.SAGANDiscriminator(3, width=8, spectral_norm=False)
-        root = demo_timings.Weights(demo_timings.normalisable(network))
-        normalise(root)
-        for _ in range(30):
-            root()
-        return root.eval()()
-
-    def torch_each_layer(root):
-        for layer in root.layers:
-            torch.nn.utils.parametrizations.spectral_norm(layer)
-
-    for grouped, single in zip(weights(group_spectral_norm), weights(torch_each_layer), strict=True):
-        # Singular vectors start from different noise; after many iterations only close singular values still differ.
-        torch.testing.assert_close(grouped, single, rtol=0.05, atol=1e-6)
 
 
 def test_bad_input(tmp_path, monkeypatch):

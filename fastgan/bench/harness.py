@@ -1,28 +1,23 @@
-"""One definition of a benchmark for ``python -m bench`` and ``pytest bench --benchmark-only``.
+"""Workloads done by several implementations, whose results are compared before any of them is timed.
 
-A suite is a module ``bench_<suite>`` with ``workloads(quick, device)``, which yields :class:`Workload`. An
-implementation is timed only after its result was found equal to the reference's.
+Each function that returns an error can be a workload's ``check``.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from bench.peak_memory import peak_memory
-from fastgan.bench.records import Record, environment
-from fastgan.bench.timing import compare
+from fastgan.bench.records import Record
+from fastgan.bench.timing import time_interleaved
 
-__all__ = ["SUITES", "Record", "Workload", "check_all", "environment", "flush_cache", "load", "measure", "run", "wait"]
-
-SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
 CACHE_FLUSH_BYTES = 256 << 20
 LONG = 2.0
 """Seconds of a call above which the profiler is not run over it: for launches, and on a CPU for memory."""
@@ -69,11 +64,6 @@ class Workload:
         return [self.reference, *(name for name in self.implementations if name != self.reference)]
 
 
-def load(suite: str, quick: bool, device: str) -> Iterable[Workload]:
-    """The workloads of one suite."""
-    return importlib.import_module(f"bench.bench_{suite}").workloads(quick, device)
-
-
 def run(suite: str, workload: Workload, seconds: float, device: str | None = None) -> list[Record]:
     """Check every implementation against the reference, then time the right ones, interleaved.
 
@@ -89,7 +79,7 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
     if not right:
         return list(records.values())
     try:
-        timings = compare(
+        timings = time_interleaved(
             right,
             seconds=seconds,
             min_rounds=workload.min_rounds,
@@ -164,12 +154,34 @@ def measure(implementation: Callable[[], Any], seconds: float, device: str) -> d
     }
 
 
+def peak_memory(call: Callable[[], Any], device: str) -> int | None:
+    """Return the most bytes that torch's allocator held during the call above what it held before; None if nothing.
+
+    Memory that SciPy and LAPACK take for themselves is not counted.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before or None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:  # a CPU's allocator keeps no peak
+        result = call()
+    del result
+    alive = peak = 0
+    memory = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak or None
+
+
 def _launches(implementation: Callable[[], Any]) -> int | None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         implementation()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA
-    events = [e for e in profile.key_averages() if e.device_type == on_device and not e.is_user_annotation]
+    events = [e for e in recorded.key_averages() if e.device_type == on_device and not e.is_user_annotation]
     return sum(e.count for e in events) or None  # none where the profiler cannot see the GPU
 
 
@@ -182,3 +194,23 @@ def wait(device: str) -> None:
     """Until the GPU has done what was asked of it; at once on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def relative_norm(result: Tensor, reference: Tensor) -> float:
+    """|result - reference| / |reference| in the Frobenius norm, computed in float64."""
+    b = reference.detach().double()
+    a = result.detach().to(b.device).double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def largest_relative_norm(results: Sequence[Tensor | None], references: Sequence[Tensor | None]) -> float:
+    """The largest :func:`relative_norm` of a pair; where the reference is zero or None there is none."""
+    pairs = [(a, b) for a, b in zip(results, references, strict=True) if b is not None and bool(b.count_nonzero())]
+    return max(math.inf if a is None else relative_norm(a, b) for a, b in pairs)
+
+
+def relative_difference(result: Tensor | float, reference: Tensor | float) -> float:
+    """The largest relative difference of an entry."""
+    b = torch.as_tensor(reference).detach().double()
+    a = torch.as_tensor(result).detach().to(b.device).double()
+    return ((a - b).abs() / b.abs()).max().item()

@@ -22,7 +22,7 @@ class Timing:
     rounds: int
 
 
-def compare(
+def time_interleaved(
     implementations: Mapping[str, Callable[[], object]],
     *,
     seconds: float = 2.0,

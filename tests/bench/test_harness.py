@@ -11,11 +11,22 @@ from typer.testing import CliRunner
 
 from bench import sanitize, session
 from bench.__main__ import app
-from bench.compare import regressions
-from bench.errors import largest_relative_norm, relative_difference, relative_norm
-from bench.peak_memory import peak_memory
-from fastgan.bench.harness import SUITES, Workload, load, run
-from fastgan.bench.records import Record, RecordError, Run, environment, read_run, write_run
+from bench.regressions import regressions
+from bench.session import SUITES, load
+from fastgan.bench import (
+    Record,
+    RecordError,
+    Run,
+    Workload,
+    environment,
+    largest_relative_norm,
+    read_run,
+    relative_difference,
+    relative_norm,
+    run,
+    write_run,
+)
+from fastgan.bench.harness import peak_memory
 
 
 def workload(**implementations):
