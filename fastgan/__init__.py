@@ -1,7 +1,7 @@
 """Fast layers, captured train steps and large-sample FID for GANs in PyTorch.
 
 ``fastgan.nn``
-    ``SelfAttention2d``, ``spectral_norm``, ``group_spectral_norm``; ``fuse`` puts them into a model that exists.
+    ``SelfAttention2d``, ``spectral_norm``, ``group_spectral_norm``; ``fuse`` puts them into an existing model.
 ``fastgan.ops``
     The functions under them, differentiable twice: ``attention``, ``spectral_norm_update`` and others.
 ``fastgan.linalg``
@@ -10,14 +10,50 @@
     ``FeatureStats``, ``frechet_distance`` and their relatives; backbones; metrics with torchmetrics' interface.
 ``fastgan.training``
     ``TrainStep`` captures an update of your own networks as one graph; ``Trainer`` is the loop of the recipes.
-``fastgan.models``, ``losses``, ``regularisers``, ``diffaugment``, ``data``, ``recipes``
-    The GANs that are trained by it.
+``fastgan.models``, ``losses``, ``data``, ``recipes``
+    The GANs that it trains.
+``fastgan.bench``
+    Times implementations of the same work against each other, after their results were compared.
 
 The first three need torch, triton and numpy alone; everything else is imported where it is used. The command is
-``fastgan`` or ``python -m fastgan``; ``backend_status()`` tells what this machine can run, and why not the rest.
+``fastgan`` or ``python -m fastgan``; ``backend_status()`` reports what this machine can run, and why not the rest.
 """
+
+import sys
 
 from fastgan.backend import backend_status
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "backend_status"]
+
+_MOVED = {
+    "fastgan.diffaugment": "fastgan.losses",
+    "fastgan.draws": "fastgan.losses",
+    "fastgan.errors": "fastgan.metrics (InputError)",
+    "fastgan.metrics.class_scores": "fastgan.metrics (inception_score)",
+    "fastgan.metrics.decode": "fastgan.data.decode",
+    "fastgan.metrics.distributed": "fastgan.distributed",
+    "fastgan.metrics.images": "fastgan.data.image_sources",
+    "fastgan.metrics.infinity": "fastgan.metrics (fid_infinity)",
+    "fastgan.metrics.kernel_mmd": "fastgan.metrics.kid",
+    "fastgan.metrics.modules": "fastgan.metrics.torchmetrics_api",
+    "fastgan.metrics.neighbourhoods": "fastgan.metrics.prdc",
+    "fastgan.metrics.resize": "fastgan.data.resize",
+    "fastgan.metrics.sources": "fastgan.data.archives",
+    "fastgan.regularisers": "fastgan.losses",
+    "fastgan.timing": "fastgan.bench",
+    "fastgan.training.loop": "fastgan.training.trainer",
+    "fastgan.training.networks": "fastgan.recipes.build",
+}
+
+
+class _MovedModules:
+    """The last of Python's finders: an import of a module that moved names its new place."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name in _MOVED:
+            raise ImportError(f"{name} is now {_MOVED[name]}", name=name)
+
+
+sys.meta_path.append(_MovedModules)

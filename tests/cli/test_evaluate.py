@@ -12,7 +12,7 @@ from fastgan.data.archives import ImageArray, register_opener
 from fastgan.metrics import FeatureStats, frechet_distance, kernel_distance, precision_recall
 from fastgan.metrics import collect as collect_module
 from fastgan.metrics.bias import bias_curve
-from tests.cli.test_metrics import assert_one_line_error, run
+from tests.cli.commands import assert_one_line_error, run
 
 RNG = np.random.default_rng(0)
 REAL, FAKE = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8), RNG.integers(80, 256, (30, 6, 6, 3), dtype=np.uint8)

