@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations=10
 
-.PHONY: demo test test-fast sanitize bench lint docs gpu clean
+MATRIX ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+# Triton 3.6's interpreter, which torch 2.11 comes with, fails on NumPy 2.4.
+NUMPY_2.11.0 := "numpy<2.4"
+
+.PHONY: demo test test-fast matrix sanitize bench lint docs gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -16,6 +20,16 @@ test: $(VENV)/dev.stamp  ## the whole suite
 
 test-fast: $(VENV)/dev.stamp  ## the suite without its slow tests
 	$(PYTEST) -m "not slow"
+
+matrix:  ## the fast subset on each torch of MATRIX, in environments of their own, with the Triton that each brings
+	@$(MAKE) --no-print-directory -k $(MATRIX:%=matrix-%); status=$$?; \
+	for torch in $(MATRIX); do echo "torch $$torch: $$(tail -n 1 build/matrix/$$torch.log)"; done; exit $$status
+
+matrix-%:  # a constraint in a machine's pip configuration is lifted: a release that breaks us must be seen
+	@mkdir -p build/matrix
+	@echo "torch $*: build/matrix/$*.log"
+	@PIP_CONSTRAINT=/dev/null $(MAKE) --no-print-directory test-fast VENV=.venv/torch-$* \
+		TORCH='"torch==$*" torchvision $(NUMPY_$*)' > build/matrix/$*.log 2>&1
 
 sanitize:  ## the C++ iterations under AddressSanitizer and UBSan: no torch, no GPU, any C++17 compiler
 	mkdir -p build

@@ -72,7 +72,8 @@ def _eigen_factor(matrix: Tensor) -> Tensor:
 
 
 def _sum_to(gradient: Tensor, operand: Tensor) -> Tensor:
-    return gradient.sum_to_size(operand.shape).to(operand.dtype).contiguous()
+    """Sum over broadcast dimensions; symmetric to the last bit, which products of some BLAS are not."""
+    return symmetric_part(gradient.sum_to_size(operand.shape)).to(operand.dtype).contiguous()
 
 
 @dataclass(frozen=True)

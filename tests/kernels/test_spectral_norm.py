@@ -40,11 +40,15 @@ def double(tensors):
     return [t.double() for t in tensors]
 
 
-def assert_accurate(actual, plain, exact, dtype):
-    """Error at most twice that of plain torch, layer by layer, and a few roundings; Triton's interpreter truncates."""
+def assert_accurate(actual, plain, exact, dtype, magnitudes=None):
+    """Error at most twice that of plain torch, layer by layer, and a few roundings; Triton's interpreter truncates.
+
+    A sum is rounded in proportion to the sum of its terms' magnitudes, however small it is itself, and by how much
+    depends on its order, which is the BLAS's: ``magnitudes`` are the results with all terms of one sign.
+    """
     ulp = torch.finfo(dtype).eps
-    for a, p, e in zip(actual, plain, exact, strict=True):
-        scale = e.abs().max().item()
+    for a, p, e, m in zip(actual, plain, exact, exact if magnitudes is None else magnitudes, strict=True):
+        scale = m.abs().max().item()
         tolerance = 2 * (p.double() - e).abs().max().item() + 4 * torch.finfo(torch.float32).eps * scale
         if dtype == torch.bfloat16 and interpreting():
             tolerance += ulp * scale
@@ -95,15 +99,18 @@ def test_scale_and_gradients(dtype, out_dtype, device, poisoned_empty):
     actual = kernels.scale_bwd(grads, weights, *vectors, dims)
     plain = reference.scale_bwd(grads, weights, *vectors, dims)
     exact = reference.scale_bwd(double(grads), double(weights), *exact_vectors, dims)
-    assert_accurate(actual, plain, exact, dtype)
+    sizes, negative = double(t.abs() for t in grads), double(-w.abs() for w in weights)
+    u_v_sigma = [t.abs() for t in exact_vectors]
+    assert_accurate(actual, plain, exact, dtype, reference.scale_bwd(sizes, negative, *u_v_sigma, dims))
     assert_same_layout(actual, weights)
 
     actual = kernels.scale_bwd_bwd(grad_grads, grads, weights, *vectors, dims)
     plain = reference.scale_bwd_bwd(grad_grads, grads, weights, *vectors, dims)
     exact = reference.scale_bwd_bwd(double(grad_grads), double(grads), double(weights), *exact_vectors, dims)
+    magnitudes = reference.scale_bwd_bwd(double(t.abs() for t in grad_grads), sizes, negative, *u_v_sigma, dims)
     n = len(weights)
-    assert_accurate(actual[:n], plain[:n], exact[:n], out_dtype)
-    assert_accurate(actual[n:], plain[n:], exact[n:], dtype)
+    assert_accurate(actual[:n], plain[:n], exact[:n], out_dtype, magnitudes[:n])
+    assert_accurate(actual[n:], plain[n:], exact[n:], dtype, magnitudes[n:])
 
 
 def test_a_weight_of_one_entry(device):

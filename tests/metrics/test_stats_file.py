@@ -75,8 +75,9 @@ def test_files_of_other_tools(tmp_path, keys, dtype):
     np.savez(tmp_path / "other.npz", **{keys[0]: mu, keys[1]: sigma})
     stats = FeatureStats.load(tmp_path / "other.npz")
     assert (stats.n, stats.dim, stats.backbone, stats.factor) == (None, 5, None, None)
-    np.testing.assert_array_equal(stats.cov.numpy(), sigma.astype(np.float64))
-    assert frechet_distance(stats, (mu, sigma)) == 0.0
+    # np.cov is symmetric to rounding alone, with some BLAS
+    np.testing.assert_allclose(stats.cov.numpy(), sigma.astype(np.float64), rtol=4 * np.finfo(dtype).eps)
+    assert 0 <= frechet_distance(stats, (mu, sigma)) < 1e-13 * np.trace(sigma)
     stats.save(tmp_path / "again.npz")
     assert FeatureStats.load(tmp_path / "again.npz").n is None
 
