@@ -102,14 +102,14 @@ def root_sum(eigenvalues: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Ten
     The eigensolver's error E changes the sum by <E, G^{-1/2}> / 2, by Cauchy-Schwarz at most |E| |G^{-1/2}| / 2 in
     Frobenius norms, where an eigenvalue stands above |E|, and by sqrt(|E|) where it does not.
     """
-    noise = ROUNDING * torch.linalg.vector_norm(eigenvalues, dim=-1, keepdim=True)
-    clipped = eigenvalues.clamp(min=0)
-    resolved = eigenvalues > 4 * noise
-    value = clipped.sqrt().sum(-1)
-    bound = noise[..., 0] * torch.where(resolved, eigenvalues.reciprocal(), 0.0).sum(-1).sqrt() / 2
-    bound = bound + torch.where(resolved, 0.0, (noise + clipped).sqrt()).sum(-1)
-    accurate = (eigenvalues[..., 0] >= -noise[..., 0]) & (bound <= tolerance * value)
-    return value, bound, accurate
+    noise = ROUNDING * torch.linalg.vector_norm(eigenvalues, dim=-1)
+    roots = eigenvalues.clamp(min=0).sqrt()
+    value = roots.sum(-1)
+    lost = eigenvalues <= 4 * noise[..., None]
+    bound = 0.5 * noise * torch.linalg.vector_norm(roots.reciprocal().masked_fill(lost, 0), dim=-1)
+    if bool(lost.any()):
+        bound = bound + (noise[..., None] + roots.square()).sqrt().masked_fill(~lost, 0).sum(-1)
+    return value, bound, (eigenvalues[..., 0] >= -noise) & (bound <= tolerance * value)
 
 
 def polar_rows(m: Tensor, dtype: torch.dtype, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:

@@ -64,8 +64,8 @@ class _Matrix:
     """One matrix divided by a power of two, and its factors, each of them computed when first asked for."""
 
     def __init__(self, matrix: Tensor, impl: str) -> None:
-        scale, (self.entries,) = scaled(matrix[None], impl)
-        self.scale = scale.item()
+        scale, entries = scaled(matrix[None], impl)
+        self.scale, self.entries = scale.item(), entries[0]
         self.impl = impl
 
     @cached_property
@@ -132,9 +132,9 @@ class _Factor:
             return self.rows.new_tensor(math.inf)
         if self.method == "eigh":
             return self.rows.square().sum(1).amin()
-        upper = self.rows if self.order is None else self.rows[:, self.order[:rank]]
+        upper = self.rows if self.order is None else self.rows.index_select(1, self.order[:rank])
         eye = torch.eye(rank, dtype=upper.dtype, device=upper.device)
-        return 1 / torch.linalg.solve_triangular(upper.mT, eye, upper=False).square().sum()
+        return torch.linalg.vector_norm(torch.linalg.solve_triangular(upper.mT, eye, upper=False)) ** -2
 
     def gram(self, y: Tensor) -> Tensor:
         """F^T Y F, of which the lower triangle counts."""
@@ -142,7 +142,8 @@ class _Factor:
             return self.rows @ y @ self.rows.mT
         if self.order is None:
             return triangular_sandwich(self.rows.mT, y)
-        return triangular_sandwich(self.rows[:, self.order].mT, y[self.order][:, self.order])
+        reordered = y.index_select(0, self.order).index_select(1, self.order)
+        return triangular_sandwich(self.rows.index_select(1, self.order).mT, reordered)
 
 
 def factor_error(value: Tensor, own: Sequence[Tensor], other_trace: Tensor) -> Tensor:
