@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -47,14 +48,15 @@ void for_lower_tiles(int64_t d, int64_t begin, int64_t end, const Visit& visit) 
 // meet in the same few cache lines.
 template <typename T>
 void symmetrize(const T* a, double* out, int64_t d, double scale) {
+  const double inverse = 1 / scale;
   torch::stable::parallel_for(0, (d + kTile - 1) / kTile, 1, [&](int64_t begin, int64_t end) {
     double tile[kTile][kTile], mirrored[kTile][kTile];
     for_lower_tiles(d, begin, end, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
       const int64_t rows = i1 - i0, columns = j1 - j0;
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) tile[r][c] = double(a[(i0 + r) * d + j0 + c]) / scale;
+        for (int64_t c = 0; c < columns; ++c) tile[r][c] = double(a[(i0 + r) * d + j0 + c]) * inverse;
       for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = double(a[(j0 + c) * d + i0 + r]) / scale;
+        for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = double(a[(j0 + c) * d + i0 + r]) * inverse;
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) tile[r][c] = mirrored[c][r] = 0.5 * (tile[r][c] + mirrored[c][r]);
       for (int64_t r = 0; r < rows; ++r) std::copy_n(tile[r], columns, out + (i0 + r) * d + j0);
@@ -63,8 +65,8 @@ void symmetrize(const T* a, double* out, int64_t d, double scale) {
   });
 }
 
-// The power of two at or below the largest magnitude, 1 for zero: dividing by it is exact. Sixteen running maxima, as a
-// single one would make each comparison wait for the last.
+// The power of two at or below the largest magnitude, 1 for zero, at least the smallest normal number: multiplying by its
+// inverse is exact. Sixteen running maxima, as a single one would make each comparison wait for the last.
 template <typename T>
 double power_of_two(const T* a, int64_t size) {
   constexpr int64_t kLanes = 16;
@@ -77,7 +79,7 @@ double power_of_two(const T* a, int64_t size) {
   if (!(all > 0)) return 1;
   int exponent = 0;
   std::frexp(double(all), &exponent);
-  return std::ldexp(1.0, exponent - 1);
+  return std::max(std::ldexp(1.0, exponent - 1), std::numeric_limits<double>::min());
 }
 
 // Powers of two (n,) and the symmetric float64 matrices (n, d, d) divided by them.

@@ -12,12 +12,11 @@ from fastgan.linalg import _checks as checks
 from fastgan.linalg import _nuclear_norm as norm_ops
 from fastgan.linalg import _sqrtm as sqrtm_ops
 from fastgan.linalg import _trace as trace_ops
-from fastgan.linalg import _trace_direct as direct
 from fastgan.linalg._checks import ASYMMETRIC, DTYPES
 from fastgan.linalg._dispatch import IMPLS, resolve, watched
 from fastgan.linalg._factors import against_covariance, against_factor, covariance_factor, drop_redundant_row
 from fastgan.linalg._nuclear_norm import ITERATIONS, LOWER, METHOD, UPPER
-from fastgan.linalg._symmetric import INDEFINITE
+from fastgan.linalg._trace_direct import BY_COST, FAILED, METHODS
 
 __all__ = [
     "ASYMMETRIC",
@@ -31,9 +30,6 @@ __all__ = [
     "trace_sqrt_product",
     "trace_sqrt_product_from_factors",
 ]
-
-METHODS = direct.METHODS
-NORM_METHODS = norm_ops.METHODS
 
 
 @dataclass(frozen=True)
@@ -83,16 +79,18 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
         ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
             eigenvalue), of another dtype, or singular with ``inverse=True``.
         RuntimeError: ``method="newton_schulz"`` did not converge.
+
+    >>> import torch
+    >>> sqrtm(torch.tensor([[5.0, 4.0], [4.0, 5.0]]))
+    tensor([[2., 1.],
+            [1., 2.]])
     """
     checks.check_square("a", a)
-    _check_options(method, sqrtm_ops.METHODS, impl)
+    checks.check_options(method=(method, sqrtm_ops.METHODS), impl=(impl, IMPLS))
     if not watched():
         impl = resolve(impl, a.device)
         checks.check_symmetric("a", a, impl)
-        if inverse:
-            checks.check_definite("a", a)
-        else:
-            checks.check_semidefinite("a", a)
+        checks.check_eigenvalues("a", a, definite=inverse)
     return sqrtm_ops.call(a, method, inverse, impl)
 
 
@@ -124,9 +122,13 @@ def nuclear_norm(
 
     Raises:
         ValueError: ``m`` has under two dimensions or an empty one, another dtype, or entries that are not finite.
+
+    >>> import torch
+    >>> nuclear_norm(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
+    tensor(7.)
     """
     checks.check_matrix("m", m)
-    _check_options(method, NORM_METHODS, impl)
+    checks.check_options(method=(method, norm_ops.METHODS), impl=(impl, IMPLS))
     if not watched():
         impl = resolve(impl, m.device)
         checks.check_finite("m", m)
@@ -160,33 +162,23 @@ def trace_sqrt_product(
     singular covariance that was rounded to float32 brings a relative error of about 1e-4 for each missing direction
     along: keep covariances in float64, or give factors to :func:`trace_sqrt_product_from_factors`.
 
-    ========================================  ==========================================================================
-    ``method``                                what it does
-    ========================================  ==========================================================================
-    ``"cholesky"``                            eigenvalues of L^T B L, with A = L L^T of the operand that has fewer
-                                              matrices, which must be positive definite
-    ``"pivoted"``                             the same with a factor by pivoted Cholesky, which has as many columns as A
-                                              has rank, or of B where that has fewer; on a CPU, for singular A
-    ``"eigh"``                                the same with a factor by eigenvectors: slow, also for A with eigenvalues
-                                              below zero that are not quite rounding
-    ``"svd"``                                 singular values of the product of two such factors: slow, for any spectrum
-    ``"polar"``                               matrix products alone: the polar factor U of M = F^T H by scaled
-                                              Newton-Schulz, then <U, M>; float32 iterations first for float32 operands
-    ``"jacobi"``                              pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel
-                                              for the whole batch; needs the extension
-    ========================================  ==========================================================================
+    Methods:
 
-    ========================================  ==========================================================================
-    ``"auto"`` with                           is
-    ========================================  ==========================================================================
-    CPU                                       ``"cholesky"`` where its error bound is below 1e-9 of the value (1e-7 for
-                                              float32); ``"pivoted"`` of the singular one where A or B is, with the same
-                                              bound, or ``"eigh"`` where that fails; else ``"svd"``, of Cholesky factors
-                                              where they serve. As one batch from 4 pairs on where d <= 128, else pair
-                                              by pair
-    GPU, d <= 64, extension built             ``"jacobi"``
-    GPU                                       ``"polar"``
-    ========================================  ==========================================================================
+    - ``"cholesky"``: eigenvalues of L^T B L, with A = L L^T of the operand that has fewer matrices, which must be
+      positive definite.
+    - ``"pivoted"``: the same with a factor by pivoted Cholesky, which has as many columns as A has rank, or of B if
+      that has fewer; on a CPU, for singular A.
+    - ``"eigh"``: the same with a factor by eigenvectors: slow, also for A with eigenvalues below zero that are not
+      quite rounding.
+    - ``"svd"``: singular values of the product of two such factors: slow, for any spectrum.
+    - ``"polar"``: matrix products alone: the polar factor U of M = F^T H by scaled Newton-Schulz, then <U, M>; float32
+      iterations first for float32 operands.
+    - ``"jacobi"``: pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel for the whole batch; needs
+      the extension.
+    - ``"auto"`` on a GPU: ``"jacobi"`` for d <= 64 if the extension is built, else ``"polar"``. On a CPU:
+      ``"cholesky"`` if its error bound is below 1e-9 of the value (1e-7 for float32); if A or B is singular,
+      ``"pivoted"`` of that one, with the same bound, or ``"eigh"`` if it fails; else ``"svd"``, of Cholesky factors if
+      they serve. As one batch from 2 pairs on for d <= 128, else pair by pair.
 
     ``python -m bench --suite sqrtm`` times every method that a device can run.
 
@@ -200,21 +192,27 @@ def trace_sqrt_product(
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
-        The value, of the broadcast batch shape and the operands' dtype, differentiable twice.
-        Gradients of ``a`` and ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
+        The value, of the broadcast batch shape and the operands' dtype, differentiable twice. Gradients of ``a`` and
+        ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
         infinite, they are zero. On a GPU those of definite operands are matrix products and triangular solves alone.
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry
             or eigenvalue), of another dtype, or does not fit the other; ``method="cholesky"`` meets a singular matrix,
             or ``method="pivoted"`` one that is indefinite beyond rounding.
+
+    >>> import torch
+    >>> a, b = torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([9.0, 1.0]))
+    >>> value, info = trace_sqrt_product(a, b, return_info=True)
+    >>> value, info.method, bool(info.error_bound < 1e-14)
+    (tensor(5.), 'cholesky', True)
     """
     if factors is not None or method == "lowrank":
         raise TypeError(
             "trace_sqrt_product takes covariances; for factors of them use trace_sqrt_product_from_factors(f, g), or "
             "trace_sqrt_product_from_factors(f, cov=b) with the factor of one side"
         )
-    _check_options(method, METHODS, impl)
+    checks.check_options(method=(method, METHODS), impl=(impl, IMPLS))
     checks.check_square("a", a)
     checks.check_square("b", b)
     checks.check_pair("a", a, "b", b)
@@ -229,9 +227,9 @@ def trace_sqrt_product(
     if method == "pivoted" and a.is_cuda:
         raise ValueError(f"method='pivoted' runs on a CPU: it looks at each pivot; got operands on {a.device}")
     value, report = trace_ops.call(a, b, method, impl, return_info)
-    if looked_at and bool((report[..., METHOD] == direct.FAILED).any()):
-        raise ValueError(_failure(a, b, method))
-    return (value, _info(report, direct.BY_COST, impl)) if return_info else value
+    if looked_at and bool((report[..., METHOD] == FAILED).any()):
+        _raise_failure(a, b, method)
+    return (value, _info(report, BY_COST, impl)) if return_info else value
 
 
 @overload
@@ -275,54 +273,44 @@ def trace_sqrt_product_from_factors(
         ValueError: both or none of ``g`` and ``cov`` are given, an operand is not finite, of another shape or dtype, or
             does not fit the other, or ``cov`` is clearly asymmetric or indefinite.
 
+    >>> import torch
     >>> f, g = torch.tensor([[3.0, 0.0]]), torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     >>> trace_sqrt_product_from_factors(f, g)
     tensor(6.)
     >>> trace_sqrt_product_from_factors(f, cov=g.mT @ g)
     tensor(6.)
     """
-    checks.check_option("impl", impl, IMPLS)
-    if (g is None) == (cov is None):
-        raise ValueError(f"one of g and cov must be given, got {'neither' if g is None else 'both'}")
+    checks.check_options(impl=(impl, IMPLS))
+    other, name = (cov, "cov") if g is None else (g, "g")
+    if other is None or (g is not None and cov is not None):
+        raise ValueError(f"one of g and cov must be given, got {'neither' if other is None else 'both'}")
     checks.check_matrix("f", f)
-    impl = resolve(impl, f.device)
-    if g is not None:
-        checks.check_matrix("g", g)
-        checks.check_pair("f", f, "g", g)
-    elif cov is not None:
-        checks.check_square("cov", cov)
-        checks.check_pair("f", f, "cov", cov)
+    (checks.check_square if g is None else checks.check_matrix)(name, other)
+    checks.check_pair("f", f, name, other)
     if not watched():
+        impl = resolve(impl, f.device)
         checks.check_finite("f", f)
-        if g is not None:
-            checks.check_finite("g", g)
-        elif cov is not None:
-            checks.check_symmetric("cov", cov, impl)
-    if g is not None:
-        value, report = against_factor(f, g, impl, return_info)
-    elif cov is not None:
-        value, report = against_covariance(f, "cov", cov, impl, return_info)
+        if g is None:
+            checks.check_symmetric(name, other, impl)
+        else:
+            checks.check_finite(name, other)
+    value, report = (against_covariance if g is None else against_factor)(f, other, impl, return_info)
     value = value.to(f.dtype)
     return (value, _info(report, ("lowrank",) * len(norm_ops.BY_COST), impl)) if return_info else value
 
 
-def _check_options(method: str, methods: Sequence[str], impl: str) -> None:
-    checks.check_option("method", method, methods)
-    checks.check_option("impl", impl, IMPLS)
-
-
-def _failure(a: Tensor, b: Tensor, method: str) -> str:
-    """Why no value was found; called after the fact only, so its own eigenvalues cost nothing in the good case."""
-    for name, operand in (("a", a), ("b", b)):
-        share = checks.smallest_share(operand)
-        if share.min() < -INDEFINITE:
-            return checks.indefinite(name, share)
+def _raise_failure(a: Tensor, b: Tensor, method: str) -> None:
+    """Raise the reason why a pair has no value; it is found after the fact, so that it costs nothing otherwise."""
+    checks.check_eigenvalues("a", a)
+    checks.check_eigenvalues("b", b)
     if method == "cholesky":
         factored = "b" if b.shape[:-2].numel() < a.shape[:-2].numel() else "a"
-        return f"{factored} must be positive definite for method='cholesky', and is singular: use 'auto' or 'eigh'"
-    if method == "pivoted":
-        return "a and b must be positive semi-definite up to rounding for method='pivoted': use 'auto' or 'eigh'"
-    return "a and b must be positive semi-definite"
+        reason = f"{factored} must be positive definite for method='cholesky', and is singular: use 'auto' or 'eigh'"
+    elif method == "pivoted":
+        reason = "a and b must be positive semi-definite up to rounding for method='pivoted': use 'auto' or 'eigh'"
+    else:
+        reason = "a and b must be positive semi-definite"
+    raise ValueError(reason)
 
 
 def _info(report: Tensor, names: Sequence[str], implementation: str) -> TraceSqrtInfo:

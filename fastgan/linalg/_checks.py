@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ ASYMMETRIC = 1e-5
 _BLOCK = 128
 
 
-def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+def check_options(**options: tuple[str, Sequence[str]]) -> None:
+    for name, (value, allowed) in options.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_square(name: str, operand: Tensor) -> None:
@@ -101,45 +102,26 @@ def asymmetry(a: Tensor, impl: str) -> Tensor:
     return torch.stack([torch.stack(gaps, 1).amax(1), torch.maximum(a.amax((1, 2)), -a.amin((1, 2)))], 1).double()
 
 
-def smallest_share(operand: Tensor) -> Tensor:
-    """For each matrix the smallest eigenvalue as a share of the largest magnitude among them, (n,)."""
-    values = torch.linalg.eigvalsh(operand.detach().double().reshape(-1, *operand.shape[-2:]))
-    return values[:, 0] / values.abs().amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
+def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> None:
+    """Raise if an eigenvalue is clearly below zero, or with ``definite`` at rounding level or below.
 
-
-def check_semidefinite(name: str, operand: Tensor) -> None:
-    """Raise where an eigenvalue is clearly below zero: one Cholesky factorisation where none is."""
-    if _smallest_is_below(operand, INDEFINITE, lambda wide: wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)):
-        share = smallest_share(operand)
-        if share.min() < -INDEFINITE:
-            raise ValueError(indefinite(name, share))
-
-
-def _smallest_is_below(operand: Tensor, share: float, size: Callable[[Tensor], Tensor]) -> bool:
-    """Whether A + share * size(A) I has no Cholesky factor, for any matrix A."""
+    Costs one Cholesky factorization if none is.
+    """
     wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
-    shift = share * size(wide).clamp(min=torch.finfo(torch.float64).tiny)
-    _, failed = torch.linalg.cholesky_ex(wide + shift[:, None, None] * torch.eye(wide.shape[-1]).to(wide))
-    return bool((failed != 0).any())
-
-
-def check_definite(name: str, operand: Tensor) -> None:
-    """Raise where an eigenvalue is at rounding level or below: one Cholesky factorisation where none is."""
-    floor = operand.shape[-1] * torch.finfo(torch.float64).eps
-    if not _smallest_is_below(operand, -floor, torch.linalg.matrix_norm):
+    d, info = wide.shape[-1], torch.finfo(torch.float64)
+    size = torch.linalg.matrix_norm(wide) if definite else wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    floor = d * info.eps if definite else -INDEFINITE
+    shift = floor * size.clamp(min=info.tiny)[:, None, None] * torch.eye(d).to(wide)
+    if not bool(torch.linalg.cholesky_ex(wide - shift)[1].any()):
         return
-    share = smallest_share(operand)
-    if share.min() <= floor:
-        index = int(share.argmin())
+    values = torch.linalg.eigvalsh(wide)
+    shares = values[:, 0] / values.abs().amax(-1).clamp(min=info.tiny)
+    index = int(shares.argmin())
+    share = shares[index].item()
+    if share <= floor:
+        kind = "definite for inverse=True" if definite else "semi-definite"
+        allowed = f"it must be above {floor:.2g}" if definite else f"allowed: {floor:g}"
         raise ValueError(
-            f"{_where(name, index, len(share))} must be positive definite for inverse=True: its smallest eigenvalue is "
-            f"{share[index].item():.2g} of the largest (it must be above {floor:.2g})"
+            f"{_where(name, index, len(wide))} must be positive {kind}: its smallest eigenvalue is {share:.2g} of the "
+            f"largest ({allowed})"
         )
-
-
-def indefinite(name: str, share: Tensor) -> str:
-    index = int(share.argmin())
-    return (
-        f"{_where(name, index, len(share))} must be positive semi-definite: its smallest eigenvalue is "
-        f"{share[index].item():.2g} of the largest (allowed: {-INDEFINITE:g})"
-    )

@@ -39,8 +39,8 @@ def covariance_factor(cov: Tensor) -> Tensor:
     Raises:
         ValueError: ``cov`` has another shape or dtype, is not finite, or clearly asymmetric or indefinite.
 
-    >>> root = covariance_factor(torch.tensor([[4.0, 2.0], [2.0, 1.0]]))
-    >>> root
+    >>> import torch
+    >>> covariance_factor(torch.tensor([[4.0, 2.0], [2.0, 1.0]]))
     tensor([[2., 1.]], dtype=torch.float64)
     """
     checks.check_square("cov", cov)
@@ -50,15 +50,15 @@ def covariance_factor(cov: Tensor) -> Tensor:
     checks.check_symmetric("cov", cov, impl)
     cov = cov.detach().double()
     lower, singular = cholesky_if_definite(cov)
-    return _singular_factor("cov", cov, impl) if bool(singular) else lower.mT.contiguous()
+    return _singular_factor(cov, impl) if bool(singular) else lower.mT.contiguous()
 
 
-def _singular_factor(name: str, cov: Tensor, impl: str) -> Tensor:
+def _singular_factor(cov: Tensor, impl: str) -> Tensor:
     """R (r, d) with R^T R = cov, r its rank: by pivoted Cholesky, or eigenvectors if cov is not quite semi-definite."""
     found = None if cov.is_cuda else semidefinite_rows(cov.contiguous(), impl)
     if found is not None and len(found[0]):
         return found[0].contiguous()
-    checks.check_semidefinite(name, cov)
+    checks.check_eigenvalues("cov", cov)
     columns, _ = eigen_factor(cov)
     kept = columns.any(0)
     kept[-1] = True  # of a zero matrix, a row of zeros
@@ -72,8 +72,9 @@ def drop_redundant_row(factor: Tensor) -> Tensor:
     singular value is zero for want of a dimension: a zero one is what an eigensolver gets wrong by half the digits.
     Other F are returned as they are. Differentiable.
 
+    >>> import torch
     >>> drop_redundant_row(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
-    tensor([[-1.4142, -2.8284]])
+    tensor([[1.4142, 2.8284]])
     """
     n = factor.shape[-2]
     if n < 2 or watched():
@@ -91,14 +92,14 @@ def against_factor(factor: Tensor, other: Tensor, impl: str, bounds: bool) -> tu
     return _products(factor, rows.mT, _is_upper(rows), impl, bounds)
 
 
-def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
-    """Values and reports of F (..., n, d) and covariances (..., d, d), called ``name`` in errors.
+def against_covariance(factor: Tensor, cov: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
+    """Values and reports of F (..., n, d) and covariances (..., d, d), called cov in errors.
 
     F that has about as many rows as columns goes by eigenvalues of F cov F^T, which needs no factor of cov.
     """
     one_by_one = factor.ndim == 2 and 2 * len(factor) > cov.shape[-1] and not factor.is_cuda
     if not one_by_one or is_differentiated(factor, cov) or watched():
-        return _products(factor, *_root(symmetric_part(cov.double()), name, impl), impl, bounds)
+        return _products(factor, *_root(symmetric_part(cov.double()), impl), impl, bounds)
     rows = drop_redundant_row(factor.double())
     row_scale = power_of_two(rows)
     rows, upper, tolerance = rows / row_scale, _is_upper(rows), norm_ops.value_tolerance(factor.dtype)
@@ -109,11 +110,11 @@ def against_covariance(factor: Tensor, name: str, cov: Tensor, impl: str, bounds
         value, bound, accurate = norm_ops.root_sum(torch.linalg.eigvalsh(gram)[None], tolerance)
         if bool(accurate):
             if len(rows) < len(wide):  # a square factor's eigenvalues, all positive, have shown it
-                checks.check_semidefinite(name, wide)
+                checks.check_eigenvalues("cov", wide)
             scale = row_scale * scale.sqrt()
-            value, report = value * scale, norm_ops.gram_report(value * scale, bound * scale)
+            value, report = value * scale, norm_ops.direct_report(value * scale, bound * scale, norm_ops.GRAM)
         else:
-            value, report = _products(factor, *_root(symmetric_part(matrix.double()), name, impl), impl, bounds)
+            value, report = _products(factor, *_root(symmetric_part(matrix.double()), impl), impl, bounds)
         values.append(value.reshape(-1))
         reports.append(report.reshape(-1))
     value, report = (torch.cat([rows.new_zeros(0), *parts]) for parts in (values, reports))
@@ -126,7 +127,7 @@ def _is_upper(matrix: Tensor) -> bool:
     return square and not watched() and not bool(matrix.tril(-1).any())
 
 
-def _root(cov: Tensor, name: str, impl: str) -> tuple[Tensor, bool]:
+def _root(cov: Tensor, impl: str) -> tuple[Tensor, bool]:
     """R with R R^T = cov, and whether it is lower triangular, as a Cholesky factor is.
 
     A singular matrix has a factor of as many columns as its rank, or its symmetric root, which has a gradient.
@@ -138,8 +139,8 @@ def _root(cov: Tensor, name: str, impl: str) -> tuple[Tensor, bool]:
     if watched() or not bool(singular.any()):
         return lower, True
     if cov.ndim == 2 and needs_no_dispatch(cov):
-        return _singular_factor(name, cov, impl).mT, False
-    checks.check_semidefinite(name, cov)
+        return _singular_factor(cov, impl).mT, False
+    checks.check_eigenvalues("cov", cov)
     return sqrtm_ops.call(cov, "auto", False, impl), False
 
 

@@ -20,12 +20,12 @@ from fastgan.linalg._symmetric import ROUNDING, power_of_two, symmetric_part
 
 METHODS = ("auto", "svd", "gram", "polar")
 BY_COST = ("gram", "svd", "polar")
-"""The methods by their code in a report; the costlier come later."""
+GRAM, SVD, POLAR = range(3)
+"""Codes of the methods in a report; the costlier come later."""
 
 LOWER, UPPER, METHOD, ITERATIONS = range(4)
 """Columns of a report."""
 
-_GRAM, _SVD, _POLAR = range(3)
 _SMALL, _LARGE = 2.0**-100, 2.0**100
 """Between them the fourth power of an entry, the largest that anything here takes, stays in float64's range."""
 
@@ -64,12 +64,12 @@ def _solve(m: Tensor, dtype: torch.dtype, method: str, impl: str, bounds: bool) 
         return polar_rows(m, dtype, impl, bounds)
     if method == "svd":
         value, bound = singular_sum(m)
-        return value, direct_report(value, bound, _SVD)
+        return value, direct_report(value, bound, SVD)
     value, bound, accurate = root_sum(torch.linalg.eigvalsh(m @ m.mT), value_tolerance(dtype))
-    report = direct_report(value, bound, _GRAM)
+    report = direct_report(value, bound, GRAM)
     if method == "auto" and not bool(accurate.all()):
         value[~accurate], bound = singular_sum(m[~accurate])
-        report[~accurate] = direct_report(value[~accurate], bound, _SVD)
+        report[~accurate] = direct_report(value[~accurate], bound, SVD)
     return value, report
 
 
@@ -82,11 +82,6 @@ def direct_report(value: Tensor, bound: Tensor, method: Tensor | int) -> Tensor:
     """Reports (n, 4) of a method without iterations."""
     none = torch.zeros_like(value)
     return torch.stack([(value - bound).clamp(min=0), value + bound, none + method, none], 1)
-
-
-def gram_report(value: Tensor, bound: Tensor) -> Tensor:
-    """Reports of values from the eigenvalues of M M^T."""
-    return direct_report(value, bound, _GRAM)
 
 
 def singular_sum(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +116,7 @@ def polar_rows(m: Tensor, dtype: torch.dtype, impl: str, bounds: bool) -> tuple[
     u, found = polar_factor(m, low, 1e-5 if low else 1e-10, impl)
     value = found[:, 0]
     lower, upper = polar_bounds(m, u) if bounds else (torch.zeros_like(value), value + float("inf"))
-    return value, torch.stack([lower, upper, torch.full_like(value, _POLAR), found[:, 2]], 1)
+    return value, torch.stack([lower, upper, torch.full_like(value, POLAR), found[:, 2]], 1)
 
 
 def polar_factor(m: Tensor, low_precision: bool, tolerance: float, impl: str) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from fastgan.linalg._trace_gradients import trace_sqrt_product_bwd, trace_sqrt_p
 JACOBI_SIZE = 64
 """Largest d of the kernel that takes a pair of matrices a block: three of them stand in its shared memory."""
 
-BATCH_SIZE, BATCH_PAIRS = 128, 4
+BATCH_SIZE, BATCH_PAIRS = 128, 2
 """On a CPU, at least this many pairs of matrices of up to this size are worked on as a batch: a call for each costs
 more than the arithmetic."""
 
@@ -61,7 +61,8 @@ def _(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tenso
 def _indices(operand: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """For each pair of the broadcast batch, which matrix of ``operand`` it holds."""
     batch = operand.shape[:-2]
-    return torch.arange(batch.numel(), device=device).reshape(batch).expand(shape).reshape(-1)
+    every = torch.arange(batch.numel(), device=device)
+    return every if batch == shape else every.reshape(batch).expand(shape).reshape(-1)
 
 
 def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:

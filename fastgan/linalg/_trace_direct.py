@@ -11,6 +11,7 @@ by pivoted Cholesky, which leave out what is at rounding level.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -47,12 +48,18 @@ def trace_sqrt_products(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: 
         (n, 3) float64, on the host. The value is NaN and the code :data:`FAILED` if a matrix is clearly indefinite,
         singular with "cholesky", or indefinite beyond rounding with "pivoted".
     """
+    left_pairs, right_pairs = (Counter(side) for side in pairs.T.tolist())
     left: dict[int, _Matrix] = {}
     right: dict[int, _Matrix] = {}
     rows = []
     for i, j in pairs.tolist():
-        x = left[i] = left.get(i) or _Matrix(a[i], impl)
-        y = right[j] = right.get(j) or _Matrix(b[j], impl)
+        x, y = left.pop(i, None) or _Matrix(a[i], impl), right.pop(j, None) or _Matrix(b[j], impl)
+        left_pairs[i] -= 1
+        right_pairs[j] -= 1
+        if left_pairs[i]:  # kept while pairs to come hold it
+            left[i] = x
+        if right_pairs[j]:
+            right[j] = y
         value, bound, code = _solve(x, y, method, value_tolerance(a.dtype))
         # Two factors: the product of the scales may leave the range where the value does not.
         scale_x, scale_y = math.sqrt(x.scale), math.sqrt(y.scale)
@@ -132,7 +139,7 @@ class _Factor:
             return self.rows.new_tensor(math.inf)
         if self.method == "eigh":
             return self.rows.square().sum(1).amin()
-        upper = self.rows if self.order is None else self.rows.index_select(1, self.order[:rank])
+        upper = self.rows if self.order is None else _columns(self.rows, self.order[:rank])
         eye = torch.eye(rank, dtype=upper.dtype, device=upper.device)
         return torch.linalg.vector_norm(torch.linalg.solve_triangular(upper.mT, eye, upper=False)) ** -2
 
@@ -142,8 +149,12 @@ class _Factor:
             return self.rows @ y @ self.rows.mT
         if self.order is None:
             return triangular_sandwich(self.rows.mT, y)
-        reordered = y.index_select(0, self.order).index_select(1, self.order)
-        return triangular_sandwich(self.rows.index_select(1, self.order).mT, reordered)
+        return triangular_sandwich(_columns(self.rows, self.order).mT, _columns(y[self.order], self.order))
+
+
+def _columns(matrix: Tensor, index: Tensor) -> Tensor:
+    """``matrix[:, index]``, twice as fast on a CPU."""
+    return matrix.gather(1, index.expand(len(matrix), len(index)))
 
 
 def factor_error(value: Tensor, own: Sequence[Tensor], other_trace: Tensor) -> Tensor:

@@ -62,6 +62,17 @@ def test_gradients_of_factors():
         assert check(lambda x, b: trace_sqrt_product_from_factors(x, cov=(b + b.mT) / 2), (x, b))
 
 
+@pytest.mark.slow
+def test_compiled_value_equals_eager():
+    f, g = (torch.randn(n, 6, dtype=torch.float64) for n in (3, 4))
+    compiled = torch.compile(trace_sqrt_product_from_factors, backend="aot_eager", fullgraph=True)
+    expected = trace_sqrt_product_from_factors(f, g)
+    torch.testing.assert_close(compiled(f, g), expected, rtol=1e-12, atol=0)
+    cov = g.mT @ g + torch.eye(6)
+    expected = trace_sqrt_product_from_factors(f, cov=cov)
+    torch.testing.assert_close(compiled(f, cov=cov), expected, rtol=1e-12, atol=0)
+
+
 def test_bad_factors():
     eye, x = torch.eye(3), torch.ones(2, 3)
     for arguments, message in (

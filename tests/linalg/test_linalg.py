@@ -1,3 +1,4 @@
+import doctest
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgan import backend, linalg
-from fastgan.linalg import trace_sqrt_product, trace_sqrt_product_from_factors
+from fastgan.linalg import _factors, trace_sqrt_product, trace_sqrt_product_from_factors
 from tests.linalg.spectra import (
     IMPLS,
     SIZES,
@@ -185,6 +186,13 @@ def test_rounding_level_asymmetry_is_accepted():
 def test_docstring_names_every_option():
     for option in (*linalg.METHODS, *linalg.IMPLS):
         assert f'``"{option}"``' in (linalg.trace_sqrt_product.__doc__ or ""), option
+
+
+@pytest.mark.parametrize("module", [linalg, _factors])
+def test_examples(module):
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
