@@ -59,8 +59,7 @@ def _singular_factor(cov: Tensor, impl: str) -> Tensor:
     if found is not None and len(found[0]):
         return found[0].contiguous()
     checks.check_eigenvalues("cov", cov)
-    columns, _ = eigen_factor(cov)
-    kept = columns.any(0)
+    columns, _, kept = eigen_factor(cov)
     kept[-1] = True  # of a zero matrix, a row of zeros
     return columns[:, kept].mT.contiguous()
 

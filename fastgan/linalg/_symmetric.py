@@ -53,14 +53,14 @@ def cholesky_if_definite(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return lower, (failed != 0) | ~(pivots > 16 * matrices.shape[-1] * ROUNDING * largest)
 
 
-def eigen_factor(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """F with A = F F^T for symmetric A (..., d, d), and the eigenvalues (..., d), which ascend with the columns of F.
+def eigen_factor(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """F with A = F F^T for symmetric A (..., d, d), the eigenvalues (..., d), and which of them F keeps.
 
-    The columns of eigenvalues at rounding level or below are zero.
+    Eigenvalues ascend with the columns of F. Those at rounding level or below are not kept: their columns are zero.
     """
     values, vectors = torch.linalg.eigh(matrices)
-    floor = values.shape[-1] * ROUNDING * values.abs().amax(-1, keepdim=True)
-    return vectors * torch.where(values > floor, values, 0.0).sqrt()[..., None, :], values
+    kept = values > values.shape[-1] * ROUNDING * values.abs().amax(-1, keepdim=True)
+    return vectors * torch.where(kept, values, 0.0).sqrt()[..., None, :], values, kept
 
 
 def triangular_sandwich(lower: Tensor, b: Tensor) -> Tensor:

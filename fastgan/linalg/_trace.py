@@ -134,7 +134,7 @@ def _factored(matrices: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor
     factor, singular = cholesky_if_definite(wide)
     indefinite = torch.zeros_like(singular)
     if not watched() and bool(singular.any()):
-        factor[singular], values = eigen_factor(wide[singular])
+        factor[singular], values, _ = eigen_factor(wide[singular])
         indefinite[singular] = values[:, 0] < -INDEFINITE * values.abs().amax(-1)
     if not bounds:
         return scale, factor, indefinite, None

@@ -101,10 +101,11 @@ class _Matrix:
     @cached_property
     def eigen(self) -> _Factor | None:
         """From the eigenvalues above rounding; None if one is clearly below zero."""
-        columns, values = eigen_factor(self.entries)
+        columns, values, kept = eigen_factor(self.entries)
         if values[0].item() < -INDEFINITE * values.abs().amax().item():
             return None
-        return _Factor(columns[:, columns.any(0)].mT, "eigh", noise=ROUNDING * torch.linalg.vector_norm(values))
+        rows = columns[:, len(values) - int(kept.sum()) :].mT
+        return _Factor(rows, "eigh", noise=ROUNDING * torch.linalg.vector_norm(values))
 
     def factor(self, method: str) -> _Factor | None:
         """The factor of a singular matrix: pivoted, except for "eigh", else by eigenvectors, except for "pivoted"."""
