@@ -26,8 +26,8 @@ from setuptools.command.build_ext import build_ext
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 BLACKWELL_NVCC = (12, 8)  # the first that knows sm_100
 KERNEL_PACKAGES = ["fastgan.kernels", *(f"fastgan.kernels.{name}" for name in find_packages("kernels"))]
-CPU_SOURCES = ["csrc/cpu.cpp", "csrc/cpu_iterations.cpp", "csrc/trace_sqrt_product.cpp"]
-CUDA_SOURCES = ["csrc/cuda.cu", "csrc/cuda_iterations.cu"]
+CPU_SOURCES = ["csrc/cpu.cpp"]
+CUDA_SOURCES = ["csrc/cuda.cu"]
 
 
 class BuildError(SystemExit):
@@ -177,7 +177,7 @@ def build_command() -> type[build_ext]:
                 print(f"fastgan: WARNING: the CUDA half is left out: {reason}", file=sys.stderr, flush=True)
                 self.extensions = self.distribution.ext_modules = [cpu_extension()]
                 self.check_extensions_list(self.extensions)
-                self.finalized = False
+                self.finalized, self.swig_opts = False, None  # distutils has split the latter already
                 self.ensure_finalized()
                 self.run()
                 return

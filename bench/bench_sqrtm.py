@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgan import backend_status
 from fastgan.bench import Workload, relative_difference, relative_norm
-from fastgan.linalg import sqrtm, trace_sqrt_product
+from fastgan.linalg import sqrtm, trace_sqrt_product, trace_sqrt_product_from_factors
 
 QUICK_SIZE = 256
 SAMPLES = {256: 1280, 768: 3840, 2048: 10000}
@@ -50,8 +50,8 @@ def full_rank(d: int, device: str) -> Workload:
     """Covariances of two samples of one population that have many vectors."""
     pair = partial(two_samples, SAMPLES[d], d, device)
 
-    def root() -> tuple[Tensor, None]:
-        return saved_root(SAMPLES[d], d, device), None
+    def from_root() -> Tensor:
+        return trace_sqrt_product_from_factors(saved_root(SAMPLES[d], d, device), cov=pair()[1])
 
     methods = ["auto", "cholesky", "eigh", "svd"]
     implementations = {
@@ -59,7 +59,7 @@ def full_rank(d: int, device: str) -> Workload:
         "scipy.linalg.sqrtm": lambda: scipy_trace(*pair()),
         "torch.linalg.eigvals": lambda: eigenvalue_trace(*pair()),
         "torch.linalg.eigh and eigvalsh": lambda: eigh_trace(*pair()),
-        "fastgan, root of one saved": lambda: trace_sqrt_product(None, pair()[1], factors=root()),
+        "fastgan, root of one saved": from_root,
     }
     if device == "cuda" or d <= SLOW_ON_A_CPU:
         methods.append("polar")
@@ -99,8 +99,8 @@ def rank_deficient(d: int, device: str) -> Workload:
         "scipy.linalg.sqrtm": lambda: scipy_trace(*pair()),
         "torch.linalg.eigvals": lambda: eigenvalue_trace(*pair()),
         "torch.linalg.eigh and eigvalsh": lambda: eigh_trace(*pair()),
-        "fastgan, features of both kept": lambda: trace_sqrt_product(None, None, factors=factors()),
-        "fastgan, features of one kept": lambda: trace_sqrt_product(None, pair()[1], factors=(factors()[0], None)),
+        "fastgan, features of both kept": lambda: trace_sqrt_product_from_factors(*factors()),
+        "fastgan, features of one kept": lambda: trace_sqrt_product_from_factors(factors()[0], cov=pair()[1]),
         **fastgan_methods(pair, ["auto", "pivoted", "eigh", "svd"] if device == "cpu" else ["auto", "eigh", "svd"]),
     }
     return workload("rank_deficient", d, n, 1, device, implementations, FEATURES)
@@ -119,7 +119,7 @@ def many_candidates(count: int, d: int, device: str) -> Workload:
         return torch.stack([trace(reference, candidate) for candidate in candidates])
 
     def from_root() -> Tensor:
-        return trace_sqrt_product(None, operands()[1], factors=(saved_root(SAMPLES[d], d, device), None))
+        return trace_sqrt_product_from_factors(saved_root(SAMPLES[d], d, device), cov=operands()[1])
 
     one = "torch.linalg.eigh and eigvalsh, one by one"
     implementations = {
@@ -150,12 +150,12 @@ def many_classes(classes: int, d: int, device: str) -> Workload:
         return torch.stack([torch.linalg.svdvals(factor @ lower).sum() for factor in factors()])
 
     def from_root() -> Tensor:
-        return trace_sqrt_product(None, None, factors=(factors(), saved_root(SAMPLES[d], d, device)))
+        return trace_sqrt_product_from_factors(factors(), saved_root(SAMPLES[d], d, device))
 
     one = "singular values, class by class"
     implementations = {
         one: class_by_class,
-        "fastgan lowrank": lambda: trace_sqrt_product(None, reference(), factors=(factors(), None)),
+        "fastgan lowrank": lambda: trace_sqrt_product_from_factors(factors(), cov=reference()),
         "fastgan lowrank, root of the reference saved": from_root,
     }
     return workload(f"{classes}_classes", d, CLASS_SAMPLES, classes, device, implementations, one)

@@ -1,22 +1,41 @@
-// Operator schemas, and the primitives of trace_sqrt_product on the CPU.
+// Schemas of the extension's operators, and those for CPU tensors: passes over matrices, pivoted Cholesky, small_trace.
+// nuclear_norm and sqrtm are for CUDA tensors alone (cuda.cu): on a CPU their products leave C++ nothing to gain.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <tuple>
 #include <vector>
 
-#include "aten.h"
 #include "pivoted_cholesky.h"
-#include "trace_sqrt_product.h"
+#include "small_trace.h"
 
 namespace fastgan {
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
-constexpr int64_t kTile = 64;          // two float64 tiles stand in the first-level cache
-constexpr int64_t kSandwichColumns = 256, kSandwichRows = 512;
+constexpr int64_t kTile = 64;  // two float64 tiles stand in the first-level cache
 
-double* data_of(const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Calls f(T()) with the element type T of float32 or float64 `tensor`.
+template <typename F>
+void for_type_of(const Tensor& tensor, const F& f) {
+  if (tensor.scalar_type() == ScalarType::Float)
+    f(float());
+  else
+    f(double());
+}
 
 // Calls visit(i, j, end_i, end_j) for the tiles on and below the diagonal of rows [begin, end) of tiles.
 template <typename Visit>
@@ -29,14 +48,15 @@ void for_lower_tiles(int64_t d, int64_t begin, int64_t end, const Visit& visit) 
 // meet in the same few cache lines.
 template <typename T>
 void symmetrize(const T* a, double* out, int64_t d, double scale) {
+  const double inverse = 1 / scale;
   torch::stable::parallel_for(0, (d + kTile - 1) / kTile, 1, [&](int64_t begin, int64_t end) {
     double tile[kTile][kTile], mirrored[kTile][kTile];
     for_lower_tiles(d, begin, end, [&](int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
       const int64_t rows = i1 - i0, columns = j1 - j0;
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) tile[r][c] = double(a[(i0 + r) * d + j0 + c]) / scale;
+        for (int64_t c = 0; c < columns; ++c) tile[r][c] = double(a[(i0 + r) * d + j0 + c]) * inverse;
       for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = double(a[(j0 + c) * d + i0 + r]) / scale;
+        for (int64_t r = 0; r < rows; ++r) mirrored[c][r] = double(a[(j0 + c) * d + i0 + r]) * inverse;
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) tile[r][c] = mirrored[c][r] = 0.5 * (tile[r][c] + mirrored[c][r]);
       for (int64_t r = 0; r < rows; ++r) std::copy_n(tile[r], columns, out + (i0 + r) * d + j0);
@@ -45,70 +65,48 @@ void symmetrize(const T* a, double* out, int64_t d, double scale) {
   });
 }
 
+// The power of two at or below the largest magnitude, 1 for zero, at least the smallest normal number: multiplying by its
+// inverse is exact. Sixteen running maxima, as a single one would make each comparison wait for the last.
 template <typename T>
 double power_of_two(const T* a, int64_t size) {
-  T largest = 0;
-  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(a[i]));
-  return power_of_two_scale(double(largest));
-}
-
-template <typename T>
-void scale_and_symmetrize(const Tensor& dense, double* scales, double* out) {
-  const int64_t d = dense.size(1);
-  const auto* a = static_cast<const T*>(dense.data_ptr());
-  torch::stable::parallel_for(0, dense.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      scales[n] = power_of_two(a + n * d * d, d * d);
-      symmetrize(a + n * d * d, out + n * d * d, d, scales[n]);
-    }
-  });
+  constexpr int64_t kLanes = 16;
+  T largest[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int64_t k = 0; k < kLanes; ++k) largest[k] = std::max(largest[k], std::abs(a[i + k]));
+  for (; i < size; ++i) largest[0] = std::max(largest[0], std::abs(a[i]));
+  const T all = *std::max_element(largest, largest + kLanes);
+  if (!(all > 0)) return 1;
+  int exponent = 0;
+  std::frexp(double(all), &exponent);
+  return std::max(std::ldexp(1.0, exponent - 1), std::numeric_limits<double>::min());
 }
 
 // Powers of two (n,) and the symmetric float64 matrices (n, d, d) divided by them.
-std::tuple<Tensor, Tensor> scaled_cpu(const Tensor& a) {
+std::tuple<Tensor, Tensor> scaled(const Tensor& a) {
   const Tensor dense = torch::stable::contiguous(a);
+  const int64_t d = a.size(1);
   Tensor scales = torch::stable::new_empty(a, {a.size(0)}, ScalarType::Double);
-  Tensor out = torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(1)}, ScalarType::Double);
-  if (a.scalar_type() == ScalarType::Float)
-    scale_and_symmetrize<float>(dense, data_of(scales), data_of(out));
-  else
-    scale_and_symmetrize<double>(dense, data_of(scales), data_of(out));
+  Tensor out = torch::stable::new_empty(a, {a.size(0), d, d}, ScalarType::Double);
+  for_type_of(a, [&](auto zero) {
+    const auto* from = data_of<decltype(zero)>(dense);
+    double *scale = data_of<double>(scales), *to = data_of<double>(out);
+    torch::stable::parallel_for(0, a.size(0), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        scale[n] = power_of_two(from + n * d * d, d * d);
+        symmetrize(from + n * d * d, to + n * d * d, d, scale[n]);
+      }
+    });
+  });
   return {scales, out};
 }
 
-Tensor symmetrized(const Tensor& a, double scale) {
-  const Tensor dense = torch::stable::contiguous(a);
-  const int64_t d = a.size(0);
-  Tensor out = torch::stable::new_empty(a, {d, d}, ScalarType::Double);
-  auto* target = static_cast<double*>(out.data_ptr());
-  if (a.scalar_type() == ScalarType::Float)
-    symmetrize(static_cast<const float*>(dense.data_ptr()), target, d, scale);
-  else
-    symmetrize(static_cast<const double*>(dense.data_ptr()), target, d, scale);
-  return out;
-}
-
-Tensor part(const Tensor& m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  Tensor band = m;
-  band = torch::stable::narrow(band, 0, row, rows);
-  return torch::stable::narrow(band, 1, column, columns);
-}
-
-// Column block J of L^T B L, at and below its diagonal, needs B and L from J on only, and of its row block I needs L from
-// I on: a quarter of the operations of two full products.
-Tensor triangular_sandwich(const Tensor& lower, const Tensor& b) {
-  const int64_t d = lower.size(0), rank = lower.size(1);
-  Tensor out = torch::stable::new_empty(b, {rank, rank});
-  for (int64_t j = 0; j < rank; j += kSandwichColumns) {
-    const int64_t columns = std::min(kSandwichColumns, rank - j);
-    Tensor panel = torch::stable::matmul(part(b, j, d - j, j, d - j), part(lower, j, d - j, j, columns));
-    for (int64_t i = j; i < rank; i += kSandwichRows) {
-      const int64_t rows = std::min(kSandwichRows, rank - i);
-      const Tensor factor = torch::stable::transpose(part(lower, i, d - i, i, rows), 0, 1);
-      aten::mm_out(factor, torch::stable::narrow(panel, 0, i - j, d - i), part(out, i, rows, j, columns));
-    }
-  }
-  return out;
+// out <- a b, out being a block of a larger matrix.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result, which is `out`
 }
 
 // What the factor's next rows leave: two matrices by turns, of which one is read while the other is written.
@@ -122,10 +120,11 @@ class Complement {
   const double* operator()(const double* rest, int64_t size, int64_t count, const std::vector<int64_t>& kept) {
     const auto left = int64_t(kept.size());
     std::swap(rooms_[0], rooms_[1]);
-    const Tensor rows = part(block_, 0, count, 0, left);
+    Tensor rows = torch::stable::narrow(block_, 0, 0, count);
+    rows = torch::stable::narrow(rows, 1, 0, left);
     const Tensor out = torch::stable::view(torch::stable::narrow(rooms_[0], 0, 0, left * left), {left, left});
-    aten::mm_out(torch::stable::transpose(rows, 0, 1), rows, out);
-    double* next = data_of(out);
+    multiply(torch::stable::transpose(rows, 0, 1), rows, out);
+    auto* next = data_of<double>(out);
     torch::stable::parallel_for(0, left, kTile, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t j = 0; j < left; ++j) next[i * left + j] = rest[kept[i] * size + kept[j]] - next[i * left + j];
@@ -137,45 +136,19 @@ class Complement {
   Tensor block_, rooms_[2];
 };
 
-// Rows (r, d), the order of the pivots (d,) and what is left of A, (1,).
-std::tuple<Tensor, Tensor, Tensor> pivoted_cholesky_cpu(const Tensor& a) {
+// Of a float64 A (d, d): rows (r, d), the order of the pivots (d,) and the largest magnitude that is left, (1,), as in
+// fastgan/linalg/_pivoted.py.
+std::tuple<Tensor, Tensor, Tensor> pivoted_factor(const Tensor& a) {
   const Tensor dense = torch::stable::contiguous(a);
   const int64_t d = a.size(0);
   Tensor rows = torch::stable::new_zeros(a, {d, d}), block = torch::stable::new_empty(a, {kPivotBlock, d});
-  const PivotedFactor factor =
-      pivoted_cholesky(data_of(dense), d, data_of(rows), data_of(block), Complement(dense, block));
+  const PivotedFactor factor = pivoted_cholesky(data_of<double>(dense), d, data_of<double>(rows),
+                                                data_of<double>(block), Complement(dense, block));
   Tensor order = torch::stable::new_empty(a, {d}, ScalarType::Long);
-  std::copy(factor.order.begin(), factor.order.end(), static_cast<int64_t*>(order.data_ptr()));
+  std::copy(factor.order.begin(), factor.order.end(), data_of<int64_t>(order));
   Tensor remainder = torch::stable::new_empty(a, {1});
-  *data_of(remainder) = factor.remainder;
+  *data_of<double>(remainder) = factor.remainder;
   return {torch::stable::narrow(rows, 0, 0, factor.rank), order, remainder};
-}
-
-std::optional<FactorRows> semidefinite_factor(const Tensor& a) {
-  auto [rows, order, remainder] = pivoted_cholesky_cpu(a);
-  if (!(*data_of(remainder) <= 2 * pivot_floor(data_of(a), a.size(0)))) return std::nullopt;
-  return FactorRows{rows, order};
-}
-
-// Rows and columns of a symmetric matrix in an order.
-Tensor reordered(const Tensor& a, const Tensor& order) {
-  const Tensor dense = torch::stable::contiguous(a);
-  const int64_t d = a.size(0);
-  Tensor out = torch::stable::empty_like(dense);
-  const double* from = data_of(dense);
-  double* to = data_of(out);
-  const auto* index = static_cast<const int64_t*>(order.data_ptr());
-  torch::stable::parallel_for(0, d, kTile, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < d; ++j) to[i * d + j] = from[index[i] * d + index[j]];
-  });
-  return out;
-}
-
-std::vector<double> to_host(const Tensor& vector) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(vector, ScalarType::Double));
-  const auto* data = static_cast<const double*>(wide.data_ptr());
-  return {data, data + wide.numel()};
 }
 
 // Largest magnitudes of A - A^T and of A in one row of tiles of (d, d) A, NaN where an entry is not finite.
@@ -212,22 +185,44 @@ void measure_asymmetry(const T* a, int64_t count, int64_t d, double* out) {
     }
 }
 
-Tensor asymmetry_cpu(const Tensor& a) {
+Tensor asymmetry(const Tensor& a) {
   const Tensor dense = torch::stable::contiguous(a);
-  const int64_t count = a.size(0), d = a.size(1);
-  Tensor out = torch::stable::new_zeros(a, {count, 2}, ScalarType::Double);
-  auto* rows = static_cast<double*>(out.data_ptr());
-  if (a.scalar_type() == ScalarType::Float)
-    measure_asymmetry(static_cast<const float*>(dense.data_ptr()), count, d, rows);
-  else
-    measure_asymmetry(static_cast<const double*>(dense.data_ptr()), count, d, rows);
+  Tensor out = torch::stable::new_zeros(a, {a.size(0), 2}, ScalarType::Double);
+  for_type_of(a, [&](auto zero) {
+    measure_asymmetry(data_of<decltype(zero)>(dense), a.size(0), a.size(1), data_of<double>(out));
+  });
   return out;
 }
 
-const Primitives kPrimitives{&symmetrized, &triangular_sandwich, &to_host, &semidefinite_factor, &reordered};
+struct OneThread {
+  int worker() const { return 0; }
+  int workers() const { return 1; }
+  int lane() const { return 0; }
+  int lanes() const { return 1; }
+  double sum(double x) const { return x; }
+  void sync() const {}
+};
 
-Tensor trace_sqrt_product_cpu(const Tensor& a, const Tensor& b, const Tensor& pairs, int64_t method) {
-  return trace_sqrt_products(kPrimitives, a, b, pairs, method);
+// Rows (value, error bound, 1 or 0 for semi-definite) for the index pairs into a and b (n, d, d), d <= 64.
+Tensor small_trace(const Tensor& a, const Tensor& b, const Tensor& pairs) {
+  const Tensor dense_a = torch::stable::contiguous(a), dense_b = torch::stable::contiguous(b);
+  const Tensor dense_pairs = torch::stable::contiguous(pairs);
+  const int64_t d = a.size(1);
+  Tensor rows = torch::stable::new_empty(a, {pairs.size(0), 3}, ScalarType::Double);
+  for_type_of(a, [&](auto zero) {
+    using T = decltype(zero);
+    const T *x = data_of<T>(dense_a), *y = data_of<T>(dense_b);
+    const auto* index = data_of<int64_t>(dense_pairs);
+    auto* out = data_of<double>(rows);
+    torch::stable::parallel_for(0, pairs.size(0), 1, [&](int64_t begin, int64_t end) {
+      const auto workspace = std::make_unique<double[]>(small_workspace(d));
+      OneThread group;
+      SmallTrace<OneThread, T> solver(group, int(d), workspace.get());
+      for (int64_t n = begin; n < end; ++n)
+        solver.run(x + index[2 * n] * d * d, y + index[2 * n + 1] * d * d, out + 3 * n);
+    });
+  });
+  return rows;
 }
 
 bool has_cuda() {
@@ -246,7 +241,9 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("asymmetry(Tensor a) -> Tensor");
   m.def("scaled(Tensor a) -> (Tensor, Tensor)");
   m.def("pivoted_cholesky(Tensor a) -> (Tensor, Tensor, Tensor)");
-  m.def("trace_sqrt_product(Tensor a, Tensor b, Tensor pairs, int method) -> Tensor");
+  m.def("small_trace(Tensor a, Tensor b, Tensor pairs) -> Tensor");
+  m.def("nuclear_norm(Tensor m, bool low_precision, float tolerance) -> (Tensor, Tensor)");
+  m.def("sqrtm(Tensor a, bool inverse) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
@@ -254,8 +251,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
-  m.impl("asymmetry", TORCH_BOX(&fastgan::asymmetry_cpu));
-  m.impl("scaled", TORCH_BOX(&fastgan::scaled_cpu));
-  m.impl("pivoted_cholesky", TORCH_BOX(&fastgan::pivoted_cholesky_cpu));
-  m.impl("trace_sqrt_product", TORCH_BOX(&fastgan::trace_sqrt_product_cpu));
+  m.impl("asymmetry", TORCH_BOX(&fastgan::asymmetry));
+  m.impl("scaled", TORCH_BOX(&fastgan::scaled));
+  m.impl("pivoted_cholesky", TORCH_BOX(&fastgan::pivoted_factor));
+  m.impl("small_trace", TORCH_BOX(&fastgan::small_trace));
 }

@@ -3,7 +3,7 @@
 // Any U with ||U||_2 <= 1 gives <U, M> <= ||M||_*, with equality at the polar factor, where the value is stationary: an
 // error e in U costs O(e^2). With H = M U^T, M = H U + R and K the skew part of H,
 //   ||M||_* <= ||H||_* + sqrt(m) |R|_F <= tr(H) + sqrt(m) (|K|_F + |R|_F)     where H + H^T is semi-definite.
-// fastgan/reference/nuclear_norm.py is the same algorithm, step by step.
+// polar_factor in fastgan/linalg/_nuclear_norm.py takes the same steps.
 #pragma once
 
 #include "iteration.h"

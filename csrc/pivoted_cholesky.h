@@ -1,5 +1,5 @@
-// Cholesky factor with complete pivoting of a symmetric positive semi-definite matrix, as in
-// fastgan/reference/pivoted_cholesky.py. In main memory, and without torch: the products are the caller's.
+// Cholesky factor with complete pivoting of a symmetric positive semi-definite matrix, as in fastgan/linalg/_pivoted.py.
+// In main memory, and without torch: the products are the caller's.
 #pragma once
 
 #include <algorithm>

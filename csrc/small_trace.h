@@ -12,7 +12,7 @@
 namespace fastgan {
 
 constexpr int kLargestSmall = 64;
-constexpr double kIndefiniteShare = 1e-5;  // as in fastgan/reference/trace_sqrt_product.py
+constexpr double kIndefiniteShare = 1e-5;  // as in fastgan/linalg/_symmetric.py
 
 // Doubles of memory that a group needs for matrices of d rows.
 FASTGAN_HD inline int64_t small_workspace(int64_t d) { return 3 * d * d + d + 2; }

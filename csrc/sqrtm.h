@@ -1,6 +1,6 @@
 // A^{1/2} and A^{-1/2} of symmetric positive semi-definite A by the coupled, scaled Newton-Schulz iteration, from matrix
 // products alone (Higham, "Functions of Matrices", 2008, section 6.7). Free of torch: see iteration.h.
-// fastgan/reference/sqrtm.py is the same algorithm, step by step.
+// newton_schulz in fastgan/linalg/_sqrtm.py takes the same steps.
 #pragma once
 
 #include "iteration.h"

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 from torch import Tensor
 
 from fastgan.linalg import _checks as checks
-from fastgan.linalg import _nuclear_norm as nuclear_norm_ops
-from fastgan.linalg import _nuclear_norm_reference as norm_reference
+from fastgan.linalg import _nuclear_norm as norm_ops
 from fastgan.linalg import _sqrtm as sqrtm_ops
 from fastgan.linalg import _trace as trace_ops
-from fastgan.linalg import _trace_reference as trace_reference
 from fastgan.linalg._checks import ASYMMETRIC, DTYPES
-from fastgan.linalg._factors import against_covariance, against_factor
-from fastgan.linalg._nuclear_norm import IMPLS, ITERATIONS, LOWER, METHOD, UPPER, resolve
-from fastgan.linalg._trace_reference import FAILED, INDEFINITE
+from fastgan.linalg._dispatch import IMPLS, resolve, watched
+from fastgan.linalg._factors import against_covariance, against_factor, covariance_factor, drop_redundant_row
+from fastgan.linalg._nuclear_norm import ITERATIONS, LOWER, METHOD, UPPER
+from fastgan.linalg._trace_direct import BY_COST, FAILED, METHODS
 
-__all__ = ["ASYMMETRIC", "DTYPES", "IMPLS", "TraceSqrtInfo", "nuclear_norm", "sqrtm", "trace_sqrt_product"]
-
-METHODS = (*trace_ops.METHODS, "lowrank")
-NORM_METHODS = ("auto", "svd", "gram", "polar")
-
-_TRACE_NAMES = {getattr(trace_reference, name.upper()): name for name in trace_ops.METHODS if name != "auto"}
-_NORM_NAMES = {code: name for name, code in norm_reference.METHODS.items()}
-
-Factors = tuple[Tensor | None, Tensor | None]
+__all__ = [
+    "ASYMMETRIC",
+    "DTYPES",
+    "IMPLS",
+    "TraceSqrtInfo",
+    "covariance_factor",
+    "drop_redundant_row",
+    "nuclear_norm",
+    "sqrtm",
+    "trace_sqrt_product",
+    "trace_sqrt_product_from_factors",
+]
 
 
 @dataclass(frozen=True)
 class TraceSqrtInfo:
-    """How :func:`trace_sqrt_product` or :func:`nuclear_norm` found its values.
+    """Methods and error bounds of the values of :func:`trace_sqrt_product` and its kin, or of :func:`nuclear_norm`.
 
     Attributes:
-        method: the costliest of ``methods``; ``"lowrank"`` where factors were given.
-        methods: what was used for each matrix or pair of the flattened batch.
-        lower, upper: float64, shape of the value: bounds of what exact arithmetic would give, from the entries as they
-            are.
+        method: the costliest of ``methods``; ``"lowrank"`` from :func:`trace_sqrt_product_from_factors`.
+        methods: the method used for each matrix or pair of the flattened batch.
+        lower, upper: float64, shape of the value: bounds of the result of exact arithmetic on the entries as they are.
         iterations: int64, shape of the value: steps of an iteration, 0 for the direct methods.
-        implementation: ``"extension"`` or ``"reference"``.
+        implementation: ``"extension"`` if the C++/CUDA extension could take its part, else ``"reference"``.
     """
 
     method: str
@@ -65,8 +67,8 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
             the inverse. ``"auto"`` is ``"eigh"`` on a CPU; on a GPU, where eigensolvers are slow, ``"newton_schulz"``,
             and ``"eigh"`` for what does not converge.
         inverse: the root of the inverse; ``a`` must be positive definite.
-        impl: ``"extension"`` (C++/CUDA), ``"reference"`` (plain PyTorch, same iteration), or ``"auto"``: the first
-            available. ``"eigh"`` is torch's in both.
+        impl: ``"extension"`` uses C++/CUDA for what gains by it: the iteration on a GPU, the scaling of the matrices on
+            a CPU. ``"reference"`` is plain PyTorch, with the same steps. ``"auto"`` is the first available.
 
     Returns:
         The root, of the shape and dtype of ``a``; differentiable any number of times. Gradients are symmetric, solve
@@ -77,16 +79,18 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
         ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
             eigenvalue), of another dtype, or singular with ``inverse=True``.
         RuntimeError: ``method="newton_schulz"`` did not converge.
+
+    >>> import torch
+    >>> sqrtm(torch.tensor([[5.0, 4.0], [4.0, 5.0]]))
+    tensor([[2., 1.],
+            [1., 2.]])
     """
     checks.check_square("a", a)
-    checks.check_options(method, sqrtm_ops.METHODS, impl)
-    if not checks.watched():
+    checks.check_options(method=(method, sqrtm_ops.METHODS), impl=(impl, IMPLS))
+    if not watched():
         impl = resolve(impl, a.device)
-        checks.check_symmetric("a", a)
-        if inverse:
-            checks.check_definite("a", a)
-        else:
-            checks.check_semidefinite("a", a)
+        checks.check_symmetric("a", a, impl)
+        checks.check_eigenvalues("a", a, definite=inverse)
     return sqrtm_ops.call(a, method, inverse, impl)
 
 
@@ -108,7 +112,8 @@ def nuclear_norm(
             <U, M> by the polar factor U, from matrix products alone: scaled Newton-Schulz (Chen & Chow, 2014).
             ``"auto"``: on a CPU ``"gram"`` where its error bound is below 1e-9 of the value (1e-7 for float32), else
             ``"svd"``; on a GPU ``"polar"``.
-        impl: as in :func:`sqrtm`.
+        impl: the polar iteration on a GPU is ``"extension"`` (CUDA) or ``"reference"`` (plain PyTorch, the same steps);
+            ``"auto"`` is the first available. On a CPU all of them are PyTorch.
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
@@ -117,44 +122,36 @@ def nuclear_norm(
 
     Raises:
         ValueError: ``m`` has under two dimensions or an empty one, another dtype, or entries that are not finite.
+
+    >>> import torch
+    >>> nuclear_norm(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
+    tensor(7.)
     """
     checks.check_matrix("m", m)
-    checks.check_options(method, NORM_METHODS, impl)
-    if not checks.watched():
+    checks.check_options(method=(method, norm_ops.METHODS), impl=(impl, IMPLS))
+    if not watched():
         impl = resolve(impl, m.device)
         checks.check_finite("m", m)
-    value, report = nuclear_norm_ops.call(m, method, impl, return_info)
-    return (value, _info(report, _NORM_NAMES, impl)) if return_info else value
+    value, report = norm_ops.call(m, method, impl, return_info)
+    return (value, _info(report, norm_ops.BY_COST, impl)) if return_info else value
 
 
 @overload
 def trace_sqrt_product(
-    a: Tensor | None,
-    b: Tensor | None,
-    *,
-    factors: Factors | None = ...,
-    method: str = ...,
-    impl: str = ...,
-    return_info: Literal[False] = ...,
+    a: Tensor, b: Tensor, *, method: str = ..., impl: str = ..., return_info: Literal[False] = ...
 ) -> Tensor: ...
 @overload
 def trace_sqrt_product(
-    a: Tensor | None,
-    b: Tensor | None,
-    *,
-    factors: Factors | None = ...,
-    method: str = ...,
-    impl: str = ...,
-    return_info: Literal[True],
+    a: Tensor, b: Tensor, *, method: str = ..., impl: str = ..., return_info: Literal[True]
 ) -> tuple[Tensor, TraceSqrtInfo]: ...
 def trace_sqrt_product(
-    a: Tensor | None,
-    b: Tensor | None,
+    a: Tensor,
+    b: Tensor,
     *,
-    factors: Factors | None = None,
     method: str = "auto",
     impl: str = "auto",
     return_info: bool = False,
+    factors: object = None,
 ) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
     """tr((A B)^{1/2}) for symmetric positive semi-definite A and B, the cross term of the Frechet distance.
 
@@ -163,138 +160,162 @@ def trace_sqrt_product(
     float32 ones: a square root of an eigenvalue at rounding level keeps half the digits only. The entries are taken as
     exact; eigenvalues below zero, and in a singular matrix those up to d * 8.9e-16 of the largest, as zero. So a
     singular covariance that was rounded to float32 brings a relative error of about 1e-4 for each missing direction
-    along: keep covariances in float64, or give factors.
+    along: keep covariances in float64, or give factors to :func:`trace_sqrt_product_from_factors`.
 
-    ========================================  ==========================================================================
-    ``method``                                what it does
-    ========================================  ==========================================================================
-    ``"cholesky"``                            eigenvalues of L^T B L, with A = L L^T of the operand that has fewer
-                                              matrices, which must be positive definite
-    ``"pivoted"``                             the same with a factor by pivoted Cholesky, which has as many columns as A
-                                              has rank, or of B where that has fewer; on a CPU, for singular A
-    ``"eigh"``                                the same with a factor by eigenvectors: slow, also for A with eigenvalues
-                                              below zero that are not quite rounding
-    ``"svd"``                                 singular values of the product of two such factors: slow, for any spectrum
-    ``"polar"``                               matrix products alone: the polar factor U of M = F^T H by scaled
-                                              Newton-Schulz, then <U, M>; float32 iterations first for float32 operands
-    ``"jacobi"``                              pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel
-                                              for the whole batch; needs ``impl="extension"``
-    ``"lowrank"``                             with the given ``factors``: singular values of F H^T, or of F L with
-                                              B = L L^T; on a CPU, for one F of more than d / 2 rows, eigenvalues of
-                                              F B F^T where their error bound is as small as for ``"auto"``
-    ========================================  ==========================================================================
+    Methods:
 
-    ========================================  ==========================================================================
-    ``"auto"`` with                           is
-    ========================================  ==========================================================================
-    ``factors``                               ``"lowrank"``
-    CPU                                       ``"cholesky"`` where its error bound is below 1e-9 of the value (1e-7 for
-                                              float32); ``"pivoted"`` of the singular one where A or B is, with the same
-                                              bound, or ``"eigh"`` where that fails; else ``"svd"``, of Cholesky factors
-                                              where they serve. As one batch from 4 pairs on where d <= 128, else pair
-                                              by pair
-    GPU, d <= 64, extension built             ``"jacobi"``
-    GPU                                       ``"polar"``
-    ========================================  ==========================================================================
+    - ``"cholesky"``: eigenvalues of L^T B L, with A = L L^T of the operand that has fewer matrices, which must be
+      positive definite.
+    - ``"pivoted"``: the same with a factor by pivoted Cholesky, which has as many columns as A has rank, or of B if
+      that has fewer; on a CPU, for singular A.
+    - ``"eigh"``: the same with a factor by eigenvectors: slow, also for A with eigenvalues below zero that are not
+      quite rounding.
+    - ``"svd"``: singular values of the product of two such factors: slow, for any spectrum.
+    - ``"polar"``: matrix products alone: the polar factor U of M = F^T H by scaled Newton-Schulz, then <U, M>; float32
+      iterations first for float32 operands.
+    - ``"jacobi"``: pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel for the whole batch; needs
+      the extension.
+    - ``"auto"`` on a GPU: ``"jacobi"`` for d <= 64 if the extension is built, else ``"polar"``. On a CPU:
+      ``"cholesky"`` if its error bound is below 1e-9 of the value (1e-7 for float32); if A or B is singular,
+      ``"pivoted"`` of that one, with the same bound, or ``"eigh"`` if it fails; else ``"svd"``, of Cholesky factors if
+      they serve. As one batch from 2 pairs on for d <= 128, else pair by pair.
 
     ``python -m bench --suite sqrtm`` times every method that a device can run.
 
     Args:
         a, b: shape (..., d, d), float32 or float64, same dtype and device. Batch dimensions broadcast; of one reference
-            against K candidates, the reference is factored once. Either may be None where its factor is given.
-        factors: (F, H), either None: F of shape (..., n, d) with F^T F = A, e.g. centred features over sqrt(n - 1).
-            Then A is neither read nor factored.
+            against K candidates, the reference is factored once.
         method: one of those above.
-        impl: ``"extension"`` (C++/CUDA), ``"reference"`` (plain PyTorch, same algorithm), or ``"auto"``: the first
-            available.
+        impl: ``"extension"`` uses C++/CUDA for what gains by it: on a CPU the scaling of the matrices, pivoted Cholesky
+            and ``"jacobi"``, on a GPU ``"polar"`` and ``"jacobi"``. ``"reference"`` is plain PyTorch, with the same
+            steps. ``"auto"`` is the first available.
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
-        The value, of the broadcast batch shape and the operands' dtype, differentiable twice in operands or factors.
-        Gradients of ``a`` and ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
+        The value, of the broadcast batch shape and the operands' dtype, differentiable twice. Gradients of ``a`` and
+        ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
         infinite, they are zero. On a GPU those of definite operands are matrix products and triangular solves alone.
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry
             or eigenvalue), of another dtype, or does not fit the other; ``method="cholesky"`` meets a singular matrix,
             or ``method="pivoted"`` one that is indefinite beyond rounding.
+
+    >>> import torch
+    >>> a, b = torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([9.0, 1.0]))
+    >>> value, info = trace_sqrt_product(a, b, return_info=True)
+    >>> value, info.method, bool(info.error_bound < 1e-14)
+    (tensor(5.), 'cholesky', True)
     """
-    checks.check_options(method, METHODS, impl)
     if factors is not None or method == "lowrank":
-        return _lowrank(a, b, factors, method, impl, return_info)
-    for name, operand in (("a", a), ("b", b)):
-        checks.check_square(name, operand)  # type: ignore[arg-type]
-    assert a is not None
-    assert b is not None
-    checks.check_pair(("a", "b"), a, b)
-    watched = checks.watched()
-    if not watched:
+        raise TypeError(
+            "trace_sqrt_product takes covariances; for factors of them use trace_sqrt_product_from_factors(f, g), or "
+            "trace_sqrt_product_from_factors(f, cov=b) with the factor of one side"
+        )
+    checks.check_options(method=(method, METHODS), impl=(impl, IMPLS))
+    checks.check_square("a", a)
+    checks.check_square("b", b)
+    checks.check_pair("a", a, "b", b)
+    looked_at = not watched()
+    if looked_at:
         impl = resolve(impl, a.device)
-        checks.check_symmetric("a", a)
-        checks.check_symmetric("b", b)
+        checks.check_symmetric("a", a, impl)
+        checks.check_symmetric("b", b, impl)
     if method == "jacobi" and (impl == "reference" or a.shape[-1] > trace_ops.JACOBI_SIZE):
         limit = trace_ops.JACOBI_SIZE
         raise ValueError(f"method='jacobi' needs the extension and d <= {limit}, got impl={impl!r}, d = {a.shape[-1]}")
     if method == "pivoted" and a.is_cuda:
         raise ValueError(f"method='pivoted' runs on a CPU: it looks at each pivot; got operands on {a.device}")
     value, report = trace_ops.call(a, b, method, impl, return_info)
-    if not watched and bool((report[..., METHOD] == FAILED).any()):
-        raise ValueError(_failure(a, b, method))
-    return (value, _info(report, _TRACE_NAMES, impl)) if return_info else value
+    if looked_at and bool((report[..., METHOD] == FAILED).any()):
+        _raise_failure(a, b, method)
+    return (value, _info(report, BY_COST, impl)) if return_info else value
 
 
-def _failure(a: Tensor, b: Tensor, method: str) -> str:
-    """Why no value was found; called after the fact only, so its own eigenvalues cost nothing in the good case."""
-    for name, operand in (("a", a), ("b", b)):
-        share = checks.smallest_share(operand)
-        if share.min() < -INDEFINITE:
-            return checks.indefinite(name, share)
+@overload
+def trace_sqrt_product_from_factors(
+    f: Tensor,
+    g: Tensor | None = ...,
+    *,
+    cov: Tensor | None = ...,
+    impl: str = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def trace_sqrt_product_from_factors(
+    f: Tensor, g: Tensor | None = ..., *, cov: Tensor | None = ..., impl: str = ..., return_info: Literal[True]
+) -> tuple[Tensor, TraceSqrtInfo]: ...
+def trace_sqrt_product_from_factors(
+    f: Tensor,
+    g: Tensor | None = None,
+    *,
+    cov: Tensor | None = None,
+    impl: str = "auto",
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
+    """tr((A B)^{1/2}) of A = F^T F and B = G^T G, or a covariance B, without forming or factoring A.
+
+    It is the sum of the singular values of F G^T, or of F L with B = L L^T. On a CPU one F of more than d / 2 rows
+    against a covariance takes eigenvalues of F B F^T, if their error bound is as small as :func:`trace_sqrt_product`'s.
+
+    Args:
+        f: shape (..., n, d), float32 or float64, for example centered features over sqrt(n - 1), or the result of
+            :func:`covariance_factor`.
+        g: shape (..., m, d), the factor of the other side, of the same dtype and device. Batch dimensions broadcast.
+        cov: shape (..., d, d), the covariance of the other side, in place of ``g``.
+        impl: as in :func:`trace_sqrt_product`.
+        return_info: return also a :class:`TraceSqrtInfo`.
+
+    Returns:
+        The value, of the broadcast batch shape and the operands' dtype, differentiable twice.
+
+    Raises:
+        ValueError: both or none of ``g`` and ``cov`` are given, an operand is not finite, of another shape or dtype, or
+            does not fit the other, or ``cov`` is clearly asymmetric or indefinite.
+
+    >>> import torch
+    >>> f, g = torch.tensor([[3.0, 0.0]]), torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    >>> trace_sqrt_product_from_factors(f, g)
+    tensor(6.)
+    >>> trace_sqrt_product_from_factors(f, cov=g.mT @ g)
+    tensor(6.)
+    """
+    checks.check_options(impl=(impl, IMPLS))
+    other, name = (cov, "cov") if g is None else (g, "g")
+    if other is None or (g is not None and cov is not None):
+        raise ValueError(f"one of g and cov must be given, got {'neither' if other is None else 'both'}")
+    checks.check_matrix("f", f)
+    (checks.check_square if g is None else checks.check_matrix)(name, other)
+    checks.check_pair("f", f, name, other)
+    if not watched():
+        impl = resolve(impl, f.device)
+        checks.check_finite("f", f)
+        if g is None:
+            checks.check_symmetric(name, other, impl)
+        else:
+            checks.check_finite(name, other)
+    value, report = (against_covariance if g is None else against_factor)(f, other, impl, return_info)
+    value = value.to(f.dtype)
+    return (value, _info(report, ("lowrank",) * len(norm_ops.BY_COST), impl)) if return_info else value
+
+
+def _raise_failure(a: Tensor, b: Tensor, method: str) -> None:
+    """Raise the reason why a pair has no value; it is found after the fact, so that it costs nothing otherwise."""
+    checks.check_eigenvalues("a", a)
+    checks.check_eigenvalues("b", b)
     if method == "cholesky":
         factored = "b" if b.shape[:-2].numel() < a.shape[:-2].numel() else "a"
-        return f"{factored} must be positive definite for method='cholesky', and is singular: use 'auto' or 'eigh'"
-    if method == "pivoted":
-        return "a and b must be positive semi-definite up to rounding for method='pivoted': use 'auto' or 'eigh'"
-    return "a and b must be positive semi-definite"
-
-
-def _lowrank(
-    a: Tensor | None, b: Tensor | None, factors: Factors | None, method: str, impl: str, return_info: bool
-) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
-    if factors is None or len(factors) != 2 or all(factor is None for factor in factors):
-        raise ValueError(f"factors must be a pair with at least one factor for method='lowrank', got {factors!r}")
-    if method not in ("auto", "lowrank"):
-        raise ValueError(f"method must be 'auto' or 'lowrank' where factors are given, got {method!r}")
-    names = tuple(f"factors[{i}]" if factor is not None else "ab"[i] for i, factor in enumerate(factors))
-    left, right = (factor if factor is not None else operand for factor, operand in zip(factors, (a, b), strict=True))
-    for name, operand, factor in zip(names, (left, right), factors, strict=True):
-        (checks.check_matrix if factor is not None else checks.check_square)(name, operand)  # type: ignore[arg-type]
-    assert left is not None
-    assert right is not None
-    checks.check_pair((names[0], names[1]), left, right)
-    if not checks.watched():
-        for name, operand, factor in zip(names, (left, right), factors, strict=True):
-            (checks.check_finite if factor is not None else checks.check_symmetric)(name, operand)
-    first, second = factors
-    if first is None:
-        first, second, right, names = second, first, left, (names[1], names[0])
-    assert first is not None
-    impl = resolve(impl, first.device)
-    if second is not None:
-        value, report = against_factor(first, second, impl, return_info)
+        reason = f"{factored} must be positive definite for method='cholesky', and is singular: use 'auto' or 'eigh'"
+    elif method == "pivoted":
+        reason = "a and b must be positive semi-definite up to rounding for method='pivoted': use 'auto' or 'eigh'"
     else:
-        value, report = against_covariance(first, names[1], right, impl, return_info)
-    value = value.to(first.dtype)
-    if not return_info:
-        return value
-    info = _info(report, _NORM_NAMES, impl)
-    return value, TraceSqrtInfo(
-        "lowrank", ("lowrank",) * len(info.methods), info.lower, info.upper, info.iterations, info.implementation
-    )
+        reason = "a and b must be positive semi-definite"
+    raise ValueError(reason)
 
 
-def _info(report: Tensor, names: dict[int, str], implementation: str) -> TraceSqrtInfo:
+def _info(report: Tensor, names: Sequence[str], implementation: str) -> TraceSqrtInfo:
     codes = report[..., METHOD].reshape(-1).long().tolist()
     methods = tuple(names[code] for code in codes)
-    method = names[max(codes, default=min(names))]
+    method = names[max(codes, default=0)]
     iterations = report[..., ITERATIONS].long()
     return TraceSqrtInfo(method, methods, report[..., LOWER], report[..., UPPER], iterations, implementation)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastgan._checks import check_alike, check_tensor
-from fastgan.linalg._nuclear_norm import IMPLS
-from fastgan.linalg._trace import asymmetry, batch_shape
-from fastgan.linalg._trace_reference import INDEFINITE
+from fastgan.linalg._symmetric import INDEFINITE
 
 DTYPES = (torch.float32, torch.float64)
 ASYMMETRIC = 1e-5
 """A difference between A and its transpose above this share of the largest entry is no rounding error."""
 
-
-def watched() -> bool:
-    """True where nobody may look at values: while torch.compile traces, and within a CUDA graph."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+_BLOCK = 128
 
 
-def check_options(method: str, methods: Sequence[str], impl: str) -> None:
-    for name, value, allowed in (("method", method, methods), ("impl", impl, IMPLS)):
+def check_options(**options: tuple[str, Sequence[str]]) -> None:
+    for name, (value, allowed) in options.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -40,9 +36,8 @@ def check_matrix(name: str, operand: Tensor) -> None:
         raise ValueError(f"{name} must have shape (..., n, d) with n, d >= 1, got {tuple(operand.shape)}")
 
 
-def check_pair(names: tuple[str, str], left: Tensor, right: Tensor) -> None:
-    """Both checked already each for itself: same dtype, device and d, and batches that broadcast."""
-    (a, b) = names
+def check_pair(a: str, left: Tensor, b: str, right: Tensor) -> None:
+    """Raise unless operands that were checked each by itself share dtype, device and d, and their batches broadcast."""
     check_alike(**{a: left, b: right})
     if left.shape[-1] != right.shape[-1]:
         raise ValueError(f"{b} must have the d of {a} ({left.shape[-1]}), got {right.shape[-1]}")
@@ -51,6 +46,14 @@ def check_pair(names: tuple[str, str], left: Tensor, right: Tensor) -> None:
     except RuntimeError:
         shapes = f"{tuple(left.shape[:-2])}, got {tuple(right.shape[:-2])}"
         raise ValueError(f"{b} must have batch dimensions that broadcast with those of {a}: {shapes}") from None
+
+
+def batch_shape(a: Tensor, b: Tensor) -> torch.Size:
+    """The batch dimensions of the values. Raises RuntimeError if those of the operands do not broadcast."""
+    left, right = a.shape[:-2], b.shape[:-2]
+    if left == right:  # the first call of torch.broadcast_shapes imports sympy for a second
+        return left
+    return torch.broadcast_shapes(left, right)
 
 
 def _where(name: str, index: int, count: int) -> str:
@@ -73,60 +76,52 @@ def _not_finite(name: str, matrices: Tensor, index: int) -> str:
     return f"{_where(name, index, len(matrices))} must be finite, got {bad} NaN or infinite of {matrix.numel()} entries"
 
 
-def check_symmetric(name: str, operand: Tensor) -> None:
+def check_symmetric(name: str, operand: Tensor, impl: str) -> None:
     """Raise unless every matrix is finite and symmetric up to rounding."""
     flat = operand.detach().reshape(-1, *operand.shape[-2:])
-    gaps, sizes = asymmetry(flat).unbind(1)
-    bad = ~((gaps <= ASYMMETRIC * sizes) & sizes.isfinite())
-    if not bool(bad.any()):
-        return
-    index = int(bad.nonzero()[0])
-    gap, largest = gaps[index].item(), sizes[index].item()
-    if not (gap < float("inf") and largest < float("inf")):
-        raise ValueError(_not_finite(name, flat, index))
-    share = f"max |A - A^T| is {gap:.3g}, {gap / largest:.2g} of the largest entry (allowed: {ASYMMETRIC:g})"
-    raise ValueError(f"{_where(name, index, len(flat))} must be symmetric: {share}")
+    for index, (gap, largest) in enumerate(asymmetry(flat, impl).tolist()):
+        if not (gap < math.inf and largest < math.inf):
+            raise ValueError(_not_finite(name, flat, index))
+        if gap > ASYMMETRIC * largest:
+            share = f"max |A - A^T| is {gap:.3g}, {gap / largest:.2g} of the largest entry (allowed: {ASYMMETRIC:g})"
+            raise ValueError(f"{_where(name, index, len(flat))} must be symmetric: {share}")
 
 
-def smallest_share(operand: Tensor) -> Tensor:
-    """For each matrix the smallest eigenvalue as a share of the largest magnitude among them, (n,)."""
-    values = torch.linalg.eigvalsh(operand.detach().double().reshape(-1, *operand.shape[-2:]))
-    return values[:, 0] / values.abs().amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
+def asymmetry(a: Tensor, impl: str) -> Tensor:
+    """Largest magnitudes of A - A^T and of A for ``a`` (n, d, d), as (n, 2); not finite where an entry of A is not.
+
+    ``impl`` is resolved. On a CPU the extension reads each matrix once.
+    """
+    if impl == "extension" and not a.is_cuda:
+        return torch.ops.fastgan_C.asymmetry(a)
+    gaps = [
+        (a[:, i : i + _BLOCK, i:] - a[:, i:, i : i + _BLOCK].mT).abs().amax((1, 2))
+        for i in range(0, a.shape[-1], _BLOCK)
+    ]
+    # amax carries NaN along, and an infinite entry makes its own difference infinite or NaN.
+    return torch.stack([torch.stack(gaps, 1).amax(1), torch.maximum(a.amax((1, 2)), -a.amin((1, 2)))], 1).double()
 
 
-def check_semidefinite(name: str, operand: Tensor) -> None:
-    """Raise where an eigenvalue is clearly below zero: one Cholesky factorisation where none is."""
-    if _smallest_is_below(operand, INDEFINITE, lambda wide: wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)):
-        share = smallest_share(operand)
-        if share.min() < -INDEFINITE:
-            raise ValueError(indefinite(name, share))
+def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> None:
+    """Raise if an eigenvalue is clearly below zero, or with ``definite`` at rounding level or below.
 
-
-def _smallest_is_below(operand: Tensor, share: float, size: Callable[[Tensor], Tensor]) -> bool:
-    """Whether A + share * size(A) I has no Cholesky factor, for any matrix A."""
+    Costs one Cholesky factorization if none is.
+    """
     wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
-    shift = share * size(wide).clamp(min=torch.finfo(torch.float64).tiny)
-    _, failed = torch.linalg.cholesky_ex(wide + shift[:, None, None] * torch.eye(wide.shape[-1]).to(wide))
-    return bool((failed != 0).any())
-
-
-def check_definite(name: str, operand: Tensor) -> None:
-    """Raise where an eigenvalue is at rounding level or below: one Cholesky factorisation where none is."""
-    floor = operand.shape[-1] * torch.finfo(torch.float64).eps
-    if not _smallest_is_below(operand, -floor, torch.linalg.matrix_norm):
+    d, info = wide.shape[-1], torch.finfo(torch.float64)
+    size = torch.linalg.matrix_norm(wide) if definite else wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    floor = d * info.eps if definite else -INDEFINITE
+    shift = floor * size.clamp(min=info.tiny)[:, None, None] * torch.eye(d).to(wide)
+    if not bool(torch.linalg.cholesky_ex(wide - shift)[1].any()):
         return
-    share = smallest_share(operand)
-    if share.min() <= floor:
-        index = int(share.argmin())
+    values = torch.linalg.eigvalsh(wide)
+    shares = values[:, 0] / values.abs().amax(-1).clamp(min=info.tiny)
+    index = int(shares.argmin())
+    share = shares[index].item()
+    if share <= floor:
+        kind = "definite for inverse=True" if definite else "semi-definite"
+        allowed = f"it must be above {floor:.2g}" if definite else f"allowed: {floor:g}"
         raise ValueError(
-            f"{_where(name, index, len(share))} must be positive definite for inverse=True: its smallest eigenvalue is "
-            f"{share[index].item():.2g} of the largest (it must be above {floor:.2g})"
+            f"{_where(name, index, len(wide))} must be positive {kind}: its smallest eigenvalue is {share:.2g} of the "
+            f"largest ({allowed})"
         )
-
-
-def indefinite(name: str, share: Tensor) -> str:
-    index = int(share.argmin())
-    return (
-        f"{_where(name, index, len(share))} must be positive semi-definite: its smallest eigenvalue is "
-        f"{share[index].item():.2g} of the largest (allowed: {-INDEFINITE:g})"
-    )

@@ -1,7 +1,8 @@
-"""``fastgan::sqrtm`` and ``fastgan::lyapunov``, each other's derivatives: differentiable as often as one likes."""
+"""``fastgan::sqrtm`` and ``fastgan::lyapunov``: each is the other's derivative, so that both have every order."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,49 +10,35 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import dispatched_if_needed
-from fastgan.linalg import _sqrtm_reference as reference
-from fastgan.linalg._nuclear_norm import by_products, captured, resolve
-from fastgan.linalg._nuclear_norm_reference import lyapunov_newton_schulz, power_of_two
+from fastgan.linalg._dispatch import by_products, resolve, watched
+from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
 
 METHODS = ("auto", "eigh", "newton_schulz")
+NEWTON_SCHULZ = (1.5, 0.5)
+"""The unscaled step, which polishes singular values that are near 1."""
 
+_EPSILON = torch.finfo(torch.float64).eps
 _RESIDUAL, _INVERSE_RESIDUAL = 1e-8, 1e-6
 """Above these an iteration has not converged."""
 
 
 def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     """A^{1/2}, or A^{-1/2}, of (..., d, d) matrices; computed in float64."""
-    flat = a.reshape(-1, *a.shape[-2:]).double()
+    flat = a.reshape(-1, *a.shape[-2:])
     if len(flat) == 0:
         return a.clone()
-    scale = power_of_two(flat)[:, None, None]
-    flat = reference.symmetric_part(flat) / scale
+    impl = resolve(impl, a.device)
+    scale, flat = scaled(flat, impl)
     if method == "eigh" or (method == "auto" and not a.is_cuda):
-        root = reference.sqrtm_eigh(flat, inverse)
+        root = sqrtm_eigh(flat, inverse)
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
-    root = root / scale.sqrt() if inverse else root * scale.sqrt()
-    return root.to(a.dtype).reshape(a.shape).contiguous()
+    scale = scale[:, None, None].sqrt()
+    return (root / scale if inverse else root * scale).to(a.dtype).reshape(a.shape).contiguous()
 
 
 sqrtm = custom_op("fastgan::sqrtm", mutates_args=())(compute)
 call = dispatched_if_needed(compute, sqrtm)
-
-
-def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
-    """By Newton-Schulz; where that has not converged by eigenvectors, or a RuntimeError."""
-    iterate = torch.ops.fastgan_C.sqrtm if resolve(impl, a.device) == "extension" else reference.sqrtm_newton_schulz
-    root = iterate(a, inverse)
-    if captured(a):
-        return root
-    residual = reference.residual(a, root, inverse)
-    failed = ~(residual <= (_INVERSE_RESIDUAL if inverse else _RESIDUAL))
-    if bool(failed.any()):
-        if not fall_back:
-            share = residual[failed].amax().item()
-            raise RuntimeError(f"method='newton_schulz' did not converge (residual {share:.1e}): use 'eigh'")
-        root[failed] = reference.sqrtm_eigh(a[failed], inverse)
-    return root
 
 
 @sqrtm.register_fake
@@ -59,31 +46,117 @@ def _(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     return a.new_empty(a.shape)
 
 
+def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
+    """Roots of symmetric ``a`` (n, d, d) through eigenvectors.
+
+    Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse.
+    """
+    values, vectors = torch.linalg.eigh(a)
+    floor = values.shape[-1] * _EPSILON * values[..., -1:].abs()
+    roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
+    return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
+
+
+def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
+    """Roots by Newton-Schulz; what has not converged goes by eigenvectors, or is a RuntimeError."""
+    root = torch.ops.fastgan_C.sqrtm(a, inverse) if a.is_cuda and impl == "extension" else newton_schulz(a, inverse)
+    if watched():
+        return root
+    target = torch.eye(a.shape[-1]).to(a).expand_as(a) if inverse else a
+    difference = (root @ a @ root if inverse else root @ root) - target
+    size = torch.linalg.matrix_norm(target)
+    residual = torch.linalg.matrix_norm(difference) / torch.where(size > 0, size, 1.0)
+    failed = ~(residual <= (_INVERSE_RESIDUAL if inverse else _RESIDUAL))
+    if bool(failed.any()):
+        if not fall_back:
+            share = residual[failed].amax().item()
+            raise RuntimeError(f"method='newton_schulz' did not converge (residual {share:.1e}): use 'eigh'")
+        root[failed] = sqrtm_eigh(a[failed], inverse)
+    return root
+
+
+def newton_schulz(a: Tensor, inverse: bool) -> Tensor:
+    """Roots from matrix products alone: the coupled iteration (Higham, "Functions of Matrices", 2008, 6.7), scaled.
+
+    Y (Z Y)^{-1/2} and (Z Y)^{-1/2} Z stay as they are while Z Y goes to I, so Y ends at A^{1/2} and Z at A^{-1/2}.
+    Eigenvalues are resolved down to 1e-10 of |A|_F, for the inverse to 1e-16: rounding leaves the zeros of a singular
+    matrix at about -1e-17, and what is below zero grows without end if it is given the time. csrc/sqrtm.h takes the
+    same steps on a GPU.
+    """
+    scale = torch.linalg.matrix_norm(a, keepdim=True)
+    y = torch.where(scale > 0, a / scale, 0.0)
+    z = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    for linear, cubic in scaled_newton_schulz(1e-8 if inverse else 1e-5):
+        t = (z @ y).mul_(-cubic)
+        t.diagonal(dim1=-2, dim2=-1).add_(linear)
+        y, z = y @ t, t @ z
+    return symmetric_part(z) / scale.sqrt() if inverse else symmetric_part(y) * scale.sqrt()
+
+
+def scaled_newton_schulz(smallest: float) -> list[tuple[float, float]]:
+    """(linear, cubic) of the steps x <- linear x - cubic x^3 that bring [smallest, 1] within 1e-8 of 1, and one more.
+
+    3 rho / 2 and rho^3 / 2 with rho^2 = 3 / (1 + l + l^2) for values in [l, 1] (Chen & Chow, "A stable scaling of
+    Newton-Schulz for improving the sign function computation of a Hermitian matrix", 2014), but at most 2.8: near
+    l = 0 the optimum sends 1 to almost 0, where rounding would drown it.
+    """
+    steps, low = [], smallest
+    while 1 - low > 1e-8:
+        rho = math.sqrt(min(2.8, 3 / (1 + low + low * low)))
+        linear, cubic = 1.5 * rho, 0.5 * rho**3
+        steps.append((linear, cubic))
+        low = min(linear * low - cubic * low**3, linear - cubic)
+    return [*steps, NEWTON_SCHULZ]
+
+
 @custom_op("fastgan::lyapunov", mutates_args=())
 def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
-    """The symmetric X (..., d, d) with root X + X root = the symmetric part of ``rhs``."""
+    """The symmetric X (..., d, d) with root X + X root = the symmetric part of ``rhs``.
+
+    X is zero between directions that ``root`` lacks.
+    """
     flat_root, flat_rhs = (m.reshape(-1, *m.shape[-2:]).double() for m in (root, rhs))
     if len(flat_root) == 0:
         return rhs.clone()
     scale = power_of_two(flat_root)[:, None, None]
-    solve = _lyapunov_iterated if by_products(root) else reference.lyapunov
-    return (solve(flat_root / scale, flat_rhs) / scale).to(rhs.dtype).reshape(rhs.shape).contiguous()
-
-
-def _lyapunov_iterated(root: Tensor, rhs: Tensor) -> Tensor:
-    """By Newton-Schulz, as eigensolvers are slow on a GPU; where that has not converged by eigenvectors."""
-    x, converged = lyapunov_newton_schulz(root, reference.symmetric_part(rhs))
-    if captured(root):
-        return x
-    failed = ~converged
-    if bool(failed.any()):
-        x[failed] = reference.lyapunov(root[failed], rhs[failed])
-    return x
+    flat_root, flat_rhs = flat_root / scale, symmetric_part(flat_rhs)
+    if by_products(root):
+        x, converged = lyapunov_newton_schulz(flat_root, flat_rhs)
+        if not watched() and not bool(converged.all()):
+            x[~converged] = _lyapunov_eigh(flat_root[~converged], flat_rhs[~converged])
+    else:
+        x = _lyapunov_eigh(flat_root, flat_rhs)
+    return (x / scale).to(rhs.dtype).reshape(rhs.shape).contiguous()
 
 
 @lyapunov.register_fake
 def _(root: Tensor, rhs: Tensor) -> Tensor:
     return rhs.new_empty(rhs.shape)
+
+
+def _lyapunov_eigh(root: Tensor, rhs: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(root)
+    sums = values[..., :, None] + values[..., None, :]
+    floor = (values.shape[-1] * _EPSILON) ** 0.5 * values[..., -1].abs()[..., None, None]
+    rotated = vectors.mT @ rhs @ vectors
+    return symmetric_part(vectors @ torch.where(sums > floor, rotated / sums, 0.0) @ vectors.mT)
+
+
+def lyapunov_newton_schulz(s: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """X with S X + X S = ``rhs`` for positive definite S, from matrix products alone, and whether that has converged.
+
+    The sign function of [[S, G], [0, -S]] is [[I, 2 X], [0, -I]] (Roberts, "Linear model reduction and solution of the
+    algebraic Riccati equation by use of the sign function", 1980), found by scaled Newton-Schulz steps x <- linear x -
+    cubic x^3 on the two blocks. Eigenvalues are resolved down to 1e-8 of |S|_F; smaller ones do not converge.
+    """
+    scale = torch.linalg.matrix_norm(s, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    s, g = symmetric_part(s) / scale, rhs / scale
+    for linear, cubic in scaled_newton_schulz(1e-8):
+        square = s @ s
+        s, g = linear * s - cubic * (square @ s), linear * g - cubic * (square @ g - s @ g @ s + g @ square)
+    eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    return 0.5 * g, torch.linalg.matrix_norm(s - eye) <= 1e-6
 
 
 def _save_root(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,7 +165,7 @@ def _save_root(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    """From S S = A: S dS + dS S = dA. From R R = A^{-1}: R dR + dR R = -R^2 dA R^2."""
+    """Solve S dS + dS S = dA, from S S = A; or R dR + dR R = -R^2 dA R^2, from R R = A^{-1}."""
     (root,) = ctx.saved_tensors
     adjoint = lyapunov(root, grad)
     if ctx.inverse:
@@ -106,7 +179,7 @@ def _save_equation(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _lyapunov_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """S dX + dX S = dG - dS X - X dS, and the map G -> X is its own adjoint."""
+    """Solve S dX + dX S = dG - dS X - X dS; the map G -> X is its own adjoint."""
     root, x = ctx.saved_tensors
     y = lyapunov(root, cotangent)
     return -(y @ x + x @ y), y

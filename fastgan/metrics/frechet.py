@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.linalg import trace_sqrt_product
+from fastgan.linalg import trace_sqrt_product, trace_sqrt_product_from_factors
 from fastgan.metrics.stats import FeatureStats, check_comparable
 
 if TYPE_CHECKING:
@@ -83,16 +83,15 @@ def _traces(
 ) -> tuple[Tensor, Tensor]:
     """tr(S_a) + tr(S_b) and tr((S_a S_b)^{1/2}), without the covariance of a side that has a factor."""
     device = stats_a.mean.device
-    factors = (factor_a, None if factor_b is None else factor_b.to(device))
-    covs = [
-        stats.cov.to(device) if factor is None else None for stats, factor in ((stats_a, factor_a), (stats_b, factor_b))
-    ]
+    sides = ((stats_a, factor_a), (stats_b, factor_b))
+    covs = [stats.cov.to(device) for stats, factor in sides if factor is None]
+    factors = [factor.to(device) for _, factor in sides if factor is not None]
     try:
-        cross = trace_sqrt_product(*covs, factors=None if factors == (None, None) else factors)
+        if factors:
+            cross = trace_sqrt_product_from_factors(*factors, cov=covs[0] if covs else None)
+        else:
+            cross = trace_sqrt_product(*covs)
     except ValueError as error:  # finite and symmetric they are: so one has a clearly negative eigenvalue
         raise InputError(f"a side is no covariance: {error}") from error
-    traces = [
-        cov.trace() if cov is not None else factor.square().sum()  # type: ignore[union-attr]
-        for cov, factor in zip(covs, factors, strict=True)
-    ]
+    traces = [cov.trace() for cov in covs] + [factor.square().sum() for factor in factors]
     return traces[0] + traces[1], cross

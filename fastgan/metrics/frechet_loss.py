@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan._checks import InputError
-from fastgan.linalg import nuclear_norm
-from fastgan.linalg._factors import without_mean
+from fastgan.linalg import drop_redundant_row, nuclear_norm
 from fastgan.metrics.stats import FeatureStats
 
 
@@ -32,7 +31,7 @@ class FrechetLoss(nn.Module):
     def __init__(self, reference: FeatureStats) -> None:
         super().__init__()
         self.register_buffer("mean", reference.mean)
-        self.register_buffer("factor", without_mean(reference.root()).mT.contiguous())
+        self.register_buffer("factor", drop_redundant_row(reference.root()).mT.contiguous())
         self.register_buffer("trace", reference.cov.trace())
 
     def forward(self, features: Tensor) -> Tensor:
@@ -47,6 +46,6 @@ class FrechetLoss(nn.Module):
         rows = features.double()
         mean = rows.mean(dim=0)
         centred = (rows - mean) / (len(rows) - 1) ** 0.5
-        cross = nuclear_norm(without_mean(centred) @ self.factor)
+        cross = nuclear_norm(drop_redundant_row(centred) @ self.factor)
         distance = (mean - self.mean).square().sum() + centred.square().sum() + self.trace - 2 * cross
         return distance.to(features.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.linalg import nuclear_norm, trace_sqrt_product
+from fastgan.linalg import nuclear_norm, trace_sqrt_product_from_factors
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.stats import FeatureStats, check_comparable
 
@@ -55,9 +55,9 @@ def _against_root(mean: Tensor, root: Tensor, candidates: Sequence[FeatureStats]
     batch = torch.stack([part.to(root.device) for part in parts])
     try:
         if held:
-            cross = trace_sqrt_product(None, None, factors=(batch, root))
+            cross = trace_sqrt_product_from_factors(batch, root)
         else:
-            cross = trace_sqrt_product(None, batch, factors=(root, None))
+            cross = trace_sqrt_product_from_factors(root, cov=batch)
     except ValueError as error:
         raise InputError(f"a side is no covariance: {error}") from error
     traces = batch.square().sum((-2, -1)) if held else batch.diagonal(dim1=-2, dim2=-1).sum(-1)

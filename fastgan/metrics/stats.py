@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError, check_tensor
-from fastgan.linalg._factors import row_root
+from fastgan.linalg import covariance_factor
 from fastgan.metrics.moments import as_float64, centred, float64_device, joined, moments_of
 from fastgan.metrics.stats_checks import check_factor, check_finite, check_moments, check_root
 
@@ -153,7 +153,7 @@ class FeatureStats:
             return factor / (self._n - 1) ** 0.5
         if self._root is None:
             try:
-                self._root = row_root("cov", self.cov)
+                self._root = covariance_factor(self.cov)
             except ValueError as error:
                 raise InputError(str(error)) from error
         return self._root

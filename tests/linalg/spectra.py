@@ -48,7 +48,14 @@ def covariance(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def nuclear_norm(factor_a: Tensor, factor_b: Tensor) -> Tensor:
+    """tr((A B)^{1/2}) of A = F F^T and B = H H^T: the oracle."""
     return torch.linalg.svdvals(factor_a.mT @ factor_b).sum(-1)
+
+
+def eigen_factor(matrices: Tensor) -> Tensor:
+    """F of the positive part F F^T of symmetric matrices: rounding to float32 leaves eigenvalues of either sign."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
+    return vectors * values.clamp(min=0).sqrt()[..., None, :]
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -1,3 +1,4 @@
+import doctest
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgan import backend, linalg
-from fastgan.linalg import trace_sqrt_product
+from fastgan.linalg import _factors, trace_sqrt_product, trace_sqrt_product_from_factors
 from tests.linalg.spectra import (
     IMPLS,
     SIZES,
@@ -16,6 +17,7 @@ from tests.linalg.spectra import (
     count_factorisations,
     covariance,
     covariance_of_rank,
+    eigen_factor,
     factor,
     nuclear_norm,
     relative_error,
@@ -186,6 +188,13 @@ def test_docstring_names_every_option():
         assert f'``"{option}"``' in (linalg.trace_sqrt_product.__doc__ or ""), option
 
 
+@pytest.mark.parametrize("module", [linalg, _factors])
+def test_examples(module):
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("method", ["polar", "jacobi", "auto"])
 def test_every_method_on_every_spectrum_and_scale(method, dtype):
@@ -248,22 +257,16 @@ def blocks_of_eight(values: Tensor) -> Tensor:
     return (q * values.reshape(-1, 1, 8)) @ q.mT
 
 
-def eigen_factor(matrices: Tensor) -> Tensor:
-    """F of the positive part F F^T: rounding to float32 leaves eigenvalues of either sign."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrices + matrices.mT))
-    return vectors * values.clamp(min=0).sqrt()[..., None, :]
-
-
 @pytest.mark.slow
 def test_large_factors():
     (x, a), (y, b) = covariance_of_rank(96, 768, 0), covariance_of_rank(48, 768, 1)
     truth = torch.linalg.svdvals(x @ y.mT).sum()
-    assert relative_error(trace_sqrt_product(None, None, factors=(x, y)), truth) < 1e-12
-    assert relative_error(trace_sqrt_product(None, b, factors=(x, None)), truth) < 1e-9
+    assert relative_error(trace_sqrt_product_from_factors(x, y), truth) < 1e-12
+    assert relative_error(trace_sqrt_product_from_factors(x, cov=b), truth) < 1e-9
     assert relative_error(trace_sqrt_product(a, b, method="polar"), truth) < 1e-9
     (x, _), (y, _) = covariance_of_rank(256, 2048, 0), covariance_of_rank(128, 2048, 1)
     truth = torch.linalg.svdvals(x @ y.mT).sum()
-    assert relative_error(trace_sqrt_product(None, None, factors=(x, y)), truth) < 1e-12
+    assert relative_error(trace_sqrt_product_from_factors(x, y), truth) < 1e-12
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -298,9 +301,8 @@ def digit_features():
 def test_real_features(digit_features):
     x, y = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in digit_features)
     truth = torch.linalg.svdvals(x @ y.mT).sum()
-    for factors in ((x, y), (x, None), (None, y)):
-        operands = (a if f is None else None for f, a in zip(factors, (x.mT @ x, y.mT @ y), strict=True))
-        value, info = trace_sqrt_product(*operands, factors=factors, return_info=True)
+    for factors, cov in (((x, y), None), ((x,), y.mT @ y), ((y,), x.mT @ x)):
+        value, info = trace_sqrt_product_from_factors(*factors, cov=cov, return_info=True)
         assert relative_error(value, truth) < 1e-9
         assert info.method == "lowrank"
     spread = (x.square().sum(0) * y.square().sum(0)).topk(20).indices  # full rank
@@ -338,9 +340,9 @@ def test_bounds_contain_the_truth(sides, method):
     assume(method != "cholesky" or definite)
     assume(method != "jacobi" or not backend.extension_missing())
     if method == "lowrank":
-        value, info = trace_sqrt_product(None, None, factors=(f, h), return_info=True)
+        value, info = trace_sqrt_product_from_factors(f, h, return_info=True)
     elif method == "one factor":
-        value, info = trace_sqrt_product(None, h.mT @ h, factors=(f, None), return_info=True)
+        value, info = trace_sqrt_product_from_factors(f, cov=h.mT @ h, return_info=True)
     else:
         value, info = trace_sqrt_product(f.mT @ f, h.mT @ h, method=method, return_info=True)
     assert info.lower <= value <= info.upper

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastgan.linalg import _nuclear_norm_reference as reference
+from fastgan import backend
 from fastgan.linalg import nuclear_norm
 from fastgan.linalg._nuclear_norm import nuclear_norm as op
-from fastgan.linalg._nuclear_norm import nuclear_norm_bwd, polar_factor
+from fastgan.linalg._nuclear_norm import nuclear_norm_bwd, polar_bounds, polar_factor
 from tests.linalg.spectra import IMPLS, SPECTRA, TOLERANCE, factor, relative_error, rotation, spectrum
 
 METHODS = ("auto", "svd", "gram", "polar")
@@ -47,23 +47,41 @@ def test_bounds_say_where_eigenvalues_of_the_gram_matrix_lose_digits():
     assert relative_error(careless, truth_of(m)) < 1e-6
 
 
-@pytest.mark.parametrize("low_precision", [False, True])
-def test_extension_takes_the_steps_of_the_reference(low_precision):
+def polar_cases():
+    torch.manual_seed(0)
     m = torch.stack([factor(name, 31) @ factor("geometric", 31) for name in SPECTRA])
     m[0] = 0
-    dtype = torch.float32 if low_precision else torch.float64
-    u, report = polar_factor(m, dtype, "auto")
-    expected_u, expected = polar_factor(m, dtype, "reference")
+    return m
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_polar_factor_equals_that_of_the_singular_vectors(low_precision):
+    polar, report = polar_factor(polar_cases(), low_precision, 1e-5 if low_precision else 1e-10, "auto")
+    torch.testing.assert_close(report[:, 0], truth_of(polar_cases()), rtol=1e-9, atol=0)
+    assert (report[:, 2] > 0).all()
+    assert torch.linalg.matrix_norm(polar, 2).max() < 1 + 1e-6
+    m = with_singular_values(torch.logspace(0, -5, 8, dtype=torch.float64), 12)[None]
+    u, _, vh = torch.linalg.svd(m, full_matrices=False)
+    polar, _ = polar_factor(m, low_precision, 0.0, "auto")
+    torch.testing.assert_close(polar, u @ vh, rtol=0, atol=1e-9)  # rounding over the smallest singular value
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(backend.extension_missing("cuda")), reason="the CUDA half is not built")
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_extension_takes_the_steps_of_the_reference(low_precision):
+    m = polar_cases().cuda()
+    u, report = polar_factor(m, low_precision, 1e-5 if low_precision else 1e-10, "extension")
+    expected_u, expected = polar_factor(m, low_precision, 1e-5 if low_precision else 1e-10, "reference")
     assert u.shape == expected_u.shape
     assert torch.equal(report[:, 2], expected[:, 2])
     torch.testing.assert_close(report[:, 0], expected[:, 0], rtol=1e-9, atol=0)
-    assert (report[:, 2] > 0).all()
 
 
 def test_a_finished_matrix_is_left_alone_while_others_go_on():
     easy, hard = torch.eye(12).double(), with_singular_values(10.0 ** -torch.arange(12).double(), 12)
-    alone, _ = polar_factor(easy[None], torch.float64, "auto")
-    together, report = polar_factor(torch.stack([easy, hard]), torch.float64, "auto")
+    alone, _ = polar_factor(easy[None], False, 1e-10, "auto")
+    together, report = polar_factor(torch.stack([easy, hard]), False, 1e-10, "auto")
     assert report[0, 2] < report[1, 2]
     torch.testing.assert_close(alone[0], together[0], rtol=0, atol=1e-14)  # one step more would bring it to 1 exactly
 
@@ -72,7 +90,7 @@ def test_bounds_hold_for_any_approximate_factor():
     m = torch.randn(5, 8, 12, dtype=torch.float64)
     u, _, vh = torch.linalg.svd(m, full_matrices=False)
     for noise in (0, 1e-9, 1e-3, 1.0, 1e3):
-        lower, upper = reference.polar_bounds(m, u @ vh + noise * torch.randn(5, 8, 12, dtype=torch.float64))
+        lower, upper = polar_bounds(m, u @ vh + noise * torch.randn(5, 8, 12, dtype=torch.float64))
         assert (lower <= truth_of(m)).all()
         assert (truth_of(m) <= upper).all()
         if noise <= 1e-9:

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from fastgan import backend
-from fastgan.linalg._pivoted import semidefinite_rows
-from fastgan.linalg._pivoted_reference import pivot_floor, pivoted_cholesky
+from fastgan.linalg._pivoted import pivot_floor, pivoted_cholesky, semidefinite_rows
 from tests.linalg.spectra import covariance, covariance_of_rank
 
 EXTENSION = pytest.param(
@@ -50,9 +49,12 @@ def test_what_is_left_tells_an_indefinite_matrix(compute, scale):
     assert compute(indefinite)[2].item() == 0.5 * scale
     negative = torch.diag(torch.tensor([1.0, -2.0])).double() * scale
     assert compute(negative)[2].item() == 2 * scale
-    assert semidefinite_rows(indefinite) is None
-    assert semidefinite_rows(negative) is None
-    assert len(semidefinite_rows(torch.diag(torch.tensor([1.0, 0.0])).double() * scale)) == 1
+    impl = "reference" if compute is pivoted_cholesky else "extension"
+    assert semidefinite_rows(indefinite, impl) is None
+    assert semidefinite_rows(negative, impl) is None
+    rows, order = semidefinite_rows(torch.diag(torch.tensor([1.0, 0.0])).double() * scale, impl)
+    assert rows.shape == (1, 2)
+    assert order.tolist() == [0, 1]
 
 
 @pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")

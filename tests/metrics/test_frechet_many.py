@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgan.linalg import trace_sqrt_product
+from fastgan.linalg import trace_sqrt_product, trace_sqrt_product_from_factors
 from fastgan.metrics import FeatureStats, InputError, frechet_distance
 from fastgan.metrics._fid_infinity import _covariance_gradient, _trace_gradient, fid_infinity
 from fastgan.metrics.frechet_loss import FrechetLoss
@@ -57,17 +57,13 @@ def test_the_reference_is_factored_once_and_a_known_root_never(tmp_path, monkeyp
 def test_candidates_of_one_size_are_one_call(monkeypatch):
     calls = []
 
-    def spy(*args, **kwargs):
-        calls.append(kwargs["factors"])
-        return trace_sqrt_product(*args, **kwargs)
+    def spy(f, g=None, *, cov=None):
+        calls.append(tuple(None if x is None else tuple(x.shape) for x in (f, g, cov)))
+        return trace_sqrt_product_from_factors(f, g, cov=cov)
 
-    monkeypatch.setattr("fastgan.metrics.frechet_many.trace_sqrt_product", spy)
+    monkeypatch.setattr("fastgan.metrics.frechet_many.trace_sqrt_product_from_factors", spy)
     frechet_distances(stats(50), [stats(n, seed) for seed, n in enumerate((5, 7, 30, 5, 20, 5))])
-    assert [tuple(None if f is None else tuple(f.shape) for f in factors) for factors in calls] == [
-        ((3, 5, 8), (8, 8)),
-        ((1, 7, 8), (8, 8)),
-        ((8, 8), None),
-    ]
+    assert calls == [((3, 5, 8), (8, 8), None), ((1, 7, 8), (8, 8), None), ((8, 8), None, (2, 8, 8))]
 
 
 @pytest.mark.parametrize("n", [4, 30])
