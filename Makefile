@@ -10,7 +10,7 @@ MATRIX ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 # Triton 3.6's interpreter, which torch 2.11 comes with, fails on NumPy 2.4.
 NUMPY_2.11.0 := "numpy<2.4"
 
-.PHONY: demo test test-fast matrix sanitize bench lint docs gpu clean
+.PHONY: demo test test-fast matrix sanitize sanitize-cpu bench lint docs gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -31,7 +31,10 @@ matrix-%:  # a constraint in a machine's pip configuration is lifted: a release 
 	@PIP_CONSTRAINT=/dev/null $(MAKE) --no-print-directory test-fast VENV=.venv/torch-$* \
 		TORCH='"torch==$*" torchvision $(NUMPY_$*)' > build/matrix/$*.log 2>&1
 
-sanitize:  ## the C++ iterations under AddressSanitizer and UBSan: no torch, no GPU, any C++17 compiler
+sanitize: sanitize-cpu $(VENV)/dev.stamp  ## the C++ iterations and, emulated, the CUDA half under the compiler's sanitizers
+	$(BIN)/python -m tests.csrc.cuda_on_cpu
+
+sanitize-cpu:  ## the C++ iterations under AddressSanitizer and UBSan: no torch, no GPU, any C++17 compiler
 	mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc tests/csrc/sanitize.cpp -o build/sanitize
 	build/sanitize

@@ -24,6 +24,8 @@ SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_PER_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS_PER_MULTIPROCESSOR = 65536
 WARPS_PER_MULTIPROCESSOR = 64
+MOST_SPILLS = 32
+"""Bytes of local memory that a kernel may have outside its loops: some releases of Triton put 8 or 16 there."""
 _MMA = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -43,13 +45,17 @@ class AotCase:
 
 @dataclass(frozen=True)
 class Report:
-    """What one case compiled for one architecture uses. ``spills`` counts bytes of local memory and stack."""
+    """Resources that one case uses when compiled for one architecture.
+
+    ``spills`` counts bytes of local memory and stack, ``loop_spills`` accesses to it inside a loop.
+    """
 
     kernel: str
     label: str
     capability: int
     registers: int
     spills: int
+    loop_spills: int
     shared: int
     mma: tuple[str, ...]
     num_warps: int
@@ -58,7 +64,9 @@ class Report:
     def violations(self, case: AotCase) -> list[str]:
         """Why this case must not be launched on this architecture; empty when all is well."""
         found = []
-        if self.spills:
+        if self.loop_spills:
+            found.append(f"{self.loop_spills} accesses to local memory in a loop")
+        if self.spills > MOST_SPILLS:
             found.append(f"{self.spills} bytes of local memory")
         if self.shared > SHARED_PER_BLOCK[self.capability]:
             found.append(f"{self.shared} bytes of shared memory")
@@ -81,6 +89,7 @@ def compile_case(case: AotCase, capability: int) -> Report:
         capability=capability,
         registers=usage["REG"],
         spills=usage["STACK"] + usage["LOCAL"],
+        loop_spills=_loop_spills(compiled.asm["cubin"]) if usage["STACK"] + usage["LOCAL"] else 0,
         shared=compiled.metadata.shared,
         mma=tuple(name for name in _MMA if name in compiled.asm["ptx"]),
         num_warps=case.num_warps,
@@ -89,14 +98,32 @@ def compile_case(case: AotCase, capability: int) -> Report:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
+    output = _cuobjdump(cubin, "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
+
+
+def _loop_spills(cubin: bytes) -> int:
+    return accesses_in_loops(_cuobjdump(cubin, "--dump-sass"))
+
+
+def accesses_in_loops(sass: str) -> int:
+    """Count the accesses to local memory between a backward branch and its target, in disassembled machine code."""
+    instructions = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", sass)]
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    spills = (address for address, text in instructions if re.search(r"\b(LDL|STL)\b", text))
+    return sum(any(begin <= address <= end for begin, end in loops) for address in spills)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _occupancy(registers: int, shared: int, num_warps: int, capability: int) -> float:

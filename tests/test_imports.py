@@ -155,16 +155,6 @@ def test_tests_mirror_the_package():
         assert folder in PACKAGES or parts[1:-1] in ([], ["csrc"]), f"{module}: there is no package {folder}"
 
 
-def test_no_test_module_imports_another():
-    wrong = [
-        f"{module} imports {target}"
-        for module in sorted(GRAPH)
-        for target in sorted(GRAPH[module])
-        if module.startswith("tests.") and target.rpartition(".")[2].startswith("test_")
-    ]
-    assert not wrong, "\n".join(wrong)
-
-
 @pytest.mark.parametrize("old", sorted(fastgan._MOVED))
 def test_a_module_that_moved_names_its_new_place(old):
     new = fastgan._MOVED[old].partition(" ")[0]

@@ -12,7 +12,7 @@ from fastgan.training import Gan
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/layers.md", "docs/training.md")
 PUBLIC = ("nn", "ops", "metrics", "models", "data", "training", "recipes")
-MODULES = ("backend", "linalg", "losses", "regularisers", "diffaugment", "draws", "reference")
+MODULES = ("backend", "linalg", "losses", "reference")
 
 
 def snippets_of(document: str) -> list[str]:

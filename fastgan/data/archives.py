@@ -144,8 +144,6 @@ class ImageArray(ImageSource):
 
 
 def _npz_images(path: Path) -> np.ndarray:
-    from fastgan.metrics.stats_file import read_npz
-
     arrays = read_npz(path)
     keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
     if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
@@ -174,3 +172,22 @@ def _check_range(array: np.ndarray, label: str) -> None:
         raise InputError(
             f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
         )
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} is not an npz file")
+        with loaded:
+            return {key: loaded[key] for key in loaded.files}
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
+        raise InputError(f"{path} cannot be read: {reason}") from error
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read, it may be damaged: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import fastgan
 from fastgan._checks import InputError
 from fastgan._files import atomic_path
+from fastgan.data.archives import read_npz
 from fastgan.metrics.stats import FeatureStats
 
 # (mean, covariance) as named by fastgan, pytorch-fid and clean-fid, and by others
@@ -104,25 +104,6 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is not an npz file")
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except InputError:
-        raise
-    except ValueError as error:
-        reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
-        raise InputError(f"{path} cannot be read: {reason}") from error
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read, it may be damaged: {error}") from error
 
 
 def _moment_keys(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, str]:

@@ -1,5 +1,15 @@
-"""Fused attention: forward, backward and double backward."""
+"""Fused attention: forward, backward and double backward; :mod:`fastgan.kernels.attention.launch` holds the launchers.
 
-from fastgan.kernels.attention.launch import attention_bwd, attention_bwd_bwd, attention_fwd, empty_stats
+They are imported when first asked for: what a call may ask before, if its channels are supported, needs no Triton.
+"""
 
-__all__ = ["attention_bwd", "attention_bwd_bwd", "attention_fwd", "empty_stats"]
+import importlib
+from typing import Any
+
+_LAUNCHERS = ("attention_bwd", "attention_bwd_bwd", "attention_fwd", "empty_stats")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAUNCHERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fastgan.kernels.attention.launch"), name)

@@ -63,7 +63,7 @@ def test_right_within_a_cuda_graph():
 @pytest.mark.slow
 def test_no_race_under_thread_sanitizer():
     library = cuda_on_cpu.build(cuda_on_cpu.THREAD)
-    assert_clean(cuda_on_cpu.check(library, "--dims", "3,5", sanitizer="tsan"))
+    assert_clean(cuda_on_cpu.check(library, *cuda_on_cpu.RACES, sanitizer="tsan"))
 
 
 @needs("asan")

@@ -1,4 +1,4 @@
-"""The C++ iterations without torch, under AddressSanitizer and UBSan: what ``make sanitize`` runs."""
+"""The C++ iterations without torch, under AddressSanitizer and UBSan: what ``make sanitize-cpu`` runs."""
 
 import shutil
 import subprocess
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None or shutil.which("c++") is None, reason="needs make and a C++ compiler")
 def test_iterations_are_clean_and_right():
-    command = ["make", "--no-print-directory", "sanitize", "CXX=c++"]
+    command = ["make", "--no-print-directory", "sanitize-cpu", "CXX=c++"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if "cannot find" in done.stderr and "asan" in done.stderr:
         pytest.skip("the compiler has no sanitizers")
