@@ -21,7 +21,9 @@ def across(width: int, itemsize: int) -> int:
 def block_for(outputs: int, itemsize: int) -> tuple[int, int]:
     """Outputs of a tile and the warps for them, for weights of ``itemsize`` bytes."""
     most = 128 if itemsize == 2 else 64
-    out = min(most, max(16, 1 << (outputs - 1).bit_length()))
+    # On sm_100 some releases of Triton keep local memory in the loop of a float32 tile of 16 outputs.
+    least = 16 if itemsize == 2 else 32
+    out = min(most, max(least, 1 << (outputs - 1).bit_length()))
     return out, 8 if out == most else 4
 
 

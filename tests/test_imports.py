@@ -99,9 +99,14 @@ def test_the_graph_sees_imports_of_every_kind(tmp_path):
     assert sum(map(len, GRAPH.values())) > 300
 
 
-def test_no_import_circles():
+def test_no_import_circles_between_packages():
+    packages = defaultdict(set)
+    for module, targets in GRAPH.items():
+        if module.startswith("fastgan."):
+            own = {package_of(module), ""}
+            packages[package_of(module)] |= {package_of(t) for t in targets if t.startswith("fastgan.")} - own
     try:
-        TopologicalSorter(GRAPH).prepare()
+        TopologicalSorter(packages).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
