@@ -20,7 +20,7 @@ from bench.eager_attention import EagerAttention
 from fastgan.bench import Workload, relative_norm
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.recipes import load_recipe
-from fastgan.training import EMA, Objective, RecipeGan, TrainStep, build_networks
+from fastgan.training import EMA, Objective, RecipeGAN, TrainStep, build_networks
 
 CLASSES = 10
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
@@ -129,7 +129,7 @@ class _Updates:
         ema = EMA(networks[0], recipe.train.ema_decay)
         called: list[Any] = [torch.compile(n) for n in networks] if compiled_modules else networks
         objective = replace(Objective.of(recipe.train), gradient_penalty=10.0 if case.penalty else 0.0)
-        gan = RecipeGan(called[0], called[1], objective, autocast=torch.bfloat16 if case.bf16 else None)
+        gan = RecipeGAN(called[0], called[1], objective, autocast=torch.bfloat16 if case.bf16 else None)
         self.rng = torch.Generator(device)
         self.step = TrainStep(gan, *self.optimizers, mode=mode, ema=ema, rng=self.rng)
         self.batch = _batch(case, device)

@@ -42,8 +42,10 @@ _MOVED = {
     "fastgan.metrics.sources": "fastgan.data.archives",
     "fastgan.regularisers": "fastgan.losses",
     "fastgan.timing": "fastgan.bench",
+    "fastgan.training.callbacks": "fastgan.training.trainer",
     "fastgan.training.loop": "fastgan.training.trainer",
     "fastgan.training.networks": "fastgan.recipes.build",
+    "fastgan.training.writers": "fastgan.training.reports",
 }
 
 

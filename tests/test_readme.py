@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgan.training import Gan
+from fastgan.training import GAN
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/layers.md", "docs/training.md")
@@ -78,7 +78,7 @@ def test_public_names_have_docstrings():
 
 def undocumented_members(value):
     """Of one's own, neither a module's forward, which the class describes, nor what the protocol describes."""
-    described = {"forward"} | (set(vars(Gan)) if value is not Gan else set())
+    described = {"forward"} | (set(vars(GAN)) if value is not GAN else set())
     members = {k: v for k, v in vars(value).items() if not k.startswith("_") and k not in described}
     functions = {k for k, v in members.items() if callable(v) or isinstance(v, property | classmethod)}
     return sorted(k for k in functions if not inspect.getdoc(getattr(value, k)))

@@ -1,13 +1,16 @@
-"""What a recipe says: frozen dataclasses, one a section of its YAML file, checked when they are made."""
+"""Contents of a recipe: frozen dataclasses, one per section of its YAML file, checked when they are made."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
 PRECISIONS = ("fp32", "bf16")
 STEP_MODES = ("auto", "eager", "compile", "cudagraph")
 SKETCHES = ("none", "edges", "paired", "unpaired")
+BACKBONES = ("auto", "inception", "efficientnet_lite0")
 
 
 @dataclass(frozen=True)
@@ -15,13 +18,13 @@ class DataConfig:
     """The images.
 
     Args:
-        source: "digits", "cifar10", or a folder: a heap of images, one subfolder a class, or ``images`` and
+        source: "digits", "cifar10", or a folder: images alone, one subfolder per class, or ``images`` and
             ``sketches``.
-        channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
+        channels: 1 for grey, 3 for RGB, 0 for those of the data (folders: 3).
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder.
         flip: mirror half of the images.
         dequantise: add noise of one grey level.
-        held_out: the part of a folder's images that is scored against and not trained on.
+        held_out: share of a folder's images that is scored against and not trained on.
         on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.
     """
 
@@ -34,16 +37,14 @@ class DataConfig:
     on_device: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("sketches", self.sketches, SKETCHES)
-        if self.channels not in (0, 1, 3):
-            raise ValueError(f"channels must be 0, 1 or 3, got {self.channels}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be in (0, 1), got {self.held_out}")
+        _check_choice(self, "sketches", SKETCHES)
+        _check(self, lambda x: x in (0, 1, 3), "0, 1 or 3", "channels")
+        _check(self, lambda x: 0 < x < 1, "in (0, 1)", "held_out")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks; what an architecture has no use for must be left at its default.
+    """The networks; fields that an architecture does not use must keep their defaults.
 
     Args:
         architecture: "resnet", "dcgan" or "sketch".
@@ -81,8 +82,8 @@ class TrainConfig:
 
     Args:
         steps: generator updates.
-        batch_size: images a discriminator update, and latents a generator update.
-        n_critic: discriminator updates a generator update.
+        batch_size: images per discriminator update, and latents per generator update.
+        n_critic: discriminator updates per generator update.
         loss: a name in ``fastgan.losses.LOSSES``.
         gradient_penalty: weight of the penalty on the critic's gradient between real and generated images; 0 for none.
         r1: weight of the R1 penalty, the paper's gamma; 0 for none.
@@ -94,8 +95,8 @@ class TrainConfig:
         betas: of adam and adamw.
         momentum: of rmsprop and sgd.
         weight_decay: of all.
-        decay_from: the part of ``steps`` after which both learning rates fall linearly to zero; 1 keeps them constant.
-        ema_decay: decay of the generator's moving average a step, in [0, 1).
+        decay_from: share of ``steps`` after which both learning rates fall linearly to zero; 1 keeps them constant.
+        ema_decay: decay of the generator's moving average per step, in [0, 1).
         augment: differentiable augmentations of real and generated images (Zhao et al. 2020), names in
             ``fastgan.losses.augmentation.AUGMENTATIONS``.
         precision: "fp32", or "bf16" for autocast; weights and gradient penalty stay float32.
@@ -130,43 +131,34 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "n_critic"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr_generator", "lr_discriminator"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (
+        weights = (
             "gradient_penalty",
             "r1",
             "clip",
             "class_weight_discriminator",
             "class_weight_generator",
             "weight_decay",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("step_mode", self.step_mode, STEP_MODES)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        for name in ("momentum", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.decay_from <= 1:
-            raise ValueError(f"decay_from must be in [0, 1], got {self.decay_from}")
+        )
+        _check(self, lambda x: x >= 1, "at least 1", "steps", "batch_size", "n_critic")
+        _check(self, lambda x: x > 0, "positive", "lr_generator", "lr_discriminator")
+        _check(self, lambda x: x >= 0, "at least 0", *weights)
+        _check_choice(self, "optimizer", OPTIMIZERS)
+        _check_choice(self, "precision", PRECISIONS)
+        _check_choice(self, "step_mode", STEP_MODES)
+        _check(self, lambda x: len(x) == 2 and all(0 <= v < 1 for v in x), "two numbers in [0, 1)", "betas")
+        _check(self, lambda x: 0 <= x < 1, "in [0, 1)", "momentum", "ema_decay")
+        _check(self, lambda x: 0 <= x <= 1, "in [0, 1]", "decay_from")
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes, and when, in steps.
+    """Reports of a run, and their intervals in steps.
 
     Args:
         grid_every, checkpoint_every, score_every: intervals; grids, checkpoints and scores are also made at the end.
         score_sizes: numbers of generated images at which the Frechet distance is taken, those that the held-out images
             allow; the largest decides which checkpoint is the best.
-        backbone: "inception", "efficientnet_lite0", or "auto": Inception where its weights are at hand and the data is
+        backbone: "inception", "efficientnet_lite0", or "auto": Inception if its weights are at hand and the data is
             not the digits.
         tensorboard, wandb: write there too.
     """
@@ -180,17 +172,14 @@ class LogConfig:
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("grid_every", "checkpoint_every", "score_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.score_sizes or min(self.score_sizes) < 2:
-            raise ValueError(f"score_sizes must be numbers of at least 2, got {self.score_sizes}")
-        _check_choice("backbone", self.backbone, ("auto", "inception", "efficientnet_lite0"))
+        _check(self, lambda x: x >= 1, "at least 1", "grid_every", "checkpoint_every", "score_every")
+        _check(self, lambda x: x and min(x) >= 2, "numbers of at least 2", "score_sizes")
+        _check_choice(self, "backbone", BACKBONES)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named system: data, networks, training, and what is written down of it."""
+    """A named system: data, networks, training and reports."""
 
     name: str
     about: str = ""
@@ -208,6 +197,12 @@ class Recipe:
                 raise ValueError(f"train.{name} needs model.head 'auxiliary', it is {self.model.head!r}")
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _check(config: Any, allows: Callable[[Any], bool], allowed: str, *names: str) -> None:
+    for name in names:
+        if not allows(value := getattr(config, name)):
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    if (value := getattr(config, name)) not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

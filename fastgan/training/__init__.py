@@ -1,25 +1,27 @@
-"""Training loop and what goes with it."""
+"""Training: captured train steps for your own loop, and the loop of the recipes with what goes with it."""
+
+import warnings
+from typing import Any
 
 from fastgan.recipes.build import build_networks
 from fastgan.recipes.schema import TrainConfig
-from fastgan.training.callbacks import Callback, Every, ProgressBar
 from fastgan.training.ema import EMA
-from fastgan.training.gan import Gan, Objective, RecipeGan
+from fastgan.training.gan import GAN, FunctionalGAN, Objective, RecipeGAN
 from fastgan.training.sampling import class_rows, sample
-from fastgan.training.step.train_step import OwnGan, TrainStep
-from fastgan.training.trainer import History, NonFiniteLossError, Trainer
+from fastgan.training.step.train_step import TrainStep
+from fastgan.training.trainer import Callback, Every, History, NonFiniteLossError, ProgressBar, Trainer
 
 __all__ = [
     "EMA",
+    "GAN",
     "Callback",
     "Every",
-    "Gan",
+    "FunctionalGAN",
     "History",
     "NonFiniteLossError",
     "Objective",
-    "OwnGan",
     "ProgressBar",
-    "RecipeGan",
+    "RecipeGAN",
     "TrainConfig",
     "TrainStep",
     "Trainer",
@@ -27,3 +29,12 @@ __all__ = [
     "class_rows",
     "sample",
 ]
+
+_RENAMED = {"Gan": "GAN", "OwnGan": "FunctionalGAN", "RecipeGan": "RecipeGAN"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"fastgan.training.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -19,50 +19,41 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFullError(OSError):
-    """A checkpoint could not be written for want of room; those written before are whole."""
+    """A checkpoint could not be written because the disk is full; earlier ones are intact."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last, the one before it, and the best.
+    """Checkpoints of a run: the last, the one before it, and the best.
 
     A file is written beside its place, forced to the disk and moved there, so it is whole or absent.
 
     Args:
-        folder: made at the first write.
+        folder: where they are; made at the first write.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write ``state`` as the last checkpoint; what was the last becomes the previous one.
+        """Write ``state`` as the last checkpoint; the last one so far becomes the previous one.
 
         Raises:
             DiskFullError: there is no room; both files stay as they were.
         """
-
-        def keep_previous() -> None:
-            if (self.folder / LAST).exists():
-                os.replace(self.folder / LAST, self.folder / PREVIOUS)
-
-        self._write(LAST, state, keep_previous)
+        self._write(LAST, state)
 
     def save_best(self, state: Mapping[str, Any]) -> None:
         """Write ``state`` as the best checkpoint. Raises ``DiskFullError`` as :meth:`save`."""
         self._write(BEST, state)
 
     def load(self, note: Callable[[str], None], device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The last checkpoint, or where it cannot be read the previous one, which ``note`` is told.
+        """Read the last checkpoint, or the previous one if it cannot be read, and report that to ``note``.
 
         Raises:
             InputError: neither can be read.
         """
         failures = []
-        for name in (LAST, PREVIOUS):
-            path = self.folder / name
-            if not path.exists():
-                failures.append(f"{path} does not exist")
-                continue
+        for path in (self.folder / LAST, self.folder / PREVIOUS):
             try:
                 state = read_checkpoint(path, device)
             except InputError as error:
@@ -73,7 +64,7 @@ class Checkpoints:
             return state
         raise InputError(f"there is no checkpoint to go on from: {'; '.join(failures)}")
 
-    def _write(self, name: str, state: Mapping[str, Any], before_move: Callable[[], None] | None = None) -> None:
+    def _write(self, name: str, state: Mapping[str, Any]) -> None:
         content = BytesIO()
         torch.save(dict(state), content)
         path = self.folder / name
@@ -83,8 +74,8 @@ class Checkpoints:
                     file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
-                if before_move is not None:
-                    before_move()
+                if name == LAST and path.exists():
+                    os.replace(path, self.folder / PREVIOUS)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise DiskFullError(error.errno, f"no room for {path}: {error.strerror}") from error

@@ -6,7 +6,7 @@ EfficientNet-Lite0 with its ImageNet weights and a new last layer, fine-tuned on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,11 @@ _BATCH = 100
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Parts of real images that were classified right: those learnt from, those that chose the epoch, and others."""
+    """Shares of real images classified correctly: those learned from, those that chose the epoch, and others."""
 
     train: float
     validation: float
     test: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class Classifier(nn.Module):
@@ -51,18 +48,18 @@ class Classifier(nn.Module):
 
     @staticmethod
     def size_for(data: LabelledImages) -> int:
-        """The input size for images of this size: theirs, from 96 to the 224 of the first training."""
+        """Input size for images of this size: theirs, but at least 96 and at most the 224 of ImageNet."""
         return min(INPUT_SIZE, max(MIN_INPUT_SIZE, data.images.shape[-1]))
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Those of any number of images, batch by batch in eval mode, on the CPU."""
+        """Class logits of any number of images, batch by batch in eval mode, on the CPU."""
         device = next(self.parameters()).device
         self.eval()
         return torch.cat([self(as_float(batch).float().to(device)).cpu() for batch in images.split(_BATCH)])
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The part of ``images`` whose most probable class is its label."""
+        """Share of ``images`` whose most probable class is their label."""
         return (self.logits(images).argmax(1) == labels.cpu()).double().mean().item()
 
 
@@ -72,21 +69,17 @@ def train_classifier(
     *,
     epochs: int = 4,
     batch_size: int = 32,
-    lr: float = 1e-3,
-    held_out: float = 0.1,
-    seed: int = 0,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[Classifier, Accuracies]:
-    """Fine-tune on ``train`` but for a part ``held_out`` of each class, on which the best epoch is chosen.
+    """Fine-tune on ``train`` except for a tenth of each class, on which the best epoch is chosen.
 
     Args:
-        train: of at least 2 classes.
+        train: images of at least 2 classes.
         test: images that are only classified, at the end.
-        epochs, batch_size, lr: of Adam, whose learning rate falls linearly to zero.
-        seed: of the last layer, the split and the order.
+        epochs, batch_size: of the training with Adam, whose learning rate falls linearly from 1e-3 to zero.
         device: where to train.
-        on_epoch: told the epoch, from 1, and its validation accuracy.
+        on_epoch: called with the epoch, from 1, and its validation accuracy.
 
     Returns:
         The classifier in eval mode, and its accuracies on the three sets.
@@ -97,14 +90,14 @@ def train_classifier(
     """
     if train.n_classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {train.n_classes}")
-    learnt, validation = stratified_split(train, held_out=held_out, seed=seed)
+    learnt, validation = stratified_split(train, held_out=0.1)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         classifier = Classifier(train.n_classes, Classifier.size_for(train))
     classifier.to(device).to(memory_format=torch.channels_last)
-    loader = DeviceLoader(learnt.to(device), min(batch_size, len(learnt)), seed=seed)
+    loader = DeviceLoader(learnt.to(device), min(batch_size, len(learnt)))
     steps = max(1, len(learnt) // loader.batch_size) * epochs
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=lr, fused=True)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     best, best_state = -1.0, classifier.state_dict()
     for step in range(1, steps + 1):

@@ -7,16 +7,37 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 
-from fastgan.training.step.update_ops import ema_
+
+@custom_op("fastgan::ema_", mutates_args=("averages", "copies", "updates"))
+def ema_(
+    averages: Sequence[Tensor],
+    values: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    updates: Tensor,
+    decay: float,
+) -> None:
+    """Move ``averages`` towards ``values``, copy the rest and count, as one op of a captured graph."""
+    weight = 1 - ((1 + updates) / (10 + updates)).clamp_max(decay)
+    differences = list(torch._foreach_sub(list(values), list(averages)))
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_add_(list(averages), differences)
+    if copies:
+        torch._foreach_copy_(list(copies), list(originals))
+    updates += 1
+
+
+ema_.register_fake(lambda *_: None)
 
 
 class EMA:
     """Exponential moving average of a module's parameters and batch-norm statistics.
 
-    The decay starts small, min(decay, (1 + t) / (10 + t)) at update t, so that the random initial weights are forgotten
-    in a short run too. Other buffers, such as spectral normalisation's singular vectors, are copied: they are not
-    quantities that an average keeps meaningful.
+    The decay at update t is min(decay, (1 + t) / (10 + t)), small at first, so that a short run forgets its random
+    initial weights too. Other buffers, such as spectral normalization's singular vectors, are copied: their average
+    would not be meaningful.
 
     Args:
         model: the network to follow.
@@ -24,7 +45,7 @@ class EMA:
 
     Attributes:
         module: the averaged network, in eval mode.
-        updates: how many there have been, a scalar on the network's device: an update reads nothing on the host, so
+        updates: number of updates so far, a scalar on the network's device. An update reads nothing on the host, so
             that a graph can hold it.
     """
 
@@ -37,14 +58,14 @@ class EMA:
         self.updates = torch.zeros((), dtype=torch.float64, device=self._averaged[0].device)
 
     def tensors(self) -> list[Tensor]:
-        """What an update changes: averages, copies, and the count."""
+        """All tensors that an update changes: averages, copies, and the count."""
         return [*self._averaged, *self._copied, self.updates]
 
     @torch.no_grad()
     def update(self, model: nn.Module, tensors: Sequence[Tensor] | None = None) -> None:
         """Move the average towards ``model``, a network of the same structure.
 
-        While a step is captured, ``tensors`` is what stands for :meth:`tensors`.
+        While a step is captured, ``tensors`` stand for :meth:`tensors`.
         """
         *own, updates = self.tensors() if tensors is None else tensors
         values, originals = _state(model)

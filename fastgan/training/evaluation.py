@@ -1,4 +1,4 @@
-"""Scoring a run: its samples as a source of images for the metrics, and a classifier's judgement of them."""
+"""Evaluation of a run: its samples as a source of images for the metrics, and a classifier's judgment of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgan._checks import InputError
 from fastgan._files import write_bytes, write_text
@@ -22,15 +21,17 @@ from fastgan.training.classifier import Accuracies, Classifier, train_classifier
 from fastgan.training.pictures import to_pixels
 from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
 from fastgan.training.sampling import sample
+from fastgan.training.scoring import SEED, random_part
 
-SEED = 1
 MAX_SAMPLES = 10_000
 _SPLITS = 10
 
 
 class RunSamples(ImageArray):
-    """As many samples of a run's best generator as it has held-out images (at most 10,000), with their classes and,
-    from sketches, their sketches. The held-out images are the reference, as many of those trained on the second split.
+    """Samples of a run's best generator, as many as it has held-out images (at most 10,000).
+
+    They have the classes of the held-out images and are made from their sketches if the generator needs them. The
+    held-out images are the reference, and as many of those trained on are the second split.
 
     Raises:
         InputError: the run or its data cannot be read.
@@ -61,24 +62,22 @@ def _real_images(data: LabelledImages, label: str) -> ImageArray:
 
 
 def open_run(path: Path, skip_bad: bool) -> ImageSource | None:
-    """An opener for :func:`fastgan.data.archives.register_opener`: the folder of a run, or None."""
+    """Opener for :func:`fastgan.data.archives.register_opener`: the samples of a run's folder, or None."""
     return RunSamples(path) if (path / CONFIG).is_file() else None
 
 
 def _part(data: LabelledImages, n: int) -> LabelledImages:
-    if len(data) <= n:
-        return data
-    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))[:n])
+    return data if len(data) <= n else random_part(data, n)
 
 
 @dataclass(frozen=True)
 class ClassReport:
-    """What a classifier fine-tuned on the real images makes of a run.
+    """Judgment of a run by a classifier fine-tuned on the real images.
 
     Attributes:
         real: its accuracies on real images.
-        generated: the part of the generated images classified as the class asked for; None where none was.
-        score: the inception score with this classifier, of generated images.
+        generated: share of the generated images classified as the requested class; None for an unconditional generator.
+        score: inception score of the generated images with this classifier.
         real_score: the same of as many held-out real ones.
     """
 
@@ -88,7 +87,7 @@ class ClassReport:
     real_score: InceptionScoreResult
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Summary for people."""
         real = self.real
         accuracy = "" if self.generated is None else f", generated {self.generated:.1%}"
         return [
@@ -99,7 +98,7 @@ class ClassReport:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Values for JSON."""
         return asdict(self)
 
 
@@ -117,18 +116,11 @@ def classify_run(
         raise InputError(f"{samples.folder}: a classifier needs data with at least 2 classes")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     classifier, accuracies = _classifier(samples, device, tell)
-    logits, real_logits = (
-        classifier.logits(samples.generated),
-        classifier.logits(_part(data.held_out, MAX_SAMPLES).images),
-    )
-    agreement = None
-    if samples.n_classes:
-        agreement = (logits.argmax(1) == samples.labels).double().mean().item()
-    return ClassReport(accuracies, agreement, _score(logits), _score(real_logits))
-
-
-def _score(logits: Tensor) -> InceptionScoreResult:
-    return inception_score(logits, splits=min(_SPLITS, len(logits)))
+    logits = classifier.logits(samples.generated)
+    agreement = (logits.argmax(1) == samples.labels).double().mean().item() if samples.n_classes else None
+    real_logits = classifier.logits(_part(data.held_out, MAX_SAMPLES).images)
+    score, real_score = (inception_score(x, splits=min(_SPLITS, len(x))) for x in (logits, real_logits))
+    return ClassReport(accuracies, agreement, score, real_score)
 
 
 def _classifier(
@@ -151,5 +143,5 @@ def _classifier(
     )
     state = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
     write_bytes(weights, save(state))
-    write_text(report, json.dumps(accuracies.as_dict(), indent=2) + "\n")
+    write_text(report, json.dumps(asdict(accuracies), indent=2) + "\n")
     return classifier, accuracies

@@ -1,13 +1,13 @@
 """A GAN as a train step sees it: two networks, two losses, and the random numbers that the losses need.
 
-The losses are pure tensor code - no branch on a tensor's value, nothing read back to the host, no random numbers of
-their own - so that a step can be run eagerly or captured as one graph.
+The losses are pure tensor code, so that a step can be run eagerly or captured as one graph: they do not branch on a
+tensor's value, read anything back to the host, or draw random numbers themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -25,11 +25,11 @@ Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 
 
-class Gan(Protocol):
-    """What a train step needs.
+class GAN(Protocol):
+    """Interface that a train step needs.
 
-    A batch is a mapping with "images" (n, channels, h, w) in [-1, 1] and "labels" (n,), and "sketches" where the data
-    has them. The losses are named terms, scalars whose sum is minimised in the weights of the one network alone.
+    A batch is a mapping with "images" (n, channels, h, w) in [-1, 1] and "labels" (n,), and "sketches" if the data has
+    them. The losses are named terms, scalars whose sum is minimized in the weights of that one network.
     """
 
     @property
@@ -59,9 +59,53 @@ class Gan(Protocol):
         ...
 
 
+class FunctionalGAN:
+    """A :class:`GAN` made of any two modules and two loss functions, for :class:`fastgan.training.TrainStep`.
+
+    Args:
+        generator, discriminator: modules; each loss is minimized in the weights of its own.
+        discriminator_loss: ``(batch, draws)`` -> a scalar, or a dict of scalars whose sum is the loss. It calls the
+            modules. Like everything that is captured, it does not branch on a tensor's value.
+        generator_loss: likewise.
+        draws: maps the number of images in a batch to the random numbers that the losses need, by name
+            (:func:`fastgan.losses.noise.normal` and its kin). Each loss gets freshly drawn ones.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        discriminator_loss: Callable[[Batch, Draws], Tensor | Terms],
+        generator_loss: Callable[[Batch, Draws], Tensor | Terms],
+        draws: Callable[[int], Mapping[str, Draw]],
+    ) -> None:
+        self.generator, self.discriminator = generator, discriminator
+        self._discriminator_loss, self._generator_loss, self._draws = discriminator_loss, generator_loss, draws
+
+    def discriminator_draws(self, batch: Batch) -> dict[str, Draw]:
+        return dict(self._draws(len(next(iter(batch.values())))))
+
+    generator_draws = discriminator_draws
+
+    def discriminator_loss(self, batch: Batch, draws: Draws) -> Terms:
+        return _checked_terms("discriminator_loss", self._discriminator_loss(batch, draws))
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
+        return _checked_terms("generator_loss", self._generator_loss(batch, draws))
+
+
+def _checked_terms(name: str, loss: Tensor | Terms) -> Terms:
+    terms = {"loss": loss} if isinstance(loss, Tensor) else loss
+    for key, term in terms.items():
+        if not isinstance(term, Tensor) or term.ndim:
+            got = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
+            raise ValueError(f"{name} must return scalar tensors, got {got} for {key!r}")
+    return terms
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a recipe; see :class:`fastgan.recipes.TrainConfig` for the fields."""
+    """Losses of a recipe; see :class:`fastgan.recipes.TrainConfig` for the fields."""
 
     loss: GANLoss
     gradient_penalty: float = 0.0
@@ -73,27 +117,20 @@ class Objective:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Objective:
-        """That of a configuration. Raises ``ValueError`` for a loss or augmentation that there is none of."""
+        """The objective of a configuration. Raises ``ValueError`` for an unknown loss or augmentation."""
         check_policy(config.augment)
-        return cls(
-            gan_loss(config.loss),
-            config.gradient_penalty,
-            config.r1,
-            config.class_weight_discriminator,
-            config.class_weight_generator,
-            config.class_loss_on_generated,
-            config.augment,
-        )
+        own = {f.name: getattr(config, f.name) for f in fields(cls)}
+        return cls(**own | {"loss": gan_loss(config.loss)})
 
 
-class RecipeGan:
-    """The :class:`Gan` of every recipe: a generator from noise or sketches and any discriminator of this package.
+class RecipeGAN:
+    """The :class:`GAN` of every recipe: a generator from noise or sketches and any discriminator of this package.
 
     Args:
-        generator: called with noise (n, dim_z), or with sketches where it has ``sketch_channels``, and labels; has
+        generator: called with noise (n, dim_z), or with sketches if it has ``sketch_channels``, and labels; has
             ``n_classes``, 0 for none.
-        discriminator: called with images and labels, gives logits, or logits and class logits. With an attribute
-            ``sees_sketch`` that is true it gets the sketches as further channels.
+        discriminator: called with images and labels, returns logits, or logits and class logits. If its attribute
+            ``sees_sketch`` is true, it gets the sketches as further channels.
         objective: the losses.
         autocast: bfloat16 for the networks' forward passes; penalties stay float32.
 
@@ -147,15 +184,21 @@ class RecipeGan:
             labels = batch["labels"]
             real = self._augmented(batch["images"].to(fake.dtype), batch, draws, "augment_real")
             fake = self._augmented(fake, batch, draws, "augment_fake")
-            scores, fake_scores = self._discriminate(real, labels, fake, fake_labels)
-            terms = {"adversarial": objective.loss.discriminator(scores.logits, fake_scores.logits)}
+            (logits, classes), (fake_logits, fake_classes) = self._score_both(real, labels, fake, fake_labels)
+            terms = {"adversarial": objective.loss.discriminator(logits, fake_logits)}
             if objective.class_weight_discriminator:
-                loss = _class_loss(scores, labels)
+                loss = _class_loss(classes, labels)
                 if objective.class_loss_on_generated:
-                    loss = loss + _class_loss(fake_scores, fake_labels)
+                    loss = loss + _class_loss(fake_classes, fake_labels)
                 terms["class"] = objective.class_weight_discriminator * loss
             channels = batch["images"].shape[1]
-            critic = self._critic_of_images(real[:, channels:], labels)
+            sketches = real[:, channels:]
+
+            def critic(images: Tensor) -> Tensor:
+                """Score images with the labels and sketches of the real ones."""
+                seen = torch.cat([images, sketches.to(images.dtype)], 1) if self.sees_sketch else images
+                return self._score(seen, labels)[0]
+
             if objective.gradient_penalty:
                 penalty = gradient_penalty(critic, real[:, :channels], fake[:, :channels], draws["alpha"])
                 terms["gradient_penalty"] = objective.gradient_penalty * penalty
@@ -166,10 +209,10 @@ class RecipeGan:
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
         with self._autocast(batch["images"]):
             fake, labels = self._generate(batch, draws, shared_labels=False)
-            scores = self._score(self._augmented(fake, batch, draws, "augment_fake"), labels)
-            terms = {"adversarial": self.objective.loss.generator(scores.logits)}
+            logits, classes = self._score(self._augmented(fake, batch, draws, "augment_fake"), labels)
+            terms = {"adversarial": self.objective.loss.generator(logits)}
             if self.objective.class_weight_generator:
-                terms["class"] = self.objective.class_weight_generator * _class_loss(scores, labels)
+                terms["class"] = self.objective.class_weight_generator * _class_loss(classes, labels)
         return terms
 
     @property
@@ -187,43 +230,33 @@ class RecipeGan:
 
     def _generate(self, batch: Batch, draws: Draws, *, shared_labels: bool) -> tuple[Tensor, Tensor]:
         """Images, float32 at least, and their labels."""
-        if self.from_sketches:
-            labels = batch["labels"]
-            images = self.generator(batch["sketches"], labels)
-        else:
-            labels = batch["labels"] if shared_labels or not self.n_classes else draws["labels"]
-            images = self.generator(draws["z"], labels)
+        own_labels = self.n_classes and not shared_labels and not self.from_sketches
+        labels = draws["labels"] if own_labels else batch["labels"]
+        images = self.generator(batch["sketches"] if self.from_sketches else draws["z"], labels)
         return (images.float() if self.autocast else images), labels
 
     def _augmented(self, images: Tensor, batch: Batch, draws: Draws, prefix: str) -> Tensor:
-        """Images as the discriminator sees them: augmented, and with the channels of the sketches where it sees them;
-        a shift moves the sketch with its image."""
-        policy = self.objective.augment
-        if not self.sees_sketch:
-            return augment(images, policy, draws, prefix)
-        return augment(torch.cat([images, batch["sketches"].to(images.dtype)], 1), policy, draws, prefix)
+        """Images as the discriminator sees them: with their sketches as channels if it sees those, and augmented; a
+        shift moves the sketch with its image."""
+        if self.sees_sketch:
+            images = torch.cat([images, batch["sketches"].to(images.dtype)], 1)
+        return augment(images, self.objective.augment, draws, prefix)
 
-    def _critic_of_images(self, sketches: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-        """The discriminator as a function of the images alone: labels and sketches are those of the real ones."""
+    def _score(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (n,), and class logits (n, n_classes) of a discriminator with an auxiliary head."""
+        output = self.discriminator(images, labels)
+        return output if isinstance(output, tuple) else (output, None)
 
-        def critic(images: Tensor) -> Tensor:
-            seen = torch.cat([images, sketches.to(images.dtype)], 1) if self.sees_sketch else images
-            return self._score(seen, labels).logits
-
-        return critic
-
-    def _discriminate(self, real: Tensor, labels: Tensor, fake: Tensor, fake_labels: Tensor) -> tuple[Scores, Scores]:
+    def _score_both(
+        self, real: Tensor, labels: Tensor, fake: Tensor, fake_labels: Tensor
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         if self.has_batch_norm:
             return self._score(real, labels), self._score(fake, fake_labels)
         # One forward for both halves: one power iteration of the spectral norms, and a batch twice as large.
-        both = self._score(torch.cat([real, fake]), torch.cat([labels, fake_labels]))
-        logits = both.logits.chunk(2)
-        classes = (None, None) if both.classes is None else both.classes.chunk(2)
-        return Scores(logits[0], classes[0]), Scores(logits[1], classes[1])
-
-    def _score(self, images: Tensor, labels: Tensor) -> Scores:
-        output = self.discriminator(images, labels)
-        return Scores(*output) if isinstance(output, tuple) else Scores(output)
+        logits, classes = self._score(torch.cat([real, fake]), torch.cat([labels, fake_labels]))
+        first, second = logits.chunk(2)
+        first_classes, second_classes = (None, None) if classes is None else classes.chunk(2)
+        return (first, first_classes), (second, second_classes)
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         # Without the cache of cast weights, which is state that a captured graph must not meet.
@@ -231,27 +264,19 @@ class RecipeGan:
         return torch.autocast(like.device.type, dtype, enabled=self.autocast is not None, cache_enabled=False)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Logits (n,), and class logits (n, n_classes) of a discriminator with an auxiliary head."""
-
-    logits: Tensor
-    classes: Tensor | None = None
-
-
-def _class_loss(scores: Scores, labels: Tensor) -> Tensor:
-    if scores.classes is None:
+def _class_loss(classes: Tensor | None, labels: Tensor) -> Tensor:
+    if classes is None:
         raise ValueError("class_weight needs a discriminator with an auxiliary head, which gives class logits")
-    return auxiliary_class_loss(scores.classes, labels)
+    return auxiliary_class_loss(classes, labels)
 
 
 def total(terms: Terms) -> Tensor:
-    """The sum of all terms."""
+    """Sum of all terms."""
     return torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms.values()]).sum()
 
 
 def gradients_of(terms: Terms, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Of :func:`total` in ``weights``; None for those that the loss does not reach, which optimisers leave alone.
+    """Gradients of :func:`total` in ``weights``; None for weights that the loss does not reach.
 
     Raises:
         ValueError: it reaches none of them.

@@ -14,20 +14,22 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.detach().cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
 
-def grid_png(images: Tensor, columns: int, *, scale: int = 2, gap: int = 4) -> bytes:
-    """A PNG of images (n, 1 or 3, h, w) in [-1, 1], row by row, each pixel ``scale`` pixels wide, on grey."""
+def grid_png(images: Tensor, columns: int, *, sketches: Tensor | None = None) -> bytes:
+    """PNG of images (n, 1 or 3, h, w) in [-1, 1], row by row on gray; small ones are enlarged to about 64 pixels.
+
+    With ``sketches``, each image stands to the right of its sketch, and both count as columns.
+    """
+    from torchvision.utils import make_grid
+
+    if sketches is not None:
+        images = torch.stack([sketches.to(images.device).expand_as(images), images], 1).flatten(0, 1)
+    scale = max(1, 64 // images.shape[-1])
     pixels = to_pixels(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    n, channels, height, width = pixels.shape
-    rows = -(-n // columns)
-    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        grid[:, top : top + height, left : left + width] = image
-    return png_bytes(grid)
+    return png_bytes(make_grid(pixels, nrow=columns, padding=4, pad_value=128))
 
 
 def png_bytes(pixels: Tensor) -> bytes:
-    """A PNG of one uint8 RGB image (3, h, w)."""
+    """PNG of one uint8 RGB image (3, h, w)."""
     from PIL import Image
 
     buffer = BytesIO()
@@ -40,14 +42,14 @@ def curves_png(
     scores: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     score_name: str,
-    floors: Mapping[str, float] | None = None,
+    floors: Mapping[str, float],
 ) -> bytes:
-    """A PNG of losses, one value a step from step 1, beside scores, each steps and values.
+    """PNG of two plots, losses and scores over the steps.
 
     Args:
-        losses: by name.
-        scores: by name.
-        score_name: the label of the scores' axis.
+        losses: by name, one value per step from step 1.
+        scores: by name, each steps and values.
+        score_name: label of the scores' axis.
         floors: values of real images, drawn as dashed lines.
     """
     from matplotlib.figure import Figure
@@ -59,7 +61,7 @@ def curves_png(
     left.set(xlabel="step", ylabel="loss", title="Losses")
     for name, (steps, values) in scores.items():
         right.plot(steps, values, marker="o", label=name)
-    for name, value in (floors or {}).items():
+    for name, value in floors.items():
         right.axhline(value, color="grey", linestyle="--", label=name)
     right.set(xlabel="step", ylabel=score_name, ylim=(0, None))
     for axes in (left, right):

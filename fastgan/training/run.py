@@ -1,4 +1,4 @@
-"""A run: a folder with its configuration, checkpoints, metrics, grids and curves; begun, interrupted, gone on with."""
+"""A run: a folder with its configuration, checkpoints, metrics, grids and curves; started, interrupted, resumed."""
 
 from __future__ import annotations
 
@@ -15,35 +15,31 @@ import torch
 
 from fastgan import __version__
 from fastgan._checks import InputError
-from fastgan._files import write_text
+from fastgan._files import write_bytes, write_text
 from fastgan.data import DataSplit, load_data
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
 from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
 from fastgan.recipes.build import build_networks
-from fastgan.training.callbacks import Callback, ProgressBar
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
-from fastgan.training.reports import Curves, Grids, MetricsLog, Saver, Scores
+from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
 from fastgan.training.scoring import Score, Scorer
-from fastgan.training.trainer import NonFiniteLossError, Trainer
-from fastgan.training.writers import make_writers
+from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
 CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
 
-# What may differ where a run goes on: how far it goes, how its steps are run, and what is written of it.
-_FREE = ("train.steps", "train.step_mode", "log.")
-
-ONE_PROCESS = World()
+# Settings that may change when a run is resumed: how far it goes, how its steps are run, what it reports, its names.
+_FREE = ("train.steps", "train.step_mode", "log.", "name", "about")
 
 
 class RunError(InputError):
-    """Training ended before its time; the message says why and how to go on."""
+    """Training ended early; the message says why and how to go on."""
 
 
 class Run:
     """A run in ``out``; make it with :func:`start_run` or :func:`resume_run`.
 
-    Of several processes that train together, the first alone scores and writes, and ``out`` is a folder that all see.
+    If several processes train together, only the first scores and writes, and ``out`` is a folder that all see.
 
     Attributes:
         recipe: its configuration, in full.
@@ -75,12 +71,11 @@ class Run:
         except ValueError as error:
             raise InputError(str(error)) from error
         self.checkpoints = Checkpoints(out / "checkpoints")
-        log = recipe.log
         with self.world.agreed():
             writers = make_writers(recipe, out) if self.world.is_first else ()
         self._metrics = MetricsLog(out / METRICS, writers)
-        self._scores = Scores(log.score_every, self._make_scorer, self._metrics, self._save_best, tell)
-        self._saver = Saver(log.checkpoint_every, self.checkpoints, lambda _: self.state_dict())
+        self._scores = Scores(recipe.log.score_every, self._make_scorer, self._metrics, self._save_best, tell)
+        self._saved_step: int | None = None
 
     @property
     def scores(self) -> list[Score]:
@@ -92,26 +87,44 @@ class Run:
         Raises:
             RunError: a loss is not finite, or the disk is full; the last good checkpoint is kept.
         """
-        stop = StopOnSignal()
+        stop, log = StopOnSignal(), self.recipe.log
+        callbacks: list[Callback] = [stop]
+        if self.world.is_first:
+            callbacks += [
+                *([ProgressBar()] if self._show_progress else []),
+                self._metrics,
+                self._scores,
+                Every(log.grid_every, self._draw, at_end=True),
+                Every(log.checkpoint_every, self._save, at_end=True),
+            ]
         try:
-            self.trainer.run(callbacks=[stop, *(self._writing_callbacks() if self.world.is_first else ())])
+            self.trainer.run(callbacks=callbacks)
             if self.world.is_first:
-                self._saver.act(self.trainer)
+                self._save(self.trainer)
                 self.generator.save_pretrained(self.out / GENERATOR)
         except NonFiniteLossError as error:
-            raise RunError(f"{error}. {self._how_to_go_on()}") from error
+            raise RunError(f"{error}. {self._how_to_go_on}") from error
         except OSError as error:
             if isinstance(error, DiskFullError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RunError(f"the disk is full: {error}. {self._how_to_go_on()}") from error
+                raise RunError(f"the disk is full: {error}. {self._how_to_go_on}") from error
             raise
         return stop.received
 
-    def _writing_callbacks(self) -> list[Callback]:
-        log, recipe = self.recipe.log, self.recipe
-        grids = Grids(log.grid_every, self.out / "grids", self.data.held_out, recipe.data.sketches, recipe.train.seed)
-        curves = Curves(log.grid_every, self.out / "curves.png", self._scores)
-        bar = [ProgressBar()] if self._show_progress else []
-        return [*bar, self._metrics, self._scores, grids, curves, self._saver]
+    def _draw(self, trainer: Trainer) -> None:
+        """Write ``grids/<step>.png`` from the moving average, and ``curves.png``."""
+        sketches, seed = self.recipe.data.sketches, self.recipe.train.seed
+        grid = samples_png(self.generator, self.data.held_out, sketches=sketches, seed=seed)
+        write_bytes(self.out / "grids" / f"{trainer.step:06d}.png", grid)
+        trainer.flush()
+        write_bytes(self.out / "curves.png", self._scores.curves_png(trainer.history))
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved_step != trainer.step:
+            self.checkpoints.save(self.state_dict())
+            self._saved_step = trainer.step
+
+    def _save_best(self) -> None:
+        self.checkpoints.save_best(self.state_dict())
 
     @property
     def generator(self) -> Generator:
@@ -124,7 +137,7 @@ class Run:
         return f"fastgan train --resume {shlex.quote(str(self.out))}"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Contents of a checkpoint."""
         scores = [{"step": score.step, "distances": score.distances} for score in self.scores]
         return {
             "trainer": self.trainer.state_dict(),
@@ -136,37 +149,34 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state["trainer"])
         self._scores.history = [Score(row["step"], dict(row["distances"])) for row in state["scores"]]
-        self._saver.saved_step = self.trainer.step
-
-    def _save_best(self, trainer: Trainer) -> None:
-        self.checkpoints.save_best(self.state_dict())
+        self._saved_step = self.trainer.step
 
     def _make_scorer(self) -> Scorer:
-        log, sketches = self.recipe.log, self.recipe.data.sketches
-        backbone = log.backbone
+        backbone, data = self.recipe.log.backbone, self.data
         if backbone == "auto" and self.recipe.data.source == "digits":
             backbone = "efficientnet_lite0"
         scorer = Scorer(
-            self.data.held_out,
-            self.data.train,
-            log.score_sizes,
+            data.held_out,
+            data.train,
+            self.recipe.log.score_sizes,
             backbone=backbone,
             device=self.trainer.device,
-            sketches=sketches,
+            sketches=self.recipe.data.sketches,
         )
         floors = ", ".join(f"{value:.2f} (N = {n})" for n, value in scorer.floors.items())
         how = f"resize clean, precision {scorer.backbone.precision}"
         self._tell(f"{scorer.label} of real training images to held-out ones ({how}): {floors}")
         return scorer
 
+    @property
     def _how_to_go_on(self) -> str:
-        if self._saver.saved_step is None:
+        if self._saved_step is None:
             return "No checkpoint had been written."
-        return f"The checkpoint of step {self._saver.saved_step} is kept: {self.resume_command}"
+        return f"The checkpoint of step {self._saved_step} is kept: {self.resume_command}"
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C and SIGTERM end the training after the step under way; a second one ends the program at once."""
+    """Ends the training after the current step on Ctrl-C or SIGTERM; a second one ends the program at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -201,7 +211,7 @@ def start_run(
     tell: Callable[[str], None] = print,
     show_progress: bool = True,
 ) -> Run:
-    """Begin a run: load the data, build everything, and write ``config.yaml``.
+    """Start a run: load the data, build everything, and write ``config.yaml``.
 
     Raises:
         InputError: ``out`` holds a run already, or the recipe, the data and the networks do not fit.
@@ -224,11 +234,11 @@ def resume_run(
     tell: Callable[[str], None] = print,
     show_progress: bool = True,
 ) -> Run:
-    """Go on with the run in ``out`` where its last checkpoint was written.
+    """Continue the run in ``out`` from its last checkpoint.
 
     Args:
         out: the run's folder.
-        recipe: what the run is believed to be; None takes it from the folder.
+        recipe: expected configuration of the run; None takes it from the folder.
         overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change.
 
     Raises:
@@ -237,11 +247,7 @@ def resume_run(
     out, world = Path(out), current_world()
     stored = run_recipe(out)
     wanted = override(stored if recipe is None else recipe, overrides)
-    changed = {
-        key: values
-        for key, values in differences(stored, wanted).items()
-        if not key.startswith(_FREE) and key not in ("name", "about")
-    }
+    changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(_FREE)}
     if changed:
         listed = "; ".join(f"{key} is {old!r} in the run, {new!r} was asked for" for key, (old, new) in changed.items())
         raise InputError(f"{out} was begun with another configuration: {listed}")
@@ -249,9 +255,9 @@ def resume_run(
     run = Run(wanted, out, load_data_of(wanted, world), device=device, tell=tell, show_progress=show_progress)
     try:
         run.load_state_dict(run.checkpoints.load(tell, run.trainer.device))
+    except InputError:
+        raise
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
         details = " ".join(str(error).split())
         raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
     world.gather(None)  # until all have read
@@ -261,7 +267,7 @@ def resume_run(
 
 
 def run_recipe(out: str | Path) -> Recipe:
-    """The configuration of the run in ``out``. Raises ``InputError`` where there is none."""
+    """Configuration of the run in ``out``. Raises ``InputError`` if there is none."""
     path = Path(out) / CONFIG
     if not path.is_file():
         raise InputError(f"{out} holds no run: {path} does not exist")
@@ -271,15 +277,15 @@ def run_recipe(out: str | Path) -> Recipe:
 def load_generator(
     folder: str | Path, *, checkpoint: str = "best", device: torch.device | str = "cpu"
 ) -> tuple[Generator, int | None]:
-    """The generator of a run, its moving average, or one that ``save_pretrained`` wrote.
+    """Load the generator of a run, its moving average, or one that ``save_pretrained`` wrote.
 
     Args:
         folder: of the run, or with ``config.json`` and ``model.safetensors``.
-        checkpoint: of a run: "best" by its scores (the last where none was kept), or "last".
+        checkpoint: of a run: "best" by its scores (the last if none was kept), or "last".
         device: where to put it.
 
     Returns:
-        The generator in eval mode, and the steps that it was trained for where that is known.
+        The generator in eval mode, and the steps that it was trained for if known.
 
     Raises:
         InputError: there is neither, or it cannot be read.
@@ -302,16 +308,16 @@ def load_generator(
     return generator.to(device).eval(), int(state["trainer"]["step"])
 
 
-def load_data_of(recipe: Recipe, world: World = ONE_PROCESS) -> DataSplit:
-    """The images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
+def load_data_of(recipe: Recipe, world: World | None = None) -> DataSplit:
+    """Load the images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
 
-    Of several processes the first loads, and downloads where it must, before the others do.
+    With several processes the first loads, and downloads if it must, before the others do.
     """
-    data, resolution = recipe.data, recipe.model.resolution
-    how: dict[str, Any] = {"channels": data.channels, "sketches": data.sketches, "held_out": data.held_out}
+    data, world = recipe.data, world or World()
     loaded: list[DataSplit] = []
     for turn in (world.is_first, not world.is_first):
         with world.agreed():
             if turn:
-                loaded.append(load_data(data.source, resolution, **how))
+                how: dict[str, Any] = {"channels": data.channels, "sketches": data.sketches, "held_out": data.held_out}
+                loaded.append(load_data(data.source, recipe.model.resolution, **how))
     return loaded[0]

@@ -1,8 +1,8 @@
-"""Frechet distances of a generator in training, at several numbers of images."""
+"""Frechet distances of a generator during training, at several numbers of images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +18,14 @@ _BATCH = 50
 
 @dataclass(frozen=True)
 class Score:
-    """Distances after ``step`` steps, by the number of images on either side."""
+    """Distances after ``step`` steps, by the number of images on each side."""
 
     step: int
     distances: dict[int, float]
 
     @property
     def decisive(self) -> float:
-        """That of the most images."""
+        """Distance at the most images."""
         return self.distances[max(self.distances)]
 
 
@@ -35,14 +35,14 @@ class Scorer:
     Args:
         held_out: real images that are not trained on.
         train: the images trained on, whose own distances are the floors.
-        sizes: numbers of images a side; those that ``held_out`` does not allow are left out, and where it allows none
-            all of it is taken.
+        sizes: numbers of images on each side. Those larger than ``held_out`` are left out; if none is left, all of it
+            is taken.
         backbone: a name of :mod:`fastgan.metrics`, or "auto".
         device: where the features are computed.
         sketches: as in :class:`fastgan.data.DeviceLoader`, for a generator that starts from them.
 
     Attributes:
-        label: "FID" where the features are Inception's, else "Frechet distance (<backbone>)".
+        label: "FID" if the features are Inception's, else "Frechet distance (<backbone>)".
         floors: distance of real training images to the held-out ones at each size.
     """
 
@@ -55,19 +55,17 @@ class Scorer:
         backbone: str = "auto",
         device: torch.device | str = "cpu",
         sketches: str = "none",
-        on_batch: Callable[[int], None] | None = None,
     ) -> None:
         if len(held_out) < 2:
             raise ValueError(f"held_out must hold at least 2 images to score against, got {len(held_out)}")
         self.sizes = sorted({size for size in sizes if size <= len(held_out)} or {len(held_out)})
         n = max(self.sizes)
-        self.reference = held_out.subset(_chosen(len(held_out), n).to(held_out.labels.device))
+        self.reference = random_part(held_out, n)
         self.sketches = None if sketches == "none" else sketches_of(self.reference, sketches)
         self.backbone: Backbone = load_backbone(default_backbone() if backbone == "auto" else backbone, device=device)
         self.label = "FID" if self.backbone.name == "inception" else f"Frechet distance ({self.backbone.name})"
-        self._references = self._stats(self._features(self.reference.images, on_batch))
-        real = train.images[_chosen(len(train), n).to(train.labels.device)]
-        self.floors = self._distances(self._features(real, on_batch))
+        self._references = self._stats(self._features(self.reference.images))
+        self.floors = self._distances(self._features(random_part(train, n).images))
 
     def score(self, generator: nn.Module, step: int) -> Score:
         """Distances of as many generated images, with the classes (and sketches) of the real ones."""
@@ -75,14 +73,9 @@ class Scorer:
         images = sample(generator, self.reference.labels.cpu(), seed=SEED, sketches=sketches)
         return Score(step, self._distances(self._features(images)))
 
-    def _features(self, images: Tensor, on_batch: Callable[[int], None] | None = None) -> Tensor:
-        features = []
-        for batch in images.split(_BATCH):
-            pixels = as_float(batch).float().add(1).div(2).clamp(0, 1)
-            features.append(self.backbone(pixels))
-            if on_batch is not None:
-                on_batch(len(batch))
-        return torch.cat(features)
+    def _features(self, images: Tensor) -> Tensor:
+        batches = (as_float(batch).float().add(1).div(2).clamp(0, 1) for batch in images.split(_BATCH))
+        return torch.cat([self.backbone(pixels) for pixels in batches])
 
     def _stats(self, features: Tensor) -> dict[int, FeatureStats]:
         name = self.backbone.name
@@ -93,5 +86,7 @@ class Scorer:
         return {n: frechet_distance(stats[n], self._references[n]) for n in self.sizes if n <= len(features)}
 
 
-def _chosen(total: int, n: int) -> Tensor:
-    return torch.randperm(total, generator=torch.Generator().manual_seed(SEED))[:n]
+def random_part(data: LabelledImages, n: int) -> LabelledImages:
+    """Random choice of up to ``n`` images, always the same."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))
+    return data.subset(order[:n].to(data.labels.device))

@@ -1,11 +1,12 @@
-"""The training loop: alternating discriminator and generator updates, moving average, loss history."""
+"""Training loop: alternating discriminator and generator updates, moving average, loss history, callbacks."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from fastgan.data import DeviceLoader, LabelledImages
 from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
-from fastgan.training.callbacks import Callback
 from fastgan.training.ema import EMA
-from fastgan.training.gan import Batch, Objective, RecipeGan, Terms, total
+from fastgan.training.gan import Batch, Objective, RecipeGAN, Terms, total
 from fastgan.training.step.optimizers import make_optimizer
 from fastgan.training.step.train_step import TrainStep
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 FLUSH_INTERVAL = 10
 
@@ -32,7 +35,7 @@ class NonFiniteLossError(FloatingPointError):
 
 @dataclass
 class History:
-    """Losses of each step done; of the discriminator the mean over its ``n_critic`` updates."""
+    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates."""
 
     discriminator: list[float] = field(default_factory=list)
     generator: list[float] = field(default_factory=list)
@@ -41,30 +44,47 @@ class History:
         return len(self.generator)
 
 
+class Callback:
+    """Base class of what watches a run; override any method. ``trainer.step`` is the number of steps done."""
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        """Before the first of ``steps`` steps."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After each step. Losses reach ``trainer.history`` with a delay, as reading them stalls a GPU."""
+
+    def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
+        """After losses have been read: one mapping per step since the last call, up to ``trainer.step``, with
+        "discriminator", "generator", and their terms as "discriminator/adversarial" and so on."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step, or after an error, once :meth:`on_start` was called."""
+
+
 class Trainer:
-    """Trains a GAN on one device, or on several: see :class:`TrainStep` for what processes have in common.
+    """Trains a GAN on one device, or on several: see :class:`TrainStep` for what processes share.
 
     Processes take equal parts of the same batches, and so the same number of steps.
 
     Args:
         generator: called as ``generator(z, labels)`` or ``generator(sketches, labels)``; has ``n_classes`` and
-            ``dim_z``, as :class:`fastgan.models.Generator` has.
-        discriminator: called as ``discriminator(images, labels)``, gives logits, or logits and class logits.
-        data: real images; kept on ``device`` where ``images.on_device``.
+            ``dim_z`` like :class:`fastgan.models.Generator`.
+        discriminator: called as ``discriminator(images, labels)``, returns logits, or logits and class logits.
+        data: real images; kept on ``device`` if ``images.on_device``.
         config: learning rates, batch size, loss and the rest.
         images: flips, noise and sketches of the batches.
         device: where to train; both networks are moved there.
-        world: the processes; None for those of the default process group, where it is initialised.
+        world: the processes; None for those of the default process group, if it is initialized.
 
     Attributes:
-        gan: the networks and losses, a :class:`fastgan.training.gan.Gan`.
+        gan: the networks and losses, a :class:`fastgan.training.GAN`.
         steps: both updates, eager or captured as ``config.step_mode`` says.
         discriminator_step, generator_step: those of ``steps``, from a batch to the terms of the loss. The generator's
-            takes the moving average along.
+            also moves the average.
         ema: moving average of the generator; ``ema.module`` is the network to sample from.
         history: losses so far.
         step: generator updates done.
-        stop_requested: set it to end :meth:`run` after the step under way; of several processes any may, and all end
+        stop_requested: set it to end :meth:`run` after the current step. If one of several processes sets it, all end
             together within the next :data:`FLUSH_INTERVAL` steps.
 
     Raises:
@@ -98,7 +118,7 @@ class Trainer:
         self.generator = generator.to(self.device).to(memory_format=self.layout).train()
         self.discriminator = discriminator.to(self.device).to(memory_format=self.layout).train()
         autocast = torch.bfloat16 if config.precision == "bf16" else None
-        self.gan = RecipeGan(self.generator, self.discriminator, objective, autocast=autocast)
+        self.gan = RecipeGAN(self.generator, self.discriminator, objective, autocast=autocast)
         if self.gan.from_sketches and images.sketches == "none":
             raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
         if self.gan.sees_sketch and images.sketches == "unpaired":
@@ -118,11 +138,14 @@ class Trainer:
         self.ema = EMA(self.generator, config.ema_decay)
         self.optimizer_g = make_optimizer(self.generator, config.lr_generator, config)
         self.optimizer_d = make_optimizer(self.discriminator, config.lr_discriminator, config)
+        mode = config.step_mode
+        if mode == "auto":
+            mode = "compile" if self.device.type == "cuda" else "eager"
         self.steps = TrainStep(
             self.gan,
             self.optimizer_g,
             self.optimizer_d,
-            mode=_mode(config, self.device),
+            mode=mode,
             ema=self.ema,
             clip=config.clip,
             rng=self.rng,
@@ -136,7 +159,7 @@ class Trainer:
         self._pending: list[dict[str, Tensor]] = []
 
     def run(self, steps: int | None = None, callbacks: Sequence[Callback] = ()) -> History:
-        """Do ``steps`` more steps, by default up to ``config.steps``, or fewer where a stop is requested.
+        """Do ``steps`` more steps, by default up to ``config.steps``, or fewer if a stop is requested.
 
         Raises:
             NonFiniteLossError: a loss is infinite or not a number.
@@ -169,7 +192,10 @@ class Trainer:
         self._set_learning_rates()
         terms: list[Terms] = []
         for _ in range(self.config.n_critic):
-            batch = self._next_batch()
+            batch = {
+                name: value.contiguous(memory_format=self.layout) if value.ndim == 4 else value
+                for name, value in self.loader.next().items()
+            }
             terms.append(self.discriminator_step(batch))
         terms_g = self.generator_step(batch)
         self.step += 1
@@ -181,7 +207,7 @@ class Trainer:
         )
 
     def flush(self) -> None:
-        """Read the losses of the last steps from the device, and hand them to the callbacks.
+        """Read the losses of the last steps from the device and pass them to the callbacks.
 
         Raises:
             NonFiniteLossError: one is infinite or not a number; the history ends before it.
@@ -203,35 +229,35 @@ class Trainer:
         for callback in self._callbacks:
             callback.on_losses(self, rows)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that decides the next step, as tensors and plain numbers: ``torch.load(weights_only=True)`` reads it."""
-        self.flush()
+    def _parts(self) -> dict[str, Any]:
+        """Parts of the state that have a state dict of their own."""
         return {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "ema": self.ema.module,
+            "optimizer_g": self.optimizer_g,
+            "optimizer_d": self.optimizer_d,
+            "loader": self.loader,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
+        self.flush()
+        return {name: part.state_dict() for name, part in self._parts().items()} | {
             "step": self.step,
-            "generator": self.generator.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "ema": self.ema.module.state_dict(),
             "ema_updates": self.ema.updates,
-            "optimizer_g": self.optimizer_g.state_dict(),
-            "optimizer_d": self.optimizer_d.state_dict(),
-            "loader": self.loader.state_dict(),
             "rng": self.rng.get_state(),
-            "history": {"discriminator": self.history.discriminator, "generator": self.history.generator},
+            "history": asdict(self.history),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; on the same device the run goes on bit for bit."""
+        """Continue where :meth:`state_dict` was taken; on the same device bit for bit."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.step = state["step"]
-        self.generator.load_state_dict(state["generator"])
-        self.discriminator.load_state_dict(state["discriminator"])
-        self.ema.module.load_state_dict(state["ema"])
         self.ema.updates.copy_(state["ema_updates"])
-        self.optimizer_g.load_state_dict(state["optimizer_g"])
-        self.optimizer_d.load_state_dict(state["optimizer_d"])
-        self.loader.load_state_dict(state["loader"])
         self.rng.set_state(state["rng"].cpu())
-        history = state["history"]
-        self.history = History(list(history["discriminator"]), list(history["generator"]))
+        self.history = History(**{name: list(losses) for name, losses in state["history"].items()})
         self._pending = []
 
     def _all_stop(self) -> bool:
@@ -243,13 +269,6 @@ class Trainer:
             return self.stop_requested
         return False
 
-    def _next_batch(self) -> Batch:
-        batch = self.loader.next()
-        return {
-            name: value.contiguous(memory_format=self.layout) if value.ndim == 4 else value
-            for name, value in batch.items()
-        }
-
     def _set_learning_rates(self) -> None:
         config = self.config
         start = config.decay_from * config.steps
@@ -259,7 +278,62 @@ class Trainer:
         self.optimizer_d.param_groups[0]["lr"] = config.lr_discriminator * factor
 
 
-def _mode(config: TrainConfig, device: torch.device) -> str:
-    if config.step_mode == "auto":
-        return "compile" if device.type == "cuda" else "eager"
-    return config.step_mode
+class ProgressBar(Callback):
+    """Bar with the latest losses, images per second and the remaining time.
+
+    Args:
+        progress: a running bar to add a task to; without it the callback owns one.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._bar, self._owned = progress, progress is None
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        from rich import progress
+
+        if self._owned:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar.start()
+        assert self._bar is not None
+        self._task = self._bar.add_task("training", total=steps)
+        self._clock = time.perf_counter()
+
+    def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        self._clock = time.perf_counter()
+        rate = len(rows) * trainer.config.n_critic * trainer.config.batch_size / seconds
+        losses = f"loss D {rows[-1]['discriminator']:.2f}, G {rows[-1]['generator']:.2f}"
+        assert self._bar is not None
+        self._bar.update(self._task, description=f"training ({losses}, {rate:.0f} images/s)")
+
+    def on_step(self, trainer: Trainer) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, advance=1)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._bar is not None and self._owned:
+            self._bar.stop()
+
+
+class Every(Callback):
+    """Calls ``action(trainer)`` after every ``interval`` steps, and with ``at_end`` after the last one too."""
+
+    def __init__(self, interval: int, action: Callable[[Trainer], None], *, at_end: bool = False) -> None:
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}")
+        self.interval, self.action, self.at_end = interval, action, at_end
+        self._last: int | None = None
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        self._last = trainer.step + steps if self.at_end else None
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.step % self.interval == 0 or trainer.step == self._last:
+            self.action(trainer)

@@ -1,5 +1,7 @@
 """A run as a source of images, and the classifier that judges it."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_a_classifier_learns_and_is_judged_on_images_it_has_not_seen():
     )
     assert [epoch for epoch, _ in told] == [1, 2]
     assert accuracies.validation == max(accuracy for _, accuracy in told)
-    assert min(accuracies.as_dict().values()) > 0.9
+    assert min(asdict(accuracies).values()) > 0.9
     test = stripes(10)
     assert classifier.accuracy(test.images, 1 - test.labels) < 0.1
     with pytest.raises(ValueError, match="a classifier needs at least 2 classes, got 1"):

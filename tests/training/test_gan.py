@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastgan import training
 from fastgan.data import edge_map
 from fastgan.losses.adversarial import auxiliary_class_loss, gan_loss
 from fastgan.losses.noise import draw
 from fastgan.losses.penalties import r1_penalty
 from fastgan.models import DCGANDiscriminator, DCGANGenerator, SketchDiscriminator, SketchGenerator
 from fastgan.recipes import available, load_recipe
-from fastgan.training import Objective, RecipeGan, build_networks
+from fastgan.training import Objective, RecipeGAN, build_networks
 from fastgan.training.gan import total
-from fastgan.training.step.eager import discriminator_step
+from fastgan.training.step.eager import Update
 
 SMALL = {"resolution": 16, "image_channels": 1, "width": 8}
 N = 6
@@ -30,7 +31,7 @@ def batch(sketches=False, resolution=16):
 def gan(objective, *, norm="none", head="auxiliary"):
     torch.manual_seed(3)
     generator = DCGANGenerator(3, dim_z=4, **SMALL).eval()
-    return RecipeGan(generator, DCGANDiscriminator(3, norm=norm, head=head, **SMALL), objective)
+    return RecipeGAN(generator, DCGANDiscriminator(3, norm=norm, head=head, **SMALL), objective)
 
 
 def drawn(specs, seed=0):
@@ -91,7 +92,7 @@ def test_the_critic_of_a_sketch_gan_sees_the_sketch_and_the_penalty_only_the_ima
     torch.manual_seed(2)
     generator = SketchGenerator(3, **SMALL).eval()
     critic = SketchDiscriminator(3, sees_sketch=True, **SMALL)
-    g = RecipeGan(generator, critic, Objective(gan_loss("wasserstein"), gradient_penalty=1))
+    g = RecipeGAN(generator, critic, Objective(gan_loss("wasserstein"), gradient_penalty=1))
     real = batch(sketches=True)
     draws = drawn(g.discriminator_draws(real))
     assert set(draws) == {"alpha"}
@@ -131,7 +132,7 @@ def small(name):
         attention_resolution=min(recipe.model.attention_resolution, 8),
     )
     torch.manual_seed(0)
-    return RecipeGan(*build_networks(model, 3, 1), Objective.of(recipe.train))
+    return RecipeGAN(*build_networks(model, 3, 1), Objective.of(recipe.train))
 
 
 @pytest.mark.parametrize("name", [name for name in available() if not name.endswith("-digits")])
@@ -156,7 +157,7 @@ def test_a_step_changes_one_network_and_leaves_no_gradients():
     before = [p.detach().clone() for p in g.generator.parameters()]
     optimizer = torch.optim.SGD(g.discriminator.parameters(), lr=0.1)
     old = [p.detach().clone() for p in g.discriminator.parameters()]
-    discriminator_step(g, optimizer, real, drawn(g.discriminator_draws(real)))
+    Update(g, "discriminator", optimizer)(real, drawn(g.discriminator_draws(real)))
     assert all(torch.equal(a, b) for a, b in zip(before, g.generator.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(old, g.discriminator.parameters(), strict=True))
     assert all(p.grad is None for network in (g.generator, g.discriminator) for p in network.parameters())
@@ -168,3 +169,11 @@ def test_bad_combinations():
     g = gan(Objective(gan_loss("hinge"), class_weight_discriminator=1), head="plain")
     with pytest.raises(ValueError, match="class_weight needs a discriminator with an auxiliary head"):
         g.discriminator_loss(batch(), drawn(g.discriminator_draws(batch())))
+
+
+@pytest.mark.parametrize(("old", "new"), [("OwnGan", "FunctionalGAN"), ("Gan", "GAN"), ("RecipeGan", "RecipeGAN")])
+def test_old_names_still_work_and_name_the_new_ones(old, new):
+    with pytest.warns(DeprecationWarning, match=f"fastgan.training.{old} is now {new}"):
+        assert getattr(training, old) is getattr(training, new)
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from fastgan.training import Nothing  # noqa: F401

@@ -17,12 +17,12 @@ from fastgan.distributed import World
 from fastgan.losses.noise import draw, normal, uniform
 from fastgan.losses.penalties import gradient_penalty
 from fastgan.nn import SelfAttention2d, group_spectral_norm
-from fastgan.training import EMA, NonFiniteLossError, OwnGan, TrainStep, run
+from fastgan.training import EMA, FunctionalGAN, NonFiniteLossError, TrainStep, run, scoring
 from fastgan.training import trainer as loop
 from fastgan.training.run import resume_run, start_run
 from fastgan.training.step.process_mean import ProcessMean
-from tests.training import test_run
-from tests.training.test_trainer import trainer
+from tests.training.small_trainers import trainer
+from tests.training.tiny_runs import PIXELS, assert_same, tiny
 
 N, STEPS = 32, 3
 
@@ -41,7 +41,7 @@ def own_step(mode, world=None, norm=None):
         penalty = gradient_penalty(d, real, fake, draws["alpha"])
         return {"adversarial": d(fake).mean() - d(real).mean(), "penalty": 10 * penalty}
 
-    gan = OwnGan(
+    gan = FunctionalGAN(
         g, d, critic_loss, lambda _, draws: -d(g(draws["z"])).mean(),
         draws=lambda n: {"z": normal(n, 4), "alpha": uniform(n, 1, 1, 1)},
     )  # fmt: skip
@@ -116,10 +116,10 @@ def stopped_state(rank):
 
 def run_and_resume(rank, folder):
     """Two steps, and one and one more; the first process alone writes."""
-    test_run.scoring.load_backbone = lambda *_args, **_options: test_run.PIXELS
+    scoring.load_backbone = lambda *_args, **_options: PIXELS
     told = []
     options = {"tell": told.append, "show_progress": False}
-    recipe = test_run.tiny("wgan-gp", "steps=2", "n_critic=1", "flip=true", "dequantise=true")
+    recipe = tiny("wgan-gp", "steps=2", "n_critic=1", "flip=true", "dequantise=true")
     whole = start_run(recipe, f"{folder}/whole", **options)
     written = []
     if rank == 1:
@@ -133,7 +133,7 @@ def run_and_resume(rank, folder):
     dist.barrier()
     again = resume_run(f"{folder}/broken", **options)
     again.train()
-    test_run.assert_same(again.trainer.state_dict(), whole.trainer.state_dict())
+    assert_same(again.trainer.state_dict(), whole.trainer.state_dict())
     with pytest.raises(InputError, match="holds a run already"):
         start_run(recipe, f"{folder}/whole", **options)
     for name in ("load_data", "make_writers", "Scorer"):  # one process alone meets the mistake, all tell it
@@ -162,7 +162,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("mode", ["eager", "compile"])
 def test_two_processes_equal_one_with_the_whole_batch(results, mode):
     first, second = (r[mode] for r in results)
-    test_run.assert_same(first, second)  # weights, buffers, moments, averages, losses, random numbers: bit for bit
+    assert_same(first, second)  # weights, buffers, moments, averages, losses, random numbers: bit for bit
     assert first["graphs"] == (4 if mode == "compile" else 0)
     alone = own_states(mode, None, first["start"])
     torch.testing.assert_close(first["end"], alone["end"], rtol=1e-4, atol=2e-6)
@@ -194,7 +194,7 @@ def test_means_over_processes(results):
 @pytest.mark.parametrize("name", ["batch norm", "stopped", "run"])
 def test_processes_stay_equal_in_every_tensor(results, name):
     """With batch norm, whose running statistics each process would have of its own part."""
-    test_run.assert_same(results[0][name], results[1][name])
+    assert_same(results[0][name], results[1][name])
 
 
 @pytest.mark.slow

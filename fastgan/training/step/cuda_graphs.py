@@ -1,4 +1,4 @@
-"""Replaying a step as a CUDA graph."""
+"""Replay of a function as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class CudaGraph:
     """``function`` captured for inputs like ``inputs``; calls copy inputs in and replay.
 
     Args:
-        function: from inputs by name to tensors; draws from ``rng`` alone and changes ``state`` alone.
+        function: maps inputs by name to tensors; draws from ``rng`` alone and changes ``state`` alone.
         inputs: an example.
-        state: of which every replay changes the tensors given here.
-        rng: a generator of the device: each replay draws what an eager call would draw, and leaves it where that would.
+        state: tensors that every replay changes.
+        rng: a generator of the device: each replay draws what an eager call would draw, and leaves it in the same
+            state.
         pool: memory shared with other graphs, of which one runs at a time.
 
     Attributes:
-        outputs: what ``function`` returned; each replay writes them anew.
+        outputs: tensors that ``function`` returned; each replay writes them anew.
     """
 
     def __init__(
@@ -34,24 +35,9 @@ class CudaGraph:
         pool: Any,
     ) -> None:
         self._inputs = {name: value.clone() for name, value in inputs.items()}
-        self.state = list(state)
-        self._warm_up(function, rng)
-        self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(rng)
-        # Other threads - that of a process group, those that load data - may use the device meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = function(self._inputs)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        for name, value in inputs.items():
-            self._inputs[name].copy_(value, non_blocking=True)
-        self._graph.replay()
-        torch.autograd.graph.increment_version(self.state)
-        return self.outputs
-
-    def _warm_up(self, function: Callable[[Mapping[str, Tensor]], list[Tensor]], rng: torch.Generator) -> None:
-        """Let libraries choose their algorithms, and kernels be built, outside the graph; the state stays as it was."""
-        kept, rng_state = [t.detach().clone() for t in self.state], rng.get_state()
+        self._state = list(state)
+        # Warm up, so that libraries choose their algorithms and kernels are built outside the graph; undo its effects.
+        kept, rng_state = [t.detach().clone() for t in state], rng.get_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -61,6 +47,18 @@ class CudaGraph:
         finally:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.no_grad():
-                for tensor, value in zip(self.state, kept, strict=True):
+                for tensor, value in zip(state, kept, strict=True):
                     tensor.copy_(value)
             rng.set_state(rng_state)
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(rng)
+        # Other threads, such as those of a process group or of a data loader, may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.outputs = function(self._inputs)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        for name, value in inputs.items():
+            self._inputs[name].copy_(value, non_blocking=True)
+        self._graph.replay()
+        torch.autograd.graph.increment_version(self._state)
+        return self.outputs

@@ -1,4 +1,4 @@
-"""What the processes that share a batch exchange: means of gradients, buffers and losses."""
+"""Means of gradients, buffers and losses over the processes that share a batch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgan.distributed import World
-from fastgan.training.gan import Gan, Terms
+from fastgan.training.gan import GAN, Terms
 
 BUCKET_BYTES = 25 << 20
 
 
 @dataclass
 class Shared:
-    """What a process has computed on its part of a batch, and what of it all have in common after.
+    """Tensors that a process computed on its part of a batch, or their means over all processes.
 
     Attributes:
-        gradients: of the loss in the weights that are trained.
-        buffers: floating-point ones of both networks: running statistics, singular vectors.
+        gradients: of the loss in the weights that it reaches.
+        buffers: floating-point buffers of both networks: running statistics, singular vectors.
         terms: of the loss.
     """
 
@@ -39,14 +39,14 @@ class Shared:
 
 
 class ProcessMean:
-    """Means of tensors over the processes of ``world``, in few large collectives.
+    """Mean over the processes of ``world``, in few large collectives.
 
     Every process gives tensors of the same shapes and dtypes in the same order, and gets the same numbers back. Packing
     and unpacking can be captured; :meth:`reduce_` stands between graphs.
 
     Args:
         world: the processes, those of the default process group.
-        bucket_bytes: a bucket ends with the tensor that fills it so far.
+        bucket_bytes: a bucket ends with the tensor that makes it at least this large.
     """
 
     def __init__(self, world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -58,7 +58,7 @@ class ProcessMean:
         return shared.replaced(self.unpack(buckets, shared.tensors()))
 
     def pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Flat buckets, each of one dtype, with each process's part of the means."""
+        """Flat buckets, each of one dtype, with this process's part of the means."""
         return [
             torch.cat([tensors[i].detach().reshape(-1) for i in indices]) / self.world.size
             for indices in self._buckets(tensors)
@@ -70,13 +70,12 @@ class ProcessMean:
             work.wait()
 
     def unpack(self, buckets: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors in ``buckets``, which have the shapes and dtypes of ``like``."""
-        tensors: list[Tensor | None] = [None] * len(like)
+        """Views of ``buckets`` with the shapes and dtypes of ``like``."""
+        tensors: dict[int, Tensor] = {}
         for bucket, indices in zip(buckets, self._buckets(like), strict=True):
-            parts = bucket.split([like[i].numel() for i in indices])
-            for i, part in zip(indices, parts, strict=True):
+            for i, part in zip(indices, bucket.split([like[i].numel() for i in indices]), strict=True):
                 tensors[i] = part.view(like[i].shape)
-        return tensors  # type: ignore[return-value]
+        return [tensors[i] for i in range(len(like))]
 
     def _buckets(self, tensors: Sequence[Tensor]) -> list[list[int]]:
         """Indices of the tensors in each bucket."""
@@ -92,7 +91,7 @@ class ProcessMean:
         return buckets
 
 
-def floating_buffers(gan: Gan) -> list[Tensor]:
+def floating_buffers(gan: GAN) -> list[Tensor]:
     """Buffers that a step may change, and that differ where batches differ."""
     return [b for network in (gan.generator, gan.discriminator) for b in network.buffers() if b.is_floating_point()]
 

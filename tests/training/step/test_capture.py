@@ -8,25 +8,17 @@ import torch
 from torch import nn
 
 from fastgan.backend import BackendWarning
-from fastgan.losses.noise import normal, uniform
+from fastgan.distributed import World
+from fastgan.losses.noise import draw, normal, uniform
 from fastgan.losses.penalties import gradient_penalty
 from fastgan.nn import group_spectral_norm
-from fastgan.training import OwnGan, TrainStep
-from fastgan.training.step.optimizer_state import OptimizerState
-from tests.training.step.test_train_step import STEPS, TOLERANCE, fresh_warnings, largest_difference
-from tests.training.test_trainer import trainer
-
-__all__ = ["fresh_warnings"]
-
-OPTIMIZERS = {
-    "adam": lambda p: torch.optim.Adam(p, 1e-2, betas=(0.5, 0.9), weight_decay=0.1, amsgrad=True),
-    "adam, fused": lambda p: torch.optim.Adam(p, 1e-2, betas=(0.0, 0.9), fused=True),
-    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, maximize=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.5, weight_decay=0.1, centered=True),
-    "rmsprop, plain": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "sgd, plain": lambda p: torch.optim.SGD(p, 1e-2),
-}
+from fastgan.training import EMA, FunctionalGAN, TrainStep
+from fastgan.training.step import capture
+from fastgan.training.step.capture import CapturedUpdate
+from fastgan.training.step.eager import Update
+from fastgan.training.step.process_mean import ProcessMean
+from tests.training.small_trainers import trainer
+from tests.training.step.small_steps import OPTIMIZERS, STEPS, TOLERANCE, largest_difference, moments
 
 
 def own_gan(make_optimizer, mode, loss=None, norm=nn.BatchNorm1d):
@@ -40,7 +32,7 @@ def own_gan(make_optimizer, mode, loss=None, norm=nn.BatchNorm1d):
         penalty = gradient_penalty(d, real, fake, draws["alpha"].double())
         return {"adversarial": d(fake).mean() - d(real).mean(), "penalty": 10 * penalty}
 
-    gan = OwnGan(
+    gan = FunctionalGAN(
         g, d, loss or critic_loss, lambda _, draws: -d(g(draws["z"].double())).mean(),
         draws=lambda n: {"z": normal(n, 4), "alpha": uniform(n, 1)},
     )  # fmt: skip
@@ -54,61 +46,6 @@ def vectors(k, n=5):
 
 def steps(step, ks, n=5):
     return [(step.discriminator(vectors(k, n)), step.generator(vectors(k, n))) for k in ks]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_optimisers_have_the_numbers_and_state_dicts_of_torch(name, dtype):
-    def parameters():
-        torch.manual_seed(2)
-        return [nn.Parameter(torch.randn(s, dtype=dtype).contiguous(memory_format=f)) for s, f in shapes]
-
-    shapes = [((4, 3, 2, 2), torch.channels_last), ((5,), torch.contiguous_format)]
-    theirs, ours = parameters(), parameters()
-    optimizer, same = OPTIMIZERS[name](theirs), OPTIMIZERS[name](ours)
-    state = OptimizerState(same, ours)
-    for _ in range(3):
-        gradients = [torch.randn(shape, dtype=dtype) for shape, _ in shapes]  # channels-first, whatever the weights are
-        for p, g in zip(theirs, gradients, strict=True):
-            p.grad = torch.empty_like(p).copy_(g)
-        optimizer.step()
-        state.refresh()
-        with torch.no_grad():
-            traced = {id(p): p for p in ours}
-            state.update(traced, dict(zip(traced, gradients, strict=True)), state.tensors(), state.rates)
-    tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
-    torch.testing.assert_close(ours, theirs, **tolerance)
-    got, expected = ([{k: v for k, v in s.items() if v is not None} for s in o.state_dict()["state"].values()]
-                     for o in (same, optimizer))  # fmt: skip
-    torch.testing.assert_close(got, expected, **tolerance)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_states_of_another_memory_layout_continue(name):
-    """A checkpoint of a channels-first run, loaded where the weights are channels-last."""
-    torch.manual_seed(2)
-    first, gradient = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
-    results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        weight = nn.Parameter(first.clone())
-        optimizer = OPTIMIZERS[name]([weight])
-        weight.grad = gradient
-        optimizer.step()
-        continued = nn.Parameter(weight.detach().contiguous(memory_format=layout))
-        same = OPTIMIZERS[name]([continued])
-        same.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        state = OptimizerState(same, [continued])
-        state.refresh()
-        with torch.no_grad():
-            traced = {id(continued): continued}
-            state.update(traced, {id(continued): gradient * 2}, state.tensors(), state.rates)
-        results.append([continued, *moments([same])])
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
-
-
-def moments(optimizers):
-    states = [entries for o in optimizers for entries in o.state_dict()["state"].values()]
-    return [entries[key] for entries in states for key in sorted(entries) if entries[key] is not None]
 
 
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])
@@ -286,3 +223,49 @@ def test_the_trainer_captures_where_it_is_told_to_and_goes_on_from_an_eager_chec
     assert captured.history.generator == pytest.approx(eager.history.generator, rel=1e-5)
     a, b = (t.generator.state_dict() for t in (captured, eager))
     assert largest_difference(a, b) < TOLERANCE["eager"]
+
+
+class EagerReplay:
+    """Stand-in for a CUDA graph on a machine without a GPU: static inputs and outputs, state as it was when made."""
+
+    def __init__(self, function, inputs, state, rng, pool):
+        self.function, self.inputs = function, {name: value.clone() for name, value in inputs.items()}
+        kept, rng_state = [t.detach().clone() for t in state], rng.get_state()
+        self.outputs = [output.clone() for output in function(self.inputs)]
+        torch._foreach_copy_([t.detach() for t in state], kept)
+        rng.set_state(rng_state)
+
+    def __call__(self, inputs):
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        torch._foreach_copy_(self.outputs, self.function(self.inputs))
+        return self.outputs
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_a_replay_follows_state_that_was_replaced(monkeypatch, exchanges):
+    """With the exchange between processes, here of one with itself, between two graphs."""
+    monkeypatch.setattr(capture, "CudaGraph", EagerReplay)
+    monkeypatch.setattr(ProcessMean, "reduce_", lambda *_: None)
+    results = []
+    for replayed in (False, True):
+        step, optimizers = own_gan(OPTIMIZERS["adam"], "eager")
+        mean = ProcessMean(World()) if exchanges else None
+        update = Update(step.gan, "generator", optimizers[0], ema=EMA(step.gan.generator, 0.9), mean=mean)
+
+        def drawn(batch, rng=step.rng, update=update):
+            return draw(update.draws(batch), rng, "cpu")
+
+        example = drawn(vectors(0), torch.Generator())
+        captured = CapturedUpdate(update, vectors(0), example, lambda graph, _: graph)
+        terms = []
+        for k in range(4):
+            if k == 2:
+                optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+            batch = vectors(k)
+            replay = captured.capture_replay(batch, drawn, step.rng, None) if replayed else None
+            terms.append(replay(batch) if replay else captured(batch, drawn(batch)))
+        results.append(
+            [terms, step.gan.generator.state_dict(), update.ema.module.state_dict(), moments(optimizers[:1])]
+        )
+    torch.testing.assert_close(*results, rtol=0, atol=0)

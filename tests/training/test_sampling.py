@@ -1,56 +1,11 @@
-"""Moving average and sampling, each against its definition."""
+"""Samples, truncated noise and interpolation, each against its definition."""
 
 import pytest
 import torch
-from torch import nn
 
 from fastgan.models import DCGANGenerator, SAGANGenerator, SketchGenerator
-from fastgan.nn import group_spectral_norm
-from fastgan.training import EMA, class_rows, sample
+from fastgan.training import class_rows, sample
 from fastgan.training.sampling import interpolate, noise
-
-
-class TestEMA:
-    def test_follows_its_formula(self):
-        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
-        ema = EMA(model, decay=0.5)
-        expected = {key: value.clone() for key, value in model.state_dict().items()}
-        for t in range(12):
-            with torch.no_grad():
-                for tensor in (*model.parameters(), model[1].running_mean, model[1].running_var):
-                    tensor.normal_()
-            ema.update(model)
-            decay = min(0.5, (1 + t) / (10 + t))
-            for key, value in model.state_dict().items():
-                if value.is_floating_point():
-                    expected[key] = decay * expected[key] + (1 - decay) * value
-        for key, value in ema.module.state_dict().items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
-
-    def test_spectral_norm_vectors_are_copied(self):
-        model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
-        group_spectral_norm(model)
-        ema = EMA(model, decay=0.9)
-        for _ in range(3):
-            model(torch.randn(2, 4))
-            ema.update(model)
-        for key, value in model.state_dict().items():
-            if key.endswith(("_u", "_v")):
-                assert torch.equal(ema.module.state_dict()[key], value)
-
-    def test_is_apart_from_the_model(self):
-        model = nn.Linear(2, 2)
-        ema = EMA(model, decay=0.9)
-        before = model.weight.detach().clone()
-        with torch.no_grad():
-            ema.module.weight.zero_()
-        assert torch.equal(model.weight, before)
-        assert not ema.module.training
-        assert not any(p.requires_grad for p in ema.module.parameters())
-
-    def test_bad_decay(self):
-        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
-            EMA(nn.Linear(2, 2), decay=1)
 
 
 class TestSample:
@@ -74,9 +29,10 @@ class TestSample:
         assert not images.requires_grad
         assert all(torch.equal(before[key], value) for key, value in generator.state_dict().items())
 
-    def test_tells_of_its_batches(self, generator):
+    def test_generates_in_batches(self, generator):
         counts = []
-        sample(generator, torch.zeros(5, dtype=torch.int64), batch_size=2, on_batch=counts.append)
+        generator.register_forward_hook(lambda _module, _inputs, images: counts.append(len(images)))
+        sample(generator, torch.zeros(5, dtype=torch.int64), batch_size=2)
         assert counts == [2, 2, 1]
 
     def test_class_rows(self):
