@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-
-R = TypeVar("R")
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -44,52 +40,3 @@ def check_alike(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
-
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-
-
-def is_differentiated(*tensors: Tensor) -> bool:
-    """True where autograd records what is computed of these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def needs_no_dispatch(*tensors: Tensor) -> bool:
-    """True where an op of these tensors may be computed by a plain call: neither its gradient nor its graph is wanted.
-
-    The first call of a ``torch.library.custom_op`` imports torch._dynamo, which takes a second or two.
-    """
-    return not is_differentiated(*tensors) and runs_at_once(*tensors)
-
-
-def dispatched_if_needed(compute: Callable[..., R], op: Callable[..., R]) -> Callable[..., R]:
-    """``op``, made of ``compute``, as a function that calls the latter where :func:`needs_no_dispatch` allows it."""
-
-    def call(*args: Any) -> R:
-        plain = needs_no_dispatch(*(x for x in args if isinstance(x, Tensor)))
-        return compute(*args) if plain else op(*args)
-
-    return call
-
-
-def runs_at_once(*tensors: Tensor) -> bool:
-    """True where nothing stands between a call and these tensors' memory: no trace, transform, mode or subclass.
-
-    What needs no gradient may then be computed without a pass through torch's dispatcher, which takes Python some
-    microseconds for each tensor.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if is_transforming() or torch._C._get_tracing_state() is not None:
-        return False
-    return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
-
-
-def is_transforming() -> bool:
-    """True within ``torch.func``'s transforms and forward-mode differentiation.
-
-    Ops of ``torch.library`` refuse the former's gradients, and drop tangents in silence.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -12,7 +12,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -24,6 +24,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 IMPLS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Sentences on kernels that the installed Triton spills, which those who launch them append.
+SPILLED: list[str] = []
 
 
 class BackendWarning(UserWarning):
@@ -61,17 +64,13 @@ class BackendStatus:
 
 def backend_status() -> BackendStatus:
     """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension."""
+    triton = _triton()
+    interpreter = "is set: kernels run on the CPU, slowly" if interpreting() else "not set"
     return BackendStatus(
         (
             Backend("torch", True, f"{torch.__version__} (python {platform.python_version()})"),
-            _triton(),
-            Backend(
-                "interpreter",
-                interpreting(),
-                "TRITON_INTERPRET is set: kernels run on the CPU, slowly"
-                if interpreting()
-                else "TRITON_INTERPRET not set",
-            ),
+            replace(triton, detail="; ".join([triton.detail, *SPILLED])),
+            Backend("interpreter", interpreting(), f"TRITON_INTERPRET {interpreter}"),
             _gpu(),
             _extension("cpu"),
             _extension("cuda"),
@@ -197,7 +196,10 @@ def resolve(impl: str, tensor: Tensor) -> str:
     return "triton"
 
 
-def implementation(op: str, impl: str, tensor: Tensor) -> ModuleType:
-    """The module that computes ``op`` for such operands: ``fastgan.kernels.<op>`` or ``fastgan.reference.<op>``."""
-    package = "kernels" if resolve(impl, tensor) == "triton" else "reference"
-    return importlib.import_module(f"fastgan.{package}.{op}")
+# Launchers of kernels, imported when they are first asked for: Triton may be missing.
+_LAUNCHERS = {"attention": "attention.launch", "projections": "projections", "spectral_norm": "spectral_norm.launch"}
+
+
+def implementation(op: str, impl: str) -> ModuleType:
+    """Return the module that computes ``op``, given what :func:`resolve` chose: kernels' launchers or plain PyTorch."""
+    return importlib.import_module(f"fastgan.kernels.{_LAUNCHERS[op]}" if impl == "triton" else f"fastgan.{impl}.{op}")

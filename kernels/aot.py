@@ -1,21 +1,30 @@
-"""Compile kernels for GPUs that are not in this machine, and read what they use: registers, spills, shared memory, MMA.
+"""Compile kernels for GPUs that are not in this machine, and read what they use: registers, shared memory, MMA.
 
-Triton ships ptxas and cuobjdump, so neither a GPU nor a driver is needed. Triton's interpreter must be off.
+Triton ships ptxas and the tools that read its output, so neither a GPU nor a driver is needed. Triton's interpreter
+must be off.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastgan.kernels.attention import double_backward
+from fastgan.kernels.attention import kernels as attention
+from fastgan.kernels.attention.config import Tile, entries, most_qk
+from fastgan.kernels.launch import Configuration
+from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
+from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
+from fastgan.kernels.spectral_norm import kernels as spectral_norm
+from fastgan.kernels.spectral_norm.launch import COMBINE_BLOCKS, DOTS_BLOCKS, S_BLOCKS, T_BLOCKS, TL_DTYPES
+from fastgan.kernels.spectral_norm.plan import TILES
 
 ARCHITECTURES = (80, 90, 100)
 # Shared memory a block may use, and registers and threads of a multiprocessor (CUDA programming guide, compute
@@ -24,8 +33,6 @@ SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_PER_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS_PER_MULTIPROCESSOR = 65536
 WARPS_PER_MULTIPROCESSOR = 64
-MOST_SPILLS = 32
-"""Bytes of local memory that a kernel may have outside its loops: some releases of Triton put 8 or 16 there."""
 _MMA = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -36,8 +43,7 @@ class AotCase:
     kernel: Any
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
+    config: Configuration
     label: str
     divisible: tuple[str, ...] = field(default=())  # arguments that the launcher finds to be multiples of 16
     mma: bool = False  # the dtype allows matrix instructions, so there must be some
@@ -45,29 +51,29 @@ class AotCase:
 
 @dataclass(frozen=True)
 class Report:
-    """Resources that one case uses when compiled for one architecture.
+    """The resources of one case compiled for one architecture.
 
-    ``spills`` counts bytes of local memory and stack, ``loop_spills`` accesses to it inside a loop.
+    ``local`` counts bytes of local memory and stack, ``local_in_loops`` the instructions in loops that use them.
     """
 
     kernel: str
     label: str
     capability: int
     registers: int
-    spills: int
-    loop_spills: int
+    local: int
+    local_in_loops: int
     shared: int
     mma: tuple[str, ...]
     num_warps: int
     occupancy: float
 
     def violations(self, case: AotCase) -> list[str]:
-        """Why this case must not be launched on this architecture; empty when all is well."""
+        """Return why this case must not be launched on this architecture; nothing if it may."""
         found = []
-        if self.loop_spills:
-            found.append(f"{self.loop_spills} accesses to local memory in a loop")
-        if self.spills > MOST_SPILLS:
-            found.append(f"{self.spills} bytes of local memory")
+        if self.local_in_loops:
+            found.append(f"{self.local_in_loops} accesses to local memory in a loop")
+        if self.local > MOST_LOCAL:
+            found.append(f"{self.local} bytes of local memory")
         if self.shared > SHARED_PER_BLOCK[self.capability]:
             found.append(f"{self.shared} bytes of shared memory")
         if case.mma and not self.mma:
@@ -80,50 +86,22 @@ def compile_case(case: AotCase, capability: int) -> Report:
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
     attributes = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = _resource_usage(compiled.asm["cubin"])
+    usage = resource_usage(compiled.asm["cubin"])
+    local = usage["STACK"] + usage["LOCAL"]
     return Report(
         kernel=case.kernel.__name__,
         label=case.label,
         capability=capability,
         registers=usage["REG"],
-        spills=usage["STACK"] + usage["LOCAL"],
-        loop_spills=_loop_spills(compiled.asm["cubin"]) if usage["STACK"] + usage["LOCAL"] else 0,
+        local=local,
+        local_in_loops=local_memory_in_loops(compiled.asm["cubin"]) if local else 0,
         shared=compiled.metadata.shared,
         mma=tuple(name for name in _MMA if name in compiled.asm["ptx"]),
-        num_warps=case.num_warps,
-        occupancy=_occupancy(usage["REG"], compiled.metadata.shared, case.num_warps, capability),
+        num_warps=case.config.num_warps,
+        occupancy=_occupancy(usage["REG"], compiled.metadata.shared, case.config.num_warps, capability),
     )
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    output = _cuobjdump(cubin, "--dump-resource-usage")
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
-
-
-def _loop_spills(cubin: bytes) -> int:
-    return accesses_in_loops(_cuobjdump(cubin, "--dump-sass"))
-
-
-def accesses_in_loops(sass: str) -> int:
-    """Count the accesses to local memory between a backward branch and its target, in disassembled machine code."""
-    instructions = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", sass)]
-    loops = []
-    for address, text in instructions:
-        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    spills = (address for address, text in instructions if re.search(r"\b(LDL|STL)\b", text))
-    return sum(any(begin <= address <= end for begin, end in loops) for address in spills)
-
-
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _occupancy(registers: int, shared: int, num_warps: int, capability: int) -> float:
@@ -135,3 +113,122 @@ def _occupancy(registers: int, shared: int, num_warps: int, capability: int) -> 
         WARPS_PER_MULTIPROCESSOR // num_warps,
     )
     return blocks * num_warps / WARPS_PER_MULTIPROCESSOR
+
+
+def cases(op: str, capability: int) -> list[AotCase]:
+    """Return every configuration of ``op`` (a key of :data:`OPS`) that can be launched on ``capability``."""
+    return list(OPS[op](capability))
+
+
+ATTENTION_KERNELS = {
+    "fwd": attention.attention_fwd_kernel,
+    "bwd_rows": attention.attention_bwd_rows_kernel,
+    "bwd_keys": attention.attention_bwd_keys_kernel,
+    "bwd_bwd_rows": double_backward.attention_bwd_bwd_rows_kernel,
+    "bwd_bwd_keys": double_backward.attention_bwd_bwd_keys_kernel,
+}
+_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_CHANNEL_STRIDES = ("_sd", "_se")
+_ROW_STRIDES = ("_sn", "_sm")
+
+
+def _attention(capability: int) -> Iterator[AotCase]:
+    """Yield every entry of the table, at the most channels that it serves, in float16 and float32.
+
+    Operands are contiguous along channels; on sm_90 also along rows, as channels-first models have them.
+    """
+    layouts = (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 else (_CHANNEL_STRIDES,)
+    for kernel, e, tile, dtype in entries(capability):
+        takes_flags = "QK" in ATTENTION_KERNELS[kernel].arg_names
+        flags = [outputs for outputs, _ in tile.passes(e)] if takes_flags else [{}]
+        precision = "tf32" if dtype == torch.float16 else "ieee" if tile.scalar else "tf32x3"
+        for outputs, units in itertools.product(flags, layouts):
+            d = most_qk(kernel, dtype.itemsize, e)
+            yield attention_case(kernel, d, e, tile, dtype, outputs, precision, units)
+
+
+def attention_case(
+    kernel: str,
+    d: int,
+    e: int,
+    tile: Tile,
+    dtype: torch.dtype,
+    outputs: dict[str, bool],
+    precision: str = "tf32",
+    unit_strides: tuple[str, str] = _CHANNEL_STRIDES,
+) -> AotCase:
+    """Return one launch, for operands whose strides of these names are 1."""
+    function = ATTENTION_KERNELS[kernel]
+    logits = "tf32x3" if precision == "ieee" else precision
+    constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, **outputs}
+    constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
+    constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
+    floats = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
+    signature = {
+        name: floats.get(name, _POINTER[dtype] if name.endswith("_ptr") else "i32")
+        for name in function.arg_names
+        if name not in constexprs
+    }
+    label = f"{_POINTER[dtype][1:]} {precision} D={d} E={e} slab={tile.slab} {tile}"
+    label = " ".join([label, *(name for name, value in outputs.items() if value)])
+    label += " channels-first" if unit_strides == _ROW_STRIDES else ""
+    divisible = tuple(name for name, kind in signature.items() if kind != "fp32")
+    return AotCase(function, signature, constexprs, tile, label, divisible, mma=precision != "ieee")
+
+
+def _projections(_capability: int) -> Iterator[AotCase]:
+    """Yield every tile in float16 and float32, x channels-first and channels-last, float32 x under float16 weights."""
+    dtypes = (("*fp16", "*fp16"), ("*fp32", "*fp32"), ("*fp16", "*fp32"))
+    for (weight, x), layout, outputs in itertools.product(dtypes, ("_sn", "_sc"), (16, 32, 64, 128)):
+        itemsize = 2 if weight == "*fp16" else 4
+        if outputs > tile_for(64, outputs, itemsize).outputs:
+            continue
+        for kernel, pixels in (
+            (pooled_projection_fwd_kernel, 64 if itemsize == 2 else 32),
+            (projection_residual_fwd_kernel, 64),
+        ):
+            tile = tile_for(pixels, outputs, itemsize)
+            precision = "tf32" if itemsize == 2 else "tf32x3"
+            constexprs = {**tile.constants(), "BIAS": True, "PRECISION": precision}
+            units = (f"x{layout}", f"y{layout}", "w_sc", "w_se", "rows_se")
+            constexprs |= {name: 1 for name in kernel.arg_names if name in units}
+            pointers = {"x_ptr": x, "y_ptr": x, "index_ptr": "*i8"}
+            signature = {
+                name: pointers.get(name, weight) if name.endswith("_ptr") else "i32"
+                for name in kernel.arg_names
+                if name not in constexprs
+            }
+            memory = "channels-first" if layout == "_sn" else "channels-last"
+            label = f"{weight[1:]} x={x[1:]} {precision} {memory} {tile}"
+            yield AotCase(kernel, signature, constexprs, tile, label, tuple(signature), mma=True)
+
+
+def _spectral_norm(_capability: int) -> Iterator[AotCase]:
+    """Yield all launches for weights of each dtype and, beside them, outputs or gradients of each dtype."""
+    types = {
+        **dict.fromkeys(("pointers", "geometry"), "*i64"),
+        "tiles": "*i32",
+        **dict.fromkeys(("partials", "dots", "u_flat", "v_flat", "sigma"), "*fp32"),
+        **{"n_layers": "i32", "n_tiles": "i32", "eps": "fp32"},
+    }
+    for w, x in itertools.product(TL_DTYPES.values(), repeat=2):
+        launches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []  # kernel, what sets launches apart, sizes
+        if w == x:
+            launches += [(spectral_norm.spectral_norm_matvec_kernel, {"FROM_LIST": f}, S_BLOCKS) for f in (True, False)]
+            for update, first in ((True, True), (False, True), (True, False)):
+                flags = {"UPDATE": update, "FROM_LIST": first}
+                launches.append((spectral_norm.spectral_norm_matvec_t_kernel, flags, T_BLOCKS))
+        for alignment in (1, 16):
+            sizes = {"BLOCK": TILES.block_flat, "O_DTYPE": x}
+            launches.append((spectral_norm.spectral_norm_scale_kernel, {"ALIGNMENT": alignment}, sizes))
+        for double in (False, True):
+            flags = {"DOUBLE": double}
+            launches.append((spectral_norm.spectral_norm_dots_kernel, flags, {"G_DTYPE": x, **DOTS_BLOCKS}))
+            launches.append((spectral_norm.spectral_norm_combine_kernel, flags, {"G_DTYPE": x, **COMBINE_BLOCKS}))
+        for kernel, flags, sizes in launches:
+            signature = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+            label = " ".join([f"{w} {x}", *(f"{name}={value}" for name, value in flags.items())])
+            yield AotCase(kernel, signature, {**flags, "W_DTYPE": w, **sizes}, TILES, label)
+
+
+OPS = {"attention": _attention, "projection": _projections, "spectral_norm": _spectral_norm}

@@ -1,11 +1,15 @@
+import sys
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import fastgan
 from fastgan import backend
-from fastgan.backend import BackendWarning, resolve, warn_once
+from fastgan.backend import BackendWarning, interpreting, resolve, warn_once
+from fastgan.nn import SelfAttention2d, group_spectral_norm, spectral_norm
+from fastgan.ops import attention, pooled_projection, projection_residual, spectral_norm_scale, spectral_norm_update
 
 
 def test_status_is_a_readable_table_with_a_reason_for_each_no():
@@ -41,3 +45,103 @@ def test_a_warning_is_given_once():
         warn_once("a backend is missing (test)")
         warn_once("a backend is missing (test)")
     assert [w.category for w in caught] == [BackendWarning]
+
+
+def test_status_tells_of_kernels_that_spill(monkeypatch):
+    monkeypatch.setattr(backend, "SPILLED", ["some_kernel spills in a loop at 64x64 and runs at 64x32"])
+    triton = fastgan.backend_status()["triton"]
+    assert triton.detail.endswith("; some_kernel spills in a loop at 64x64 and runs at 64x32")
+
+
+class Calls:
+    """Counts the calls of :func:`resolve`, under whatever name it was imported."""
+
+    def __enter__(self):
+        self.count = 0
+        sys.setprofile(self._seen)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def _seen(self, frame, event, _):
+        self.count += event == "call" and frame.f_code is resolve.__code__
+
+
+def public_calls():
+    """Functions of impl, each of which makes one public call and returns what can be differentiated."""
+    x = torch.randn(2, 16, 4, 6, requires_grad=True)
+    q, k, v = (torch.randn(2, 5, n, requires_grad=True) for n in (3, 3, 4))
+    weight, u, w = torch.randn(6, 16, requires_grad=True), torch.randn(6), torch.randn(16)
+    vectors = spectral_norm_update([weight], [u], [w])
+    rows = torch.randn(2, 24, 6, requires_grad=True)
+
+    def block(impl, **options):
+        module = SelfAttention2d(16, impl=impl, **options)
+        nn.init.ones_(module.gamma)
+        return lambda: module(x)
+
+    def normed(impl):
+        module = spectral_norm(nn.Conv2d(16, 3, 1), impl=impl)
+        return lambda: module(x)
+
+    def grouped(impl):
+        module = group_spectral_norm(nn.Sequential(nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), impl=impl)
+        return lambda: module(x)
+
+    return {
+        "attention": lambda impl: lambda: attention(q, k, v, impl=impl),
+        "pooled_projection": lambda impl: lambda: pooled_projection(x, weight, None, 2, impl=impl)[1],
+        "projection_residual": lambda impl: lambda: projection_residual(rows, weight.mT, None, x, impl=impl),
+        "spectral_norm_update": lambda impl: lambda: spectral_norm_update([weight], [u], [w], impl=impl)[2],
+        "spectral_norm_scale": lambda impl: lambda: spectral_norm_scale([weight], *vectors, impl=impl)[0],
+        "SelfAttention2d": block,
+        "SelfAttention2d without pooling": lambda impl: block(impl, pool=False, value_channels=16),
+        "spectral_norm": normed,
+        "group_spectral_norm": grouped,
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("name", public_calls())
+def test_the_choice_is_made_once_per_public_call(name, impl):
+    if impl == "triton" and not interpreting():
+        pytest.skip("the operands are on the CPU")
+    call = public_calls()[name](impl)
+    with Calls() as calls:
+        result = call()
+    assert calls.count == 1
+    if not result.requires_grad:
+        return
+    leaves = [leaf for leaf in graph_leaves(result) if leaf.requires_grad]
+    with Calls() as calls:
+        first = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves, allow_unused=True)
+    assert calls.count == 0
+
+
+def graph_leaves(result):
+    """The leaves that a result was computed from."""
+    nodes, seen, leaves = [result.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves += [node.variable] if hasattr(node, "variable") else []
+        nodes += [parent for parent, _ in node.next_functions]
+    return leaves
+
+
+@pytest.mark.parametrize("name", ["attention", "SelfAttention2d", "group_spectral_norm"])
+def test_a_compiled_graph_holds_the_choice(name):
+    found = []
+
+    def read(graph, _):
+        found.extend(node.args for node in graph.graph.nodes if "fastgan" in str(node.target))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(public_calls()[name]("auto"), backend=read, fullgraph=True)()
+    assert found
+    assert all("reference" in arguments and "auto" not in arguments for arguments in found)

@@ -15,9 +15,10 @@ import fastgan
 
 ROOT = Path(__file__).parents[1]
 
-GROUND = {"_checks", "_files", "_layout", "backend", "distributed"}
+GROUND = {"_checks", "_dispatch", "_files", "_layout", "backend", "distributed"}
 ALLOWED = {
     "_checks": set(),
+    "_dispatch": set(),
     "_files": set(),
     "_layout": set(),
     "backend": set(),

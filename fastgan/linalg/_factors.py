@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan._checks import is_differentiated, needs_no_dispatch
+from fastgan._dispatch import is_differentiated, needs_no_dispatch
 from fastgan.linalg import _checks as checks
 from fastgan.linalg import _nuclear_norm as norm_ops
 from fastgan.linalg import _sqrtm as sqrtm_ops

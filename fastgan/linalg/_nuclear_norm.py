@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._checks import dispatched_if_needed
+from fastgan._dispatch import dispatched_if_needed
 from fastgan.linalg._dispatch import by_products, register_derivatives, resolve, watched
 from fastgan.linalg._sqrtm import NEWTON_SCHULZ, lyapunov_newton_schulz, scaled_newton_schulz
 from fastgan.linalg._symmetric import ROUNDING, power_of_two, symmetric_part

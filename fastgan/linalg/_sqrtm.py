@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._checks import dispatched_if_needed
+from fastgan._dispatch import dispatched_if_needed
 from fastgan.linalg._dispatch import by_products, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._checks import dispatched_if_needed
+from fastgan._dispatch import dispatched_if_needed
 from fastgan.linalg._checks import batch_shape
 from fastgan.linalg._dispatch import register_derivatives, resolve, watched
 from fastgan.linalg._nuclear_norm import (

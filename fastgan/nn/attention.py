@@ -30,13 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan._checks import is_transforming
+from fastgan._dispatch import autocast_dtype, is_transforming
 from fastgan._layout import rows_of
 from fastgan.backend import check_impl, resolve
-from fastgan.ops._attention import attention
-from fastgan.ops._dispatch import autocast_dtype
-from fastgan.ops._pooled_projection import pooled_projection
-from fastgan.ops._projections import projection_residual
+from fastgan.ops._attention import attend
+from fastgan.ops._projections import project_and_add, project_and_pool
 from fastgan.reference.attention import attention_eager
 
 # Spellings of theta, phi, g, o and gamma in other people's checkpoints; a family is known by its first name.
@@ -120,9 +118,10 @@ class SelfAttention2d(nn.Module):
             return self._with_map(x)
         if torch.onnx.is_in_onnx_export():
             return self._residual(x, attention_eager(*self._queries_keys_values(x), self.scale))
-        if self._is_fused(x):
+        impl = resolve(self.impl, x)
+        if impl == "triton" and self._is_fused():
             return self._fused(x)
-        return self._residual(x, attention(*self._queries_keys_values(x), self.scale, self.impl))
+        return self._residual(x, attend(*self._queries_keys_values(x), self.scale, self.impl, impl))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, pool={self.pool}, scale={self.scale:g}, impl={self.impl!r}"
@@ -133,8 +132,8 @@ class SelfAttention2d(nn.Module):
         if self.pool and min(x.shape[2:]) < 2:
             raise ValueError(f"x must be at least 2 x 2 pixels where keys are pooled, got {tuple(x.shape)}")
 
-    def _is_fused(self, x: Tensor) -> bool:
-        if not self.pool or self.o is None or resolve(self.impl, x) != "triton" or is_transforming():
+    def _is_fused(self) -> bool:
+        if not self.pool or self.o is None or is_transforming():
             return False
         return not _called_as_modules(*self._convolutions())
 
@@ -142,13 +141,12 @@ class SelfAttention2d(nn.Module):
         dtype = autocast_dtype(x) or x.dtype
         weight, bias = _joined(self.theta, self.phi, self.g)
         bias = None if bias is None else bias.to(dtype)
-        q, kv = pooled_projection(x, weight.flatten(1).to(dtype), bias, self.qk_channels, self.impl)
+        q, kv = project_and_pool(x, weight.flatten(1).to(dtype), bias, self.qk_channels, "triton")
         k, v = kv.split((self.qk_channels, self.value_channels), dim=2)
-        rows = attention(q, k, v, self.scale, self.impl)
+        rows = attend(q, k, v, self.scale, self.impl, "triton")
         weight, bias = self._scaled_output()
-        return projection_residual(
-            rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype), x, self.impl
-        )
+        bias = None if bias is None else bias.to(dtype)
+        return project_and_add(rows, weight.flatten(1).to(dtype), bias, x, "triton")
 
     def _with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self._queries_keys_values(x)

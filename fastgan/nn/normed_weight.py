@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastgan.backend import resolve
 from fastgan.ops._spectral_norm import output_dtype, scaled, update_vectors
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -65,7 +66,10 @@ class NormedWeight:
 
     def _normalized(self, reading: Reading) -> Tensor:
         supplied = self._take(reading.settings.writes)
-        return scale([reading], update([reading]))[0] if supplied is None else supplied
+        if supplied is not None:
+            return supplied
+        impl = resolve(reading.settings.impl, reading.weight)
+        return scale([reading], update([reading], impl), impl)[0]
 
 
 def dtype_of(weight: Tensor, module: nn.Module | None = None, *, autocast: bool = False) -> torch.dtype:
@@ -73,7 +77,7 @@ def dtype_of(weight: Tensor, module: nn.Module | None = None, *, autocast: bool 
     return output_dtype(weight) if autocast or isinstance(module, AUTOCAST) else weight.dtype
 
 
-def update(readings: Sequence[Reading]) -> Vectors:
+def update(readings: Sequence[Reading], impl: str) -> Vectors:
     """Power iterations on weights that agree in device, dtype and settings; flat u, flat v and every sigma."""
     settings = readings[0].settings
     us, vs = [r.u for r in readings], [r.v for r in readings]
@@ -86,7 +90,7 @@ def update(readings: Sequence[Reading]) -> Vectors:
         [r.dim for r in readings],
         settings.iterations,
         settings.eps,
-        settings.impl,
+        impl,
         settings.v_first,
     )
     if settings.writes and any(r.sigma is not None for r in readings):
@@ -97,10 +101,10 @@ def update(readings: Sequence[Reading]) -> Vectors:
     return vectors
 
 
-def scale(readings: Sequence[Reading], vectors: Vectors) -> list[Tensor]:
+def scale(readings: Sequence[Reading], vectors: Vectors, impl: str) -> list[Tensor]:
     """W / sigma of every weight in its dtype: one op where all have the same, as they do without autocast."""
     u, v, sigma = vectors
-    weights, dims, impl = [r.weight for r in readings], [r.dim for r in readings], readings[0].settings.impl
+    weights, dims = [r.weight for r in readings], [r.dim for r in readings]
     if len({r.dtype for r in readings}) == 1:
         return scaled(weights, u, v, sigma, dims, readings[0].dtype, impl)
     u_parts, v_parts = u.split([len(r.u) for r in readings]), v.split([len(r.v) for r in readings])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan._checks import is_differentiated
+from fastgan._dispatch import is_differentiated
+from fastgan.backend import resolve
 from fastgan.nn.normed_weight import AUTOCAST, NormedWeight, OlderHook, Reading, Vectors, scale, update
 from fastgan.nn.spectral_norm_state import complete, only_norm, parametrizations
 from fastgan.nn.spectral_norms import SpectralNorm, check_settings, spectral_norm
@@ -86,20 +87,21 @@ class SpectralNormGroup:
     def _part(self, key: Any, readings: list[Reading]) -> list[Tensor]:
         """Normalised weights of layers that agree in device, dtype and settings."""
         weights = [r.weight for r in readings]
+        impl = resolve(readings[0].settings.impl, weights[0])
         sources = [*weights, *(r.u for r in readings), *(r.v for r in readings)]
         reusable = (not readings[0].settings.writes or self.updates == "step") and _can_be_remembered(weights)
         cached = self._cache.get(key) if reusable else None
         if cached is None or not _is_current(cached, sources):
-            vectors = update(readings)
+            vectors = update(readings, impl)
             if reusable:
                 cached = self._cache[key] = _Cached(_versions(sources), _sample(sources), vectors, {})
         else:
             vectors = cached.vectors
         if not reusable or cached is None or is_differentiated(*weights):
-            return scale(readings, vectors)
+            return scale(readings, vectors, impl)
         output_key = (tuple(r.dtype for r in readings), torch.is_inference_mode_enabled())
         if output_key not in cached.outputs:
-            cached.outputs[output_key] = scale(readings, vectors)
+            cached.outputs[output_key] = scale(readings, vectors, impl)
         return cached.outputs[output_key]
 
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from fastgan._checks import check_tensor
+from fastgan._dispatch import no_autocast
 from fastgan.backend import check_impl
 from fastgan.nn.normed_weight import (
     AUTOCAST,
@@ -22,7 +23,6 @@ from fastgan.nn.normed_weight import (
     without_supply,
 )
 from fastgan.nn.spectral_norm_state import complete, parametrizations
-from fastgan.ops._dispatch import no_autocast
 
 
 class SpectralNorm(NormedWeight, _SpectralNorm):

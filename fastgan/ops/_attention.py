@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._checks import check_alike, check_tensor, is_transforming
+from fastgan._checks import check_alike, check_tensor
+from fastgan._dispatch import autocast_dtype, is_transforming, outside_autocast
 from fastgan._layout import empty_rows_like
-from fastgan.backend import check_impl, implementation, resolve, warn_once
+from fastgan.backend import implementation, resolve, warn_once
 from fastgan.kernels.attention.config import unsupported
-from fastgan.ops._dispatch import autocast_dtype, outside_autocast
 from fastgan.reference.attention import attention_eager
 
 # Maps of at most so many bytes stay in a CPU's last-level cache, where keeping them is quicker than recomputing them
@@ -49,11 +49,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
     Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
     """
     _check(q, k, v, scale)
-    impl = _usable(impl, q, v)
+    return attend(q, k, v, scale, impl, resolve(impl, q))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str) -> Tensor:
+    """Compute :func:`attention` of operands that fit one another; ``asked`` was resolved to ``impl`` for them."""
+    reason = unsupported(q.shape[2], v.shape[2]) if impl == "triton" else ""
+    if reason:
+        if asked == "triton":
+            raise ValueError(reason)
+        warn_once(f"attention runs its reference path: {reason}")
+        impl = "reference"
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if is_transforming() or (impl == "auto" and _keeps_maps(q, k)):
+    if is_transforming() or (asked == "auto" and _maps_are_small(q, k)):
         return attention_eager(q, k, v, scale)
     batch = next(iter(_batches(q, k, v)), 1)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
@@ -62,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
     return attention_op(q, k, v, float(scale), impl)[0]
 
 
-def _keeps_maps(q: Tensor, k: Tensor) -> bool:
+def _maps_are_small(q: Tensor, k: Tensor) -> bool:
     if q.device.type != "cpu" or torch.compiler.is_compiling():  # a compiled graph may serve other sizes
         return False
     return max(q.shape[0], k.shape[0]) * q.shape[1] * k.shape[1] * q.element_size() <= SMALL_MAPS
@@ -95,27 +105,15 @@ def _batches(q: Tensor, k: Tensor, v: Tensor) -> list[int]:
     return [x.shape[0] for x in (q, k, v) if x.shape[0] != 1]
 
 
-def _usable(impl: str, q: Tensor, v: Tensor) -> str:
-    """``impl``, or "reference" where "auto" would take kernels that are not made for so many channels."""
-    check_impl(impl)
-    reason = unsupported(q.shape[2], v.shape[2]) if resolve(impl, q) == "triton" else ""
-    if not reason:
-        return impl
-    if impl == "triton":
-        raise ValueError(reason)
-    warn_once(f"attention runs its reference path: {reason}")
-    return "reference"
-
-
 @custom_op("fastgan::attention", mutates_args=())
 @outside_autocast
 def attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    return implementation("attention", impl, q).attention_fwd(q, k, v, scale)
+    return implementation("attention", impl).attention_fwd(q, k, v, scale)
 
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    return empty_rows_like(q, v.shape[2]), implementation("attention", impl, q).empty_stats(q)
+    return empty_rows_like(q, v.shape[2]), implementation("attention", impl).empty_stats(q)
 
 
 @custom_op("fastgan::attention_bwd", mutates_args=())
@@ -123,13 +121,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, impl: str) -> tuple[Tensor,
 def attention_bwd_op(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation("attention", impl, q).attention_bwd(grad_o, q, k, v, o, stats, scale)
+    return implementation("attention", impl).attention_bwd(grad_o, q, k, v, o, stats, scale)
 
 
 @attention_bwd_op.register_fake
-def _(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -148,22 +144,12 @@ def attention_bwd_bwd_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation("attention", impl, q).attention_bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale)
+    return implementation("attention", impl).attention_bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale)
 
 
 @attention_bwd_bwd_op.register_fake
 def _(
-    ggq: Tensor,
-    ggk: Tensor,
-    ggv: Tensor,
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    stats: Tensor,
-    scale: float,
-    impl: str,
+    ggq: Tensor, ggk: Tensor, ggv: Tensor, grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 

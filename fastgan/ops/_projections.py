@@ -1,17 +1,63 @@
-"""The output projection of an attention block with its residual: x is read once and the sum written once."""
+"""The projections of an attention block, each in one pass over the feature map.
+
+``pooled_projection`` gives queries, keys and values, the last two max-pooled. ``projection_residual`` adds the output
+projection to x, which is read once and the sum written once.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_alike, check_tensor
+from fastgan._dispatch import outside_autocast
 from fastgan._layout import image_like
-from fastgan.backend import check_impl, implementation, resolve
-from fastgan.ops._dispatch import outside_autocast
-from fastgan.reference.projections import projection_residual_bwd
+from fastgan.backend import implementation, resolve
+from fastgan.reference.projections import pooled_projection_bwd, projection_residual_bwd
+
+
+def pooled_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, qk_channels: int, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """1x1 convolution of x, of which all outputs but the first ``qk_channels`` are 2x2 max-pooled.
+
+    Args:
+        x: feature map (B, C, H, W), H and W at least 2; float32, bfloat16 or float16 (float64 on the reference path),
+            any memory format. Its dtype may differ from the weight's, as under autocast.
+        weight: (qk_channels + c, C): theta over phi over g.
+        bias: (qk_channels + c) in the weight's dtype, or None.
+        qk_channels: d, the outputs that are not pooled.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        q (B, H W, d) and kv (B, (H//2) (W//2), c), in the weight's dtype. Gradients exist to every order.
+
+    Raises:
+        ValueError: rank, shape, dtype or device do not fit, or ``impl`` cannot be used here.
+    """
+    check_tensor("x", x, ndim=4)
+    check_tensor("weight", weight, ndim=2)
+    return project_and_pool(x, weight, bias, qk_channels, resolve(impl, weight))
+
+
+def project_and_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None, qk_channels: int, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`pooled_projection` of tensors of the right rank by ``impl``, which is resolved."""
+    if x.device != weight.device:
+        raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight must have shape (outputs, {x.shape[1]}), got {tuple(weight.shape)}")
+    if not 0 < qk_channels < weight.shape[0]:
+        raise ValueError(f"qk_channels must be between 1 and {weight.shape[0] - 1}, got {qk_channels}")
+    if min(x.shape[2:]) < 2:
+        raise ValueError(f"x must be at least 2 x 2 pixels, got shape {tuple(x.shape)}")
+    _check_bias(bias, weight)
+    q, kv, _ = pooled_projection_op(x, weight, bias, qk_channels, impl)
+    return q, kv
 
 
 def projection_residual(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str = "auto") -> Tensor:
@@ -33,8 +79,11 @@ def projection_residual(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Te
     check_tensor("rows", rows, ndim=3)
     check_tensor("weight", weight, ndim=2)
     check_tensor("x", x, ndim=4)
-    check_impl(impl)
-    resolve(impl, weight)
+    return project_and_add(rows, weight, bias, x, resolve(impl, weight))
+
+
+def project_and_add(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str) -> Tensor:
+    """Compute :func:`projection_residual` of tensors of the right rank by ``impl``, which is resolved."""
     check_alike(rows=rows, weight=weight)
     if x.device != rows.device:
         raise ValueError(f"x must be on the device of rows ({rows.device}), got {x.device}")
@@ -43,15 +92,48 @@ def projection_residual(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Te
         raise ValueError(f"rows must have shape ({b}, {height * width}, e) for this x, got {tuple(rows.shape)}")
     if weight.shape != (channels, rows.shape[2]):
         raise ValueError(f"weight must have shape ({channels}, {rows.shape[2]}), got {tuple(weight.shape)}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(f"bias must have shape ({channels},) and dtype {weight.dtype}, got {tuple(bias.shape)}")
+    _check_bias(bias, weight)
     return projection_residual_op(rows, weight, bias, x, impl)
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},) and dtype {weight.dtype}, got {tuple(bias.shape)}")
+
+
+@custom_op("fastgan::pooled_projection", mutates_args=())
+@outside_autocast
+def pooled_projection_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, d: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation("projections", impl).pooled_projection_fwd(x, weight, bias, d)
+
+
+@pooled_projection_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, d: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    b, _, height, width = x.shape
+    q = weight.new_empty(b, height * width, d)
+    kv = weight.new_empty(b, (height // 2) * (width // 2), weight.shape[0] - d)
+    return q, kv, torch.empty_like(kv, dtype=torch.int8)
+
+
+def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(x, weight, output[2])
+
+
+def _pooled_backward(ctx: Any, grad_q: Tensor, grad_kv: Tensor, _grad_index: Tensor | None) -> tuple[Any, ...]:
+    x, weight, index = ctx.saved_tensors
+    dx, dweight, dbias = pooled_projection_bwd(grad_q, grad_kv, index, x, weight)
+    return dx, dweight, dbias if ctx.has_bias else None, None, None
 
 
 @custom_op("fastgan::projection_residual", mutates_args=())
 @outside_autocast
 def projection_residual_op(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str) -> Tensor:
-    return implementation("projections", impl, weight).projection_residual_fwd(rows, weight, bias, x)
+    return implementation("projections", impl).projection_residual_fwd(rows, weight, bias, x)
 
 
 @projection_residual_op.register_fake
@@ -59,15 +141,16 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str) -
     return image_like(x)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weight, bias, _, _ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(rows, weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     drows, dweight, dbias = projection_residual_bwd(grad, *ctx.saved_tensors)
     return drows, dweight, dbias if ctx.has_bias else None, grad, None
 
 
-projection_residual_op.register_autograd(_backward, setup_context=_save)
+pooled_projection_op.register_autograd(_pooled_backward, setup_context=_save_pooled)
+projection_residual_op.register_autograd(_residual_backward, setup_context=_save_residual)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._checks import check_tensor, is_transforming, runs_at_once
+from fastgan._checks import check_tensor
+from fastgan._dispatch import autocast_dtype, is_transforming, outside_autocast, runs_at_once
 from fastgan.backend import check_impl, implementation, resolve
-from fastgan.ops._dispatch import autocast_dtype, outside_autocast
 from fastgan.reference.spectral_norm import compute_dtype, matrix_shape, scale_differentiably
 
 
@@ -54,7 +54,7 @@ def spectral_norm_update(
 
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks", arXiv 1802.05957.
     """
-    dims = _check_weights(weights, dims, impl)
+    dims, impl = _check_weights(weights, dims, impl)
     _check_vectors("us", us, weights, [matrix_shape(w, d)[0] for w, d in zip(weights, dims, strict=True)])
     _check_vectors("vs", vs, weights, [matrix_shape(w, d)[1] for w, d in zip(weights, dims, strict=True)])
     if n_power_iterations < 0:
@@ -72,12 +72,15 @@ def update_vectors(
     impl: str,
     v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`spectral_norm_update` of operands that are known to fit one another, ``dims`` not negative."""
+    """Compute :func:`spectral_norm_update` of operands that fit one another by ``impl``, which is resolved.
+
+    No entry of ``dims`` is negative.
+    """
     with torch.no_grad():
         weights = [weight.detach() for weight in weights] if is_transforming() else weights
         if runs_at_once(*weights, *us, *vs):
-            compute = implementation("spectral_norm", impl, weights[0]).update
-            vectors = compute(weights, us, vs, dims, n_power_iterations, float(eps), v_first)
+            update = implementation("spectral_norm", impl).update
+            vectors = update(weights, us, vs, dims, n_power_iterations, float(eps), v_first)
             if n_power_iterations:
                 torch.autograd.graph.increment_version([*us, *vs])
             return vectors
@@ -113,7 +116,7 @@ def spectral_norm_scale(
     Raises:
         ValueError: a list has the wrong length, or a tensor the wrong rank, shape, dtype or device.
     """
-    dims = _check_weights(weights, dims, impl)
+    dims, impl = _check_weights(weights, dims, impl)
     shapes = [matrix_shape(w, d) for w, d in zip(weights, dims, strict=True)]
     sizes = {"u": sum(r for r, _ in shapes), "v": sum(c for _, c in shapes), "sigma": len(weights)}
     for (name, size), tensor in zip(sizes.items(), (u, v, sigma), strict=True):
@@ -129,9 +132,9 @@ def spectral_norm_scale(
 def scaled(
     weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype, impl: str
 ) -> list[Tensor]:
-    """:func:`spectral_norm_scale` of operands that are known to fit one another, ``dims`` not negative."""
+    """Compute :func:`spectral_norm_scale` as :func:`update_vectors` does :func:`spectral_norm_update`."""
     if not torch.is_grad_enabled() and runs_at_once(*weights):
-        return implementation("spectral_norm", impl, weights[0]).scale(weights, u, v, sigma, dims, dtype)
+        return implementation("spectral_norm", impl).scale(weights, u, v, sigma, dims, dtype)
     if is_transforming():
         return scale_differentiably(weights, u, v, sigma, dims, dtype)
     return spectral_norm_scale_op(list(weights), u, v, sigma, list(dims), dtype, impl)
@@ -142,7 +145,8 @@ def output_dtype(weight: Tensor) -> torch.dtype:
     return autocast_dtype(weight) or weight.dtype
 
 
-def _check_weights(weights: Sequence[Tensor], dims: Sequence[int] | None, impl: str) -> list[int]:
+def _check_weights(weights: Sequence[Tensor], dims: Sequence[int] | None, impl: str) -> tuple[list[int], str]:
+    """Raise unless ``weights`` and ``dims`` can be used; return ``dims``, none negative, and ``impl``, resolved."""
     check_impl(impl)
     if len(weights) == 0:
         raise ValueError("weights must hold at least one tensor, got an empty list")
@@ -150,26 +154,21 @@ def _check_weights(weights: Sequence[Tensor], dims: Sequence[int] | None, impl: 
         dims = [0] * len(weights)
     if len(dims) != len(weights):
         raise ValueError(f"dims must have one entry for each of the {len(weights)} weights, got {len(dims)}")
-    for i, weight in enumerate(weights):
+    first = weights[0]
+    for i, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
         check_tensor(f"weights[{i}]", weight)
-        _check_weight(i, weight, weights[0], dims[i])
-    if impl == "triton":
-        resolve(impl, weights[0])
-    return [dim % weight.ndim for dim, weight in zip(dims, weights, strict=True)]
-
-
-def _check_weight(i: int, weight: Tensor, first: Tensor, dim: int) -> None:
-    if weight.ndim < 2 or 0 in weight.shape:
-        raise ValueError(
-            f"weights[{i}] must have 2 or more dimensions, none of size 0, got shape {tuple(weight.shape)}"
-        )
-    if weight.dtype != first.dtype or weight.device != first.device:
-        raise ValueError(
-            f"weights[{i}] must have the dtype and device of weights[0] ({first.dtype}, {first.device}), "
-            f"got {weight.dtype}, {weight.device}"
-        )
-    if not -weight.ndim <= dim < weight.ndim:
-        raise ValueError(f"dims[{i}] must lie in [{-weight.ndim}, {weight.ndim - 1}], got {dim}")
+        if weight.ndim < 2 or 0 in weight.shape:
+            raise ValueError(
+                f"weights[{i}] must have 2 or more dimensions, none of size 0, got shape {tuple(weight.shape)}"
+            )
+        if weight.dtype != first.dtype or weight.device != first.device:
+            raise ValueError(
+                f"weights[{i}] must have the dtype and device of weights[0] ({first.dtype}, {first.device}), "
+                f"got {weight.dtype}, {weight.device}"
+            )
+        if not -weight.ndim <= dim < weight.ndim:
+            raise ValueError(f"dims[{i}] must lie in [{-weight.ndim}, {weight.ndim - 1}], got {dim}")
+    return [dim % weight.ndim for dim, weight in zip(dims, weights, strict=True)], resolve(impl, first)
 
 
 def _check_vectors(name: str, vectors: Sequence[Tensor], weights: Sequence[Tensor], sizes: list[int]) -> None:
@@ -195,22 +194,8 @@ def spectral_norm_update_op(
     impl: str,
     v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    update = implementation("spectral_norm", impl, weights[0]).update
+    update = implementation("spectral_norm", impl).update
     return update(weights, us, vs, dims, n_power_iterations, eps, v_first)
-
-
-@spectral_norm_update_op.register_fake
-def _(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    dims: Sequence[int],
-    n_power_iterations: int,
-    eps: float,
-    impl: str,
-    v_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_vectors(weights, us, vs)
 
 
 @custom_op("fastgan::spectral_norm_sigma", mutates_args=())
@@ -218,19 +203,12 @@ def _(
 def spectral_norm_sigma_op(
     weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation("spectral_norm", impl, weights[0]).update(weights, us, vs, dims, 0, 0.0)
+    return implementation("spectral_norm", impl).update(weights, us, vs, dims, 0, 0.0)
 
 
+@spectral_norm_update_op.register_fake
 @spectral_norm_sigma_op.register_fake
-def _(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int], impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_vectors(weights, us, vs)
-
-
-def _fake_vectors(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(weights[0])
     sizes = (sum(u.shape[0] for u in us), sum(v.shape[0] for v in vs), len(weights))
     u, v, sigma = (weights[0].new_empty(size, dtype=dtype) for size in sizes)
@@ -242,7 +220,7 @@ def _fake_vectors(
 def spectral_norm_scale_op(
     weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype, impl: str
 ) -> list[Tensor]:
-    return implementation("spectral_norm", impl, weights[0]).scale(weights, u, v, sigma, dims, dtype)
+    return implementation("spectral_norm", impl).scale(weights, u, v, sigma, dims, dtype)
 
 
 @spectral_norm_scale_op.register_fake
@@ -263,19 +241,11 @@ def spectral_norm_scale_bwd_op(
     dims: Sequence[int],
     impl: str,
 ) -> list[Tensor]:
-    return implementation("spectral_norm", impl, weights[0]).scale_bwd(grads, weights, u, v, sigma, dims)
+    return implementation("spectral_norm", impl).scale_bwd(grads, weights, u, v, sigma, dims)
 
 
 @spectral_norm_scale_bwd_op.register_fake
-def _(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    u: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    dims: Sequence[int],
-    impl: str,
-) -> list[Tensor]:
+def _(grads: Sequence[Tensor], weights: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 
 
@@ -291,22 +261,12 @@ def spectral_norm_scale_bwd_bwd_op(
     dims: Sequence[int],
     impl: str,
 ) -> list[Tensor]:
-    return implementation("spectral_norm", impl, weights[0]).scale_bwd_bwd(
-        grad_grads, grads, weights, u, v, sigma, dims
-    )
+    scale_bwd_bwd = implementation("spectral_norm", impl).scale_bwd_bwd
+    return scale_bwd_bwd(grad_grads, grads, weights, u, v, sigma, dims)
 
 
 @spectral_norm_scale_bwd_bwd_op.register_fake
-def _(
-    grad_grads: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    u: Tensor,
-    v: Tensor,
-    sigma: Tensor,
-    dims: Sequence[int],
-    impl: str,
-) -> list[Tensor]:
+def _(grad_grads: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[Tensor], *_: Any) -> list[Tensor]:
     d_grads = [torch.empty_like(weight, dtype=grad.dtype) for weight, grad in zip(weights, grads, strict=True)]
     return d_grads + [torch.empty_like(weight) for weight in weights]
 

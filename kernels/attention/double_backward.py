@@ -1,4 +1,4 @@
-"""Double backward of attention: formulas in ``fastgan.reference.attention``, the scheme in ``attention_kernels``.
+"""Double backward of attention: formulas in ``fastgan.reference.attention``, the scheme in ``attention.kernels``.
 
 The logits are multiplied in the precision LOGITS of the forward pass, whose sums P is recomputed from: rows of P that
 do not sum to 1 would cost more than the rounding of all other products.

@@ -6,15 +6,18 @@ launches, one more for each kernel where v's channels are split into slabs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from fastgan._layout import empty_rows_like
-from fastgan.kernels.attention.config import Launch, launch_for, padded
+from fastgan.kernels.attention.config import Tile, padded, tile_for
 from fastgan.kernels.attention.double_backward import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
 from fastgan.kernels.attention.kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
-from fastgan.kernels.device import on_its_device
+from fastgan.kernels.launch import launch, on_its_device
 from fastgan.kernels.precision import input_precision
 
 
@@ -29,11 +32,15 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     (b, n, d), m, e = q.shape, k.shape[1], v.shape[2]
     o, stats = empty_rows_like(q, e), empty_stats(q)
     if o.numel():
-        launch = launch_for("fwd", e, q)
-        attention_fwd_kernel[(triton.cdiv(n, launch.rows) * b, triton.cdiv(e, launch.slab))](
-            q, k, v, o, stats, *_strides(q, k, v, o),
-            n, m, d, e, scale, b * n, D=padded(d), **_options(launch, q)
-        )  # fmt: skip
+        tile = tile_for("fwd", e, q)
+        launch(
+            attention_fwd_kernel,
+            tile,
+            _programs("rows", n, b, triton.cdiv(e, tile.slab)),
+            (q, k, v, o, stats, *_strides(q, k, v, o), n, m, d, e, scale, b * n),
+            D=padded(d),
+            PRECISION=input_precision(q.dtype),
+        )
     return o, stats
 
 
@@ -52,18 +59,25 @@ def attention_bwd(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = stats.new_empty(b, n)
-    sizes = {"D": padded(d), "E": padded(e)}
-    launch = launch_for("bwd_rows", e, q)
-    attention_bwd_rows_kernel[(triton.cdiv(n, launch.rows) * b,)](
-        grad_o, q, k, v, o, stats, delta, dq, *_strides(grad_o, q, k, v, o, dq),
-        n, m, d, e, scale, b * n, **sizes, **_options(launch, q)
-    )  # fmt: skip
-    launch = launch_for("bwd_keys", e, q)
-    for outputs, slabs in launch.passes(e):
-        attention_bwd_keys_kernel[(triton.cdiv(m, launch.keys) * b, slabs)](
-            grad_o, q, k, v, stats, delta, dk, dv, *_strides(grad_o, q, k, v, dk, dv),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_options(launch, q)
-        )  # fmt: skip
+    sizes = (n, m, d, e, scale, b * n)
+    constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
+    launch(
+        attention_bwd_rows_kernel,
+        tile_for("bwd_rows", e, q),
+        _programs("rows", n, b, 1),
+        (grad_o, q, k, v, o, stats, delta, dq, *_strides(grad_o, q, k, v, o, dq), *sizes),
+        **constants,
+    )
+    tile = tile_for("bwd_keys", e, q)
+    for outputs, slabs in tile.passes(e):
+        launch(
+            attention_bwd_keys_kernel,
+            tile,
+            _programs("keys", m, b, slabs),
+            (grad_o, q, k, v, stats, delta, dk, dv, *_strides(grad_o, q, k, v, dk, dv), *sizes),
+            **constants,
+            **outputs,
+        )
     return dq, dk, dv
 
 
@@ -87,37 +101,38 @@ def attention_bwd_bwd(
     g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     sums = stats.new_empty(3, b, n)  # delta, rowsum(A * P), rowsum(P * B)
     strides = _strides(ggq, ggk, ggv, grad_o, q, k, v)
-    sizes = {"D": padded(d), "E": padded(e)}
-    launch = launch_for("bwd_bwd_rows", e, q)
-    for outputs, slabs in launch.passes(e):
-        attention_bwd_bwd_rows_kernel[(triton.cdiv(n, launch.rows) * b, slabs)](
-            ggq, ggk, ggv, grad_o, q, k, v, o, stats, sums, g_do, gq, *strides, *_strides(o, g_do, gq),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_second_options(launch, q)
-        )  # fmt: skip
-    launch = launch_for("bwd_bwd_keys", e, q)
-    for outputs, slabs in launch.passes(e):
-        attention_bwd_bwd_keys_kernel[(triton.cdiv(m, launch.keys) * b, slabs)](
-            ggq, ggk, ggv, grad_o, q, k, v, stats, sums, gk, gv, *strides, *_strides(gk, gv),
-            n, m, d, e, scale, b * n, **sizes, **outputs, **_second_options(launch, q)
-        )  # fmt: skip
+    sizes = (n, m, d, e, scale, b * n)
+    logits = input_precision(q.dtype)
+    constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
+    tile = tile_for("bwd_bwd_rows", e, q)
+    for outputs, slabs in tile.passes(e):
+        launch(
+            attention_bwd_bwd_rows_kernel,
+            tile,
+            _programs("rows", n, b, slabs),
+            (ggq, ggk, ggv, grad_o, q, k, v, o, stats, sums, g_do, gq, *strides, *_strides(o, g_do, gq), *sizes),
+            PRECISION="ieee" if tile.scalar else logits,
+            **constants,
+            **outputs,
+        )
+    tile = tile_for("bwd_bwd_keys", e, q)
+    for outputs, slabs in tile.passes(e):
+        launch(
+            attention_bwd_bwd_keys_kernel,
+            tile,
+            _programs("keys", m, b, slabs),
+            (ggq, ggk, ggv, grad_o, q, k, v, stats, sums, gk, gv, *strides, *_strides(gk, gv), *sizes),
+            PRECISION="ieee" if tile.scalar else logits,
+            **constants,
+            **outputs,
+        )
     return g_do, gq, gk, gv
+
+
+def _programs(side: str, size: int, b: int, slabs: int) -> Callable[[Tile], tuple[int, int]]:
+    """Return the grid for a tile: programs that own part of one ``side`` of the map, "rows" or "keys", times slabs."""
+    return lambda tile: (triton.cdiv(size, getattr(tile, side)) * b, slabs)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()]
-
-
-def _second_options(launch: Launch, q: Tensor) -> dict[str, int | str]:
-    options = _options(launch, q)
-    return options | {"LOGITS": options["PRECISION"]} | ({"PRECISION": "ieee"} if launch.scalar else {})
-
-
-def _options(launch: Launch, q: Tensor) -> dict[str, int | str]:
-    return {
-        "R": launch.rows,
-        "C": launch.keys,
-        "SLAB": launch.slab,
-        "PRECISION": input_precision(q.dtype),
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-    }

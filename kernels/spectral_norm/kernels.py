@@ -1,4 +1,4 @@
-"""The kernels of grouped spectral normalisation; :mod:`fastgan.kernels.spectral_norm` launches them.
+"""The kernels of grouped spectral normalisation; :mod:`fastgan.kernels.spectral_norm.launch` launches them.
 
 Columns are walked in memory order as two nested levels, so that transposed convolutions and channels-last weights are
 read in place. Long matrices are split over programs; the last program of a layer to finish adds the partial sums in a
@@ -53,23 +53,10 @@ def _is_last(tickets, layer, n_tiles):
 
 @triton.jit
 def spectral_norm_matvec_kernel(
-    pointers,
-    geometry,
-    tiles,
-    partials,
-    u_flat,
-    v_flat,
-    sigma,
-    eps,
-    n_layers,
-    FROM_LIST: tl.constexpr,
-    W_DTYPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REDUCE_PARTS: tl.constexpr,
-    REDUCE_BLOCK: tl.constexpr,
-):
+    pointers, geometry, tiles, partials, u_flat, v_flat, sigma, eps, n_layers,
+    FROM_LIST: tl.constexpr, W_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    REDUCE_PARTS: tl.constexpr, REDUCE_BLOCK: tl.constexpr,
+):  # fmt: skip
     """s = W v, u = s / |s|, sigma = s . u for every weight, v being that of the list (FROM_LIST) or of ``v_flat``."""
     layer, row0, chunk = _tile(tiles)
     g = geometry + layer * N_FIELDS
@@ -103,24 +90,10 @@ def spectral_norm_matvec_kernel(
 
 @triton.jit
 def spectral_norm_matvec_t_kernel(
-    pointers,
-    geometry,
-    tiles,
-    partials,
-    u_flat,
-    v_flat,
-    sigma,
-    eps,
-    n_layers,
-    UPDATE: tl.constexpr,
-    FROM_LIST: tl.constexpr,
-    W_DTYPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REDUCE_PARTS: tl.constexpr,
-    REDUCE_BLOCK: tl.constexpr,
-):
+    pointers, geometry, tiles, partials, u_flat, v_flat, sigma, eps, n_layers,
+    UPDATE: tl.constexpr, FROM_LIST: tl.constexpr, W_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr, REDUCE_PARTS: tl.constexpr, REDUCE_BLOCK: tl.constexpr,
+):  # fmt: skip
     """t = W^T u, v = t / |t| and sigma = u^T W v = t . v for every weight; without UPDATE only sigma, v as it is."""
     layer, column0, chunk = _tile(tiles)
     g = geometry + layer * N_FIELDS
@@ -226,16 +199,9 @@ def _copy(out, old, n, REDUCE_BLOCK: tl.constexpr):
 
 @triton.jit
 def spectral_norm_scale_kernel(
-    pointers,
-    geometry,
-    tiles,
-    sigma,
-    n_layers,
-    W_DTYPE: tl.constexpr,
-    O_DTYPE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    pointers, geometry, tiles, sigma, n_layers,
+    W_DTYPE: tl.constexpr, O_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """W / sigma, entries in memory order: weight and result are laid out alike and without gaps."""
     layer, block, _ = _tile(tiles)
     g = geometry + layer * N_FIELDS
@@ -249,23 +215,10 @@ def spectral_norm_scale_kernel(
 
 @triton.jit
 def spectral_norm_dots_kernel(
-    pointers,
-    geometry,
-    tiles,
-    partials,
-    dots,
-    u_flat,
-    v_flat,
-    n_layers,
-    n_tiles,
-    DOUBLE: tl.constexpr,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REDUCE_BLOCK: tl.constexpr,
-):
+    pointers, geometry, tiles, partials, dots, u_flat, v_flat, n_layers, n_tiles,
+    DOUBLE: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr, REDUCE_BLOCK: tl.constexpr,
+):  # fmt: skip
     """dots[0] = <G, W>; if DOUBLE also dots[1] = <H, G> and dots[2] = <H, u v^T>, for every weight."""
     program = tl.program_id(0).to(tl.int64)
     layer, row0, column0 = _tile(tiles)
@@ -320,21 +273,10 @@ def _sum(x, n, REDUCE_BLOCK: tl.constexpr):
 
 @triton.jit
 def spectral_norm_combine_kernel(
-    pointers,
-    geometry,
-    tiles,
-    dots,
-    u_flat,
-    v_flat,
-    sigma,
-    n_layers,
-    DOUBLE: tl.constexpr,
-    W_DTYPE: tl.constexpr,
-    G_DTYPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    pointers, geometry, tiles, dots, u_flat, v_flat, sigma, n_layers,
+    DOUBLE: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     """dW of the backward pass, from G; if DOUBLE dG and dW of the double backward pass, from H, G and W."""
     layer, row0, column0 = _tile(tiles)
     g = geometry + layer * N_FIELDS

@@ -7,13 +7,12 @@ weights there are. Functions have the names, signatures and results of :mod:`fas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels.device import on_its_device
+from fastgan.kernels.launch import launch, on_its_device
 from fastgan.kernels.spectral_norm.kernels import (
     spectral_norm_combine_kernel,
     spectral_norm_dots_kernel,
@@ -21,16 +20,15 @@ from fastgan.kernels.spectral_norm.kernels import (
     spectral_norm_matvec_t_kernel,
     spectral_norm_scale_kernel,
 )
-from fastgan.kernels.spectral_norm.plan import LAUNCH, Plan, table_of, walk_of
+from fastgan.kernels.spectral_norm.plan import TILES, Plan, table_of, walk_of
 
-_TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_OPTIONS = {"num_warps": LAUNCH.num_warps, "num_stages": LAUNCH.num_stages}
-_TILE = {"BLOCK_R": LAUNCH.block_r, "BLOCK_C": LAUNCH.block_c}
-_REDUCE = {"REDUCE_PARTS": LAUNCH.reduce_parts, "REDUCE_BLOCK": LAUNCH.reduce_block}
-_S_BLOCKS = {**_TILE, **_REDUCE, "CHUNK": LAUNCH.chunk_c}
-_T_BLOCKS = {**_TILE, **_REDUCE, "CHUNK": LAUNCH.chunk_r}
-_COMBINE_BLOCKS = {"BLOCK_R": LAUNCH.tile_r, "BLOCK_C": LAUNCH.block_c, "CHUNK": LAUNCH.chunk_tile}
-_DOTS_BLOCKS = {**_COMBINE_BLOCKS, "REDUCE_BLOCK": LAUNCH.reduce_block}
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TILE = {"BLOCK_R": TILES.block_r, "BLOCK_C": TILES.block_c}
+_REDUCE = {"REDUCE_PARTS": TILES.reduce_parts, "REDUCE_BLOCK": TILES.reduce_block}
+S_BLOCKS = {**_TILE, **_REDUCE, "CHUNK": TILES.chunk_c}
+T_BLOCKS = {**_TILE, **_REDUCE, "CHUNK": TILES.chunk_r}
+COMBINE_BLOCKS = {"BLOCK_R": TILES.tile_r, "BLOCK_C": TILES.block_c, "CHUNK": TILES.chunk_tile}
+DOTS_BLOCKS = {**COMBINE_BLOCKS, "REDUCE_BLOCK": TILES.reduce_block}
 
 
 @on_its_device
@@ -49,17 +47,30 @@ def update(
     sizes = (plan.partials, plan.u_size, plan.v_size, len(weights))
     partials, u, v, sigma = (torch.empty(size, dtype=torch.float32, device=weights[0].device) for size in sizes)
     pointers = table_of(weights, own_us, own_vs).pointers
-    dtypes = {"W_DTYPE": _TL_DTYPES[weights[0].dtype], **_OPTIONS}
+    dtype = TL_DTYPES[weights[0].dtype]
     args = (partials, u, v, sigma, eps, len(weights))
 
     def renew_u(from_list: bool) -> None:
-        spectral_norm_matvec_kernel[(len(plan.s_tiles),)](
-            pointers, plan.geometry, plan.s_tiles, *args, FROM_LIST=from_list, **dtypes, **_S_BLOCKS
+        launch(
+            spectral_norm_matvec_kernel,
+            TILES,
+            lambda _: (len(plan.s_tiles),),
+            (pointers, plan.geometry, plan.s_tiles, *args),
+            FROM_LIST=from_list,
+            W_DTYPE=dtype,
+            **S_BLOCKS,
         )
 
     def renew_v(from_list: bool, update: bool = True) -> None:
-        spectral_norm_matvec_t_kernel[(len(plan.t_tiles),)](
-            pointers, plan.geometry, plan.t_tiles, *args, UPDATE=update, FROM_LIST=from_list, **dtypes, **_T_BLOCKS
+        launch(
+            spectral_norm_matvec_t_kernel,
+            TILES,
+            lambda _: (len(plan.t_tiles),),
+            (pointers, plan.geometry, plan.t_tiles, *args),
+            UPDATE=update,
+            FROM_LIST=from_list,
+            W_DTYPE=dtype,
+            **T_BLOCKS,
         )
 
     if n_power_iterations == 0:
@@ -83,17 +94,15 @@ def scale(
     given, (weights, plan) = weights, _planned(weights, dims)
     out = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     table = table_of(weights, out)
-    spectral_norm_scale_kernel[(len(plan.flat_tiles),)](
-        table.pointers,
-        plan.geometry,
-        plan.flat_tiles,
-        sigma,
-        len(weights),
-        W_DTYPE=_TL_DTYPES[weights[0].dtype],
-        O_DTYPE=_TL_DTYPES[dtype],
+    launch(
+        spectral_norm_scale_kernel,
+        TILES,
+        lambda _: (len(plan.flat_tiles),),
+        (table.pointers, plan.geometry, plan.flat_tiles, sigma, len(weights)),
+        W_DTYPE=TL_DTYPES[weights[0].dtype],
+        O_DTYPE=TL_DTYPES[dtype],
         ALIGNMENT=16 if table.aligned else 1,
-        BLOCK=LAUNCH.block_flat,
-        **_OPTIONS,
+        BLOCK=TILES.block_flat,
     )
     return _restored(out, weights, given)
 
@@ -135,11 +144,11 @@ def _launch_gradients(plan: Plan, lists: tuple[Sequence[Tensor], ...], u: Tensor
     n, n_tiles, double = len(weights), len(plan.tiles), len(lists) == 5
     partials, dots = sigma.new_empty((3 if double else 1) * n_tiles), sigma.new_empty((3 if double else 1) * n)
     tables = (table_of(*lists).pointers, plan.geometry, plan.tiles)
-    dtypes = {"W_DTYPE": _TL_DTYPES[weights[0].dtype], "G_DTYPE": _TL_DTYPES[grads[0].dtype], **_OPTIONS}
-    spectral_norm_dots_kernel[(n_tiles,)](
-        *tables, partials, dots, u, v, n, n_tiles, DOUBLE=double, **dtypes, **_DOTS_BLOCKS
-    )
-    spectral_norm_combine_kernel[(n_tiles,)](*tables, dots, u, v, sigma, n, DOUBLE=double, **dtypes, **_COMBINE_BLOCKS)
+    flags = {"DOUBLE": double, "W_DTYPE": TL_DTYPES[weights[0].dtype], "G_DTYPE": TL_DTYPES[grads[0].dtype]}
+    summed = (*tables, partials, dots, u, v, n, n_tiles)
+    launch(spectral_norm_dots_kernel, TILES, lambda _: (n_tiles,), summed, **flags, **DOTS_BLOCKS)
+    combined = (*tables, dots, u, v, sigma, n)
+    launch(spectral_norm_combine_kernel, TILES, lambda _: (n_tiles,), combined, **flags, **COMBINE_BLOCKS)
 
 
 def _planned(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Sequence[Tensor], Plan]:
@@ -176,48 +185,3 @@ def _restored(results: list[Tensor], walked: Sequence[Tensor], given: Sequence[T
 
 def _strides(x: Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-
-
-def aot_cases(capability: int) -> list[Any]:
-    """Every configuration that can be launched, for ahead-of-time compilation; the same on all architectures."""
-    del capability
-    from fastgan.kernels.aot import AotCase
-
-    cases = []
-    for w in _TL_DTYPES.values():
-        for x in _TL_DTYPES.values():
-            cases += [AotCase(*case, LAUNCH.num_warps, LAUNCH.num_stages, label) for case, label in _variants(w, x)]
-    return cases
-
-
-_POINTERS = {
-    **dict.fromkeys(("pointers", "geometry"), "*i64"),
-    "tiles": "*i32",
-    **dict.fromkeys(("partials", "dots", "u_flat", "v_flat", "sigma"), "*fp32"),
-}
-_SCALARS = {"n_layers": "i32", "n_tiles": "i32", "eps": "fp32"}
-
-
-def _variants(w: tl.dtype, x: tl.dtype) -> list[tuple[tuple[Any, dict[str, str], dict[str, Any]], str]]:
-    """(kernel, signature, constexprs) and label of all launches with weights of dtype ``w`` and, beside them, ``x``."""
-    constants: list[tuple[Any, dict[str, Any]]] = []
-    for first in (True, False) if w == x else ():
-        constants.append((spectral_norm_matvec_kernel, {"FROM_LIST": first, "W_DTYPE": w, **_S_BLOCKS}))
-        for update in (True, False) if first else (True,):
-            flags = {"UPDATE": update, "FROM_LIST": first}
-            constants.append((spectral_norm_matvec_t_kernel, {**flags, "W_DTYPE": w, **_T_BLOCKS}))
-    for alignment in (1, 16):
-        flat = {"ALIGNMENT": alignment, "BLOCK": LAUNCH.block_flat}
-        constants.append((spectral_norm_scale_kernel, {"W_DTYPE": w, "O_DTYPE": x, **flat}))
-    for double in (False, True):
-        gradient = {"DOUBLE": double, "W_DTYPE": w, "G_DTYPE": x}
-        constants.append((spectral_norm_dots_kernel, {**gradient, **_DOTS_BLOCKS}))
-        constants.append((spectral_norm_combine_kernel, {**gradient, **_COMBINE_BLOCKS}))
-    variants = []
-    for kernel, values in constants:
-        types = {name: kind for name, kind in {**_POINTERS, **_SCALARS}.items() if name in kernel.arg_names}
-        flags_text = " ".join(
-            f"{k}={v}" for k, v in values.items() if k in ("UPDATE", "FROM_LIST", "ALIGNMENT", "DOUBLE")
-        )
-        variants.append(((kernel, types, values), f"{w} {x} {flags_text}"))
-    return variants

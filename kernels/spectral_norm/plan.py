@@ -36,7 +36,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True)
-class Launch:
+class Tiles:
     """Tile sizes and launch options of all kernels.
 
     A program for W v owns ``block_r`` rows and walks over ``chunk_c`` columns; one for W^T u owns ``block_c`` columns
@@ -56,8 +56,18 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
+    def __str__(self) -> str:
+        return f"{self.block_r}x{self.block_c}"
 
-LAUNCH = Launch()
+    def constants(self) -> dict[str, int]:
+        """Return nothing: each kernel has its own part of the sizes."""
+        return {}
+
+    def smaller(self) -> None:
+        """Return None: plans are made for these sizes, and a power iteration must not be made twice."""
+
+
+TILES = Tiles()
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 @functools.cache  # for good: CUDA graphs keep the addresses
-def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch = LAUNCH) -> Plan:
+def plan_for(layouts: tuple[Layout, ...], device: torch.device, sizes: Tiles = TILES) -> Plan:
     """The tables for weights of these layouts; made once, whatever their addresses."""
     rows_of_geometry: list[list[int]] = []
     s_tiles: list[tuple[int, int, int]] = []
@@ -146,10 +156,10 @@ def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch =
     u_offset = v_offset = s_partials = t_partials = 0
     for i, layout in enumerate(layouts):
         rows, columns = layout.rows, layout.columns
-        s_layer = _grid(i, rows, launch.block_r, columns, launch.chunk_c)
-        t_layer = _grid(i, columns, launch.block_c, rows, launch.chunk_r)
-        layer = [(i, r, c) for r in range(0, rows, launch.tile_r) for c in range(0, columns, launch.chunk_tile)]
-        s_chunks, t_chunks = -(-columns // launch.chunk_c), -(-rows // launch.chunk_r)
+        s_layer = _grid(i, rows, sizes.block_r, columns, sizes.chunk_c)
+        t_layer = _grid(i, columns, sizes.block_c, rows, sizes.chunk_r)
+        layer = [(i, r, c) for r in range(0, rows, sizes.tile_r) for c in range(0, columns, sizes.chunk_tile)]
+        s_chunks, t_chunks = -(-columns // sizes.chunk_c), -(-rows // sizes.chunk_r)
         rows_of_geometry.append(
             [
                 *(rows, columns, layout.inner, layout.stride_row, layout.stride_a, layout.stride_b),
@@ -160,7 +170,7 @@ def plan_for(layouts: tuple[Layout, ...], device: torch.device, launch: Launch =
         s_tiles += s_layer
         t_tiles += t_layer
         tiles += layer
-        flat_tiles += [(i, block, 0) for block in range(-(-rows * columns // launch.block_flat))]
+        flat_tiles += [(i, block, 0) for block in range(-(-rows * columns // sizes.block_flat))]
         u_offset, v_offset = u_offset + rows, v_offset + columns
         s_partials, t_partials = s_partials + s_chunks * rows, t_partials + t_chunks * columns
     return Plan(

@@ -9,7 +9,7 @@ from fastgan.kernels.precision import input_precision
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import FLOOR, assert_as_accurate
-from tests.ops.test_attention import operands, three_passes
+from tests.ops.operands import block_operands, operands, three_passes
 
 NAMES = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
 SHAPES = [(2, 37, 19, 8, 24), (1, 130, 70, 12, 33), (1, 5, 1, 1, 1), (1, 16, 16, 16, 16), (1, 3, 17, 48, 192)]
@@ -128,13 +128,3 @@ MAPS = [(256, 32), (128, 32), (64, 64), (96, 64), (192, 64), (384, 64)]
 @pytest.mark.parametrize(("channels", "height"), MAPS)
 def test_shapes_of_published_models(channels, height, dtype, layout):
     assert_passes_match(*block_operands(2, height, channels, dtype, layout, "cuda"))
-
-
-def block_operands(batch, height, channels, dtype, layout, device):
-    """q, k and v as the canonical block makes them; channels-last, k and v are parts of one tensor."""
-    n, d, e = height**2, channels // 8, channels // 2
-    if layout == "channels-first":
-        q, k, v = (torch.randn(batch, c, r, device=device) for c, r in ((d, n), (d, n // 4), (e, n // 4)))
-        return [x.to(dtype).mT for x in (q / d**0.25, k / d**0.25, v)]
-    q, kv = (torch.randn(batch, r, c, device=device) / d**0.25 for r, c in ((n, d), (n // 4, d + e)))
-    return [q.to(dtype), *kv.to(dtype).split((d, e), dim=2)]

@@ -12,17 +12,16 @@ from torch.library import opcheck
 
 pytest.importorskip("triton")
 
+from fastgan.kernels import launch as launching
 from fastgan.kernels.spectral_norm import launch as norm_kernels
 from fastgan.kernels.spectral_norm import plan as spectral_norm_plan
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.ops import attention, spectral_norm_scale, spectral_norm_update
 from fastgan.ops._attention import attention_bwd_bwd_op, attention_bwd_op, attention_op
-from fastgan.ops._pooled_projection import pooled_projection_op
-from fastgan.ops._projections import projection_residual_op
+from fastgan.ops._projections import pooled_projection_op, projection_residual_op
 from fastgan.reference import spectral_norm as norm_reference
-from tests.kernels.test_attention import block_operands
-from tests.kernels.test_spectral_norm import assert_accurate, double, random_vectors
-from tests.ops.test_attention import three_passes
+from tests.kernels.vectors import assert_accurate, double, random_vectors
+from tests.ops.operands import block_operands, three_passes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 
@@ -168,6 +167,12 @@ def test_opcheck_of_the_kernels(layout, device):
     opcheck(pooled_projection_op, (x, weight, bias, 2, "triton"), rtol=1e-4, atol=1e-4)
     rows, out = torch.randn(2, 24, 4, device=device).requires_grad_(), torch.randn(8, 4, device=device).requires_grad_()
     opcheck(projection_residual_op, (rows, out, None, x, "triton"), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_kernels_are_looked_at(device):
+    attention(*block_operands(1, 4, 16, torch.float32, "channels-last", device), impl="triton")
+    assert bool(launching._seen) == (device == "cuda")
+    assert all(isinstance(compiled.n_spills, int) and "cubin" in compiled.asm for compiled in launching._seen)
 
 
 class Critic(nn.Module):

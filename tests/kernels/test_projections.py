@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import pooled_projection, projection_residual
 from tests.accuracy import assert_as_accurate
-from tests.ops.test_projections import (
+from tests.ops.operands import (
     LAYOUTS,
     plain_pooled,
     plain_residual,

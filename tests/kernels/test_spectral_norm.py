@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastgan.backend import interpreting
 from fastgan.kernels.spectral_norm import launch as kernels
-from fastgan.kernels.spectral_norm.plan import LAUNCH, layout_of, plan_for, table_of
+from fastgan.kernels.spectral_norm.plan import TILES, layout_of, plan_for, table_of
 from fastgan.reference import spectral_norm as reference
+from tests.kernels.vectors import assert_accurate, double, random_vectors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,32 +27,6 @@ def weights_and_dims(dtype, device):
         torch.randn(3, 5, 4, 2, 3).permute(0, 3, 1, 4, 2),
     ]
     return [w.to(device, dtype) for w in weights], [0, 1, 0, 0, 0, 3, 0, 0, 2]
-
-
-def random_vectors(weights, dims):
-    shapes = [reference.matrix_shape(w, d) for w, d in zip(weights, dims, strict=True)]
-    return tuple(
-        [torch.nn.functional.normalize(torch.randn(shape[k]), dim=0).to(weights[0]) for shape in shapes] for k in (0, 1)
-    )
-
-
-def double(tensors):
-    return [t.double() for t in tensors]
-
-
-def assert_accurate(actual, plain, exact, dtype, magnitudes=None):
-    """Error at most twice that of plain torch, layer by layer, and a few roundings; Triton's interpreter truncates.
-
-    A sum is rounded in proportion to the sum of its terms' magnitudes, however small it is itself, and by how much
-    depends on its order, which is the BLAS's: ``magnitudes`` are the results with all terms of one sign.
-    """
-    ulp = torch.finfo(dtype).eps
-    for a, p, e, m in zip(actual, plain, exact, exact if magnitudes is None else magnitudes, strict=True):
-        scale = m.abs().max().item()
-        tolerance = 2 * (p.double() - e).abs().max().item() + 4 * torch.finfo(torch.float32).eps * scale
-        if dtype == torch.bfloat16 and interpreting():
-            tolerance += ulp * scale
-        assert (a.double() - e).abs().max().item() <= tolerance
 
 
 def assert_same_layout(actual, weights):
@@ -177,10 +151,10 @@ def test_one_long_layer_among_tiny_ones_is_spread_over_the_chip():
     plan = plan_for((*[tiny] * 20, long, *[tiny] * 20), torch.device("cpu"))
     entries = long.rows * long.columns
     for tiles, per_program in (
-        (plan.s_tiles, LAUNCH.block_r * LAUNCH.chunk_c),
-        (plan.t_tiles, LAUNCH.block_c * LAUNCH.chunk_r),
-        (plan.tiles, LAUNCH.tile_r * LAUNCH.chunk_tile),
-        (plan.flat_tiles, LAUNCH.block_flat),
+        (plan.s_tiles, TILES.block_r * TILES.chunk_c),
+        (plan.t_tiles, TILES.block_c * TILES.chunk_r),
+        (plan.tiles, TILES.tile_r * TILES.chunk_tile),
+        (plan.flat_tiles, TILES.block_flat),
     ):
         on_long = int((tiles[:, 0] == 20).sum())
         assert len(tiles) == on_long + 40  # one program for each tiny weight

@@ -114,12 +114,12 @@ def test_opcheck():
     plain = [w.detach() for w in weights]
     vectors = spectral_norm_update(weights, us, vs, DIMS)
     grads = [torch.randn_like(w).requires_grad_() for w in weights]
-    opcheck(ops.spectral_norm_update_op, (plain, us, vs, DIMS, 1, 1e-12, "auto", True))
-    opcheck(ops.spectral_norm_sigma_op, (plain, us, vs, DIMS, "auto"))
-    opcheck(ops.spectral_norm_scale_op, (weights, *vectors, DIMS, torch.float64, "auto"))
-    opcheck(ops.spectral_norm_scale_bwd_op, (grads, weights, *vectors, DIMS, "auto"))
+    opcheck(ops.spectral_norm_update_op, (plain, us, vs, DIMS, 1, 1e-12, "reference", True))
+    opcheck(ops.spectral_norm_sigma_op, (plain, us, vs, DIMS, "reference"))
+    opcheck(ops.spectral_norm_scale_op, (weights, *vectors, DIMS, torch.float64, "reference"))
+    opcheck(ops.spectral_norm_scale_bwd_op, (grads, weights, *vectors, DIMS, "reference"))
     detached = [g.detach() for g in grads]
-    opcheck(ops.spectral_norm_scale_bwd_bwd_op, (plain, detached, plain, *vectors, DIMS, "auto"))
+    opcheck(ops.spectral_norm_scale_bwd_bwd_op, (plain, detached, plain, *vectors, DIMS, "reference"))
 
 
 def test_a_captured_step_with_second_order_gradients():

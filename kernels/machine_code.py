@@ -1,0 +1,64 @@
+"""Read machine code: the registers and local memory of a kernel, and whether its loops go to local memory.
+
+Local memory is device memory that holds what has no register. A few bytes of it before or after a loop cost nothing;
+in a loop they are read and written at each turn.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+
+# Bytes a thread may keep in local memory outside loops: what is set aside once costs less than a smaller tile.
+MOST_LOCAL = 32
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Return the number of registers, and the bytes of stack and of local memory: REG, STACK and LOCAL."""
+    found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _output(cubin, "cuobjdump", "--dump-resource-usage"))
+    return {name: int(value) for name, value in found}
+
+
+def local_memory_in_loops(cubin: bytes) -> int:
+    """Return how many instructions that read or write local memory stand in loops."""
+    return count_in_loops(_output(cubin, "nvdisasm", "-c"))
+
+
+def count_in_loops(assembly: str) -> int:
+    """Count loads and stores of local memory (LDL, STL) from which control can come back to them.
+
+    Where they stand does not tell: loops that wait are moved behind the end of a kernel and branch back from there.
+    """
+    import networkx as nx
+
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in assembly.splitlines():
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    flow = nx.DiGraph()
+    flow.add_nodes_from(range(len(instructions)))
+    for i, instruction in enumerate(instructions):
+        target = re.search(r"`\((\.L_x_\d+)\)", instruction)
+        if target and target[1] in labels:
+            flow.add_edge(i, labels[target[1]])
+        # A branch on a predicate names it before the opcode, or before the label.
+        if not re.match(r"(BRA(\.\w+)*\s+`|EXIT|RET)", instruction):
+            flow.add_edge(i, i + 1)
+    loops = [part for part in nx.strongly_connected_components(flow) if len(part) > 1]
+    return sum(re.search(r"\b(LDL|STL)\b", instructions[i]) is not None for part in loops for i in part)
+
+
+def _output(cubin: bytes, tool: str, option: str) -> str:
+    """Return what a tool that Triton ships says of ``cubin``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,76 @@
+"""Operands of the ops, what plain PyTorch computes of them, and derivatives of both orders."""
+
+import torch
+import torch.nn.functional as F
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def operands(shape, dtype=torch.float64, requires_grad=True):
+    b, n, m, d, e = shape
+    return [torch.randn(s, dtype=dtype).requires_grad_(requires_grad) for s in ((b, n, d), (b, m, d), (b, m, e))]
+
+
+def three_passes(function, q, k, v):
+    """Output, first gradients and gradients of a penalty on them, for fixed cotangents."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o = function(q, k, v)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (o, q, k, v)]
+    first = torch.autograd.grad(o, (q, k, v), cotangents[0], create_graph=True)
+    second = torch.autograd.grad(first, (q, k, v), cotangents[1:])
+    return [o, *first, *second]
+
+
+def block_operands(batch, height, channels, dtype, layout, device):
+    """q, k and v as the canonical block makes them; channels-last, k and v are parts of one tensor."""
+    n, d, e = height**2, channels // 8, channels // 2
+    if layout == "channels-first":
+        q, k, v = (torch.randn(batch, c, r, device=device) for c, r in ((d, n), (d, n // 4), (e, n // 4)))
+        return [x.to(dtype).mT for x in (q / d**0.25, k / d**0.25, v)]
+    q, kv = (torch.randn(batch, r, c, device=device) / d**0.25 for r, c in ((n, d), (n // 4, d + e)))
+    return [q.to(dtype), *kv.to(dtype).split((d, e), dim=2)]
+
+
+def images(shape, layout, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+
+
+def pooled_operands(shape, outputs, dtype=torch.float64, layout=torch.contiguous_format, bias=True):
+    x = images(shape, layout, dtype)
+    weight = torch.randn(outputs, shape[1], dtype=dtype).requires_grad_()
+    return x, weight, torch.randn(outputs, dtype=dtype).requires_grad_() if bias else None
+
+
+def plain_pooled(x, weight, bias, d):
+    y = F.conv2d(x, weight[:, :, None, None], bias)
+    return y[:, :d].flatten(2).mT, F.max_pool2d(y[:, d:], 2).flatten(2).mT
+
+
+def residual_operands(shape, e, dtype=torch.float64, layout=torch.contiguous_format, bias=True):
+    b, c, h, w = shape
+    rows, weight = (torch.randn(s, dtype=dtype).requires_grad_() for s in ((b, h * w, e), (c, e)))
+    return rows, weight, torch.randn(c, dtype=dtype).requires_grad_() if bias else None, images(shape, layout, dtype)
+
+
+def plain_residual(rows, weight, bias, x):
+    return x + F.conv2d(rows.mT.unflatten(2, x.shape[2:]), weight[:, :, None, None], bias)
+
+
+def three_orders(function, *inputs):
+    """Outputs, first gradients and gradients of a penalty on them, for fixed cotangents."""
+    inputs = [x.detach().requires_grad_() for x in inputs if x is not None]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+
+    def cotangents(tensors):
+        return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
+
+    cotangent = [c.requires_grad_() for c in cotangents(outputs)]
+    first = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True)
+    penalty = sum((g * c).sum() for g, c in zip(first, cotangents(first), strict=True))
+    wanted = [*inputs, *cotangent]
+    second = torch.autograd.grad(penalty, wanted, allow_unused=True)
+    zeros = (torch.zeros_like(t) for t in wanted)
+    return [*outputs, *first, *(z if g is None else g for g, z in zip(second, zeros, strict=True))]
