@@ -40,3 +40,26 @@ def check_alike(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise ``InputError`` unless every value of the named tensors is finite."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{name} must be finite, it has NaN or infinity")
+
+
+def check_features(*, least: int, **features: Tensor) -> None:
+    """Raise ``InputError`` unless all named tensors are floating-point, finite and (n, dim) with n >= ``least``, of one
+    dim."""
+    for name, rows in features.items():
+        if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
+            raise InputError(
+                f"{name} must be floating-point features (n, dim), got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        if len(rows) < least:
+            raise InputError(f"{name} must have at least {least} feature vectors, it has {len(rows)}")
+        check_finite(**{name: rows})
+    dims = [rows.shape[1] for rows in features.values()]
+    if len(set(dims)) > 1:
+        raise InputError(f"{' and '.join(features)} must have features of one dim, got {' and '.join(map(str, dims))}")

@@ -51,11 +51,7 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every process, in rank order."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.size == 1 else gather_objects(value)
 
 
 def current_world() -> World:
@@ -110,31 +106,27 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     """The rows (n_i, dim) of all processes in rank order, (sum n_i, dim), the same on each."""
     if world.size == 1:
         return rows
-    shapes = world.gather((rows.shape[0], rows.shape[1]))
-    dim = max(shape[1] for shape in shapes)
-    parts = gather_parts(rows, [shape[0] for shape in shapes], dim, collective_device(None), None)
-    return torch.cat(parts).to(rows.device)
+    return torch.cat(gather_parts(rows, world.gather(len(rows)))).to(rows.device)
 
 
-def gather_parts(
-    rows: Tensor, counts: Sequence[int], dim: int, device: torch.device, group: dist.ProcessGroup | None
-) -> list[Tensor]:
-    """Rows of every process, padded to one size on the way."""
-    padded = torch.zeros(max(counts), dim, dtype=rows.dtype, device=device)
+def gather_parts(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The rows (count, dim) of each process, on the device of collectives, padded to one size on the way."""
+    padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=collective_device(group))
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every process of ``group``, in rank order."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def collective_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors must be to be sent."""
+def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where tensors must be for a collective call."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

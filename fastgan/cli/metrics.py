@@ -12,7 +12,6 @@ from fastgan.cli.options import AsJson, Floor, WithRoot, all_processes, computes
 
 if TYPE_CHECKING:
     from fastgan.metrics import FeatureStats
-    from fastgan.metrics.compare import Comparison
     from fastgan.metrics.options import FeatureOptions
 
 stats_app = typer.Typer(
@@ -40,15 +39,16 @@ def fid(
     floor: Floor = None,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
-    from fastgan.metrics.compare import compare, finish
+    from fastgan.metrics.evaluate import EvaluateOptions
+    from fastgan.metrics.evaluate import evaluate as measure
 
     if save_stats:
         _save(a, b, options, root=root, as_json=as_json)
         return
     with all_processes(options) as (world, echo):
-        result = compare(a, b, options, floor=floor, world=world)
-        echo(report(_comparison_lines(result), result.as_dict(), as_json=as_json))
-        finish(*result.all_sides)
+        result = measure(a, b, options, EvaluateOptions(("fid",)), floor=floor, world=world)
+        echo(report(result.lines(), result.as_fid_dict(), as_json=as_json))
+        result.finish()
 
 
 @computes_features
@@ -78,31 +78,26 @@ def evaluate(
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
     from fastgan.data.archives import open_images, register_opener
-    from fastgan.metrics.bias import check_plot_path, plot_bias
-    from fastgan.metrics.compare import finish
     from fastgan.metrics.evaluate import METRICS, EvaluateOptions
     from fastgan.metrics.evaluate import evaluate as measure
     from fastgan.training.evaluation import RunSamples, classify_run, open_run
 
     register_opener(open_run)
     wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
-    what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, bias_curve=plot is not None)
-    if plot is not None:
-        check_plot_path(plot)
+    what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
     with all_processes(options) as (world, echo):
         with world.agreed():
             images = open_images(a, skip_bad=options.skip_bad)
         result = measure(images, b, options, what, floor=floor, world=world)
         with world.agreed():
-            if plot is not None and result.curve is not None and world.is_first:
-                limit = None if result.fid_infinity is None else result.fid_infinity.value
-                plot_bias(result.curve, plot, label=result.name("FID"), floor=result.floor, limit=limit)
+            if plot is not None and world.is_first:
+                result.plot(plot)
         lines, content = result.lines(), result.as_dict()
         if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
             judged = classify_run(images, device=options.device, tell=warn)
             lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
         echo(report(lines, content, as_json=as_json))
-        finish(*result.all_sides)
+        result.finish()
 
 
 @stats_app.command("save")
@@ -139,7 +134,7 @@ def stats_merge(
 ) -> None:
     """Join statistics of disjoint sets of images into those of all of them."""
     with user_errors():
-        from fastgan.metrics.compare import merge_files
+        from fastgan.metrics.evaluate import merge_files
 
         merged = merge_files(files)
         merged.save(output, root=root)
@@ -147,20 +142,13 @@ def stats_merge(
 
 
 def _save(images: Path, output: Path, options: FeatureOptions, *, root: bool, as_json: bool) -> None:
-    from fastgan.metrics.compare import compute_and_save, finish
+    from fastgan.metrics.evaluate import save_stats
 
     with all_processes(options) as (world, echo):
-        side = compute_and_save(images, output, options, world, root=root)
-        result = {"file": str(output), **_summary(side.stats), "skipped": side.collected.skipped}
+        side = save_stats(images, output, options, world, root=root)
+        result = {"file": str(output), **_summary(side.stats), "skipped": side.skipped}
         echo(report([f"{output}: {side.describe()}"], result, as_json=as_json))
-        finish(side)
-
-
-def _comparison_lines(result: Comparison) -> list[str]:
-    lines = [side.describe() for side in result.sides]
-    if result.floor_side is not None:
-        lines += [result.floor_side.describe(), f"floor, the last two sets' {result.label}:  {result.floor}"]
-    return [*lines, f"{result.label}:  {result.distance}"]
+        side.finish()
 
 
 def _summary(stats: FeatureStats) -> dict[str, object]:

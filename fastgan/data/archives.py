@@ -1,9 +1,8 @@
-"""From a path to a set of images: a folder, a zip file, a file of an image array or tensor, or what an opener knows.
+"""Open a path as a set of images: a folder, a zip file, a file of an array or a tensor, or what an opener knows.
 
-Another part of the library adds a kind of source with :func:`register_opener`: a function that looks at a path,
-cheaply, and returns an :class:`ImageSource` or None. A training run's folder becomes a source in this way, its samples
-drawn when it is opened and its data named as the source's ``reference``, which ``fastgan evaluate RUN`` then compares
-them with.
+:func:`register_opener` adds a kind of source: a function that looks at a path, cheaply, and returns an
+:class:`ImageSource` or None. In this way the folder of a training run becomes a source: its samples are drawn when it
+is opened, and its ``reference`` is the run's data, with which ``fastgan evaluate RUN`` compares them.
 """
 
 from __future__ import annotations
@@ -54,6 +53,25 @@ def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
     if path.is_file():
         raise InputError(f"{path} is neither a folder of images, a zip file nor one of {', '.join(ARRAY_FILES)}")
     return ImageFolder(path, skip_bad=skip_bad)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} is not an npz file")
+        with loaded:
+            return {key: loaded[key] for key in loaded.files}
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
+        raise InputError(f"{path} cannot be read: {reason}") from error
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read, it may be damaged: {error}") from error
 
 
 class ImageZip(ImageSource):
@@ -107,25 +125,48 @@ class ImageArray(ImageSource):
     def __init__(self, images: np.ndarray | Tensor, *, label: str = "images") -> None:
         super().__init__(label)
         array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-        _check_range(array, label)
-        self.images = _channels_last(array, label)
+        if array.dtype != np.uint8 and array.size:
+            if not np.issubdtype(array.dtype, np.floating):
+                raise InputError(
+                    f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}"
+                )
+            low, high = array.min(), array.max()
+            if not (low >= 0 and high <= 1):  # also where there is a NaN
+                raise InputError(
+                    f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
+                )
+        if array.ndim == 3:
+            array = array[..., None]
+        if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+            array = array.transpose(0, 2, 3, 1)
+        if array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
+            expected = "images (n, h, w, c) or (n, c, h, w), c = 1 or 3"
+            raise InputError(f"{label} must hold {expected}, got shape {array.shape}")
+        self.images = np.broadcast_to(array, (*array.shape[:3], 3))
 
     @classmethod
     def load(cls, path: str | Path) -> ImageArray:
-        """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or an npz whose images are its one array or have one
-        of the names of :data:`IMAGE_KEYS`. Nothing but tensors is unpickled; an npy file is read as its images are."""
+        """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or an npz.
+
+        An npz holds its images as its only array or under one of :data:`IMAGE_KEYS`. Only tensors are unpickled, and
+        an npy file is read from disk image by image.
+        """
         path = Path(path)
         if path.suffix == ".npz":
-            return cls(_npz_images(path), label=str(path))
+            arrays = read_npz(path)
+            keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
+            if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
+                allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
+                raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
+            return cls(arrays[keys[0]], label=str(path))
         try:
             if path.suffix == ".npy":
-                return cls(np.load(path, mmap_mode="r", allow_pickle=False), label=str(path))
-            images = torch.load(path, map_location="cpu", weights_only=True)
-        except InputError:
-            raise
+                images = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                images = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever the damage leads to
             raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(images, Tensor):
+        if not isinstance(images, np.ndarray | Tensor):
             raise InputError(f"{path} must hold one tensor of images, it holds a {type(images).__name__}")
         return cls(images, label=str(path))
 
@@ -141,53 +182,3 @@ class ImageArray(ImageSource):
 
     def _identity(self, index: int) -> str:
         return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
-
-
-def _npz_images(path: Path) -> np.ndarray:
-    arrays = read_npz(path)
-    keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
-    if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
-        allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
-        raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
-    return arrays[keys[0]]
-
-
-def _channels_last(array: np.ndarray, label: str) -> np.ndarray:
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.ndim == 4 and array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
-        array = array.transpose(0, 2, 3, 1)
-    if array.ndim != 4 or array.shape[3] not in (1, 3) or array.size == 0:
-        raise InputError(f"{label} must hold images (n, h, w, c) or (n, c, h, w), c = 1 or 3, got shape {array.shape}")
-    return np.broadcast_to(array, (*array.shape[:3], 3))
-
-
-def _check_range(array: np.ndarray, label: str) -> None:
-    if array.dtype == np.uint8 or array.size == 0:
-        return
-    if not np.issubdtype(array.dtype, np.floating):
-        raise InputError(f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}")
-    low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 1):  # also where there is a NaN
-        raise InputError(
-            f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
-        )
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is not an npz file")
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except InputError:
-        raise
-    except ValueError as error:
-        reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else str(error)
-        raise InputError(f"{path} cannot be read: {reason}") from error
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read, it may be damaged: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,8 @@ def load_data(
         raise InputError(f"data {source} has no sketches: sketches must be 'edges' or 'none', got {sketches!r}")
     try:
         if str(source) == "digits":
-            return _digits(resolution, channels)
+            repeats = (1, 3 if channels == 3 else 1, 1, 1)
+            return DataSplit(*(replace(part, images=part.images.repeat(repeats)) for part in digits(resolution)))
         if str(source) == "cifar10":
             return _cifar10(resolution, channels)
     except ImportError as error:
@@ -96,19 +97,9 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
     return stratified_split(whole, held_out=held_out, seed=seed)
 
 
-def _digits(resolution: int, channels: int) -> DataSplit:
-    train, held_out = digits(resolution)
-    if channels == 3:
-        train, held_out = _coloured(train), _coloured(held_out)
-    return DataSplit(train, held_out)
-
-
-def _coloured(data: LabelledImages) -> LabelledImages:
-    return LabelledImages(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels, data.n_classes)
-
-
 def _cifar10(resolution: int, channels: int) -> DataSplit:
     from torchvision.datasets import CIFAR10
+    from torchvision.transforms.v2.functional import resize
 
     if channels == 1:
         raise InputError("cifar10 is in colour: channels must be 0 or 3, got 1")
@@ -119,21 +110,11 @@ def _cifar10(resolution: int, channels: int) -> DataSplit:
         raise InputError(
             f"CIFAR-10 is not under {root} and cannot be downloaded ({error}): put cifar-10-python.tar.gz there"
         ) from error
-    train, test = (
-        LabelledImages(
-            _resized(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), resolution),
-            torch.tensor(part.targets),
-            n_classes=10,
-            class_names=tuple(part.classes),
-        )
-        for part in parts
-    )
-    return DataSplit(train, test)
-
-
-def _resized(images: torch.Tensor, resolution: int) -> torch.Tensor:
-    if images.shape[-1] == resolution:
-        return images
-    from torchvision.transforms.v2.functional import resize
-
-    return torch.cat([resize(part, [resolution, resolution], antialias=True) for part in images.split(1000)])
+    sets = []
+    for part in parts:
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        if images.shape[-1] != resolution:
+            images = torch.cat([resize(some, [resolution, resolution], antialias=True) for some in images.split(1000)])
+        names = tuple(part.classes)
+        sets.append(LabelledImages(images, torch.tensor(part.targets), n_classes=10, class_names=names))
+    return DataSplit(*sets)

@@ -6,8 +6,7 @@ in memory: 100,000 of 64x64 in colour take 1.2 GB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.image_sources import find_images, read_image
+from fastgan.data.decode import load_ahead, read_image
+from fastgan.data.image_sources import find_images
 from fastgan.data.images import LabelledImages
 
 IMAGES, SKETCHES = "images", "sketches"
@@ -83,37 +83,28 @@ def has_sketches(folder: str | Path) -> bool:
     return all((Path(folder) / part).is_dir() for part in (IMAGES, SKETCHES))
 
 
-def read_images(
-    paths: Sequence[Path], resolution: int, channels: int, progress: Callable[[int], None] | None = None
-) -> Tensor:
+def read_images(paths: Sequence[Path], resolution: int, channels: int) -> Tensor:
     """Decode, crop and resize files to uint8 (n, channels, resolution, resolution).
 
     Raises:
         InputError: a file cannot be read; it is named.
     """
+    from PIL import Image, ImageOps
+
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     images = torch.empty(len(paths), channels, resolution, resolution, dtype=torch.uint8)
 
     def load(i: int) -> None:
-        images[i] = _square(read_image(paths[i]), resolution, channels)
+        image = Image.fromarray(read_image(paths[i]))
+        if channels == 1:
+            image = image.convert("L")
+        square = np.array(ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.BICUBIC))
+        images[i] = torch.from_numpy(square[None] if channels == 1 else square.transpose(2, 0, 1))
 
-    with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-        for _ in pool.map(load, range(len(paths))):
-            if progress is not None:
-                progress(1)
+    for _, result in load_ahead(load, range(len(paths)), None, ahead=len(paths)):
+        result()
     return images
-
-
-def _square(pixels: np.ndarray, resolution: int, channels: int) -> Tensor:
-    from PIL import Image, ImageOps
-
-    image = Image.fromarray(pixels)
-    if channels == 1:
-        image = image.convert("L")
-    image = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.BICUBIC)
-    array = np.array(image)
-    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
 
 def _classified(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:

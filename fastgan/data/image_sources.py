@@ -5,13 +5,10 @@ Reading by index is what lets several processes share a set and an interrupted p
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.decode import EXTENSIONS, is_image_name, read_image
+from fastgan.data.decode import EXTENSIONS, is_image_name, load_ahead, read_image
 from fastgan.data.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
 
 _PREFETCH_BATCHES = 2
@@ -102,37 +99,33 @@ class ImageSource(ABC):
         check_resize(resize)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers is None:
+            num_workers = min(os.cpu_count() or 1, 8)
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+
+        def load(index: int) -> Tensor:
+            image = self.read(index)
+            if size is None or resize != "clean":
+                return torch.from_numpy(channels_first(image))
+            return torch.from_numpy(clean_with_pillow(image, size))
+
         indices = range(len(self)) if indices is None else indices
         batch: list[Tensor] = []
-        early_size = size if resize == "clean" else None
-        for image in self._load(early_size, indices, num_workers, batch_size * _PREFETCH_BATCHES):
+        for index, result in load_ahead(load, indices, num_workers, batch_size * _PREFETCH_BATCHES):
+            try:
+                batch.append(result())
+            except InputError:
+                if not self.skip_bad:
+                    raise
+                self.skipped.append(self.name(index))
             if progress is not None:
                 progress(1)
-            if image is not None:
-                batch.append(image)
             if len(batch) == batch_size:
                 yield _to_batch(batch, size, resize, device)
                 batch = []
         if batch:
             yield _to_batch(batch, size, resize, device)
-
-    def _load(
-        self, clean_size: int | None, indices: Sequence[int], num_workers: int | None, ahead: int
-    ) -> Iterator[Tensor | None]:
-        def load(index: int) -> Tensor:
-            image = self.read(index)
-            return torch.from_numpy(
-                channels_first(image) if clean_size is None else clean_with_pillow(image, clean_size)
-            )
-
-        for index, result in _map_ahead(load, indices, _worker_count(num_workers), ahead):
-            try:
-                yield result()
-            except InputError:
-                if not self.skip_bad:
-                    raise
-                self.skipped.append(self.name(index))
-                yield None
 
 
 class ImageFolder(ImageSource):
@@ -172,8 +165,12 @@ def find_images(root: str | Path) -> list[Path]:
         raise InputError(f"{root}: no such folder")
     if not root.is_dir():
         raise InputError(f"{root} is not a folder of images")
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read folder {error.filename}: {error.strerror}") from error
+
     found = []
-    for folder, _, names in os.walk(root, onerror=_raise_unreadable):
+    for folder, _, names in os.walk(root, onerror=refuse):
         found += [Path(folder, name) for name in names if is_image_name(name)]
     if not found:
         raise InputError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))})")
@@ -190,43 +187,3 @@ def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.
         sizes = ", ".join(f"{height}x{width}" for height, width in sorted(shapes)[:3])
         raise InputError(f"images of different sizes ({sizes}) need a backbone with an input_size to be resized to")
     return torch.cat([resize_tensor(image[None].to(device).float(), size, resize) for image in batch])
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise InputError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-
-def _worker_count(num_workers: int | None) -> int:
-    if num_workers is None:
-        return min(os.cpu_count() or 1, 8)
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-    return num_workers
-
-
-def _map_ahead(
-    load: Callable[[int], Tensor], indices: Sequence[int], workers: int, ahead: int
-) -> Iterator[tuple[int, Callable[[], Tensor]]]:
-    """Pair each index with a call that gives its result, computed by threads at most ``ahead`` images in advance.
-
-    Threads and not processes: Pillow decodes and resizes without the interpreter lock, and nothing has to be copied or
-    started. ``python -m bench --suite fid`` times them against a DataLoader's worker processes.
-    """
-    if workers == 0:
-        for index in indices:
-            yield index, functools.partial(load, index)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        pending: deque[tuple[int, Future[Tensor]]] = deque()
-        try:
-            for index in indices:
-                pending.append((index, pool.submit(load, index)))
-                if len(pending) > ahead:
-                    done, future = pending.popleft()
-                    yield done, future.result
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result
-        finally:
-            for _, future in pending:
-                future.cancel()

@@ -42,9 +42,6 @@ class LabelledImages:
         _check_labels("labels", self.labels, len(self.images), self.n_classes, "images")
         if self.class_names and len(self.class_names) != self.n_classes:
             raise ValueError(f"class_names must be {self.n_classes} names or none, got {len(self.class_names)}")
-        self._check_sketches()
-
-    def _check_sketches(self) -> None:
         if self.sketches is None:
             if self.sketch_labels is not None:
                 raise ValueError("sketches must be given where sketch_labels are")

@@ -78,17 +78,17 @@ class DeviceLoader:
         """The next batch."""
         if self._position + self.batch_size > len(self.data):
             self._begin_epoch()
-        index = self._order[self._position : self._position + self.batch_size]
+        whole = self._order[self._position : self._position + self.batch_size]
         self._position += self.batch_size
-        return self._batch(index)
-
-    def _batch(self, whole: Tensor) -> Batch:
-        """This loader's part of the batch of the images at ``whole``, for all of which random numbers are drawn."""
-        index = whole[self._part]
+        index = whole[self._part]  # random numbers are drawn for the whole batch, whichever part of it is this loader's
         images = as_float(self._moved(self.data.images[index]))
         batch = {"images": images, "labels": self._moved(self.data.labels[index])}
         if self.sketches in ("paired", "unpaired"):
-            batch["sketches"] = as_float(self._moved(self._chosen_sketches(whole)))
+            assert self.data.sketches is not None
+            chosen = index
+            if self._by_class is not None:
+                chosen = self._by_class.choose(self.data.labels[whole], self._rng)[self._part]
+            batch["sketches"] = as_float(self._moved(self.data.sketches[chosen]))
         if self.flip:
             flipped = torch.rand(len(whole), generator=self._rng)[self._part] < 0.5
             mirrored = self._moved(flipped)[:, None, None, None]
@@ -102,12 +102,6 @@ class DeviceLoader:
             noise = torch.rand(shape, generator=self._noise_rng, device=self.device)[self._part]
             batch["images"] = (batch["images"] + (2 * noise - 1) / 256).clamp(-1, 1)
         return batch
-
-    def _chosen_sketches(self, whole: Tensor) -> Tensor:
-        assert self.data.sketches is not None
-        if self._by_class is None:
-            return self.data.sketches[whole[self._part]]
-        return self.data.sketches[self._by_class.choose(self.data.labels[whole], self._rng)[self._part]]
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -44,14 +44,6 @@ def resize_tensor(images: Tensor, size: int, method: str) -> Tensor:
     return _between_corners(_between_corners(images, size, dim=-2), size, dim=-1)
 
 
-def resize_array(image: np.ndarray, size: int, method: str) -> Tensor:
-    """Resize one image (h, w, 3), uint8 or float32 in [0, 255], to float32 (3, size, size)."""
-    check_resize(method)
-    if method == "clean":
-        return torch.from_numpy(clean_with_pillow(image, size)).float()
-    return resize_tensor(torch.from_numpy(channels_first(image)).float()[None], size, method)[0]
-
-
 def clean_with_pillow(image: np.ndarray, size: int) -> np.ndarray:
     """The ``clean`` resizing of one image (h, w, 3) to (3, size, size), float32 unless it has the size already.
 
@@ -59,19 +51,17 @@ def clean_with_pillow(image: np.ndarray, size: int) -> np.ndarray:
     """
     if image.shape[:2] == (size, size):
         return channels_first(image)
-    return np.stack([_resize_channel(image[:, :, c], size) for c in range(image.shape[2])]).clip(0, 255)
+    from PIL import Image
+
+    # mode F, which Pillow resizes without rounding
+    channels = [Image.fromarray(image[:, :, c].astype(np.float32)) for c in range(image.shape[2])]
+    resized = [np.asarray(c.resize((size, size), resample=Image.Resampling.BICUBIC)) for c in channels]
+    return np.stack(resized).clip(0, 255)
 
 
 def channels_first(image: np.ndarray) -> np.ndarray:
     """(h, w, c) to (c, h, w), contiguous."""
     return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-
-def _resize_channel(channel: np.ndarray, size: int) -> np.ndarray:
-    from PIL import Image
-
-    floats = Image.fromarray(channel.astype(np.float32))  # mode F, which Pillow resizes without rounding
-    return np.asarray(floats.resize((size, size), resample=Image.Resampling.BICUBIC))
 
 
 def _between_corners(images: Tensor, size: int, dim: int) -> Tensor:

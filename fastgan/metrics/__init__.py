@@ -1,6 +1,6 @@
 """Frechet distances of image sets and their relatives: streaming statistics, feature networks, folders of images.
 
-The classes of :mod:`fastgan.metrics.torchmetrics_api` are imported when first asked for: they need torchmetrics.
+The classes of :mod:`fastgan.metrics.torchmetrics_api` are imported when first used: they need torchmetrics.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,7 @@ from fastgan.metrics._fid_infinity import fid_infinity
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, default_backbone, load_backbone
 from fastgan.metrics.features import folder_stats, image_stats
-from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.frechet_loss import FrechetLoss
-from fastgan.metrics.frechet_many import frechet_distances, paired_frechet_distances
+from fastgan.metrics.frechet import FrechetLoss, frechet_distance, frechet_distances, paired_frechet_distances
 from fastgan.metrics.kid import kernel_distance
 from fastgan.metrics.prdc import precision_recall
 from fastgan.metrics.stats import FeatureStats
@@ -27,14 +25,6 @@ if TYPE_CHECKING:
         KernelInceptionDistance,
         PrecisionRecall,
     )
-
-_TORCHMETRICS_CLASSES = (
-    "ClassFrechetDistance",
-    "FrechetInceptionDistance",
-    "InceptionScore",
-    "KernelInceptionDistance",
-    "PrecisionRecall",
-)
 
 __all__ = [
     "Backbone",
@@ -64,8 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TORCHMETRICS_CLASSES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastgan.metrics import torchmetrics_api as modules
+    from fastgan.metrics import torchmetrics_api
 
-    return getattr(modules, name)
+    return getattr(torchmetrics_api, name)

@@ -1,4 +1,4 @@
-"""The Frechet distance that infinitely many generated images would have, with its error.
+"""The bias of a Frechet distance of finitely many images: its curve over their number, and its limit with an error.
 
 Chong & Forsyth, "Effectively Unbiased FID and Inception Score and where to find them", 2020: the bias of a finite
 sample is linear in 1 / n. They fit a line through the distances of many subsets; here it goes through two points, all
@@ -8,19 +8,23 @@ vectors and the mean of two random halves, so that three distances are enough.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError
-from fastgan.linalg import sqrtm, trace_sqrt_product
-from fastgan.metrics.feature_checks import check_features
-from fastgan.metrics.frechet_many import frechet_distances
+from fastgan._checks import InputError, check_features
+from fastgan._files import atomic_path
+from fastgan.linalg import sqrtm
+from fastgan.metrics.frechet import cross_term, frechet_distances
 from fastgan.metrics.stats import FeatureStats
 
 GROUPS = 12
 LEAST = 2 * GROUPS
 """Vectors that an extrapolation needs."""
+
+SMALLEST = 128
+"""Vectors of the first point of a bias curve."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +66,20 @@ def fid_infinity(
     Raises:
         InputError: fewer than 24 vectors, or features and reference do not fit.
     """
-    check_features("features", features, least=LEAST)
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
-    groups = [
-        FeatureStats(features.shape[1], backbone=backbone, resize=resize).update(features[part])
-        for part in order.tensor_split(GROUPS)
-    ]
-    halves = [_merged(groups[: GROUPS // 2]), _merged(groups[GROUPS // 2 :])]
-    whole = _merged(halves)
+    check_features(features=features, least=LEAST)
+
+    def stats(parts: list[FeatureStats]) -> FeatureStats:
+        merged = FeatureStats(features.shape[1], backbone=backbone, resize=resize)
+        for part in parts:
+            merged.merge(part)
+        return merged
+
+    groups = [stats([]).update(features[part]) for part in _random_order(features, seed).tensor_split(GROUPS)]
+    halves = [stats(groups[: GROUPS // 2]), stats(groups[GROUPS // 2 :])]
+    whole = stats(halves)
     distance, first, second = frechet_distances(reference, [whole, *halves]).tolist()
-    half_mean, n = (first + second) / 2, len(features)
-    # through (1 / n, distance) and (2 / n, half_mean), at 1 / n = 0
-    return InfiniteFrechet(2 * distance - half_mean, _standard_error(groups, whole, reference), distance, n)
 
-
-def _merged(parts: list[FeatureStats]) -> FeatureStats:
-    merged = FeatureStats(parts[0].dim, backbone=parts[0].backbone, resize=parts[0].resize)
-    for part in parts:
-        merged.merge(part)
-    return merged
-
-
-def _standard_error(groups: list[FeatureStats], whole: FeatureStats, reference: FeatureStats) -> float:
-    """To first order the distance is the mean of an influence function; its group means tell its spread."""
+    # to first order the distance is the mean of an influence function, whose means over the groups tell its spread
     mean_pull = 2 * (whole.mean - reference.mean.to(whole.mean.device))
     cov_pull = _covariance_gradient(whole.cov, reference.cov.to(whole.mean.device))
     influences = []
@@ -93,7 +88,13 @@ def _standard_error(groups: list[FeatureStats], whole: FeatureStats, reference: 
         assert group.n is not None
         second_moment = group.cov * ((group.n - 1) / group.n) + torch.outer(shift, shift)
         influences.append(mean_pull @ shift + (cov_pull * second_moment).sum())
-    return torch.stack(influences).std().item() / len(groups) ** 0.5
+    standard_error = torch.stack(influences).std().item() / GROUPS**0.5
+    # the line through (1 / n, distance) and (2 / n, mean of the halves), at 1 / n = 0
+    return InfiniteFrechet(2 * distance - (first + second) / 2, standard_error, distance, len(features))
+
+
+def _random_order(features: Tensor, seed: int) -> Tensor:
+    return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
 
 
 def _covariance_gradient(cov: Tensor, reference: Tensor) -> Tensor:
@@ -110,9 +111,75 @@ def _covariance_gradient(cov: Tensor, reference: Tensor) -> Tensor:
 def _trace_gradient(cov: Tensor, reference: Tensor) -> Tensor:
     cov = cov.requires_grad_()
     with torch.enable_grad():
-        try:
-            cross = trace_sqrt_product(cov, reference)
-        except ValueError as error:
-            raise InputError(f"a side is no covariance: {error}") from error
-        (gradient,) = torch.autograd.grad(cross, cov)
+        (gradient,) = torch.autograd.grad(cross_term(cov, reference), cov)
     return gradient
+
+
+@dataclass(frozen=True)
+class BiasCurve:
+    """``distances[i]`` is that of the first ``sizes[i]`` images in a random order."""
+
+    sizes: list[int]
+    distances: list[float]
+
+
+def bias_curve(features: Tensor, reference: FeatureStats, *, seed: int = 0) -> BiasCurve:
+    """Frechet distances to ``reference`` of growing random parts of ``features`` (n, dim): 128, 256, 512, ... and n.
+
+    Raises:
+        InputError: fewer than 2 vectors, or of another dim than the reference's.
+    """
+    check_features(features=features, least=2)
+    n, order = len(features), _random_order(features, seed)
+    sizes = [size for size in (SMALLEST << i for i in range(n.bit_length())) if size < n] + [n]
+    running, parts, start = FeatureStats(features.shape[1]), [], 0
+    for size in sizes:
+        running.update(features[order[start:size]])
+        parts.append(FeatureStats(features.shape[1]).merge(running))
+        start = size
+    return BiasCurve(sizes, frechet_distances(reference, parts).tolist())
+
+
+def check_plot_path(path: Path) -> None:
+    """Raise ``InputError`` unless :func:`plot_bias` can write to ``path``: its folder is there, its format known."""
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"cannot write {path}: its name must end in one of {', '.join(f'.{kind}' for kind in known)}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist")
+
+
+def plot_bias(
+    curve: BiasCurve, path: Path, *, label: str, floor: float | None = None, limit: float | None = None
+) -> None:
+    """Draw the curve to an image file, in the format of its extension.
+
+    Args:
+        label: name of the distance.
+        floor: the distance of two splits of the real data, a horizontal line.
+        limit: the distance extrapolated to infinitely many images, another.
+
+    Raises:
+        InputError: the file cannot be written, or matplotlib knows no such format.
+    """
+    from matplotlib.figure import Figure
+
+    check_plot_path(path)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve.sizes, curve.distances, "o-")
+    for value, name in ((floor, "real against real"), (limit, "infinitely many images")):
+        if value is not None:
+            axes.axhline(value, linestyle="--", color="tab:grey")
+            axes.annotate(name, (curve.sizes[0], value), va="bottom")
+    axes.set(xscale="log", xlabel="images", ylabel=label, title="The same images, more and more of them")
+    if min(curve.distances) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError
-from fastgan.metrics.feature_checks import check_features
+from fastgan._checks import InputError, check_features
 
 _ROUNDING = 1e-6
 
@@ -33,20 +32,19 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Incep
         InputError: the logits are not finite, or fewer than ``splits``.
         ValueError: ``splits`` under 1.
     """
-    check_features("logits", logits, least=1)
+    check_features(logits=logits, least=1)
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
     if len(logits) < splits:
         raise InputError(f"an inception score of {splits} splits needs as many images, there are {len(logits)}")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     parts = logits[order.to(logits.device)].double().log_softmax(dim=1).tensor_split(splits)
-    scores = torch.stack([_score(part) for part in parts])
-    if scores.min() < 1 - _ROUNDING:
-        raise AssertionError(f"an inception score is at least 1, got {scores.min().item()}")
-    scores = scores.clamp(min=1.0)
-    return InceptionScoreResult(scores.mean().item(), scores.std(unbiased=splits > 1).item(), splits)
-
-
-def _score(log_p: Tensor) -> Tensor:
-    log_marginal = log_p.logsumexp(dim=0) - torch.tensor(len(log_p), dtype=log_p.dtype).log()
-    return (log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp()
+    scores = []
+    for log_p in parts:
+        log_marginal = log_p.logsumexp(dim=0) - torch.tensor(len(log_p), dtype=log_p.dtype).log()
+        scores.append((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp())
+    score = torch.stack(scores)
+    if score.min() < 1 - _ROUNDING:
+        raise AssertionError(f"an inception score is at least 1, got {score.min().item()}")
+    score = score.clamp(min=1.0)
+    return InceptionScoreResult(score.mean().item(), score.std(unbiased=splits > 1).item(), splits)

@@ -1,44 +1,58 @@
-"""What ``fastgan evaluate`` does: several metrics of one set of images, most against a reference, in one pass."""
+"""The engine of ``fastgan fid``, ``fastgan evaluate`` and ``fastgan stats save``: metrics of sets of images, each set
+read once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+import fastgan
 from fastgan._checks import InputError
 from fastgan.data.archives import open_images
 from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World
-from fastgan.metrics._fid_infinity import LEAST, InfiniteFrechet, fid_infinity
+from fastgan.metrics._fid_infinity import (
+    LEAST,
+    BiasCurve,
+    InfiniteFrechet,
+    bias_curve,
+    check_plot_path,
+    fid_infinity,
+    plot_bias,
+)
 from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
 from fastgan.metrics.backbones import Backbone
-from fastgan.metrics.bias import BiasCurve, bias_curve
-from fastgan.metrics.compare import Side, StatsFile, describe_sides, distance_label, measure, open_source
+from fastgan.metrics.features import Measured, collect
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.kid import KernelDistance, kernel_distance
+from fastgan.metrics.moments import float64_device
 from fastgan.metrics.options import FeatureOptions
 from fastgan.metrics.prdc import Neighbourhoods, precision_recall
+from fastgan.metrics.stats import FeatureStats, check_comparable, joint_precision
+from fastgan.metrics.stats_file import holds_statistics
 
 METRICS = ("fid", "fid-infinity", "kid", "is", "prdc")
-DEFAULT_METRICS = ("fid", "kid", "prdc")
+INCEPTION_DIM = 2048
+
 _NEED_BOTH = frozenset(("kid", "prdc"))
+_OTHER_NAMES = {"FID": "FD", "FID-infinity": "FD-infinity", "KID": "KD", "IS": "class score"}
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Which metrics, and their parameters."""
+    """Which metrics, their parameters, and the image file to draw the bias curve to."""
 
-    metrics: Sequence[str] = DEFAULT_METRICS
+    metrics: Sequence[str] = ("fid",)
     subsets: int = 100
     subset_size: int = 1000
     splits: int = 10
     k: int = 5
     seed: int = 0
-    bias_curve: bool = False
+    plot: Path | None = None
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -52,36 +66,41 @@ class EvaluateOptions:
         ):
             if value < least:
                 raise InputError(f"{option} must be at least {least}, got {value}")
+        if self.plot is not None:
+            check_plot_path(self.plot)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was found; None for what was not asked for. ``sides`` are the images and maybe the reference."""
+    """The results; None for what was not asked for.
 
-    sides: tuple[Side, ...]
+    Attributes:
+        sides: the images and, if there is one, the reference.
+        floor: the distance of the reference to ``second_split``, another split of the same data: what a perfect
+            generator would get.
+    """
+
+    sides: tuple[Measured, ...]
+    second_split: Measured | None = None
     fid: float | None = None
     floor: float | None = None
-    floor_side: Side | None = None
     fid_infinity: InfiniteFrechet | None = None
     kid: KernelDistance | None = None
     score: InceptionScoreResult | None = None
     neighbourhoods: Neighbourhoods | None = None
     curve: BiasCurve | None = None
 
-    @property
-    def all_sides(self) -> tuple[Side, ...]:
-        """With that of the floor, where there is one."""
-        return self.sides if self.floor_side is None else (*self.sides, self.floor_side)
-
     def name(self, metric: str) -> str:
-        """The metric's name with these features."""
-        return distance_label(self.sides[0].stats.backbone, metric)
+        """The name of ``"FID"``, ``"FID-infinity"``, ``"KID"`` or ``"IS"`` with these features: only Inception's give
+        these, others a distance with the backbone's name."""
+        backbone = next((side.stats.backbone for side in self.sides if side.stats.backbone), None)
+        return metric if backbone == "inception" else f"{_OTHER_NAMES[metric]} ({backbone or 'unknown backbone'})"
 
     def lines(self) -> list[str]:
         """For people: the sets, then a line a metric."""
         lines = [side.describe() for side in self.sides]
-        if self.floor_side is not None:
-            lines += [self.floor_side.describe(), f"floor, the last two sets' {self.name('FID')}:  {self.floor}"]
+        if self.second_split is not None:
+            lines += [self.second_split.describe(), f"floor, the last two sets' {self.name('FID')}:  {self.floor}"]
         if (kid := self.kid) is not None:
             lines.append(f"{self.name('KID')}:  {kid.mean} +- {kid.std} ({kid.subsets} subsets of {kid.subset_size})")
         if (score := self.score) is not None:
@@ -96,10 +115,7 @@ class Evaluation:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        found: dict[str, Any] = {"fid": self.fid}
-        if self.floor_side is not None:
-            found |= {"floor": self.floor, "floor_path": self.floor_side.label, "floor_n": self.floor_side.stats.n}
+        """For the JSON of ``fastgan evaluate``."""
         parts = {
             "fid_infinity": self.fid_infinity,
             "kid": self.kid,
@@ -107,8 +123,40 @@ class Evaluation:
             "prdc": self.neighbourhoods,
             "bias_curve": self.curve,
         }
-        found |= {key: asdict(part) for key, part in parts.items() if part is not None}
-        return found | {"metric": self.name("FID")} | describe_sides(self.sides)
+        found = {key: asdict(part) for key, part in parts.items() if part is not None}
+        return {"fid": self.fid} | self._floor_dict() | found | {"metric": self.name("FID")} | self._sides_dict()
+
+    def as_fid_dict(self) -> dict[str, Any]:
+        """For the JSON of ``fastgan fid``."""
+        return {"metric": self.name("FID"), "value": self.fid} | self._sides_dict() | self._floor_dict()
+
+    def _sides_dict(self) -> dict[str, Any]:
+        stats = [side.stats for side in self.sides]
+        return {
+            "backbone": next((s.backbone for s in stats if s.backbone), None),
+            "dim": stats[0].dim,
+            "resize": next((s.resize for s in stats if s.resize), None),
+            "precision": joint_precision(s.precision for s in stats),
+            "paths": [side.label for side in self.sides],
+            "n": [s.n for s in stats],
+            "skipped": [side.skipped for side in self.sides],
+            "fastgan_version": fastgan.__version__,
+        }
+
+    def _floor_dict(self) -> dict[str, Any]:
+        second = self.second_split
+        return {} if second is None else {"floor": self.floor, "floor_path": second.label, "floor_n": second.stats.n}
+
+    def plot(self, path: Path) -> None:
+        """Draw the bias curve to an image file. Raises ``InputError`` if it cannot be written."""
+        if self.curve is not None:
+            limit = None if self.fid_infinity is None else self.fid_infinity.value
+            plot_bias(self.curve, path, label=self.name("FID"), floor=self.floor, limit=limit)
+
+    def finish(self) -> None:
+        """Remove the checkpoints: to be called once the result is printed and written."""
+        for side in (*self.sides, *([] if self.second_split is None else [self.second_split])):
+            side.finish()
 
 
 def evaluate(
@@ -122,34 +170,137 @@ def evaluate(
 ) -> Evaluation:
     """Measure the images ``a`` against ``b``, by default the reference that ``a`` itself names.
 
+    Everything is checked before any feature is computed.
+
     Args:
-        a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.data.archives` knows.
-        b: the same, or an npz of statistics, with which the Frechet distances alone can be had.
+        a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.data.archives` knows; for ``fid``
+            alone also an npz of statistics.
+        b: the same, where an npz of statistics gives the Frechet distances alone.
         floor: a second split of the images of ``b``, by default the one that ``a`` names beside its reference.
 
     Raises:
         InputError: a source or an option cannot be used, or a metric needs what is not there.
     """
-    world = world or World()
+    world, metrics = world or World(), set(what.metrics)
     with world.agreed():
-        fakes = a if isinstance(a, ImageSource) else open_images(a, skip_bad=options.skip_bad)
-        reference = _reference(fakes, b, options, what)
-        second_split = None if reference is None else _second_split(fakes, b, floor, options, what)
-        _check_numbers(fakes, reference, what)
-    extra = [] if second_split is None else [second_split]
-    sources = [fakes, *([] if reference is None else [reference]), *extra]
-    network = options.network([s.stats for s in sources if isinstance(s, StatsFile)], world)
-    if "is" in what.metrics and network.head is None:
-        raise InputError(f"--metrics is needs a backbone with class scores, {network.name} ({network.dim}) has none")
-    keep_fakes = what.bias_curve or bool({"fid-infinity", "kid", "is", "prdc"} & set(what.metrics))
-    keep_reals = bool(_NEED_BOTH & set(what.metrics))
-    keep = [keep_fakes, *([] if reference is None else [keep_reals]), *([False] * len(extra))]
-    sides = measure(sources, options, world, keep_features=keep, network=network)
-    return _evaluation(sides, reference is not None, network, what)
+        fakes = open_source(a, options)
+        reals, split = _references(fakes, b, floor, options, what)
+        _check_images(fakes, reals, what)
+    sources = [source for source in (fakes, reals, split) if source is not None]
+    keep = [what.plot is not None or metrics != {"fid"}, bool(_NEED_BOTH & metrics), False][: len(sources)]
+    sides, network = measure(sources, options, world, keep_features=keep, class_scores="is" in metrics)
+
+    fake, *others = sides
+    features, found = fake.features, dict[str, Any]()
+    if "is" in metrics and features is not None and network is not None and network.head is not None:
+        logits = network.head(features.to(network.device))
+        found["score"] = inception_score(logits, splits=what.splits, seed=what.seed)
+    if not others:
+        return Evaluation((fake,), **found)
+    real = others[0]
+    if "fid" in metrics:
+        found["fid"] = frechet_distance(fake.stats, real.stats)
+    if len(others) > 1:
+        found |= {"second_split": others[1], "floor": frechet_distance(real.stats, others[1].stats)}
+    if features is not None:
+        stats = fake.stats
+        if "fid-infinity" in metrics:
+            names = {"backbone": stats.backbone, "resize": stats.resize}
+            found["fid_infinity"] = fid_infinity(features, real.stats, **names, seed=what.seed)
+        if what.plot is not None:
+            found["curve"] = bias_curve(features, real.stats, seed=what.seed)
+        if real.features is not None and "kid" in metrics:
+            sizes = {"subsets": what.subsets, "subset_size": what.subset_size}
+            found["kid"] = kernel_distance(real.features, features, **sizes, seed=what.seed)
+        if real.features is not None and "prdc" in metrics:
+            found["neighbourhoods"] = precision_recall(real.features, features, k=what.k)
+    return Evaluation((fake, real), **found)
 
 
-def _check_numbers(fakes: ImageSource, reference: ImageSource | StatsFile | None, what: EvaluateOptions) -> None:
-    """Before anything is computed: that there are as many images as each metric needs."""
+def save_stats(
+    images: Path, output: Path, options: FeatureOptions, world: World | None = None, *, root: bool = False
+) -> Measured:
+    """Write the statistics of ``images`` to ``output``, an .npz file; ``root`` as in :meth:`FeatureStats.save`.
+
+    Raises:
+        InputError: a path or an option cannot be used; ``output`` is then as it was.
+    """
+    world = world or World()
+    if output.suffix != ".npz":
+        raise InputError(f"statistics are written to an .npz file, got {output}")
+    if not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: its folder does not exist")
+    with world.agreed():
+        source = open_images(images, skip_bad=options.skip_bad)
+    (side,), _ = measure([source], options, world, keep_features=[False])
+    with world.agreed():
+        if world.is_first:
+            side.stats.save(output, root=root)
+    return side
+
+
+def merge_files(files: Sequence[Path]) -> FeatureStats:
+    """Statistics of all the images behind ``files``. Raises ``InputError`` naming the file that cannot be joined."""
+    merged = FeatureStats()
+    for file in files:
+        stats = FeatureStats.load(file)
+        try:
+            merged.merge(stats)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+    return merged
+
+
+def open_source(source: Path | ImageSource, options: FeatureOptions) -> ImageSource | Measured:
+    """Open a path: a file of statistics is read, images are not yet."""
+    if isinstance(source, ImageSource):
+        return source
+    if source.suffix != ".npz" or source.is_dir() or not holds_statistics(source):
+        return open_images(source, skip_bad=options.skip_bad)
+    stats = FeatureStats.load(source)
+    if stats.backbone is None:
+        stats.backbone = options.backbone
+    if stats.backbone is None and stats.dim == INCEPTION_DIM:  # pytorch-fid's and clean-fid's files name no network
+        options.note(f"{source} does not name its backbone; its {stats.dim} features are taken for inception's")
+        stats.backbone = "inception"
+    return Measured(str(source), stats)
+
+
+def _references(
+    fakes: ImageSource | Measured,
+    b: Path | ImageSource | None,
+    floor: Path | None,
+    options: FeatureOptions,
+    what: EvaluateOptions,
+) -> tuple[ImageSource | Measured | None, ImageSource | Measured | None]:
+    """The images to compare with, and the second split of them; None where there is none."""
+    own = fakes if b is None and isinstance(fakes, ImageSource) else None
+    given = b if own is None else own.reference
+    if given is None:
+        if tuple(what.metrics) == ("is",) and what.plot is None:
+            return None, None
+        raise InputError(f"{fakes.label} names no reference to compare it with: give a second set of images")
+    reference = open_source(given, options)
+    needing = [metric for metric in what.metrics if metric in _NEED_BOTH]
+    if isinstance(reference, Measured) and needing:
+        raise InputError(
+            f"--metrics {','.join(needing)} needs images on both sides, {reference.label} holds statistics"
+        )
+    if floor is not None:
+        return reference, open_source(floor, options)
+    if own is not None and ("fid" in what.metrics or what.plot is not None):
+        return reference, own.second_split
+    return reference, None
+
+
+def _check_images(
+    fakes: ImageSource | Measured, reference: ImageSource | Measured | None, what: EvaluateOptions
+) -> None:
+    """Raise ``InputError`` unless there are as many images as each metric needs."""
+    if tuple(what.metrics) == ("fid",) and what.plot is None:  # statistics do; two images are needed for any
+        return
+    if isinstance(fakes, Measured):
+        raise InputError(f"--metrics {','.join(what.metrics)} needs images, {fakes.label} holds statistics")
     least = {"fid-infinity": LEAST, "is": what.splits, "prdc": what.k + 1}
     for metric in what.metrics:
         needed = least.get(metric, 2)
@@ -159,67 +310,70 @@ def _check_numbers(fakes: ImageSource, reference: ImageSource | StatsFile | None
                 raise InputError(f"--metrics {metric} needs at least {needed} images, {held}")
 
 
-def _reference(
-    fakes: ImageSource, b: Path | ImageSource | None, options: FeatureOptions, what: EvaluateOptions
-) -> ImageSource | StatsFile | None:
-    given = fakes.reference if b is None else b
-    if given is None:
-        if tuple(what.metrics) == ("is",) and not what.bias_curve:
-            return None
-        raise InputError(f"{fakes.label} names no reference to compare it with: give a second set of images")
-    reference = open_source(given, options) if isinstance(given, Path) else given
-    needing = [metric for metric in what.metrics if metric in _NEED_BOTH]
-    if isinstance(reference, StatsFile) and needing:
-        raise InputError(f"--metrics {','.join(needing)} needs images on both sides, {reference.path} holds statistics")
-    return reference
+def measure(
+    sources: Sequence[ImageSource | Measured],
+    options: FeatureOptions,
+    world: World,
+    *,
+    keep_features: Sequence[bool],
+    class_scores: bool = False,
+) -> tuple[list[Measured], Backbone | None]:
+    """Statistics of each source, and features where ``keep_features`` says so, and the one network that computes them;
+    None where all sources are statistics.
+
+    Raises:
+        InputError: the sources or the options do not fit each other, a set has fewer than two images, an image cannot
+            be read, or the network has no ``class_scores``.
+    """
+    loaded = [source.stats for source in sources if isinstance(source, Measured)]
+    images = [source for source in sources if isinstance(source, ImageSource)]
+    for source in images:
+        if len(source) < 2:
+            raise InputError(f"{source.label} must hold at least 2 images for a covariance, it holds {len(source)}")
+    if not images:
+        for stats in loaded[1:]:
+            check_comparable(loaded[0], stats)
+        if options.dims not in (None, loaded[0].dim):
+            raise InputError(f"--dims must be {loaded[0].dim} for these statistics, got {options.dims}")
+        return [source for source in sources if isinstance(source, Measured)], None
+    network = options.network(loaded, world)
+    if class_scores and network.head is None:
+        raise InputError(f"--metrics is needs a backbone with class scores, {network.name} ({network.dim}) has none")
+    resize = options.resize_method(loaded, network)
+    if sum(map(len, images)) >= network.compile_from * world.size:
+        network.compile()
+    for stats in loaded:
+        check_comparable(stats, FeatureStats(network.dim, backbone=network.name, resize=resize))
+        stats.to(float64_device(network.device))
+    measured = []
+    for each, keep in zip(sources, keep_features, strict=True):
+        if isinstance(each, ImageSource):
+            with progress_bar(each.label, len(world.share(len(each)))) as advance:
+                each = collect(
+                    each,
+                    network,
+                    resize=resize,
+                    batch_size=options.batch_size,
+                    num_workers=options.num_workers,
+                    keep_features=keep,
+                    progress=advance if world.is_first else None,
+                    world=world,
+                    checkpoint=options.checkpoint,
+                )
+        measured.append(each)
+    return measured, network
 
 
-def _second_split(
-    fakes: ImageSource, b: Path | ImageSource | None, floor: Path | None, options: FeatureOptions, what: EvaluateOptions
-) -> ImageSource | StatsFile | None:
-    if floor is not None:
-        return open_source(floor, options)
-    return fakes.second_split if b is None and ("fid" in what.metrics or what.bias_curve) else None
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def _evaluation(sides: list[Side], has_reference: bool, network: Backbone, what: EvaluateOptions) -> Evaluation:
-    fake, *others = sides
-    features, metrics = fake.collected.features, set(what.metrics)
-    score = None
-    if "is" in metrics and features is not None and network.head is not None:
-        score = inception_score(network.head(features.to(network.device)), splits=what.splits, seed=what.seed)
-    if not has_reference:
-        return Evaluation((fake,), score=score)
-    real = others[0]
-    floor_side = others[1] if len(others) > 1 else None
-    infinite = curve = None
-    if features is not None:
-        stats = fake.stats
-        if "fid-infinity" in metrics:
-            infinite = fid_infinity(features, real.stats, backbone=stats.backbone, resize=stats.resize, seed=what.seed)
-        if what.bias_curve:
-            curve = bias_curve(features, real.stats, seed=what.seed)
-    return Evaluation(
-        (fake, real),
-        fid=frechet_distance(fake.stats, real.stats) if "fid" in metrics else None,
-        floor=None if floor_side is None else frechet_distance(real.stats, floor_side.stats),
-        floor_side=floor_side,
-        fid_infinity=infinite,
-        kid=_kid(real, features, what) if "kid" in metrics else None,
-        score=score,
-        neighbourhoods=_prdc(real, features, what) if "prdc" in metrics else None,
-        curve=curve,
-    )
-
-
-def _kid(real: Side, fake: Tensor | None, what: EvaluateOptions) -> KernelDistance:
-    assert real.collected.features is not None
-    assert fake is not None
-    size, subsets = what.subset_size, what.subsets
-    return kernel_distance(real.collected.features, fake, subsets=subsets, subset_size=size, seed=what.seed)
-
-
-def _prdc(real: Side, fake: Tensor | None, what: EvaluateOptions) -> Neighbourhoods:
-    assert real.collected.features is not None
-    assert fake is not None
-    return precision_recall(real.collected.features, fake, k=what.k)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)

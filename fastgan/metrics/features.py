@@ -1,19 +1,30 @@
-"""From images to :class:`FeatureStats`: of a folder, of tensors, or of whatever yields batches of them."""
+"""From images to :class:`FeatureStats`: of a folder, of tensors, or of a source that processes share."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.archives import open_images
+from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
+from fastgan.distributed import World, gather_rows
 from fastgan.metrics.backbones import Backbone
-from fastgan.metrics.collect import collect
+from fastgan.metrics.moments import float64_device
 from fastgan.metrics.stats import FeatureStats
+from fastgan.metrics.stats_file import write_npz
+
+_SAVE_EVERY = 60.0  # seconds between two checkpoints
 
 
 def folder_stats(
@@ -34,10 +45,9 @@ def folder_stats(
     source = images if isinstance(images, ImageSource) else open_images(images)
     if len(source) >= backbone.compile_from:
         backbone.compile()
-    collected = collect(
+    return collect(
         source, backbone, resize=resize, batch_size=batch_size, num_workers=num_workers, progress=progress
-    )
-    return collected.stats
+    ).stats
 
 
 def image_stats(
@@ -69,3 +79,139 @@ def image_stats(
         except ValueError as error:
             raise InputError(f"batch {number}: {error}") from error
     return stats
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A set of images, measured by all processes together, or a file of statistics in its place.
+
+    Attributes:
+        label: names the set.
+        stats: mean and covariance of the features.
+        features: the features (n, dim), float32 on the CPU, in the order of the images; None if not asked for.
+        skipped: the names of the images that could not be read.
+        checkpoint: this process's file of the pass, which :meth:`finish` removes.
+    """
+
+    label: str
+    stats: FeatureStats
+    features: Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+    checkpoint: Path | None = None
+
+    def describe(self) -> str:
+        """One line: the set, N, backbone, resizing, precision."""
+        stats = self.stats
+        parts = [
+            "N unknown" if stats.n is None else f"N = {stats.n}",
+            f"backbone {stats.backbone or 'unknown'} ({stats.dim} features)",
+            f"resize {stats.resize or 'unknown'}",
+            f"precision {stats.precision or 'unknown'}",
+        ]
+        parts += [f"{len(self.skipped)} unreadable left out"] if self.skipped else []
+        return f"{self.label}: {', '.join(parts)}"
+
+    def finish(self) -> None:
+        """Remove the checkpoint: to be called once the result is printed and written."""
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+
+def collect(
+    source: ImageSource,
+    backbone: Backbone,
+    *,
+    resize: str = "clean",
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    keep_features: bool = False,
+    progress: Callable[[int], None] | None = None,
+    world: World | None = None,
+    checkpoint: Path | None = None,
+) -> Measured:
+    """Features of all images of ``source``, shared among the processes of ``world``, of which each gets the whole.
+
+    Args:
+        checkpoint: a folder in which each process saves what it has, once a minute and at the end; a later call on the
+            same images goes on from there. The file stays: what is computed of the features may fail too.
+
+    Raises:
+        InputError: an image cannot be read, or fewer than two can.
+    """
+    world = world or World()
+    source.skipped = []
+    stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize, precision=backbone.precision)
+    features: list[Tensor] | None = [] if keep_features else None
+    share, done, path = world.share(len(source)), 0, None  # done counts the unreadable images too
+    with world.agreed():
+        if checkpoint is not None:
+            path = _checkpoint_path(checkpoint, source, backbone, resize, world, keep_features)
+        if path is not None and path.exists():
+            arrays = read_npz(path)
+            stats = FeatureStats.from_arrays(path, arrays).to(float64_device(backbone.device))
+            features = [torch.from_numpy(arrays["features"])] if keep_features else None
+            source.skipped, done = json.loads(str(arrays["skipped"])), int(arrays["done"])
+            if progress is not None and done:
+                progress(done)
+        batches = source.batches(
+            backbone.input_size,
+            batch_size=batch_size,
+            resize=resize,
+            num_workers=num_workers,
+            indices=share[done:],
+            device=backbone.device,
+            progress=progress,
+        )
+        last_save, read = time.monotonic(), done - len(source.skipped)
+        for pixels in batches:
+            batch = backbone.from_pixels(pixels)
+            stats.update(batch)
+            if features is not None:
+                features.append(batch.cpu())
+            read += len(pixels)
+            if path is not None and time.monotonic() - last_save > _SAVE_EVERY:
+                # an unreadable image is met before the batch around it is full
+                _save_checkpoint(path, stats, features, source.skipped, read + len(source.skipped))
+                last_save = time.monotonic()
+        if path is not None:
+            _save_checkpoint(path, stats, features, source.skipped, len(share))
+    if world.size > 1:
+        stats.all_reduce()
+    if (stats.n or 0) < 2:
+        raise InputError(f"{source.label} must hold at least 2 readable images for a covariance, it holds {stats.n}")
+    rows = None
+    if features is not None:
+        rows = gather_rows(torch.cat(features) if features else torch.zeros(0, stats.dim or 0), world)
+    skipped = [name for names in world.gather(source.skipped) for name in names]
+    return Measured(source.label, stats, rows, skipped, path)
+
+
+def _checkpoint_path(
+    folder: Path, source: ImageSource, backbone: Backbone, resize: str, world: World, keep_features: bool
+) -> Path:
+    """The file in ``folder`` of one pass. Other images, another backbone, resizing, precision or number of processes
+    have a file of their own, and so have images that were changed since. Raises ``InputError`` if ``folder`` cannot be
+    made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--checkpoint {folder} cannot be made: {error.strerror}") from error
+    identity = [
+        source.fingerprint(),
+        [backbone.name, backbone.dim, backbone.precision, resize],
+        [world.rank, world.size, source.skip_bad, keep_features],
+    ]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    name = re.sub(r"[^\w.-]+", "_", Path(source.label).name) or "images"
+    return folder / f"{name}-{digest}.npz"
+
+
+def _save_checkpoint(
+    path: Path, stats: FeatureStats, features: list[Tensor] | None, skipped: list[str], done: int
+) -> None:
+    if (stats.n or 0) < 2:  # no covariance yet
+        return
+    arrays = stats.to_arrays() | {"done": np.array(done), "skipped": np.array(json.dumps(skipped))}
+    if features is not None:
+        arrays["features"] = torch.cat(features).numpy()
+    write_npz(path, arrays)

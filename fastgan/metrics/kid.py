@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgan.metrics.feature_checks import check_pair
+from fastgan._checks import check_features
 
 _BLOCK = 4096
 
@@ -49,7 +49,7 @@ def kernel_distance(
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
         ValueError: ``subsets`` under 1 or ``subset_size`` under 2.
     """
-    check_pair(real, fake, least=2)
+    check_features(real=real, fake=fake, least=2)
     if subsets < 1:
         raise ValueError(f"subsets must be at least 1, got {subsets}")
     if subset_size < 2:

@@ -1,4 +1,4 @@
-"""Mean and scatter of vectors, the sum of their centred outer products: in float64, and joined without loss of digits.
+"""Mean and scatter (the sum of centred outer products) of vectors, in float64, and checks of those that users give.
 
 Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError
+from fastgan._checks import InputError, check_finite
 
 
 def centred(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:
 def joined(
     n: int | Tensor, mean: Tensor, scatter: Tensor, m: int | Tensor, other_mean: Tensor, other_scatter: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and scatter of n and m vectors together, neither side changed; zeros for none at all."""
+    """Mean and scatter of n and m vectors together; neither side is changed. The moments of no vectors are zeros."""
     total = n + m
     share = m / (total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1))
     delta = other_mean - mean
@@ -47,5 +47,45 @@ def as_float64(value: Any) -> Tensor:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Apple's GPUs have no float64; their features are gathered on the CPU."""
+    """The device of statistics of features on ``device``: the CPU for Apple's GPUs, which have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def check_moments(mean: Tensor, cov: Tensor) -> None:
+    """Raise ``InputError`` unless ``mean`` (dim,) and ``cov`` (dim, dim) are finite, ``cov`` symmetric with no negative
+    variance."""
+    if mean.ndim != 1 or mean.shape[0] == 0:
+        raise InputError(f"mean must have shape (dim,), got {tuple(mean.shape)}")
+    dim = mean.shape[0]
+    if cov.shape != (dim, dim):
+        raise InputError(f"cov must have shape ({dim}, {dim}) to go with mean, got {tuple(cov.shape)}")
+    check_finite(mean=mean, cov=cov)
+    if (cov - cov.mT).abs().max() > 1e-5 * cov.diagonal().abs().max():
+        raise InputError("cov must be symmetric")
+    if cov.diagonal().min() < 0:
+        raise InputError("cov must have no negative value on its diagonal")
+
+
+def check_factor(factor: Tensor, cov: Tensor, n: int | None) -> None:
+    """Raise ``InputError`` unless ``factor`` (n, dim) holds the centred vectors behind ``cov``."""
+    if n is None or factor.shape != (n, cov.shape[0]):
+        raise InputError(f"factor must have shape (n, dim) = ({n}, {cov.shape[0]}), got {tuple(factor.shape)}")
+    check_finite(factor=factor)
+    variance = cov.diagonal()
+    scale = variance.max()
+    off_mean = factor.mean(dim=0).abs().max() > 1e-6 * scale.sqrt()
+    off_variance = (factor.square().sum(dim=0) / (n - 1) - variance).abs().max() > 1e-6 * scale
+    if off_mean or off_variance:
+        raise InputError("factor must be the centred vectors behind mean and cov")
+
+
+def check_root(root: Tensor, cov: Tensor) -> None:
+    """Raise ``InputError`` unless ``root`` (r, dim) has root^T root = ``cov``."""
+    if root.ndim != 2 or not 0 < root.shape[0] <= root.shape[1] or root.shape[1] != cov.shape[0]:
+        raise InputError(f"root must have shape (r, dim) with r <= dim = {cov.shape[0]}, got {tuple(root.shape)}")
+    check_finite(root=root)
+    # R^T R v = cov v for one v of which no two entries are alike: the product R^T R would cost as much as a root
+    v = torch.linspace(1, 2, cov.shape[0], dtype=cov.dtype, device=cov.device).sin()
+    off = (root.mT @ (root @ v) - cov @ v).abs().max() / (cov.diagonal().max() * len(v) ** 0.5).clamp(min=1e-300)
+    if off > 1e-6:
+        raise InputError(f"root must have root^T root = cov: they differ by {off.item():.2g} of the largest variance")

@@ -1,11 +1,9 @@
-"""How features are computed where a set is given as images: the options that the commands share."""
+"""The options that the commands share: how features of images are computed."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +23,6 @@ from fastgan.metrics.backbones import (
 from fastgan.metrics.stats import FeatureStats
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class FeatureOptions:
     """None leaves a choice to the statistics given and the machine."""
@@ -43,7 +37,7 @@ class FeatureOptions:
     num_workers: int | None = None
     skip_bad: bool = False
     checkpoint: Path | None = None
-    note: Callable[[str], None] = _silent
+    note: Callable[[str], None] = lambda line: None
     """Called with each line the user should know of."""
 
     def __post_init__(self) -> None:
@@ -68,9 +62,9 @@ class FeatureOptions:
 
     def network(self, loaded: Sequence[FeatureStats], world: World) -> Backbone:
         """The backbone asked for, else that of the statistics ``loaded``, else the machine's default."""
-        name = self.backbone or next((_network_name(s.backbone) for s in loaded if s.backbone), None)
-        if name is None:
-            name = self._default_network(world)
+        recorded = next((stats.backbone for stats in loaded if stats.backbone), "")
+        # statistics computed with other weights than the published ones bear their hash behind the name
+        name = self.backbone or re.sub(r"-[0-9a-f]{8}$", "", recorded) or self._default_network(world)
         if not is_backbone_name(name):
             raise InputError(f"the backbone of the statistics must be {BACKBONE_NAMES}, got {name}")
         dims = self.dims
@@ -85,20 +79,20 @@ class FeatureOptions:
         """Inception, its weights downloaded once if need be; where they cannot be, what needs no download."""
         if self.weights is not None or default_backbone() == "inception":
             return "inception"
-        from fastgan.metrics.backbones.inception_weights import download
+        from fastgan.metrics.backbones.inception import download
 
-        problems = []
+        problem = None
         if world.is_first:
             try:
                 download()
             except InputError as error:
-                problems.append(str(error))
-        if world.gather(problems)[0]:
-            name = default_backbone()
-            if world.is_first:
-                self.note(f"comparing {name} features, which give no FID. {problems[0]}")
-            return name
-        return "inception"
+                problem = str(error)
+        if world.gather(problem)[0] is None:
+            return "inception"
+        name = default_backbone()
+        if world.is_first:
+            self.note(f"comparing {name} features, which give no FID. {problem}")
+        return name
 
     def resize_method(self, loaded: Sequence[FeatureStats], network: Backbone) -> str:
         """The resizing asked for, else that of the statistics ``loaded``, else pytorch-fid's own for Inception and
@@ -110,26 +104,6 @@ class FeatureOptions:
         return recorded or ("legacy_pytorch" if network.name.startswith("inception") else "clean")
 
 
-def _network_name(recorded: str) -> str:
-    """Statistics computed with other weights than the published ones bear their hash behind the name."""
-    return re.sub(r"-[0-9a-f]{8}$", "", recorded)
-
-
 def _check_choice(option: str, value: str | None, allowed: Sequence[str]) -> None:
     if value is not None and value not in allowed:
         raise InputError(f"{option} must be one of {', '.join(allowed)}, got {value}")
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgan.metrics.feature_checks import check_pair
+from fastgan._checks import check_features
 
 _BLOCK = 2048
 
@@ -41,7 +41,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 5) -> Neighbourhood
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    check_pair(real, fake, least=k + 1)
+    check_features(real=real, fake=fake, least=k + 1)
     real, fake = real.float(), fake.float()
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     inside, hits = 0, 0

@@ -1,4 +1,4 @@
-"""Streaming mean and covariance of features: what a Frechet distance needs of a set of images."""
+"""Streaming mean and covariance of features: all that a Frechet distance needs of a set of images."""
 
 from __future__ import annotations
 
@@ -6,17 +6,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import fastgan
 from fastgan._checks import InputError, check_tensor
+from fastgan.data.archives import read_npz
+from fastgan.distributed import collective_device, gather_objects, gather_parts
 from fastgan.linalg import covariance_factor
-from fastgan.metrics.moments import as_float64, centred, float64_device, joined, moments_of
-from fastgan.metrics.stats_checks import check_factor, check_finite, check_moments, check_root
+from fastgan.metrics.moments import (
+    as_float64,
+    centred,
+    check_factor,
+    check_moments,
+    check_root,
+    float64_device,
+    joined,
+    moments_of,
+)
+from fastgan.metrics.stats_file import moment_keys, scalar, write_npz
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from torch.distributed import ProcessGroup
+
+_TEXTS = ("backbone", "resize", "precision", "dtype")
 
 
 class FeatureStats:
@@ -84,18 +99,69 @@ class FeatureStats:
         if n is not None and n < 2:
             raise InputError(f"n must be at least 2 for a covariance, got {n}")
         stats = cls(mean.shape[0], backbone=backbone, resize=resize, precision=precision)
-        stats._n, stats._rows, stats._mean = n, None, mean
         cov = (cov + cov.mT) / 2
-        stats._scatter = cov if n is None else cov * (n - 1)
+        stats._replace(n, None, mean, cov if n is None else cov * (n - 1))
         if factor is not None:
             rows = as_float64(factor)
             check_factor(rows, cov, n)
             if rows.shape[0] <= rows.shape[1]:
-                stats._rows, stats._mean, stats._scatter = [rows + mean], None, None
+                stats._replace(n, [rows + mean])
         if root is not None:
             stats._root = as_float64(root)
             check_root(stats._root, cov)
         return stats
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
+        """Read an npz file of :meth:`save`, or of another tool; see :mod:`fastgan.metrics.stats_file` for its keys.
+
+        Files without ``n`` give statistics with ``n = None``. Nothing is unpickled.
+
+        Raises:
+            InputError: there is no such file, it is damaged or holds pickled objects, or its arrays do not fit
+                together.
+        """
+        return cls.from_arrays(path, read_npz(Path(path))).to(device)
+
+    @classmethod
+    def from_arrays(cls, path: str | Path, arrays: dict[str, np.ndarray]) -> FeatureStats:
+        """Statistics from the arrays of the npz file ``path``. Raises ``InputError`` naming the file."""
+        mu, sigma = (arrays[key] for key in moment_keys(path, arrays))
+        try:
+            n = scalar(arrays, "n", int)
+            texts = {key: scalar(arrays, key, str) for key in _TEXTS}
+            dtype = texts.pop("dtype")
+            stats = cls.from_moments(mu, sigma, n=n, factor=arrays.get("factor"), root=arrays.get("root"), **texts)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}") from error
+        stats.dtype = dtype
+        return stats
+
+    def save(self, path: str | Path, *, root: bool = False) -> None:
+        """Write an npz file that pytorch-fid and clean-fid read too, exactly at ``path``, whole or not at all.
+
+        :mod:`fastgan.metrics.stats_file` lists its keys. ``root=True`` also writes :meth:`root` where the vectors
+        themselves are not held: distances to the statistics read again then factor them no more. It doubles the file,
+        by 32 MB at dim 2048.
+
+        Raises:
+            InputError: fewer than two vectors, a covariance with a clearly negative eigenvalue where its root is asked
+                for, or the folder of ``path`` does not exist.
+        """
+        write_npz(path, self.to_arrays(root=root))
+
+    def to_arrays(self, *, root: bool = False) -> dict[str, np.ndarray]:
+        """The arrays of the file that :meth:`save` writes."""
+        arrays: dict[str, np.ndarray] = {"mu": self.mean.cpu().numpy(), "sigma": self.cov.cpu().numpy()}
+        if self._n is not None:
+            arrays["n"] = np.array(self._n, dtype=np.int64)
+        factor = self.factor
+        if factor is not None:
+            arrays["factor"] = factor.cpu().numpy()
+        elif root:
+            arrays["root"] = self.root().cpu().numpy()
+        texts = {key: getattr(self, key) for key in _TEXTS} | {"fastgan_version": fastgan.__version__}
+        return arrays | {key: np.array(text) for key, text in texts.items() if text is not None}
 
     @property
     def n(self) -> int | None:
@@ -106,6 +172,13 @@ class FeatureStats:
     def dim(self) -> int | None:
         """Features per vector; None before the first batch."""
         return self._dim
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the statistics are; None before the first vector."""
+        if self._rows:
+            return self._rows[0].device
+        return None if self._mean is None else self._mean.device
 
     @property
     def mean(self) -> Tensor:
@@ -120,23 +193,23 @@ class FeatureStats:
     def cov(self) -> Tensor:
         """Unbiased covariance (divided by n - 1), (dim, dim) float64. Raises ``InputError`` under two vectors."""
         self._require(2, "cov")
-        if self._n is None:
-            assert self._scatter is not None
-            return self._scatter.clone()
-        _, scatter = self._moments()
-        return scatter / (self._n - 1)
+        _, scatter = self.moments()
+        return scatter.clone() if self._n is None else scatter / (self._n - 1)
+
+    @property
+    def holds_vectors(self) -> bool:
+        """Whether the vectors themselves are still held, as they are while n <= dim; then :attr:`factor` exists."""
+        return bool(self._rows)
 
     @property
     def factor(self) -> Tensor | None:
         """Centred features X (n, dim) with ``X^T X / (n - 1) = cov``, float64, while n <= dim; None after that."""
-        if self._rows is None or not self._n:
-            return None
-        return centred(torch.cat(self._rows))[1]
+        return centred(torch.cat(self._rows))[1] if self._rows else None
 
     @property
     def known_root(self) -> Tensor | None:
         """What :meth:`root` returns, where that needs no work: None for n > dim before its first call."""
-        return self._root if self._rows is None or not self._n or self._n < 2 else self.root()
+        return self.root() if self._rows and self._n != 1 else self._root
 
     def root(self) -> Tensor:
         """R (r, dim), float64, with ``R^T R = cov``: factored when first asked for, and kept until vectors are added.
@@ -158,6 +231,16 @@ class FeatureStats:
                 raise InputError(str(error)) from error
         return self._root
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (dim,) and sum of centred outer products (dim, dim), float64, not to be changed in place; zeros before
+        any vector. If ``n`` is unknown, the covariance stands in for the sum."""
+        if self._rows:
+            return moments_of(torch.cat(self._rows))
+        if self._mean is not None and self._scatter is not None:
+            return self._mean, self._scatter
+        dim = self._dim or 0
+        return torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+
     def update(self, features: Tensor | npt.ArrayLike) -> FeatureStats:
         """Add a batch of features (batch, dim) of any floating dtype; returns self.
 
@@ -167,16 +250,21 @@ class FeatureStats:
         """
         batch = features.detach() if isinstance(features, Tensor) else torch.as_tensor(features)
         check_tensor("features", batch, ndim=2)
-        self._require_known_n("update")
+        n = self._known_n("update")
         self._check_dim(batch.shape[1], "features")
-        check_finite(batch, seen=self._n or 0)
+        finite = torch.isfinite(batch).all(dim=1)
+        if not finite.all():
+            row = int(torch.nonzero(~finite)[0])
+            raise InputError(
+                f"features must be finite: row {row} of this batch (vector {n + row} in all) has NaN or infinity"
+            )
         if batch.shape[0] == 0:
             return self
         self.dtype = str(batch.dtype).removeprefix("torch.") if self.dtype is None else self.dtype
         self._dim = batch.shape[1]
         device = self.device or float64_device(batch.device)
         # a copy even of float64 input: the caller may write into its buffer again
-        self._join_rows([batch.to(device=device, dtype=torch.float64, copy=True)])
+        self._join_rows(n, [batch.to(device=device, dtype=torch.float64, copy=True)])
         return self
 
     def merge(self, other: FeatureStats) -> FeatureStats:
@@ -186,8 +274,7 @@ class FeatureStats:
             ValueError: the dimensions, backbones or resizing methods differ, or one side comes from a file without
                 ``n``.
         """
-        self._require_known_n("merge")
-        other._require_known_n("merge")
+        n, added = self._known_n("merge"), other._known_n("merge")
         if other._dim is not None:
             self._check_dim(other._dim, "other")
         check_comparable(self, other)
@@ -195,18 +282,18 @@ class FeatureStats:
         self.resize = self.resize or other.resize
         self.dtype = self.dtype or other.dtype
         self.precision = joint_precision([self.precision, other.precision])
-        if not other._n:
+        if not added:
             return self
         self._dim = other._dim
         device = self.device or other.device
         if other._rows is not None:
-            self._join_rows([rows.to(device) for rows in other._rows])
+            self._join_rows(n, [rows.to(device) for rows in other._rows])
         else:
-            mean, scatter = other._moments()
-            self._join_moments(other._n, mean.to(device), scatter.to(device))
+            mean, scatter = other.moments()
+            self._join_moments(n, added, mean.to(device), scatter.to(device))
         return self
 
-    def all_reduce(self, group: ProcessGroup | None = None) -> FeatureStats:
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> FeatureStats:
         """Join the statistics of all processes of ``group`` (None: the default one); every process then has them all.
 
         A collective call: every process must make it, also one that has seen no vectors. It sends one (dim, dim) sum,
@@ -216,23 +303,43 @@ class FeatureStats:
             ValueError: the processes' dimensions, backbones or resizing methods differ, or an ``n`` is unknown.
             RuntimeError: torch.distributed is not initialised.
         """
-        from fastgan.metrics.reduction import all_reduce_stats
-
-        all_reduce_stats(self, group)
+        header = {key: getattr(self, key) for key in ("n", "dim", *_TEXTS)} | {"held": self._rows is not None}
+        headers = gather_objects(header, group)
+        for rank, header in enumerate(headers):
+            if header["n"] is None:
+                raise InputError(f"cannot all_reduce statistics whose n is unknown, as they are in process {rank}")
+        for key in ("dim", "backbone", "resize"):
+            known = {header[key] for header in headers if header[key] is not None}
+            if len(known) > 1:
+                raise InputError(f"the processes' statistics differ in {key}: {', '.join(sorted(map(str, known)))}")
+        counts = [header["n"] for header in headers]
+        total = sum(counts)
+        if not total:
+            return self
+        self._dim, self.backbone, self.resize, self.dtype = (
+            next((header[key] for header in headers if header[key] is not None), None)
+            for key in ("dim", "backbone", "resize", "dtype")
+        )
+        self.precision = joint_precision(header["precision"] for header in headers)
+        assert self._dim is not None
+        device = collective_device(group)
+        home = self.device or device
+        if total <= self._dim and all(header["held"] for header in headers):
+            rows = torch.cat(self._rows) if self._rows else torch.zeros(0, self._dim, dtype=torch.float64)
+            self._replace(total, [torch.cat(gather_parts(rows, counts, group)).to(home)])
+            return self
+        mean, scatter = self.moments()
+        mean, scatter = mean.to(device), scatter.to(device, copy=True)
+        joint_mean, seen = torch.zeros_like(mean), 0
+        for count, (part,) in zip(counts, gather_parts(mean[None], [1] * len(counts), group), strict=True):
+            if count:
+                seen += count
+                joint_mean = joint_mean + (part - joint_mean) * (count / seen)
+        delta = mean - joint_mean
+        scatter.addr_(delta, delta, alpha=counts[dist.get_rank(group)])
+        dist.all_reduce(scatter, group=group)
+        self._replace(total, None, joint_mean.to(home), scatter.to(home))
         return self
-
-    def save(self, path: str | Path, *, root: bool = False) -> None:
-        """Write an npz that pytorch-fid and clean-fid read too; see :func:`fastgan.metrics.stats_file.save_stats`."""
-        from fastgan.metrics.stats_file import save_stats
-
-        save_stats(self, path, root=root)
-
-    @classmethod
-    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> FeatureStats:
-        """Read an npz of this or another tool; see :func:`fastgan.metrics.stats_file.load_stats`."""
-        from fastgan.metrics.stats_file import load_stats
-
-        return load_stats(path, device=device)
 
     def to(self, device: torch.device | str) -> FeatureStats:
         """Move everything to ``device``, in place; returns self."""
@@ -246,74 +353,33 @@ class FeatureStats:
     def __repr__(self) -> str:
         return f"FeatureStats(n={self._n}, dim={self._dim}, backbone={self.backbone!r}, resize={self.resize!r})"
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where the statistics are; None before the first vector."""
-        if self._rows:
-            return self._rows[0].device
-        return None if self._mean is None else self._mean.device
+    def _replace(self, n: int | None, rows: list[Tensor] | None, *moments: Tensor) -> None:
+        """Take ``n`` vectors, or the mean and scatter of so many, in the place of all seen before."""
+        self._n, self._rows, self._root = n, rows, None
+        self._mean, self._scatter = moments or (None, None)
 
-    def rows(self) -> Tensor:
-        """The vectors seen, (n, dim) float64, while they are all held. Raises ``InputError`` once they are not."""
-        if self._rows is None:
-            raise InputError("the vectors are not held any more")
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, self._dim or 0, dtype=torch.float64)
+    def _join_rows(self, n: int, rows: list[Tensor]) -> None:
+        added = sum(len(batch) for batch in rows)
+        if self._rows is not None and self._dim is not None and n + added <= self._dim:
+            self._replace(n + added, self._rows + rows)
+        else:
+            self._join_moments(n, added, *moments_of(torch.cat(rows)))
 
-    def moments(self, dim: int, device: torch.device) -> tuple[int, Tensor, Tensor]:
-        """Number, mean (dim,) and sum of centred outer products (dim, dim), float64 copies; zeros before any row."""
-        if not self._n:
-            zeros = torch.zeros(dim, dim + 1, dtype=torch.float64, device=device)
-            return 0, zeros[:, 0].clone(), zeros[:, 1:].contiguous()
-        mean, scatter = self._moments()
-        return self._n, mean.to(device, copy=True), scatter.to(device, copy=True)
-
-    def replace_by_rows(self, rows: Tensor, *, like: FeatureStats) -> None:
-        """Become the statistics of ``rows`` (n, dim), float64, n <= dim, with the header of ``like``."""
-        self._take_header(like)
-        self._n, self._rows, self._mean, self._scatter, self._root = rows.shape[0], [rows], None, None, None
-
-    def replace_by_moments(self, n: int, mean: Tensor, scatter: Tensor, *, like: FeatureStats) -> None:
-        """Become the statistics with these :meth:`moments` and the header of ``like``."""
-        self._take_header(like)
-        self._n, self._rows, self._mean, self._scatter, self._root = n, None, mean, scatter, None
-
-    def _take_header(self, other: FeatureStats) -> None:
-        self._dim, self.backbone, self.resize, self.dtype = other._dim, other.backbone, other.resize, other.dtype
-        self.precision = other.precision
-
-    def _join_rows(self, rows: list[Tensor]) -> None:
-        assert self._n is not None
-        assert self._dim is not None
-        added = sum(r.shape[0] for r in rows)
-        self._root = None
-        if self._rows is not None and self._n + added <= self._dim:
-            self._rows.extend(rows)
-            self._n += added
-            return
-        self._join_moments(added, *moments_of(torch.cat(rows)))
-
-    def _join_moments(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        if self._n:
-            mean, scatter = joined(self._n, *self._moments(), n, mean, scatter)
-            n += self._n
-        self._n, self._rows, self._mean, self._scatter, self._root = n, None, mean, scatter, None
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        if self._rows is not None:
-            return moments_of(torch.cat(self._rows))
-        assert self._mean is not None
-        assert self._scatter is not None
-        return self._mean, self._scatter
+    def _join_moments(self, n: int, added: int, mean: Tensor, scatter: Tensor) -> None:
+        if n:
+            mean, scatter = joined(n, *self.moments(), added, mean, scatter)
+        self._replace(n + added, None, mean, scatter)
 
     def _require(self, least: int, what: str) -> None:
         if self._n is not None and self._n < least:
             raise InputError(f"{what} needs at least {least} feature vector{'s' * (least > 1)}, there are {self._n}")
 
-    def _require_known_n(self, action: str) -> None:
+    def _known_n(self, action: str) -> int:
         if self._n is None:
             raise InputError(
                 f"cannot {action} statistics whose n is unknown (they come from a file with mu and sigma only)"
             )
+        return self._n
 
     def _check_dim(self, dim: int, name: str) -> None:
         if dim < 1:
@@ -323,7 +389,7 @@ class FeatureStats:
 
 
 def joint_precision(precisions: Iterable[str | None]) -> str | None:
-    """Of statistics of these precisions together, as far as they are known."""
+    """The precision of statistics of these precisions joined, as far as they are known."""
     known = {precision for precision in precisions if precision is not None}
     return "mixed" if len(known) > 1 else next(iter(known), None)
 

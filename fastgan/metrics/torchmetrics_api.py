@@ -6,6 +6,7 @@ features come from fastgan's backbones, and torch-fidelity is not needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 from fastgan._checks import InputError
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, load_backbone
-from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.frechet_many import paired_frechet_distances
+from fastgan.metrics.frechet import frechet_distance, paired_frechet_distances
 from fastgan.metrics.kid import kernel_distance
-from fastgan.metrics.packed_moments import empty_moments, merge_moments, moments_of, to_stats
+from fastgan.metrics.moments import joined
 from fastgan.metrics.prdc import precision_recall
 from fastgan.metrics.stats import FeatureStats
 
@@ -69,27 +69,25 @@ class FeatureMetric(Metric):
         self.reset_real_features = reset_real_features
         self.normalize = normalize
         self.resize = resize
-        self._weights = feature_extractor_weights_path
-        self._precision = precision
-        self.extractor = self._extractor(feature)
-        self.num_features = self._find_num_features(input_img_size)
-
-    def _extractor(self, feature: int | str | nn.Module | Backbone) -> nn.Module | Backbone:
-        if isinstance(feature, nn.Module | Backbone):
-            return feature.eval() if isinstance(feature, nn.Module) else feature
-        if isinstance(feature, bool) or not isinstance(feature, int | str):
+        if isinstance(feature, nn.Module):
+            self.extractor: nn.Module | Backbone = feature.eval()
+        elif isinstance(feature, Backbone):
+            self.extractor = feature
+        elif isinstance(feature, bool) or not isinstance(feature, int | str):
             raise ValueError(f"feature must be an int, 'logits', a module or a Backbone, got {feature!r}")
-        return load_backbone("inception", weights=self._weights, dims=feature, precision=self._precision)
+        else:
+            path = feature_extractor_weights_path
+            self.extractor = load_backbone("inception", weights=path, dims=feature, precision=precision)
 
-    def _find_num_features(self, size: tuple[int, int, int]) -> int:
         if isinstance(self.extractor, Backbone):
             if self.extractor.dim is None:
                 raise ValueError(f"backbone {self.extractor.name} must be made with its dim")
-            return self.extractor.dim
-        if isinstance(getattr(self.extractor, "num_features", None), int):
-            return int(self.extractor.num_features)  # type: ignore[arg-type]
-        images = torch.zeros(1, *size, dtype=torch.float32 if self.normalize else torch.uint8)
-        return self.extract(images).shape[1]
+            self.num_features = self.extractor.dim
+        elif isinstance(found := getattr(self.extractor, "num_features", None), int):
+            self.num_features = found
+        else:
+            images = torch.zeros(1, *input_img_size, dtype=torch.float32 if normalize else torch.uint8)
+            self.num_features = self.extract(images).shape[1]
 
     def extract(self, imgs: Tensor) -> Tensor:
         """Features (n, dim) of images (n, c, h, w).
@@ -124,6 +122,9 @@ class FrechetInceptionDistance(FeatureMetric):
     """The Frechet distance of the real and the fake images; the FID for ``feature=2048``. Lower is better.
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017.
+
+    Each side is one float64 tensor (dim + 1, dim + 1), which torchmetrics gathers from all processes: the number of
+    vectors in the corner, the mean in the rest of the first row, and the sum of centred outer products below it.
     """
 
     plot_lower_bound = 0.0
@@ -132,19 +133,45 @@ class FrechetInceptionDistance(FeatureMetric):
 
     def __init__(self, feature: int | str | nn.Module | Backbone = 2048, *args: Any, **kwargs: Any) -> None:
         super().__init__(feature, *args, **kwargs)
+        size = self.num_features + 1
         for side in _SIDES:
-            self.add_state(side, empty_moments(self.num_features), dist_reduce_fx=merge_moments)
+            self.add_state(side, torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
-        side = "real" if real else "fake"
-        features = self.extract(imgs)
-        setattr(self, side, merge_moments([getattr(self, side), moments_of(features).to(self.device)]))
+        side, features = "real" if real else "fake", self.extract(imgs)
+        stats = FeatureStats(features.shape[1]).update(features)
+        added = _packed(stats.n or 0, *stats.moments()).to(self.device)
+        setattr(self, side, merge_moments([getattr(self, side), added]))
 
     def compute(self) -> Tensor:
         """The distance, float64. Raises ``InputError`` where a side has fewer than 2 images."""
-        value = frechet_distance(to_stats(self.real, "real"), to_stats(self.fake, "fake"))
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+        stats = []
+        for side in _SIDES:
+            count, mean, scatter = _unpacked(getattr(self, side))
+            n = int(count.item())
+            if n < 2:
+                raise InputError(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
+            stats.append(FeatureStats.from_moments(mean, scatter / (n - 1), n=n))
+        return torch.tensor(frechet_distance(*stats), dtype=torch.float64, device=self.device)
+
+
+def merge_moments(parts: Tensor | Sequence[Tensor]) -> Tensor:
+    """The moments of all vectors behind ``parts``, packed as :class:`FrechetInceptionDistance` holds them."""
+    merged, *others = parts
+    for other in others:
+        merged = _packed(merged[0, 0] + other[0, 0], *joined(*_unpacked(merged), *_unpacked(other)))
+    return merged
+
+
+def _packed(n: int | Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
+    packed = scatter.new_zeros(len(mean) + 1, len(mean) + 1)
+    packed[0, 0], packed[0, 1:], packed[1:, 1:] = n, mean, scatter
+    return packed
+
+
+def _unpacked(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return moments[0, 0], moments[0, 1:], moments[1:, 1:]
 
 
 class _KeptFeatures(FeatureMetric):
@@ -174,8 +201,7 @@ class KernelInceptionDistance(_KeptFeatures):
 
     Args:
         feature: as in :class:`FeatureMetric`.
-        subsets, subset_size, degree, gamma, coef, seed: as in
-            :func:`fastgan.metrics.kid.kernel_distance`.
+        subsets, subset_size, degree, gamma, coef, seed: as in :func:`fastgan.metrics.kernel_distance`.
         args, kwargs: as in :class:`FeatureMetric`.
     """
 
@@ -192,14 +218,8 @@ class KernelInceptionDistance(_KeptFeatures):
         **kwargs: Any,
     ) -> None:
         super().__init__(feature, *args, **kwargs)
-        self._options: dict[str, Any] = {
-            "subsets": subsets,
-            "subset_size": subset_size,
-            "degree": degree,
-            "gamma": gamma,
-            "coef": coef,
-            "seed": seed,
-        }
+        self._options: dict[str, Any] = {"subsets": subsets, "subset_size": subset_size, "seed": seed}
+        self._options |= {"degree": degree, "gamma": gamma, "coef": coef}
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the subsets."""
@@ -235,7 +255,7 @@ class InceptionScore(FeatureMetric):
         feature: a module that returns class scores, a :class:`Backbone` with a head, or ``"logits_unbiased"``, which is
             Inception's scores without their bias.
         normalize: as in :class:`FeatureMetric`.
-        splits, seed: as in :func:`fastgan.metrics._inception_score.inception_score`.
+        splits, seed: as in :func:`fastgan.metrics.inception_score`.
         kwargs: as in :class:`FeatureMetric`.
     """
 

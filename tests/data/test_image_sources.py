@@ -10,8 +10,9 @@ from PIL import Image
 
 from fastgan.data.decode import read_image
 from fastgan.data.image_sources import find_images
-from fastgan.data.resize import RESIZE_METHODS, resize_array
+from fastgan.data.resize import RESIZE_METHODS
 from fastgan.metrics import ImageFolder, InputError
+from tests.data.resizing import resize_array
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

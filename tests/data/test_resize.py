@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan.data.resize import RESIZE_METHODS, resize_array, resize_tensor
+from fastgan.data.resize import RESIZE_METHODS, resize_tensor
+from tests.data.resizing import resize_array
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastgan.metrics import Backbone, InputError, default_backbone, image_stats, load_backbone
-from fastgan.metrics.backbones import efficientnet_lite0, inception_weights
+from fastgan.metrics.backbones import efficientnet_lite0, inception
 from fastgan.metrics.backbones.base import load_weights
 
 needs_wheel = pytest.mark.skipif(
@@ -236,17 +236,17 @@ def no_inception(monkeypatch, tmp_path):
     def offline(url, *args, **kwargs):
         raise URLError("no network")
 
-    monkeypatch.delenv(inception_weights.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(inception.ENVIRONMENT, raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(inception_weights, "urlopen", offline)
-    return tmp_path / "hub" / "checkpoints" / inception_weights.FILE_NAME
+    monkeypatch.setattr(inception, "urlopen", offline)
+    return tmp_path / "hub" / "checkpoints" / inception.FILE_NAME
 
 
 def test_inception_offline_says_what_to_fetch_and_where_to_put_it(no_inception):
     assert default_backbone() == "efficientnet_lite0"
     with pytest.raises(InputError) as error:
         load_backbone("inception")
-    for part in (inception_weights.URL, str(no_inception), "--weights", "FASTGAN_INCEPTION_WEIGHTS", "no network"):
+    for part in (inception.URL, str(no_inception), "--weights", "FASTGAN_INCEPTION_WEIGHTS", "no network"):
         assert part in str(error.value)
 
 
@@ -257,15 +257,15 @@ def test_inception_is_downloaded_once_and_its_hash_checked(no_inception, monkeyp
         fetched.append((url, hash_prefix))
         Path(path).write_bytes(b"weights")
 
-    monkeypatch.setattr(inception_weights, "urlopen", lambda url, timeout: io.BytesIO())
+    monkeypatch.setattr(inception, "urlopen", lambda url, timeout: io.BytesIO())
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    assert inception_weights.download() == no_inception
-    assert fetched == [(inception_weights.URL, "6726825d")]
-    monkeypatch.setattr(inception_weights, "HASH_PREFIX", hashlib.sha256(b"weights").hexdigest()[:8])
-    assert inception_weights.local_weights() == no_inception
-    monkeypatch.setenv(inception_weights.OFFLINE, "1")
+    assert inception.download() == no_inception
+    assert fetched == [(inception.URL, "6726825d")]
+    monkeypatch.setattr(inception, "HASH_PREFIX", hashlib.sha256(b"weights").hexdigest()[:8])
+    assert inception.local_weights() == no_inception
+    monkeypatch.setenv(inception.OFFLINE, "1")
     with pytest.raises(InputError, match="FASTGAN_OFFLINE is set"):
-        inception_weights.download()
+        inception.download()
 
 
 def test_a_damaged_cache_is_noticed(no_inception):
@@ -276,9 +276,9 @@ def test_a_damaged_cache_is_noticed(no_inception):
 
 
 def test_the_environment_names_the_weights(no_inception, monkeypatch, tmp_path):
-    monkeypatch.setenv(inception_weights.ENVIRONMENT, str(tmp_path / "w.pth"))
+    monkeypatch.setenv(inception.ENVIRONMENT, str(tmp_path / "w.pth"))
     with pytest.raises(InputError, match="no such file"):
         default_backbone()
     (tmp_path / "w.pth").write_bytes(b"x")
     assert default_backbone() == "inception"
-    assert inception_weights.local_weights() == tmp_path / "w.pth"
+    assert inception.local_weights() == tmp_path / "w.pth"

@@ -1,10 +1,20 @@
-"""The distance against scipy's and against closed forms; low-rank against full; refused comparisons."""
+"""The distance against scipy's and against closed forms; low-rank against full; many in one call; as a loss."""
 
 import numpy as np
 import pytest
 import torch
 
-from fastgan.metrics import FeatureStats, InputError, frechet_distance
+from fastgan.linalg import trace_sqrt_product_from_factors
+from fastgan.metrics import (
+    FeatureStats,
+    FrechetLoss,
+    InputError,
+    frechet_distance,
+    frechet_distances,
+    paired_frechet_distances,
+)
+from tests.linalg.spectra import count_factorisations
+from tests.metrics.rows import rows, stats
 
 
 def sample(n, dim, seed, decay=0.0, dtype=torch.float64):
@@ -111,3 +121,104 @@ def test_different_features_are_not_compared(what):
         frechet_distance(a, b)
     setattr(b, what, "one")
     assert frechet_distance(a, b) == unknown
+
+
+@pytest.mark.parametrize("reference", [50, 6])
+def test_many_against_one_equal_one_by_one(reference, monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.frechet._MATRIX_BYTES", 2 * 8 * 8 * 8)  # two covariances at a time
+    one = stats(reference)
+    many = [stats(n, seed, shift=0.1 * seed) for seed, n in enumerate((30, 5, 40, 8, 60, 9), start=1)]
+    expected = torch.tensor([frechet_distance(one, other) for other in many], dtype=torch.float64)
+    torch.testing.assert_close(frechet_distances(one, many), expected, rtol=1e-9, atol=1e-10)
+    assert frechet_distances(one, []).shape == (0,)
+    with pytest.raises(InputError, match="candidate 1: the two statistics differ in dim: 8 and 5"):
+        frechet_distances(one, [many[0], stats(9, dim=5)])
+    with pytest.raises(InputError, match="candidate 0: at least 2 feature vectors"):
+        frechet_distances(one, [stats(1)])
+
+
+def test_the_reference_is_factored_once_and_a_known_root_never(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.frechet._MATRIX_BYTES", 2 * 8 * 8 * 8)
+    many = [stats(n, seed) for seed, n in enumerate((30, 5, 40, 6, 60, 5), start=1)]
+    one = stats(50)
+    assert count_factorisations(lambda: frechet_distances(one, many)) == 1
+    expected = frechet_distances(one, many)
+    stats(50).save(tmp_path / "with.npz", root=True)
+    for known in (one, FeatureStats.load(tmp_path / "with.npz")):
+        assert count_factorisations(lambda known=known: frechet_distances(known, many)) == 0
+        torch.testing.assert_close(frechet_distances(known, many), expected, rtol=1e-12, atol=1e-12)
+        assert count_factorisations(lambda known=known: [frechet_distance(known, c) for c in many]) == 0
+        assert count_factorisations(lambda known=known: [frechet_distance(c, known) for c in many]) == 0
+        assert frechet_distance(known, many[0]) == pytest.approx(expected[0].item(), rel=1e-9)
+    one.update(rows(3, seed=9))
+    assert one.known_root is None
+    assert count_factorisations(lambda: frechet_distances(one, many)) == 1
+    other = frechet_distance(one, many[0])
+    assert other == pytest.approx(frechet_distance(one, many[0], method="full"), rel=1e-9)
+    assert other != pytest.approx(expected[0].item(), rel=1e-3)
+
+
+def test_candidates_of_one_size_are_one_call(monkeypatch):
+    calls = []
+
+    def spy(f, g=None, *, cov=None):
+        calls.append(tuple(None if x is None else tuple(x.shape) for x in (f, g, cov)))
+        return trace_sqrt_product_from_factors(f, g, cov=cov)
+
+    monkeypatch.setattr("fastgan.metrics.frechet.trace_sqrt_product_from_factors", spy)
+    frechet_distances(stats(50), [stats(n, seed) for seed, n in enumerate((5, 7, 30, 5, 20, 5))])
+    assert calls == [((3, 5, 8), (8, 8), None), ((1, 7, 8), (8, 8), None), ((8, 8), None, (2, 8, 8))]
+
+
+@pytest.mark.parametrize("n", [4, 30])
+def test_a_singular_reference_of_many(n):
+    """Features of rank 5 or below in 8 dimensions, also where there are more vectors than dimensions."""
+    reference = FeatureStats().update(rows(n, 5) @ rows(5, 8, seed=3))
+    many = [stats(n, seed) for seed, n in enumerate((30, 5, 40, 12), start=1)]
+    many.append(FeatureStats().update(rows(30, 3, seed=4) @ rows(3, 8, seed=5)))
+    expected = [frechet_distance(reference, other, method="full") for other in many]
+    root = reference.root()
+    assert root.shape == (min(n, 5), 8)
+    torch.testing.assert_close(root.mT @ root, reference.cov, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        frechet_distances(reference, many), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_pairs_equal_one_by_one(monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.frechet._MATRIX_BYTES", 3 * 8 * 7 * 7)
+    sizes = ((5, 7), (2, 2), (30, 4), (40, 50), (7, 7), (3, 6), (8, 5))
+    real = [stats(n, seed) for seed, (n, _) in enumerate(sizes)]
+    fake = [stats(n, 50 + seed, shift=0.3) for seed, (_, n) in enumerate(sizes)]
+    expected = [frechet_distance(a, b) for a, b in zip(real, fake, strict=True)]
+    torch.testing.assert_close(
+        paired_frechet_distances(real, fake), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-10
+    )
+    with pytest.raises(InputError, match="pair 2: at least 2"):
+        paired_frechet_distances([*real[:2], stats(1)], fake[:3])
+
+
+@pytest.mark.parametrize("n", [5, 30])
+@pytest.mark.parametrize("reference", [50, 4])
+def test_the_loss_is_the_distance_and_has_its_gradient(n, reference):
+    target = stats(reference)
+    loss = FrechetLoss(target)
+    x = rows(n, seed=2, shift=0.5).requires_grad_()
+    assert loss(x).item() == pytest.approx(frechet_distance(target, FeatureStats().update(x.detach())), rel=1e-6)
+    if reference > 8:  # in the directions that a singular reference lacks, the distance has no derivative
+        torch.autograd.gradcheck(loss, (x,))
+    assert loss(x.float()).dtype == torch.float32
+
+
+def test_descending_the_loss_approaches_the_reference():
+    loss = FrechetLoss(stats(200))
+    x = rows(40, seed=2, shift=1.0).requires_grad_()
+    optimizer = torch.optim.SGD([x], lr=5.0)
+    before = loss(x).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(x).backward()
+        optimizer.step()
+    assert loss(x).item() < 0.01 * before
+    with pytest.raises(InputError, match=r"features must have shape \(n, 8\) with n >= 2, got \(1, 8\)"):
+        loss(x[:1])

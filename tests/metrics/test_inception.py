@@ -14,27 +14,10 @@ from torchvision.models import inception_v3
 
 from fastgan.metrics import Backbone, InputError, load_backbone
 from fastgan.metrics.backbones import inception
+from fastgan.metrics.backbones.base import can_pack, resolve_precision
 from fastgan.metrics.backbones.inception_network import ConvNorm
-from fastgan.metrics.backbones.packed import can_pack
-from fastgan.metrics.backbones.precision import resolve_precision
 from tests.accuracy import assert_as_accurate
-
-
-def randomize(network):
-    """Weights at which activations neither die nor grow, and normalisations that are not the identity."""
-    generator = torch.Generator().manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
-            for value, low, high in (
-                (module.weight, 0.7, 1.3),
-                (module.bias, -0.3, 0.3),
-                (module.running_mean, -0.3, 0.3),
-                (module.running_var, 0.7, 1.3),
-            ):
-                nn.init.uniform_(value, low, high, generator=generator)
-    return network.eval()
+from tests.metrics.random_weights import randomize
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +146,7 @@ def test_packed_convolutions_change_nothing(weights, monkeypatch):
 def test_compiled_features_equal_plain_ones(weights):
     """The first blocks only: the whole network takes a minute to compile and is compared by the benchmark."""
     backbone = load_backbone("inception", weights=weights, dims=64, precision="fp32").compile()
-    assert backbone.compiled
+    assert backbone._compiled is not None
     images = torch.randint(0, 256, (3, 3, 40, 30), dtype=torch.uint8)
     plain = load_backbone("inception", weights=weights, dims=64, precision="fp32")(images)
     features = backbone(images)
@@ -171,8 +154,10 @@ def test_compiled_features_equal_plain_ones(weights):
     torch.testing.assert_close(backbone(images[:1]), features[:1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_of_the_users_is_not_compiled():
-    assert not Backbone(nn.Flatten(), name="flat").compile().compiled
+def test_a_network_of_the_users_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    backbone = Backbone(nn.Flatten(), name="flat").compile()
+    assert backbone(torch.zeros(2, 3, 1, 1)).shape == (2, 3)
 
 
 def test_precision_and_dims(weights):

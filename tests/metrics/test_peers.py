@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from fastgan.cli import app
 from fastgan.metrics import Backbone, FeatureStats, folder_stats, frechet_distance
-from fastgan.metrics.backbones import inception, inception_weights
+from fastgan.metrics.backbones import inception
 from fastgan.metrics.backbones.inception import InceptionV3
-from tests.metrics.test_inception import randomize
+from tests.metrics.random_weights import randomize
 
 DIMS = 64
 
@@ -37,7 +37,7 @@ def random_weights(tmp_path, monkeypatch):
     torch.save(network.state_dict(), path)
     monkeypatch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *args, **kwargs: network.state_dict())
     monkeypatch.setattr(inception, "HASH_PREFIX", "")
-    monkeypatch.setenv(inception_weights.ENVIRONMENT, str(path))
+    monkeypatch.setenv(inception.ENVIRONMENT, str(path))
 
 
 def run(*arguments):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.metrics.backbones.base import Backbone
-from fastgan.metrics.backbones.precision import PRECISIONS
+from fastgan.metrics.backbones.base import PRECISIONS, Backbone
 
 BACKBONES = ("inception", "efficientnet_lite0", "dinov2", "clip")
 
@@ -48,7 +47,7 @@ def load_backbone(
         dims: inception alone has a choice: 64, 192, 768, 2048 (the default) or ``"logits"``.
         device: where the network runs.
         precision: ``"auto"``, ``"fp32"``, ``"tf32"`` or ``"bf16"``; see
-            :func:`fastgan.metrics.backbones.precision.resolve_precision`.
+            :func:`fastgan.metrics.backbones.base.resolve_precision`.
 
     Raises:
         ValueError: unknown name or precision, or ``weights`` or ``dims`` with a callable.
@@ -86,6 +85,6 @@ def is_backbone_name(name: str) -> bool:
 
 def default_backbone() -> str:
     """``"inception"`` where its weights are at hand, which makes the distance an FID, else ``"efficientnet_lite0"``."""
-    from fastgan.metrics.backbones.inception_weights import local_weights
+    from fastgan.metrics.backbones.inception import local_weights
 
     return "efficientnet_lite0" if local_weights() is None else "inception"

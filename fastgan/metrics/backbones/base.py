@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan._checks import FLOATS, InputError, check_tensor
 from fastgan.data.resize import check_resize, resize_tensor
-from fastgan.metrics.backbones.packed import can_pack
-from fastgan.metrics.backbones.precision import float32_arithmetic, resolve_precision
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 # on a CPU a batch this small keeps the early, wide feature maps in cache: up to twice the throughput of 64
 _CPU_CHUNK = 16
@@ -35,12 +37,11 @@ class Backbone:
         normalize: from pixels in [0, 255] to the network's input; None divides by 255.
         device: where the network runs.
         precision: of the network's arithmetic: ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``, see
-            :func:`fastgan.metrics.backbones.precision.resolve_precision`. The features are float32 in all cases.
-        own: the network is nobody else's: bf16 then converts its weights once, where autocast would do so at each call,
-            and :meth:`compile` may compile it.
+            :func:`resolve_precision`. The features are float32 in all cases.
+        own: fastgan owns the network and may modify it: bf16 then converts its weights once, where autocast would do so
+            at each call, and :meth:`compile` may compile it.
         head: from features (n, dim) to class scores (n, classes), for the inception score.
-        pack: of an ``own`` network: called once its weights are final, where it runs on a CPU that has
-            :mod:`fastgan.metrics.backbones.packed`.
+        pack: of an ``own`` network: called once its weights are final, if it runs on a CPU where :func:`can_pack`.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class Backbone:
         self._input_dtype = torch.bfloat16 if self._own and self.precision == "bf16" else torch.float32
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._compiled_size = 0
-        if self._own:
-            self._module.to(self._input_dtype)
+        if self._own and isinstance(self._network, nn.Module):
+            self._network.to(self._input_dtype)
         self._packed = pack is not None and self.device.type == "cpu" and can_pack(self._input_dtype)
         if self._packed and pack is not None:
             pack()
@@ -80,16 +81,11 @@ class Backbone:
         """Number of images from which on the compilation costs less time than it saves."""
         return _COMPILE_PACKED_FROM if self._packed else _COMPILE_FROM
 
-    @property
-    def compiled(self) -> bool:
-        """Whether :meth:`compile` has been called and the network can be compiled."""
-        return self._compiled is not None
-
     def compile(self) -> Backbone:
         """Compile the network at its next call, which takes half a minute or so on a CPU; the features stay, to
         rounding. A network that is not ``own`` is left as it is. Returns self."""
         if self._own and self._compiled is None:
-            self._compiled = torch.compile(self._module, dynamic=False)
+            self._compiled = torch.compile(self._network, dynamic=False)
         return self
 
     def __call__(self, images: Tensor, *, resize: str = "clean") -> Tensor:
@@ -104,51 +100,32 @@ class Backbone:
         """
         check_images(images)
         check_resize(resize)
-        return torch.cat([self._features(part, resize) for part in images.detach().split(self._chunk)])
+        features = []
+        for part in images.detach().split(self._chunk):
+            pixels = part.to(self.device)
+            # float64 images too are pixels of at most 16 bits; half precision would round the resized ones
+            pixels = pixels.float() if pixels.dtype == torch.uint8 else pixels.float() * 255
+            if self.input_size is not None:
+                pixels = resize_tensor(pixels, self.input_size, resize)
+            features.append(self._forward(pixels.expand(-1, 3, -1, -1)))
+        return torch.cat(features)
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
         """Features of float32 images (n, 3, h, w) of the network's size, in [0, 255]."""
         return torch.cat([self._forward(part.to(self.device)) for part in pixels.split(self._chunk)])
 
     @property
-    def _module(self) -> nn.Module:
-        assert isinstance(self._network, nn.Module)
-        return self._network
-
-    @property
     def _chunk(self) -> int:
         return _CPU_CHUNK if self.device.type == "cpu" else _GPU_CHUNK
 
-    def _features(self, images: Tensor, resize: str) -> Tensor:
-        pixels = images.to(self.device)
-        # float64 images too are pixels of at most 16 bits; half precision would round the resized ones
-        pixels = pixels.float() if pixels.dtype == torch.uint8 else pixels.float() * 255
-        if self.input_size is not None:
-            pixels = resize_tensor(pixels, self.input_size, resize)
-        return self._forward(pixels.expand(-1, 3, -1, -1))
-
     def _forward(self, pixels: Tensor) -> Tensor:
+        n = pixels.shape[0]
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16" and self._input_dtype == torch.float32
         )
         with torch.inference_mode(), autocast, float32_arithmetic(self.precision, self.device):
             inputs = self._normalize(pixels).to(self._input_dtype).contiguous(memory_format=torch.channels_last)
             features = self._run_compiled(inputs) if self._compiled is not None else self._network(inputs)
-        return self._checked(features, pixels.shape[0])
-
-    def _run_compiled(self, inputs: Tensor) -> Tensor:
-        """One shape, one graph: a smaller batch than before is filled up with copies of its first image."""
-        assert self._compiled is not None
-        n = inputs.shape[0]
-        self._compiled_size = max(self._compiled_size, n)
-        missing = self._compiled_size - n
-        if missing:
-            filling = inputs[:1].expand(missing, -1, -1, -1)
-            inputs = torch.cat([inputs, filling]).contiguous(memory_format=torch.channels_last)
-        with _frozen_weights(self.device):
-            return self._compiled(inputs)[:n]
-
-    def _checked(self, features: Tensor, n: int) -> Tensor:
         if features.ndim == 4:
             features = features.float().mean(dim=(2, 3))
         if features.ndim != 2 or features.shape[0] != n:
@@ -161,6 +138,23 @@ class Backbone:
             raise ValueError(f"backbone {self.name} must return {self.dim} features per image, got {features.shape[1]}")
         return features.float().clone()  # a clone made outside inference mode is an ordinary tensor
 
+    def _run_compiled(self, inputs: Tensor) -> Tensor:
+        """One shape, one graph: a smaller batch than before is filled up with copies of its first image."""
+        assert self._compiled is not None
+        n = inputs.shape[0]
+        self._compiled_size = max(self._compiled_size, n)
+        missing = self._compiled_size - n
+        if missing:
+            filling = inputs[:1].expand(missing, -1, -1, -1)
+            inputs = torch.cat([inputs, filling]).contiguous(memory_format=torch.channels_last)
+        frozen: AbstractContextManager[Any] = nullcontext()
+        if self.device.type == "cpu":  # weights become constants of the graph, packed for oneDNN with the ReLU fused
+            import torch._inductor.config as inductor
+
+            frozen = inductor.patch(freezing=True)
+        with frozen:
+            return self._compiled(inputs)[:n]
+
     def __repr__(self) -> str:
         return (
             f"Backbone({self.name!r}, dim={self.dim}, input_size={self.input_size}, "
@@ -168,16 +162,84 @@ class Backbone:
         )
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``"fp32"``, ``"tf32"`` or ``"bf16"`` for ``precision`` on ``device``.
+
+    ``"auto"`` is tf32 on a GPU that has it and fp32 elsewhere. bf16 is never chosen unasked: its rounding changes a
+    Frechet distance by more than 0.01.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
+        InputError: tf32 on a device that has none.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto":
+        return "tf32" if has_tf32 else "fp32"
+    if precision == "tf32" and not has_tf32:
+        raise InputError(f"precision tf32 needs a GPU of compute capability 8.0 or newer, the device is {device}")
+    return precision
+
+
 @contextmanager
-def _frozen_weights(device: torch.device) -> Iterator[None]:
-    """On a CPU, weights become constants of the compiled graph, packed once for oneDNN with the ReLU fused."""
-    if device.type != "cpu":
+def float32_arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Convolutions and matrix products of float32 in full precision, or in tf32 for ``"tf32"``; CUDA's alone.
+
+    torch's own default is tf32 for convolutions, which "fp32" must not mean.
+    """
+    if device.type != "cuda":
         yield
         return
-    import torch._inductor.config as inductor
-
-    with inductor.patch(freezing=True):
+    backends: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    try:
+        for backend in backends:
+            backend.fp32_precision = wanted
         yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
+class PackedConvolution:
+    """relu(conv(x)) on a CPU, to rounding, in one call of oneDNN; the weights are packed at the first call and must not
+    change after it.
+
+    ``torch.compile`` makes the same of a network with frozen weights, in half a minute.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._conv = conv
+        self._options = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
+        self._weight: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the packed weights, which cannot be pickled; copies repack."""
+        return {**self.__dict__, "_weight": None}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._weight is None:
+            weight = self._conv.weight.detach()
+            self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._options, [*x.shape])
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._weight, self._conv.bias, *self._options, "relu", [None], ""
+        )
+
+
+@functools.cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has the calls, which are no public ones, and they compute what they should."""
+    conv = nn.utils.skip_init(nn.Conv2d, 3, 4, 3, stride=2, padding=1, dtype=dtype)
+    with torch.inference_mode():
+        for values in (x := torch.empty(1, 3, 7, 5, dtype=dtype), conv.weight, conv.bias):
+            values.copy_(torch.linspace(-1, 1, values.numel()).view_as(values))
+        x = x.contiguous(memory_format=torch.channels_last)
+        try:
+            return torch.allclose(PackedConvolution(conv)(x), F.relu(conv(x)), rtol=1e-2, atol=1e-2)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
 
 
 def check_images(images: Tensor) -> None:

@@ -6,7 +6,10 @@ are those of the 2015-12-05 TensorFlow graph in PyTorch form, published by the p
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +18,15 @@ from torch import Tensor, nn
 from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone, load_state, load_weights, sha256
 from fastgan.metrics.backbones.inception_network import CLASSES, DIMS, InceptionV3
-from fastgan.metrics.backbones.inception_weights import HASH_PREFIX, download, local_weights
 
 INPUT_SIZE = 299
+
+FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
+HASH_PREFIX = "6726825d"
+ENVIRONMENT = "FASTGAN_INCEPTION_WEIGHTS"
+OFFLINE = "FASTGAN_OFFLINE"
+_CONNECT_SECONDS = 10
 
 
 def load(
@@ -61,6 +70,48 @@ def load(
         head=UnbiasedHead(network.fc) if dims == DIMS[-1] else None,
         pack=network.pack,
     )
+
+
+def local_weights() -> Path | None:
+    """The weights file that FASTGAN_INCEPTION_WEIGHTS names or that torch.hub's cache holds; None where there is none.
+
+    Raises:
+        InputError: the variable names no file, or the cached file is damaged.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        if not Path(named).is_file():
+            raise InputError(f"{ENVIRONMENT}={named}: no such file")
+        return Path(named)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
+    if not cached.is_file():
+        return None
+    if not sha256(cached).startswith(HASH_PREFIX):
+        raise InputError(
+            f"{cached} is damaged: its SHA-256 does not begin with {HASH_PREFIX}; delete it and fetch {URL}"
+        )
+    return cached
+
+
+def download() -> Path:
+    """Fetch the weights into torch.hub's cache, hash checked; not where FASTGAN_OFFLINE is set.
+
+    Raises:
+        InputError: they cannot be had; the message says what to put where.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
+    try:
+        if os.environ.get(OFFLINE):
+            raise OSError(f"{OFFLINE} is set")
+        urlopen(URL, timeout=_CONNECT_SECONDS).close()  # torch.hub would wait for ever
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH_PREFIX)
+    except (URLError, OSError, RuntimeError) as error:  # no network, no space, or another file than asked for
+        raise InputError(
+            f"Inception's weights are not at hand and could not be downloaded ({error}): fetch {URL} and "
+            f"put it at {path}, or name it with --weights or {ENVIRONMENT}"
+        ) from error
+    return path
 
 
 class UnbiasedHead(nn.Module):

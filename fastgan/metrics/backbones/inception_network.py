@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.metrics.backbones.base import fold_batch_norm
-from fastgan.metrics.backbones.packed import PackedConvolution
+from fastgan.metrics.backbones.base import PackedConvolution, fold_batch_norm
 
 DIMS = (64, 192, 768, 2048)
 CLASSES = 1008

@@ -119,7 +119,7 @@ def test_two_processes_print_the_number_of_one(images, alone):
 
 @pytest.mark.slow
 def test_three_processes_equal_one(images, alone):
-    torchrun(3, "tests.metrics.test_reduction", str(images))
+    torchrun(3, "tests.test_distributed", str(images))
     for counts in CASES:
         rows = all_rows(sum(counts))
         exact = torch.cov((rows - 1e3).T)
