@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastgan.cli.errors import user_errors
-from fastgan.cli.options import AsJson, Floor, WithRoot, all_processes, computes_features, report, warn
+from fastgan.cli.options import (
+    AsJson,
+    BackboneName,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Dims,
+    Floor,
+    NumWorkers,
+    Precision,
+    Resize,
+    SkipBad,
+    Weights,
+    WithRoot,
+    feature_options,
+    report,
+    warn,
+)
 
 if TYPE_CHECKING:
     from fastgan.metrics import FeatureStats
-    from fastgan.metrics.options import FeatureOptions
 
 stats_app = typer.Typer(
     help="Write, look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
@@ -26,35 +42,46 @@ def register(app: typer.Typer) -> None:
     app.add_typer(stats_app, name="stats")
 
 
-@computes_features
 def fid(
     a: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images, or an .npz file of statistics.")],
     b: Annotated[Path, typer.Argument(help="The same; with --save-stats the .npz file to write.")],
-    options: FeatureOptions,
     save_stats: Annotated[
         bool, typer.Option("--save-stats", help="Write the statistics of the images A to the file B.")
     ] = False,
     root: WithRoot = False,
     as_json: AsJson = False,
     floor: Floor = None,
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
-    from fastgan.metrics.evaluate import EvaluateOptions
-    from fastgan.metrics.evaluate import evaluate as measure
-
+    features = {
+        **{"batch_size": batch_size, "num_workers": num_workers, "device": device, "dims": dims, "backbone": backbone},
+        **{"resize": resize, "precision": precision, "weights": weights, "skip_bad": skip_bad},
+        "checkpoint": checkpoint,
+    }
     if save_stats:
-        _save(a, b, options, root=root, as_json=as_json)
+        _save(a, b, features, root=root, as_json=as_json)
         return
-    with all_processes(options) as (world, echo):
+    with feature_options(**features) as (options, world, echo):
+        from fastgan.metrics.evaluate import EvaluateOptions
+        from fastgan.metrics.evaluate import evaluate as measure
+
         result = measure(a, b, options, EvaluateOptions(("fid",)), floor=floor, world=world)
         echo(report(result.lines(), result.as_fid_dict(), as_json=as_json))
         result.finish()
 
 
-@computes_features
 def evaluate(
     a: Annotated[Path, typer.Argument(help="The images to judge, as for fid, or a run, which knows its reference.")],
-    options: FeatureOptions,
     b: Annotated[
         Path | None, typer.Argument(help="The real images, or for fid alone an .npz of their statistics.")
     ] = None,
@@ -65,27 +92,42 @@ def evaluate(
         Path | None, typer.Option(help="Draw the distance over the number of images into this .png, .svg or .pdf.")
     ] = None,
     floor: Floor = None,
-    subsets: Annotated[int, typer.Option(help="Of the kernel distance.")] = 100,
-    subset_size: Annotated[int, typer.Option(help="Images in each, or all where there are fewer.")] = 1000,
-    splits: Annotated[int, typer.Option(help="Of the inception score.")] = 10,
+    subsets: Annotated[int, typer.Option(help="Number of KID subsets.")] = 100,
+    subset_size: Annotated[int, typer.Option(help="Images per KID subset, or all if there are fewer.")] = 1000,
+    splits: Annotated[int, typer.Option(help="Number of splits of the inception score.")] = 10,
     classify: Annotated[
         bool,
         typer.Option(help="Of a training run with classes: let a classifier of its real images judge its samples."),
     ] = True,
-    k: Annotated[int, typer.Option("-k", help="Neighbour that the balls of prdc reach to.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     as_json: AsJson = False,
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
-    from fastgan.data.archives import open_images, register_opener
-    from fastgan.metrics.evaluate import METRICS, EvaluateOptions
-    from fastgan.metrics.evaluate import evaluate as measure
-    from fastgan.training.evaluation import RunSamples, classify_run, open_run
+    features = {
+        **{"batch_size": batch_size, "num_workers": num_workers, "device": device, "dims": dims, "backbone": backbone},
+        **{"resize": resize, "precision": precision, "weights": weights, "skip_bad": skip_bad},
+        "checkpoint": checkpoint,
+    }
+    with feature_options(**features) as (options, world, echo):
+        from fastgan.data.archives import open_images, register_opener
+        from fastgan.metrics.evaluate import METRICS, EvaluateOptions
+        from fastgan.metrics.evaluate import evaluate as measure
+        from fastgan.training.evaluation import RunSamples, classify_run, open_run
 
-    register_opener(open_run)
-    wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
-    what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
-    with all_processes(options) as (world, echo):
+        register_opener(open_run)
+        wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
+        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
         with world.agreed():
             images = open_images(a, skip_bad=options.skip_bad)
         result = measure(images, b, options, what, floor=floor, world=world)
@@ -101,16 +143,29 @@ def evaluate(
 
 
 @stats_app.command("save")
-@computes_features
 def stats_save(
     images: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images.")],
     output: Annotated[Path, typer.Argument(help="The .npz file to write; pytorch-fid and clean-fid read it too.")],
-    options: FeatureOptions,
     root: WithRoot = False,
     as_json: AsJson = False,
+    batch_size: BatchSize = 64,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    dims: Dims = None,
+    backbone: BackboneName = None,
+    resize: Resize = None,
+    precision: Precision = "auto",
+    weights: Weights = None,
+    skip_bad: SkipBad = False,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Write the feature statistics of a set of images."""
-    _save(images, output, options, root=root, as_json=as_json)
+    features = {
+        **{"batch_size": batch_size, "num_workers": num_workers, "device": device, "dims": dims, "backbone": backbone},
+        **{"resize": resize, "precision": precision, "weights": weights, "skip_bad": skip_bad},
+        "checkpoint": checkpoint,
+    }
+    _save(images, output, features, root=root, as_json=as_json)
 
 
 @stats_app.command("show")
@@ -141,10 +196,10 @@ def stats_merge(
     typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")
 
 
-def _save(images: Path, output: Path, options: FeatureOptions, *, root: bool, as_json: bool) -> None:
-    from fastgan.metrics.evaluate import save_stats
+def _save(images: Path, output: Path, features: dict[str, Any], *, root: bool, as_json: bool) -> None:
+    with feature_options(**features) as (options, world, echo):
+        from fastgan.metrics.evaluate import save_stats
 
-    with all_processes(options) as (world, echo):
         side = save_stats(images, output, options, world, root=root)
         result = {"file": str(output), **_summary(side.stats), "skipped": side.skipped}
         echo(report([f"{output}: {side.describe()}"], result, as_json=as_json))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,46 +64,6 @@ Floor = Annotated[
 ]
 
 
-def _feature_options(
-    batch_size: BatchSize = 64,
-    num_workers: NumWorkers = None,
-    device: Device = None,
-    dims: Dims = None,
-    backbone: BackboneName = None,
-    resize: Resize = None,
-    precision: Precision = "auto",
-    weights: Weights = None,
-    skip_bad: SkipBad = False,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """The signature of what is common to all commands that compute features."""
-
-
-def computes_features(command: Callable[..., None]) -> Callable[..., None]:
-    """Join the options of :func:`_feature_options` to those of ``command``, which gets them as its argument
-    ``options``, a ``FeatureOptions``; and tell a user's mistake in one line."""
-    shared = inspect.signature(_feature_options, eval_str=True).parameters
-    hints = get_type_hints(command, localns={"FeatureOptions": object}, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "options"
-    ]
-    joined = own + [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shared.values()]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        with user_errors():
-            from fastgan.metrics.options import FeatureOptions
-
-            options = FeatureOptions(**{name: given.pop(name) for name in shared}, note=warn)
-            command(**given, options=options)
-
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in joined}
-    run.__signature__ = inspect.Signature(joined)  # type: ignore[attr-defined]
-    return run
-
-
 def warn(line: str) -> None:
     """A line on stderr, from the first of the processes that torchrun started."""
     if os.environ.get("RANK", "0") == "0":
@@ -113,12 +71,19 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def all_processes(options: FeatureOptions) -> Iterator[tuple[World, Callable[..., None]]]:
-    """The processes that torchrun started, or this one; and a print that the first alone does."""
-    from fastgan.distributed import launched_world
+def feature_options(**given: Any) -> Iterator[tuple[FeatureOptions, World, Callable[[str], None]]]:
+    """Turn the options that all commands with features share into a ``FeatureOptions``.
 
-    with launched_world(options.torch_device()) as world:
-        yield world, typer.echo if world.is_first else _print_nothing
+    Yields it with the processes that torchrun started, or this one, and a print that the first alone does. A user's
+    mistake in the block is one line.
+    """
+    with user_errors():
+        from fastgan.distributed import launched_world
+        from fastgan.metrics.options import FeatureOptions
+
+        options = FeatureOptions(**given, note=warn)
+        with launched_world(options.torch_device()) as world:
+            yield options, world, typer.echo if world.is_first else _print_nothing
 
 
 def _print_nothing(line: str) -> None:

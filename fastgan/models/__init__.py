@@ -2,8 +2,7 @@
 
 from fastgan.models.base import Generator, check_labels
 from fastgan.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from fastgan.models.resnet import ResNetDiscriminator, ResNetGenerator
-from fastgan.models.sagan import SAGANDiscriminator, SAGANGenerator
+from fastgan.models.resnet import ResNetDiscriminator, ResNetGenerator, SAGANDiscriminator, SAGANGenerator
 from fastgan.models.sketch import SketchDiscriminator, SketchGenerator
 
 __all__ = [
