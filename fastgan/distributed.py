@@ -20,10 +20,11 @@ _STORE_SECONDS = 20
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that share the work."""
+    """This process among those that share the work: of ``group``, or of the default process group."""
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -51,14 +52,14 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every process, in rank order."""
-        return [value] if self.size == 1 else gather_objects(value)
+        return [value] if self.size == 1 else gather_objects(value, self.group)
 
 
-def current_world() -> World:
-    """The default process group where one is initialised; else a world of one process."""
+def current_world(group: dist.ProcessGroup | None = None) -> World:
+    """The processes of ``group``, of the default process group if it is initialized, or this process alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(group), dist.get_world_size(group), group)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ same step runs on fresh noise, on noise that a test made, on static buffers, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,16 +17,25 @@ KINDS = ("normal", "uniform", "integers")
 
 @dataclass(frozen=True)
 class Draw:
-    """One random tensor: ``kind`` is "normal" (0, 1), "uniform" in [low, high) or int64 "integers" in [low, high)."""
+    """One random tensor: ``kind`` is "normal" (0, 1), "uniform" in [low, high) or int64 "integers" in [low, high).
+
+    ``dim`` is the dimension with one entry per sample of the batch, None for numbers that all samples share. It matters
+    where a batch is split, between processes or into micro-batches.
+    """
 
     kind: str
     shape: tuple[int, ...]
     low: float = 0
     high: float = 1
+    dim: int | None = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {self.kind!r}")
+        if self.dim is not None and self.shape and not 0 <= self.dim < len(self.shape):
+            raise ValueError(
+                f"dim must be in [0, {len(self.shape)}), or None for numbers all samples share, got {self.dim}"
+            )
         if not self.low < self.high:
             raise ValueError(f"low must be less than high, got {self.low} and {self.high}")
 
@@ -39,19 +48,19 @@ class Draw:
         return torch.randn(self.shape, generator=rng, device=device)
 
 
-def normal(*shape: int) -> Draw:
+def normal(*shape: int, dim: int | None = 0) -> Draw:
     """Independent standard normal numbers."""
-    return Draw("normal", shape)
+    return Draw("normal", shape, dim=dim)
 
 
-def uniform(*shape: int, low: float = 0, high: float = 1) -> Draw:
+def uniform(*shape: int, low: float = 0, high: float = 1, dim: int | None = 0) -> Draw:
     """Uniform numbers in [low, high)."""
-    return Draw("uniform", shape, low, high)
+    return Draw("uniform", shape, low, high, dim)
 
 
-def integers(*shape: int, low: int = 0, high: int) -> Draw:
+def integers(*shape: int, low: int = 0, high: int, dim: int | None = 0) -> Draw:
     """Uniform int64 numbers in [low, high)."""
-    return Draw("integers", shape, low, high)
+    return Draw("integers", shape, low, high, dim)
 
 
 def draw(
@@ -59,21 +68,29 @@ def draw(
     rng: torch.Generator | None,
     device: torch.device | str,
     *,
-    n: int = 0,
     rank: int = 0,
-    parts: int = 1,
+    counts: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """All of ``specs``, in their order, from ``rng``; None stands for the device's default generator.
 
-    Where a batch is shared by ``parts`` processes and ``specs`` are for the ``n`` samples of one, what has a row a
-    sample is drawn for the whole batch, and the rows of process ``rank`` are returned: with generators in the same
-    state, all processes together draw what one alone would.
+    If processes share a batch, ``counts`` are the numbers of samples of each, and ``specs`` are for those of process
+    ``rank``. What has an entry per sample is drawn for the whole batch, and the entries of this process are returned:
+    with generators in the same state, all processes together draw what one alone would.
+
+    Raises:
+        ValueError: processes share a batch, and a draw has no such dimension.
     """
     drawn = {}
     for name, spec in specs.items():
-        if parts > 1 and spec.shape[:1] == (n,):
-            whole = replace(spec, shape=(n * parts, *spec.shape[1:])).make(rng, device)
-            drawn[name] = whole[n * rank : n * (rank + 1)]
-        else:
+        if len(counts) < 2 or spec.dim is None:
             drawn[name] = spec.make(rng, device)
+            continue
+        dim, n = spec.dim, counts[rank]
+        if not spec.shape or spec.shape[dim] != n:
+            raise ValueError(
+                f"draws[{name!r}] must have the {n} samples of this process in dimension {dim}, got shape "
+                f"{spec.shape}: say with dim= which dimension is the samples', or dim=None if they share these numbers"
+            )
+        shape = (*spec.shape[:dim], sum(counts), *spec.shape[dim + 1 :])
+        drawn[name] = replace(spec, shape=shape).make(rng, device).narrow(dim, sum(counts[:rank]), n)
     return drawn

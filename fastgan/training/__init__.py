@@ -8,7 +8,7 @@ from fastgan.recipes.schema import TrainConfig
 from fastgan.training.ema import EMA
 from fastgan.training.gan import GAN, FunctionalGAN, Objective, RecipeGAN
 from fastgan.training.sampling import class_rows, sample
-from fastgan.training.step.train_step import TrainStep
+from fastgan.training.step.train_step import NetworkUpdate, TrainStep
 from fastgan.training.trainer import Callback, Every, History, NonFiniteLossError, ProgressBar, Trainer
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Every",
     "FunctionalGAN",
     "History",
+    "NetworkUpdate",
     "NonFiniteLossError",
     "Objective",
     "ProgressBar",

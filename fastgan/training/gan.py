@@ -88,13 +88,14 @@ class FunctionalGAN:
     generator_draws = discriminator_draws
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> Terms:
-        return _checked_terms("discriminator_loss", self._discriminator_loss(batch, draws))
+        return checked_terms("discriminator_loss", self._discriminator_loss(batch, draws))
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
-        return _checked_terms("generator_loss", self._generator_loss(batch, draws))
+        return checked_terms("generator_loss", self._generator_loss(batch, draws))
 
 
-def _checked_terms(name: str, loss: Tensor | Terms) -> Terms:
+def checked_terms(name: str, loss: Tensor | Terms) -> Terms:
+    """The loss as named terms. Raises ``ValueError`` unless they are scalars."""
     terms = {"loss": loss} if isinstance(loss, Tensor) else loss
     for key, term in terms.items():
         if not isinstance(term, Tensor) or term.ndim:
@@ -275,13 +276,14 @@ def total(terms: Terms) -> Tensor:
     return torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms.values()]).sum()
 
 
-def gradients_of(terms: Terms, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of :func:`total` in ``weights``; None for weights that the loss does not reach.
+def gradients_of(terms: Terms, weights: Sequence[Tensor], *, scale: float = 1.0) -> list[Tensor | None]:
+    """Gradients of ``scale`` times :func:`total` in ``weights``; None for weights that the loss does not reach.
 
     Raises:
         ValueError: it reaches none of them.
     """
-    gradients: list[Tensor | None] = [*torch.autograd.grad(total(terms), weights, allow_unused=True)]
+    loss = total(terms) if scale == 1 else total(terms) * scale
+    gradients: list[Tensor | None] = [*torch.autograd.grad(loss, weights, allow_unused=True)]
     if all(gradient is None for gradient in gradients):
         raise ValueError("the loss must depend on weights of the network that it is minimised in, it does on none")
     return gradients

@@ -157,7 +157,7 @@ def test_a_step_changes_one_network_and_leaves_no_gradients():
     before = [p.detach().clone() for p in g.generator.parameters()]
     optimizer = torch.optim.SGD(g.discriminator.parameters(), lr=0.1)
     old = [p.detach().clone() for p in g.discriminator.parameters()]
-    Update(g, "discriminator", optimizer)(real, drawn(g.discriminator_draws(real)))
+    Update.of_gan(g, "discriminator", optimizer)(real, drawn(g.discriminator_draws(real)))
     assert all(torch.equal(a, b) for a, b in zip(before, g.generator.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(old, g.discriminator.parameters(), strict=True))
     assert all(p.grad is None for network in (g.generator, g.discriminator) for p in network.parameters())

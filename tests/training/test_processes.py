@@ -174,13 +174,21 @@ def test_draws_of_parts_are_those_of_the_whole():
     """Numbers of each sample are shared out, those of the step are the same in all."""
 
     def drawn(n, **part):
-        specs = {"z": normal(n, 3), "alpha": uniform(n, 1, 1, 1), "step": normal(2, 5)}
-        return draw(specs, torch.Generator().manual_seed(0), "cpu", n=n, **part)
+        specs = {
+            "z": normal(n, 3),
+            "alpha": uniform(n, 1, 1, 1),
+            "two": normal(2, n, 4, dim=1),
+            "step": normal(n, 5, dim=None) if not part else normal(12, 5, dim=None),
+        }
+        return draw(specs, torch.Generator().manual_seed(0), "cpu", **part)
 
-    whole, parts = drawn(12), [drawn(4, rank=rank, parts=3) for rank in range(3)]
-    for name in ("z", "alpha"):
-        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+    counts = [4, 7, 1]
+    whole, parts = drawn(12), [drawn(n, rank=rank, counts=counts) for rank, n in enumerate(counts)]
+    for name, dim in (("z", 0), ("alpha", 0), ("two", 1)):
+        assert torch.equal(torch.cat([part[name] for part in parts], dim), whole[name])
     assert all(torch.equal(part["step"], whole["step"]) for part in parts)
+    with pytest.raises(ValueError, match=r"draws\['z'\] must have the 4 samples of this process in dimension 0, got"):
+        draw({"z": normal(8, 3)}, None, "cpu", rank=0, counts=counts)
 
 
 @pytest.mark.slow

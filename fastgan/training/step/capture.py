@@ -1,13 +1,17 @@
-"""One network's update as one graph over fake tensors: loss, penalties, backward, optimizer, clipping, average.
+"""One update as one graph over fake tensors: loss, penalties, backward, clipping, optimizer, average.
 
 ``make_fx`` runs the real autograd engine while it records ATen ops, so that a gradient penalty's double backward,
 custom ops and the optimizer come out as one flat graph without autograd. All state goes in as arguments and is updated
 in place. Tracing runs on fake tensors and changes no weight.
+
+Python runs once, while the graph is traced. :class:`Fit` tells whether the values that Python read then are still the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,12 +19,94 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import optimizer as optimizers
+from torch.overrides import TorchFunctionMode
 
-from fastgan.training.gan import GAN, Batch, Draws, Terms, gradients_of
+from fastgan.training.gan import Batch, Draws, Terms, gradients_of
 from fastgan.training.step.cuda_graphs import CudaGraph
-from fastgan.training.step.eager import Update
-from fastgan.training.step.optimizers import OptimizerState
+from fastgan.training.step.eager import Update, copy_all_, mean_terms
+from fastgan.training.step.optimizers import CaptureError, OptimizerState
 from fastgan.training.step.process_mean import Shared, floating_buffers
+from fastgan.training.step.reachable import Watch
+
+
+class Fit:
+    """Tells whether a later call of ``update`` would run the same Python as one with ``batch`` does now."""
+
+    def __init__(self, update: Update, batch: Batch) -> None:
+        self._update = update
+        self._weights = list({id(p): p for m in update.networks.values() for p in m.parameters()}.values())
+        self._trained = update.trained()
+        self._watch = Watch(update.constants())
+        self._buffers = _held_buffers(update)
+        self._held = [owner[key] for owner, key in self._buffers]
+        self._kept = self._state(batch)
+
+    def misfit(self, batch: Batch) -> str | None:
+        """Name what has changed, or None."""
+        for (name, now), kept in zip(self._state(batch).items(), self._kept.values(), strict=True):
+            if now != kept:
+                return name
+        held = [owner[key] for owner, key in self._buffers]
+        if not all(map(is_, held, self._held)):
+            for new, old in zip(held, self._held, strict=True):
+                if not isinstance(new, Tensor) or _metadata(new) != _metadata(old):
+                    return "a buffer"
+            self._held = held
+        return self._watch.changed()
+
+    def _state(self, batch: Batch) -> dict[str, Any]:
+        optimizer = self._update.optimizer
+        device = self._weights[0].device.type
+        return {
+            "its batch": [(name, _metadata(value)) for name, value in batch.items()],
+            "the set of frozen weights": [p.requires_grad for p in self._weights],
+            "a hook of a weight": [dict(h) if (h := p._backward_hooks) else None for p in self._trained],
+            "its optimizer's options": options_of(optimizer),
+            "a hook": unseen_hooks(self._update, self._trained),
+            "a switch of torch": (
+                torch.is_autocast_enabled(device),
+                torch.get_autocast_dtype(device),
+                torch.get_default_dtype(),
+                torch.are_deterministic_algorithms_enabled(),
+                torch.backends.cuda.matmul.allow_tf32,
+                torch.backends.cudnn.allow_tf32,
+            ),
+        }
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
+    """All options that a graph of an optimizer's update holds as constants."""
+    left = ("params", "lr", "initial_lr")
+    return [tuple((k, v) for k, v in group.items() if k not in left) for group in optimizer.param_groups]
+
+
+def unseen_hooks(update: Update, trained: Sequence[Tensor]) -> str | None:
+    """Name hooks that no graph can hold, if there are any."""
+    optimizer = update.optimizer
+    step = vars(optimizer).get("step")
+    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
+        return "its optimizer's step has been replaced"
+    for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+        if hooks:
+            return "its optimizer has hooks"
+    if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
+        return "all optimizers have hooks"
+    if any([p._post_accumulate_grad_hooks for p in trained]):
+        return "weights have hooks that run after gradients are accumulated"
+    return None
+
+
+class _NoHostReads(TorchFunctionMode):
+    """Refuses to hand a tensor's value to Python, where a graph would hold it for ever."""
+
+    NAMES = "item tolist numpy __bool__ __float__ __int__ __index__ __complex__ __array__"
+    READS = frozenset(getattr(Tensor, name) for name in NAMES.split())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.READS:
+            raise CaptureError(f"it reads a tensor's value, by Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class CapturedUpdate:
@@ -43,9 +129,11 @@ class CapturedUpdate:
         compile: Callable[[GraphModule, list[Tensor]], Callable[..., Any]],
     ) -> None:
         self._update, self._trained = update, update.trained()
+        if reason := unseen_hooks(update, self._trained):
+            raise CaptureError(reason)
+        self._fit = Fit(update, batch)
         self._optimizer = OptimizerState(update.optimizer, self._trained)
-        self._networks = _Networks(update.gan)
-        self._modules, self._weights = list(self._networks.modules()), list(update.network.parameters())
+        self._networks = _Networks(update.networks)
         self._slots = _slots(self._networks)
         self._replay: tuple[list[Tensor], CudaGraph, CudaGraph | None] | None = None
         state, mean = self._state(), update.mean
@@ -59,38 +147,49 @@ class CapturedUpdate:
             self._names = list(computed.terms)
             if mean is not None:
                 self._computed = computed
-                return mean.pack(computed.tensors())
-            self._apply(flat[:n], computed.gradients)
-            return list(computed.terms.values())
+                return mean.pack(computed.tensors(), flat[n - 1])
+            norm = self._apply(flat[:n], computed.gradients)
+            return [*computed.terms.values(), *norm]
 
         def second(*flat: Tensor) -> list[Tensor]:
             """The update by the means over the processes."""
             assert mean is not None
             common = self._computed.replaced(mean.unpack(flat[n:], self._computed.tensors()))
-            torch._foreach_copy_(self._buffers(flat[:n]), common.buffers)
-            self._apply(flat[:n], common.gradients)
-            return [term.clone() for term in common.terms.values()]
+            copy_all_(self._buffers(flat[:n]), common.buffers)
+            norm = self._apply(flat[:n], common.gradients)
+            return [*(term.clone() for term in common.terms.values()), *norm]
 
         arguments = [*state, *batch.values(), *draws.values()]
         graph = _graph_of(first, arguments)
+        self.traced: tuple[Callable[..., Any], Callable[..., Any] | None] = torch.no_grad()(graph), None
+        self.is_low_precision, self.draws_itself = _is_low_precision(graph), _draws_itself(graph)
         self._first = torch.no_grad()(compile(graph, arguments))
         self._second: Callable[..., Any] | None = None
         if mean is not None:
             (output,) = (node for node in graph.graph.nodes if node.op == "output")
             buckets = [node.meta["val"] for node in output.args[0]]
             arguments = [*state, *(torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b in buckets)]
-            self._second = torch.no_grad()(compile(_graph_of(second, arguments), arguments))
-        self._key = self._key_of(batch)
+            graph = _graph_of(second, arguments)
+            self.traced = self.traced[0], torch.no_grad()(graph)
+            self._second = torch.no_grad()(compile(graph, arguments))
 
-    def fits(self, batch: Batch) -> bool:
-        """Whether the graph serves this batch, with the optimizer options, module modes and frozen weights of now."""
-        return self._key_of(batch) == self._key
+    def misfit(self, batch: Batch) -> str | None:
+        """Name what the graph was not made for, in this batch or in the networks, losses and optimizer; None if it
+        serves them."""
+        return self._fit.misfit(batch)
 
     def __call__(self, batch: Batch, draws: Draws) -> Terms:
-        """Update the network once. Returns the terms of its loss."""
+        """Update the weights once. Returns the terms of the loss."""
+        return self._run(self._first, self._second, batch, draws)
+
+    def run_traced(self, batch: Batch, draws: Draws) -> Terms:
+        """The same by the graph as it was traced, op by op."""
+        return self._run(*self.traced, batch, draws)
+
+    def _run(self, first: Callable[..., Any], second: Callable[..., Any] | None, batch: Batch, draws: Draws) -> Terms:
         state = self._state()
-        outputs = self._first(*state, *batch.values(), *draws.values())
-        return self._terms(outputs, lambda: self._second(*state, *outputs))  # type: ignore[misc]
+        outputs = first(*state, *batch.values(), *draws.values())
+        return self._terms(outputs, lambda: second(*state, *outputs))  # type: ignore[misc]
 
     def capture_replay(
         self, batch: Batch, draw: Callable[[Batch], Draws], rng: torch.Generator, pool: Any
@@ -118,40 +217,63 @@ class CapturedUpdate:
     def _terms(self, outputs: Sequence[Tensor], second: Callable[[], Sequence[Tensor]]) -> Terms:
         """Terms of the loss by name, after the exchange and the second graph if processes share a batch."""
         if self._update.mean is not None:
+            self._update.mean.agree(self._signature)
             self._update.mean.reduce_(outputs)
             outputs = second()
-        return dict(zip(self._names, outputs, strict=True))
-
-    def _key_of(self, batch: Batch) -> tuple[Any, ...]:
-        shapes = tuple((name, tuple(t.shape), t.stride(), t.dtype, t.device) for name, t in batch.items())
-        modes = tuple([module.training for module in self._modules])
-        trained = tuple([weight.requires_grad for weight in self._weights])
-        return shapes, modes, trained, self._optimizer.options()
+        if "step" in vars(self._update.optimizer):  # a scheduler has put its own there, which sets this
+            self._update.optimizer._opt_called = True  # type: ignore[attr-defined]
+        names = self._names if len(self._names) == len(outputs) else [*self._names, "grad_norm"]
+        return dict(zip(names, outputs, strict=True))
 
     def _state(self) -> list[Tensor]:
         """All state as it is now, in the order of the graph's first arguments."""
         self._optimizer.refresh()
         networks = [owner[key] for owner, key in self._slots.values()]
         averages = self._update.ema.tensors() if self._update.ema else []
-        return [*networks, *self._optimizer.tensors(), *self._optimizer.rates, *averages]
+        shares = [self._update.mean.weight] if self._update.mean else []
+        return [*networks, *self._optimizer.tensors(), *self._optimizer.rates, *averages, *shares]
 
     def _differentiated(self, state: Sequence[Tensor], batch: Batch, draws: Draws) -> Shared:
-        traced = self._traced(state)
-        with torch.enable_grad():
-            terms = self._holding(state, self._update.loss, batch, draws)
-            gradients = gradients_of(terms, [traced[id(p)] for p in self._trained])
-        self._reached = [p for p, g in zip(self._trained, gradients, strict=True) if g is not None]
-        detached = {name: term.detach() for name, term in terms.items()}
-        return Shared([g for g in gradients if g is not None], self._buffers(state), detached)
+        traced, kept, sums = self._traced(state), [], None
+        stands_in = [traced[id(p)] for p in self._trained]
+        k = self._update.accumulate
+        for part, noise in self._update.micro_batches(batch, draws):
+            with torch.enable_grad(), _NoHostReads():
+                terms = self._holding(state, self._update.loss, part, noise)
+                gradients = gradients_of(terms, stands_in, scale=1 / k)
+            if sums is None:
+                sums = gradients
+            else:
+                both = zip(sums, gradients, strict=True)
+                sums = [b if a is None else a if b is None else a + b for a, b in both]
+            kept.append({name: term.detach() for name, term in terms.items()})
+        assert sums is not None
+        for i, p in enumerate(self._trained):
+            for hook in (p._backward_hooks or {}).values():
+                if (gradient := sums[i]) is not None and (hooked := hook(gradient)) is not None:
+                    sums[i] = hooked
+        self._reached = [p for p, g in zip(self._trained, sums, strict=True) if g is not None]
+        shared = Shared([g for g in sums if g is not None], self._buffers(state), mean_terms(kept))
+        self._signature = self._update.signature(shared.terms, self._reached)
+        return shared
 
     @torch.no_grad()
-    def _apply(self, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _apply(self, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Clip gradients, step, clip weights, move the average. Returns the gradients' norm if it is clipped."""
         n = len(self._slots)
         m = n + len(self._optimizer.tensors())
         k = m + len(self._optimizer.rates)
+        update, norms = self._update, []
+        if update.clip_grad_value is not None:
+            gradients = [g.clamp(-update.clip_grad_value, update.clip_grad_value) for g in gradients]
+        if update.clip_grad_norm is not None:
+            norms = [nn.utils.get_total_norm(gradients)]
+            factor = (update.clip_grad_norm / (norms[0] + 1e-6)).clamp(max=1.0)
+            gradients = [g * factor for g in gradients]
         by_id = {id(p): gradient for p, gradient in zip(self._reached, gradients, strict=True)}
         self._optimizer.update(self._traced(state), by_id, state[n:m], state[m:k])
-        self._holding(state, self._update.finish, state[k:])
+        self._holding(state, update.finish, state[k : k + len(update.ema.tensors())] if update.ema else ())
+        return norms
 
     def _traced(self, state: Sequence[Tensor]) -> dict[int, Tensor]:
         """Map the id of each tensor of the networks to the one in ``state`` that stands for it."""
@@ -160,19 +282,35 @@ class CapturedUpdate:
     def _buffers(self, state: Sequence[Tensor]) -> list[Tensor]:
         """Tensors that stand for :func:`fastgan.training.step.process_mean.floating_buffers`."""
         traced = self._traced(state)
-        return [traced[id(buffer)] for buffer in floating_buffers(self._update.gan)]
+        return [traced[id(buffer)] for buffer in floating_buffers(self._update.networks)]
 
     def _holding(self, state: Sequence[Tensor], function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)`` while the networks hold the tensors of ``state``."""
-        return functional_call(self._networks, dict(zip(self._slots, state, strict=False)), (function, *args))
+        """``function(*args)`` while the networks hold the tensors of ``state``.
+
+        A buffer that a module puts in another's place is written to the tensor that stood there.
+        """
+        slots = list(zip(self._slots.values(), state, strict=False))
+
+        def held(*args: Any) -> Any:
+            result = function(*args)
+            for (owner, key), tensor in slots:
+                if (new := owner[key]) is not tensor:
+                    if not isinstance(new, Tensor) or _metadata(new) != _metadata(tensor):
+                        raise CaptureError(f"a module gives {key} another shape, layout or dtype")
+                    with torch.no_grad():
+                        tensor.copy_(new)
+                    owner[key] = tensor
+            return result
+
+        return functional_call(self._networks, dict(zip(self._slots, state, strict=False)), (held, *args))
 
 
 class _Networks(nn.Module):
-    """Both networks as one module, whose forward calls any function."""
+    """All networks as one module, whose forward calls any function."""
 
-    def __init__(self, gan: GAN) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.generator, self.discriminator = gan.generator, gan.discriminator
+        self.networks = nn.ModuleList(networks.values())
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
@@ -189,6 +327,26 @@ def _slots(networks: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
                     seen.add(id(tensor))
                     slots[f"{prefix}.{key}"] = (held, key)
     return slots
+
+
+def _held_buffers(update: Update) -> list[tuple[dict[str, Any], str]]:
+    """The dictionary and the key of each buffer."""
+    modules = {id(m): m for network in update.networks.values() for m in network.modules()}
+    return [(m._buffers, key) for m in modules.values() for key in m._buffers]
+
+
+def _metadata(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _is_low_precision(graph: GraphModule) -> bool:
+    values = (node.meta.get("val") for node in graph.graph.nodes)
+    return any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
+
+
+def _draws_itself(graph: GraphModule) -> bool:
+    tag = torch.Tag.nondeterministic_seeded
+    return any(tag in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
 
 
 def _graph_of(function: Callable[..., Any], arguments: Sequence[Tensor]) -> GraphModule:

@@ -1,9 +1,10 @@
-"""One eager update of one network of a GAN."""
+"""One eager update of some of a GAN's networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,74 +12,157 @@ from torch import Tensor, nn
 from fastgan.losses.noise import Draw
 from fastgan.losses.penalties import clip_weights_
 from fastgan.training.ema import EMA
-from fastgan.training.gan import GAN, Batch, Draws, Terms, gradients_of
-from fastgan.training.step.optimizers import laid_out_like
+from fastgan.training.gan import GAN, Batch, Draws, Terms, total
 from fastgan.training.step.process_mean import ProcessMean, Shared, floating_buffers
 
 
 @dataclass(frozen=True)
 class Update:
-    """One update of one network: a step of its optimizer, clipping, and its moving average.
+    """One update: a step of one optimizer by one loss, with clipping, and a moving average.
 
-    Gradients of the other network's weights are never computed.
+    Gradients of weights that another update trains are never computed.
 
     Args:
-        gan: networks and losses.
-        name: "generator" or "discriminator": its ``<name>_loss`` is minimized in its weights.
-        optimizer: of that network.
-        clip: bound of its weights afterwards; 0 for none.
-        ema: an average of that network that moves afterwards.
+        name: "generator", "discriminator", or any other name.
+        networks: every network that the loss may use, by name.
+        trained_modules: those whose weights the optimizer holds.
+        loss: ``(batch, draws)`` -> named terms, scalars whose sum is minimized.
+        draws: maps a batch to the random numbers that the loss needs.
+        optimizer: of the trained modules.
+        clip: bound of the trained weights afterwards; 0 for none.
+        clip_grad_norm: largest norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``; None for none.
+            The norm before clipping is returned with the terms, as "grad_norm".
+        clip_grad_value: largest absolute value of a gradient's entry; None for none.
+        accumulate: number of equal micro-batches that a batch is split into; their gradients are averaged.
+        ema: an average of the first trained module that moves afterwards.
         mean: over the processes that share a batch. Each gives its part; gradients, buffers and terms are then means
             over all processes.
+        owner: the object that the loss belongs to, whose attributes a captured graph may hold.
     """
 
-    gan: GAN
     name: str
+    networks: Mapping[str, nn.Module]
+    trained_modules: Sequence[nn.Module]
+    loss: Callable[[Batch, Draws], Terms]
+    draws: Callable[[Batch], Mapping[str, Draw]]
     optimizer: torch.optim.Optimizer
     clip: float = 0.0
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    accumulate: int = 1
     ema: EMA | None = None
     mean: ProcessMean | None = None
+    owner: Any = None
 
-    @property
-    def network(self) -> nn.Module:
-        """The network that is updated."""
-        return self.gan.generator if self.name == "generator" else self.gan.discriminator
+    @classmethod
+    def of_gan(cls, gan: GAN, name: str, optimizer: torch.optim.Optimizer, **options: Any) -> Update:
+        """The update of ``gan``'s generator or discriminator."""
+        networks = {"generator": gan.generator, "discriminator": gan.discriminator}
 
-    @property
-    def loss(self) -> Callable[[Batch, Draws], Terms]:
-        """The loss that is minimized."""
-        return self.gan.generator_loss if self.name == "generator" else self.gan.discriminator_loss
+        def loss(batch: Batch, draws: Draws) -> Terms:
+            return getattr(gan, f"{name}_loss")(batch, draws)
 
-    def draws(self, batch: Batch) -> dict[str, Draw]:
-        """Random numbers that the loss needs for a batch of this shape."""
-        return (self.gan.generator_draws if self.name == "generator" else self.gan.discriminator_draws)(batch)
+        def needed(batch: Batch) -> Mapping[str, Draw]:
+            return getattr(gan, f"{name}_draws")(batch)
+
+        return cls(name, networks, [networks[name]], loss, needed, optimizer, owner=gan, **options)
+
+    def constants(self) -> dict[str, Any]:
+        """Whatever the loss can read, by name."""
+        return {**self.networks, "loss": self.loss, "draws": self.draws, "gan": self.owner}
+
+    def state(self) -> dict[str, Any]:
+        """Whatever an update can change, by name."""
+        return {**self.constants(), "optimizer": self.optimizer, "ema": self.ema}
 
     def trained(self) -> list[nn.Parameter]:
-        """Weights that are not frozen."""
-        return [p for p in self.network.parameters() if p.requires_grad]
+        """Weights that are not frozen, each once."""
+        found = {id(p): p for module in self.trained_modules for p in module.parameters() if p.requires_grad}
+        return list(found.values())
+
+    def micro_batches(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
+        """Equal parts of a batch with their random numbers."""
+        if self.accumulate == 1:
+            return [(batch, draws)]
+        n = len(next(iter(batch.values())))
+        specs = self.draws(batch)
+        images = {name: value.chunk(self.accumulate) for name, value in batch.items()}
+        noise: dict[str, Sequence[Tensor]] = {}
+        for name, value in draws.items():
+            dim = specs[name].dim
+            if dim is None:
+                noise[name] = [value] * self.accumulate
+            elif value.ndim and value.shape[dim] == n:
+                noise[name] = value.chunk(self.accumulate, dim)
+            else:
+                raise ValueError(
+                    f"draws[{name!r}] must have the {n} samples of the batch in dimension {dim}, which accumulate "
+                    f"splits, got shape {tuple(value.shape)}: say with dim= which dimension it is, or dim=None"
+                )
+        parts = range(self.accumulate)
+        return [({k: v[i] for k, v in images.items()}, {k: v[i] for k, v in noise.items()}) for i in parts]
 
     def __call__(self, batch: Batch, draws: Draws) -> Terms:
-        """Update the network once. Returns the detached terms of its loss."""
-        terms, trained = self.loss(batch, draws), self.trained()
-        reached = [(p, g) for p, g in zip(trained, gradients_of(terms, trained), strict=True) if g is not None]
-        parameters, gradients = [p for p, _ in reached], [g for _, g in reached]
-        terms = {name: term.detach() for name, term in terms.items()}
+        """Update the weights once. Returns the detached terms of the loss."""
+        trained, kept = self.trained(), []
+        for part, noise in self.micro_batches(batch, draws):
+            terms = self.loss(part, noise)
+            loss = total(terms)
+            if self.accumulate > 1:
+                loss = loss * (1 / self.accumulate)
+            if not loss.requires_grad:
+                raise ValueError(UNREACHED)
+            loss.backward(inputs=trained)
+            kept.append({name: term.detach() for name, term in terms.items()})
+        terms = mean_terms(kept)
+        reached = [p for p in trained if p.grad is not None]
+        if not reached:
+            raise ValueError(UNREACHED)
         if self.mean is not None:
-            buffers = floating_buffers(self.gan)
-            common = self.mean(Shared(gradients, buffers, terms))
-            gradients, terms = common.gradients, common.terms
+            self.mean.agree(self.signature(terms, reached))
+            buffers = floating_buffers(self.networks)
+            common = self.mean(Shared([p.grad for p in reached], buffers, terms))  # type: ignore[misc]
+            terms = common.terms
             with torch.no_grad():
-                torch._foreach_copy_(buffers, common.buffers)
-        for parameter, gradient in zip(parameters, laid_out_like(parameters, gradients), strict=True):
-            parameter.grad = gradient
+                for p, gradient in zip(reached, common.gradients, strict=True):
+                    p.grad.copy_(gradient)  # type: ignore[union-attr]
+                copy_all_(buffers, common.buffers)
+        if self.clip_grad_value is not None:
+            nn.utils.clip_grad_value_(reached, self.clip_grad_value)
+        if self.clip_grad_norm is not None:
+            terms["grad_norm"] = nn.utils.clip_grad_norm_(reached, self.clip_grad_norm).detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.finish()
         return terms
 
+    def signature(self, terms: Iterable[str], reached: Sequence[Tensor]) -> dict[str, Any]:
+        """What processes that exchange gradients must have in common."""
+        ids = {id(p) for p in reached}
+        named = [(f"{name}.{key}", p) for name, m in self.networks.items() for key, p in m.named_parameters()]
+        weights = [name for name, p in named if id(p) in ids]
+        return {"the terms of the loss": sorted(terms), "the weights that the loss reaches": weights}
+
     def finish(self, averages: Sequence[Tensor] | None = None) -> None:
-        """Clip the new weights and move the average, while a graph is traced by ``averages`` that stand for its own."""
+        """Clip the new weights and move the average; while a graph is traced, ``averages`` stand for its own."""
         if self.clip:
-            clip_weights_(self.network, self.clip)
+            for module in self.trained_modules:
+                clip_weights_(module, self.clip)
         if self.ema is not None:
-            self.ema.update(self.network, averages)
+            self.ema.update(self.trained_modules[0], averages)
+
+
+UNREACHED = "the loss must depend on weights of the network that it is minimised in, it does on none"
+
+
+def mean_terms(parts: Sequence[Terms]) -> Terms:
+    """Mean of each term over the micro-batches."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: torch.stack([terms[name] for terms in parts]).mean() for name in parts[0]}
+
+
+def copy_all_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value to its target; none is needed."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(values))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +58,25 @@ class OptimizerState:
             for p in (group.parameters[0] for group in self._groups)
         ]
         self._set_rates: list[float | None] = [None] * len(self.rates)
+        self.tensors()
+
+    def tensors(self) -> list[Tensor]:
+        """All states as they are now, made if they are missing: ``load_state_dict`` and eager steps replace them."""
+        found = []
         for group in self._groups:
             for name in filter(None, group.names):
                 for p in group.parameters:
-                    state = optimizer.state[p]
+                    state = self.optimizer.state[p]
+                    held = state.get(name)
                     if name == "step":
-                        state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device=p.device)
-                    elif state.get(name) is None:
-                        state[name] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
-
-    def tensors(self) -> list[Tensor]:
-        """All states as they are now: ``Optimizer.load_state_dict`` replaces them."""
-        state = self.optimizer.state
-        return [state[p][name] for group in self._groups for name in group.names if name for p in group.parameters]
+                        if not isinstance(held, Tensor) or held.device != p.device or held.dtype != torch.float32:
+                            held = torch.as_tensor(0.0 if held is None else held, dtype=torch.float32, device=p.device)
+                            state[name] = held
+                    elif held is None:
+                        held = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                        state[name] = held
+                    found.append(held)
+        return found
 
     def refresh(self) -> None:
         """Write learning rates that have changed to :attr:`rates`."""
@@ -82,13 +87,6 @@ class OptimizerState:
             elif float(lr) != self._set_rates[i]:
                 self._set_rates[i] = float(lr)
                 self.rates[i].fill_(float(lr))
-
-    def options(self) -> tuple[Any, ...]:
-        """All options that a graph of :meth:`update` holds as constants."""
-        return tuple(
-            tuple((key, value) for key, value in options.items() if key not in ("params", "lr", "initial_lr"))
-            for options in self.optimizer.param_groups
-        )
 
     def update(
         self,

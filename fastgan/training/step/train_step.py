@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan.backend import warn_once
 from fastgan.distributed import World, current_world
-from fastgan.losses.noise import draw
+from fastgan.losses.noise import Draw, draw
 from fastgan.training.ema import EMA
-from fastgan.training.gan import GAN, Batch, Draws, Terms
-from fastgan.training.step.capture import CapturedUpdate
+from fastgan.training.gan import GAN, Batch, Draws, Terms, checked_terms
+from fastgan.training.step.capture import CapturedUpdate, Fit
 from fastgan.training.step.eager import Update
 from fastgan.training.step.optimizers import CaptureError
-from fastgan.training.step.process_mean import ProcessMean, broadcast_
+from fastgan.training.step.process_mean import ProcessMean, broadcast_, broadcast_optimizer_
+from fastgan.training.step.reachable import Snapshot, differences, differing_terms
 
 MODES = ("eager", "compile", "cudagraph")
+MOST_GRAPHS = 8
+VERIFIED_CALLS = 2
+TOLERANCE = 3.4e-4  # the root of float32's epsilon
 
 
 class TrainStep:
@@ -29,16 +35,19 @@ class TrainStep:
     average hold, so these can be used, saved and loaded between steps as usual, and a run may move between modes. The
     graph is made at the first call. Learning rates may change at each call.
 
-    A graph serves one shape, dtype and layout of batches, and the optimizer options, modules' train or eval modes and
-    frozen weights that it was made with. Any other call, such as an odd last batch, runs eagerly, with the same result
-    and one warning. A step that cannot be captured also runs eagerly, with one
-    :class:`fastgan.backend.BackendWarning` that names the reason. Weights that a loss does not reach are left alone.
+    A captured step equals the eager one, or it runs eagerly with one :class:`fastgan.backend.BackendWarning` that names
+    the reason. The first two calls are run both ways and compared in everything that the networks, losses, optimizer
+    and average reach: tensors, Python values, gradients, states of random number generators. Later, a call for which
+    anything differs that the graph may hold - the batch's shape, options, modes, frozen weights, hooks, attributes of
+    modules, variables of losses - runs eagerly; if the next call agrees with it, a new graph is made, up to
+    :data:`MOST_GRAPHS` of them. Weights that a loss does not reach are left alone.
 
-    Processes of a ``torch.distributed`` group share a batch: each gives its part, all parts of one size, and gets the
-    update and the losses of the whole. Gradients, running statistics and singular vectors are averaged between two
-    graphs, so weights, buffers, optimizers and averages stay equal in all processes. Noise is drawn for the whole
+    Processes of a ``torch.distributed`` group share a batch: each gives its part and gets the update and the losses of
+    the whole. Gradients, running statistics and singular vectors are averaged between two graphs, weighted by the
+    parts' sizes, so weights, buffers, optimizers and averages stay equal in all processes. Noise is drawn for the whole
     batch, and each process takes its part. The numbers are those of one process with the whole batch, except for batch
-    norm, which normalizes each part by itself.
+    norm, which normalizes each part by itself. Losses are taken to be means over samples. Processes that disagree in
+    structure all raise one error.
 
     In your own loop, with modules ``g`` and ``d`` and their optimizers::
 
@@ -56,7 +65,8 @@ class TrainStep:
     Args:
         gan: networks and losses; :class:`fastgan.training.FunctionalGAN` makes one of any two modules.
         optimizer_g: of the generator: for a captured step Adam, AdamW, RMSprop, or SGD without dampening.
-        optimizer_d: of the discriminator.
+        optimizer_d: of the discriminator. Both hold weights of their own network alone; see :meth:`of_updates` for
+            more networks and optimizers.
         mode: "eager"; "compile", captured and compiled; or "cudagraph", that and replayed as a CUDA graph.
         backend: the compiler, a backend of ``torch.compile``.
         ema: average of the generator that moves after each of its updates.
@@ -64,14 +74,18 @@ class TrainStep:
         rng: generator that the draws of the losses come from, in all modes alike; None for the device's default one.
             Modules that draw by themselves (dropout) use the default one, when compiled in an order of their own.
             Processes that share a batch seed it alike.
-        world: processes that share the batches; None for those of the default process group, if it is initialized.
-            They begin with the weights and averages of the first.
+        world: processes that share the batches, a process group; None for the default one, if it is initialized. They
+            begin with the weights, buffers, averages and optimizer states of the first.
+        clip_grad_norm, clip_grad_value, accumulate: see :class:`NetworkUpdate`; for both updates.
+        verify: compare the first two calls of a captured update with the eager one. The memory of two more copies of
+            weights and optimizer states is needed meanwhile.
 
     Attributes:
-        compilations: graphs compiled so far: 1 per network after its first step, 2 if processes share a batch.
+        compilations: graphs compiled so far: 1 per update after its first call, 2 if processes share a batch.
 
     Raises:
-        ValueError: an unknown mode, or an optimizer that has none of its network's weights.
+        ValueError: an unknown mode, an optimizer with none of its network's weights or with others', sharded weights,
+            or a negative bound.
     """
 
     def __init__(
@@ -85,33 +99,125 @@ class TrainStep:
         ema: EMA | None = None,
         clip: float = 0.0,
         rng: torch.Generator | None = None,
-        world: World | None = None,
+        world: World | dist.ProcessGroup | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        accumulate: int = 1,
+        verify: bool = True,
+    ) -> None:
+        options: dict[str, Any] = {
+            "clip_grad_norm": clip_grad_norm,
+            "clip_grad_value": clip_grad_value,
+            "accumulate": accumulate,
+        }
+        _check_optimizer("optimizer_g", optimizer_g, {"generator": gan.generator})
+        _check_optimizer("optimizer_d", optimizer_d, {"discriminator": gan.discriminator})
+        updates = [
+            Update.of_gan(gan, "discriminator", optimizer_d, clip=clip, **options),
+            Update.of_gan(gan, "generator", optimizer_g, ema=ema, **options),
+        ]
+        self.gan: GAN | None = gan
+        self._set_up(updates, mode=mode, backend=backend, rng=rng, world=world, verify=verify)
+
+    @classmethod
+    def of_updates(
+        cls,
+        networks: Mapping[str, nn.Module],
+        updates: Mapping[str, NetworkUpdate],
+        *,
+        mode: str = "eager",
+        backend: str = "inductor",
+        rng: torch.Generator | None = None,
+        world: World | dist.ProcessGroup | None = None,
+        verify: bool = True,
+    ) -> TrainStep:
+        """Make the step of any number of networks and optimizers; :meth:`update` runs one of the updates.
+
+        Args:
+            networks: every network that a loss uses, by name.
+            updates: by name.
+            mode, backend, rng, world, verify: as for two networks.
+
+        Raises:
+            ValueError: an update trains an unknown network, its optimizer holds other weights, or two updates train one
+                weight.
+
+        Example::
+
+            step = TrainStep.of_updates(
+                {"g": g, "d": d, "q": q},
+                {
+                    "d": NetworkUpdate(d_loss, ["d"], optimizer_d, draws),
+                    "g": NetworkUpdate(g_and_code_loss, ["g", "q"], optimizer_gq, draws),
+                },
+            )
+            losses = step.update("d", batch) | step.update("g", batch)
+        """
+        made, trained_by = [], dict[int, str]()
+        for name, update in updates.items():
+            names = [update.trains] if isinstance(update.trains, str) else list(update.trains)
+            if unknown := [n for n in names if n not in networks]:
+                allowed = ", ".join(networks)
+                raise ValueError(f"updates[{name!r}] must train some of {allowed}, got {', '.join(unknown)}")
+            modules = {n: networks[n] for n in names}
+            _check_optimizer(f"the optimizer of updates[{name!r}]", update.optimizer, modules)
+            for p in (p for group in update.optimizer.param_groups for p in group["params"]):
+                if (other := trained_by.setdefault(id(p), name)) != name:
+                    raise ValueError(f"updates[{name!r}] and updates[{other!r}] must not train one weight both")
+            made.append(update.of_networks(name, networks, list(modules.values())))
+        step = cls.__new__(cls)
+        step.gan = None
+        step._set_up(made, mode=mode, backend=backend, rng=rng, world=world, verify=verify)
+        return step
+
+    def _set_up(
+        self,
+        updates: Sequence[Update],
+        *,
+        mode: str,
+        backend: str,
+        rng: torch.Generator | None,
+        world: World | dist.ProcessGroup | None,
+        verify: bool,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        if clip < 0:
-            raise ValueError(f"clip must be at least 0, got {clip}")
-        _check_optimizer("optimizer_g", optimizer_g, "generator", gan.generator)
-        _check_optimizer("optimizer_d", optimizer_d, "discriminator", gan.discriminator)
-        self.gan, self.mode, self.backend, self.ema = gan, mode, backend, ema
+        for update in updates:
+            for name in ("clip", "clip_grad_norm", "clip_grad_value"):
+                if (value := getattr(update, name)) is not None and value < 0:
+                    raise ValueError(f"{name} must be at least 0, got {value}")
+            if update.accumulate < 1:
+                raise ValueError(f"accumulate must be at least 1, got {update.accumulate}")
+            for name, network in update.networks.items():
+                if any(type(p).__name__ == "DTensor" for p in network.parameters()):
+                    raise ValueError(f"the {name} must have whole weights in each process, they are sharded (FSDP2)")
+        self.mode, self.backend, self.verify, self.rng = mode, backend, verify, rng
+        self.ema = next((update.ema for update in updates if update.ema), None)
         self.compilations = 0
-        self.device = next(gan.generator.parameters()).device
-        self.rng = rng
-        self.world = current_world() if world is None else world
+        networks = list({id(m): m for update in updates for m in update.networks.values()}.values())
+        self.device = next(p for m in networks for p in m.parameters()).device
+        self.world, self.follows_default = _checked_world(world), world is None
         self._pool: Any = None
-        mean = ProcessMean(self.world) if self.world.size > 1 else None
-        networks = [tensor for m in (gan.generator, gan.discriminator) for tensor in (*m.parameters(), *m.buffers())]
-        broadcast_([*networks, *(ema.tensors() if ema else ())], self.world)
-        self._discriminator = _Step(self, Update(gan, "discriminator", optimizer_d, clip=clip, mean=mean))
-        self._generator = _Step(self, Update(gan, "generator", optimizer_g, ema=ema, mean=mean))
+        mean = ProcessMean(self.world, device=self.device) if self.world.size > 1 else None
+        averages = [tensor for update in updates if update.ema for tensor in update.ema.tensors()]
+        broadcast_([t for m in networks for t in (*m.parameters(), *m.buffers())] + averages, self.world)
+        for update in updates:
+            broadcast_optimizer_(update.optimizer, self.world)
+        self._updates = {update.name: _Step(self, replace(update, mean=mean)) for update in updates}
+
+    def update(self, name: str, batch: Batch) -> Terms:
+        """Run the update of this name once. Returns the terms of its loss, detached scalars on the device."""
+        if name not in self._updates:
+            raise ValueError(f"name must be one of {', '.join(map(repr, self._updates))}, got {name!r}")
+        return self._updates[name](batch)
 
     def discriminator(self, batch: Batch) -> Terms:
         """Update the discriminator once. Returns the terms of its loss, detached scalars on the device."""
-        return self._discriminator(batch)
+        return self.update("discriminator", batch)
 
     def generator(self, batch: Batch) -> Terms:
         """Update the generator once, with as many images as ``batch`` has. Returns the terms of its loss."""
-        return self._generator(batch)
+        return self.update("generator", batch)
 
     @torch.no_grad()
     def compile(self, graph: torch.fx.GraphModule, arguments: list[Tensor]) -> Callable[..., Any]:
@@ -136,32 +242,138 @@ class TrainStep:
         return torch.cuda.default_generators[index]
 
 
+@dataclass(frozen=True)
+class NetworkUpdate:
+    """One update of :meth:`TrainStep.of_updates`.
+
+    Args:
+        loss: ``(batch, draws)`` -> a scalar, or a dict of scalars whose sum is minimized.
+        trains: names of the networks whose weights ``optimizer`` holds.
+        optimizer: for a captured step Adam, AdamW, RMSprop, or SGD without dampening.
+        draws: maps the number of samples in a batch to the random numbers that the loss needs, by name.
+        clip: bound of the trained weights after each step; 0 for none.
+        clip_grad_norm: largest norm of all gradients together; the terms then have "grad_norm", the norm before.
+        clip_grad_value: largest absolute value of a gradient's entry.
+        accumulate: number of equal micro-batches that each batch is split into; their gradients are averaged.
+        ema: an average of the first of ``trains`` that moves after each step.
+    """
+
+    loss: Callable[[Batch, Draws], Tensor | Terms]
+    trains: str | Sequence[str]
+    optimizer: torch.optim.Optimizer
+    draws: Callable[[int], Mapping[str, Draw]] | None = None
+    clip: float = 0.0
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    accumulate: int = 1
+    ema: EMA | None = None
+
+    def of_networks(self, name: str, networks: Mapping[str, nn.Module], trained: Sequence[nn.Module]) -> Update:
+        """The same as a step runs it."""
+
+        def loss(batch: Batch, draws: Draws) -> Terms:
+            return checked_terms(f"the loss of updates[{name!r}]", self.loss(batch, draws))
+
+        def draws(batch: Batch) -> Mapping[str, Draw]:
+            return {} if self.draws is None else self.draws(len(next(iter(batch.values()))))
+
+        names = ("clip", "clip_grad_norm", "clip_grad_value", "accumulate", "ema")
+        options = {key: getattr(self, key) for key in names}
+        owner = {"loss": self.loss, "draws": self.draws}
+        return Update(name, networks, trained, loss, draws, self.optimizer, owner=owner, **options)
+
+
 class _Step:
-    """Update of one network: eager, or captured from the first call on if that is possible."""
+    """One update: eager, or captured from the first call on if that is possible."""
 
     def __init__(self, owner: TrainStep, update: Update) -> None:
         self._owner, self._update = owner, update
-        self._captured: CapturedUpdate | None = None
+        self._graphs: list[CapturedUpdate] = []
+        self._unverified: dict[int, int] = {}  # calls of a graph that are to be compared, by its index
+        self._missed: Fit | None = None
         self._is_eager = owner.mode == "eager"
+        self._counts: list[int] = []
 
     def __call__(self, batch: Batch) -> Terms:
         if not isinstance(batch, Mapping) or not batch:
             raise TypeError(f"batch must be a mapping of names to tensors, got {type(batch).__name__}")
-        owner, name = self._owner, self._update.name
-        if not self._is_eager and self._captured is None:
-            self._capture(batch)
-        if self._captured is None:
+        n = len(next(iter(batch.values())))
+        if n % self._update.accumulate:
+            raise ValueError(f"accumulate must divide the batch, got {self._update.accumulate} for {n} samples")
+        # 0: eagerly, 1: make a graph, 2: compare a graph with the eager update, 3: by a graph
+        graph, plan = self._plan(batch)
+        if (mean := self._update.mean) is not None:
+            plans = self._agree(batch, n, plan)
+            if plan in (1, 2) and len(set(plans)) > 1:
+                plan = 0
+            mean.set_share(n / sum(self._counts))
+        if plan == 1:
+            graph = self._capture(batch)
+            plan = 0 if graph is None else 2 if self._owner.verify else 3
+        if plan == 2:
+            return self._compare(self._graphs[graph], graph, batch)  # type: ignore[index, arg-type]
+        if plan == 0:
             return self._update(batch, self._draws(batch))
-        if not self._captured.fits(batch):
-            warn_once(
-                f"a {name} step runs eagerly: its batch, optimiser options, module modes or frozen weights are "
-                "not those that it was captured with"
+        return self._replay(self._graphs[graph], batch)  # type: ignore[index]
+
+    def _plan(self, batch: Batch) -> tuple[int | None, int]:
+        """A graph that serves this call, if there is one, and what to do."""
+        if self._is_eager:
+            return None, 0
+        if any([p.grad is not None for p in self._update.trained()]):
+            warn_once(f"a {self._update.name} step runs eagerly: gradients in .grad are added to its own")
+            return None, 0
+        misfits = []
+        for i, graph in enumerate(self._graphs):
+            if (misfit := graph.misfit(batch)) is None:
+                self._missed = None
+                return i, 2 if self._unverified.get(i) else 3
+            misfits.append(misfit)
+        if not misfits:
+            return None, 1
+        # Twice in a row the same: the change has come to stay.
+        if len(self._graphs) < MOST_GRAPHS and self._missed is not None and self._missed.misfit(batch) is None:
+            self._missed = None
+            return None, 1
+        warn_once(f"a {self._update.name} step runs eagerly: {misfits[-1]} is not what it was captured with")
+        self._missed = Fit(self._update, batch)
+        return None, 0
+
+    def _agree(self, batch: Batch, n: int, plan: int) -> list[int]:
+        """Compare this call with those of the other processes; keep the sizes of their parts. Returns their plans."""
+        owner, mean = self._owner, self._update.mean
+        assert mean is not None
+        if owner.follows_default and owner.world != current_world():
+            raise RuntimeError(
+                f"the processes must be those that the TrainStep was made with, {owner.world.size} of them, "
+                f"got {current_world().size}: make a new one after init_process_group"
             )
-            return self._update(batch, self._draws(batch))
+        structure = {
+            "which update they run": self._update.name,
+            "the batch": [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in batch.items()],
+            "the weights that are trained": [
+                f"{name}.{key} {tuple(p.shape)}"
+                for name, network in self._update.networks.items()
+                for key, p in network.named_parameters()
+                if p.requires_grad
+            ],
+            "the optimizer's options": [
+                {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
+                for group in self._update.optimizer.param_groups
+            ],
+        }
+        rows = mean.agree(structure, n, plan)
+        self._counts = [row[0] for row in rows]
+        if 0 in self._counts:
+            raise ValueError(f"batch must have samples in every process, got {self._counts}")
+        return [row[1] for row in rows]
+
+    def _replay(self, graph: CapturedUpdate, batch: Batch) -> Terms:
+        owner = self._owner
         if owner.mode == "compile":
-            return self._captured(batch, self._draws(batch))
+            return graph(batch, self._draws(batch))
         try:
-            replay = self._captured.capture_replay(batch, self._draws, owner.device_rng(), owner.graph_pool())
+            replay = graph.capture_replay(batch, self._draws, owner.device_rng(), owner.graph_pool())
         except Exception as error:  # whatever warm-up or capture may raise: both leave the state as it was
             self._give_up(error)
             return self._update(batch, self._draws(batch))
@@ -169,28 +381,103 @@ class _Step:
 
     def _draws(self, batch: Batch, rng: torch.Generator | None = None) -> Draws:
         """Random numbers of the loss, from ``rng`` or else the run's generator."""
-        owner, world, n = self._owner, self._owner.world, len(next(iter(batch.values())))
-        rng = owner.rng if rng is None else rng
-        return draw(self._update.draws(batch), rng, owner.device, n=n, rank=world.rank, parts=world.size)
-
-    def _capture(self, batch: Batch) -> None:
         owner = self._owner
+        rng = owner.rng if rng is None else rng
+        return draw(self._update.draws(batch), rng, owner.device, rank=owner.world.rank, counts=self._counts)
+
+    def _capture(self, batch: Batch) -> int | None:
+        """Make a graph for calls like this one. Returns its index, or None if a process fails; all is as before."""
+        owner, reason = self._owner, None
+        start = None
         try:
             if owner.mode == "cudagraph" and owner.device.type != "cuda":
                 raise CaptureError(f"CUDA graphs need a CUDA device, the generator is on {owner.device}")
+            start = Snapshot(self._update.state(), owner.rng)
             # From a generator of their own, so that no random number of the run is used up.
             example = self._draws(batch, torch.Generator(owner.device))
-            self._captured = CapturedUpdate(self._update, batch, example, owner.compile)
+            graph = CapturedUpdate(self._update, batch, example, owner.compile)
         except Exception as error:  # whatever tracing and compilers may raise: an eager step needs none of it
-            self._give_up(error)
+            reason = _first_line(error)
+        if start is not None:
+            start.restore()
+        reasons = [r for r in owner.world.gather(reason) if r is not None]
+        if reasons:
+            self._give_up(reasons[0])
+            return None
+        self._graphs.append(graph)
+        self._unverified[len(self._graphs) - 1] = VERIFIED_CALLS if owner.verify else 0
+        return len(self._graphs) - 1
 
-    def _give_up(self, error: Exception) -> None:
-        self._is_eager, self._captured = True, None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    def _compare(self, graph: CapturedUpdate, index: int, batch: Batch) -> Terms:
+        """Run the update eagerly, by the traced graph and by the compiled one, each from the same state.
+
+        Leaves what the compiled one leaves if all agree, else what the eager one leaves.
+        """
+        owner, update = self._owner, self._update
+        draws = self._draws(batch)
+        start = Snapshot(update.state(), owner.rng)
+        terms = update(batch, draws)
+        end = Snapshot(update.state(), owner.rng)
+        low = graph.is_low_precision
+        # The traced graph runs the same kernels; a compiler rounds otherwise.
+        trials = [(graph.run_traced, 1e-2 if low else TOLERANCE, True)]
+        if owner.backend != "eager" and not graph.draws_itself:
+            trials.append((graph, 0.5 if low else TOLERANCE**0.5, False))
+        reason, found = None, {}
+        for run, tolerance, draws_alike in trials:
+            start.restore()
+            try:
+                found = run(batch, draws)
+                left = Snapshot(update.state(), owner.rng)
+                names = differences(left, end, start, tolerance, draws=draws_alike)
+                names += [f"the term {name!r}" for name in differing_terms(found, terms, tolerance)]
+                if names:
+                    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                    reason = f"captured, it would leave other values in {', '.join(names[:3])}{more}"
+            except Exception as error:  # whatever the graph may raise
+                reason = _first_line(error)
+            if reason:
+                break
+        reasons = [r for r in owner.world.gather(reason) if r is not None]
+        if reasons:
+            end.restore()
+            self._give_up(reasons[0])
+            return terms
+        if len(trials) == 1 and owner.backend != "eager":
+            start.restore()
+            found = graph(batch, draws)
+        self._unverified[index] -= 1
+        return found
+
+    def _give_up(self, error: Exception | str) -> None:
+        self._is_eager, self._graphs = True, []
+        reason = error if isinstance(error, str) else _first_line(error)
         warn_once(f"the {self._update.name} step runs eagerly: {reason}")
 
 
-def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, of: str, network: nn.Module) -> None:
-    weights = {id(p) for p in network.parameters()}
-    if not any(id(p) in weights for group in optimizer.param_groups for p in group["params"]):
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _checked_world(world: World | dist.ProcessGroup | None) -> World:
+    if world is None:
+        return current_world()
+    if not isinstance(world, World):
+        return current_world(world)
+    if world != current_world(world.group):
+        raise ValueError(f"world must be a process group or its current_world(), got {world}")
+    return world
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, networks: Mapping[str, nn.Module]) -> None:
+    """Raise ``ValueError`` unless the optimizer holds weights of these networks, and no others."""
+    weights = {id(p) for network in networks.values() for p in network.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    of = " and the ".join(networks)
+    if not any(id(p) in weights for p in held):
         raise ValueError(f"{name} must hold weights of the {of}, it has none of them")
+    if others := [tuple(p.shape) for p in held if id(p) not in weights]:
+        raise ValueError(
+            f"{name} must hold weights of the {of} alone, it has {len(others)} others, of shapes "
+            f"{', '.join(map(str, others[:4]))}: TrainStep.of_updates trains more networks"
+        )
