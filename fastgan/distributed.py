@@ -69,7 +69,8 @@ def launched_world(device: torch.device) -> Iterator[World]:
     if size == 1 or not dist.is_available() or dist.is_initialized():
         yield current_world()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # torchrun ends all if one dies; one that takes long, as for a score, must not end the others.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         yield current_world()
     finally:

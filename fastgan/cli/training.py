@@ -56,7 +56,9 @@ def train(
                 if chosen is None:
                     raise InputError("--recipe must be given for a new run: see `fastgan recipes`")
                 assert out is not None
-                run = start_run(override(chosen, changes), out, **options)
+                # Under torchrun --max-restarts the same command comes again.
+                restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+                run = start_run(override(chosen, changes), out, restarted=restarted, **options)
             received = run.train()
     if received is not None:
         echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")

@@ -3,7 +3,7 @@
 from fastgan.data.datasets import DataSplit, digits, load_data
 from fastgan.data.folders import image_folder, sketch_folder
 from fastgan.data.images import LabelledImages, as_float, stratified_split
-from fastgan.data.loader import SKETCHES, Batch, DeviceLoader, edge_map, sketches_of
+from fastgan.data.loader import SKETCHES, Batch, DeviceLoader, StreamLoader, edge_map, sketches_of
 
 __all__ = [
     "SKETCHES",
@@ -11,6 +11,7 @@ __all__ = [
     "DataSplit",
     "DeviceLoader",
     "LabelledImages",
+    "StreamLoader",
     "as_float",
     "digits",
     "edge_map",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastgan._checks import check_tensor
 from fastgan.data.images import LabelledImages, as_float
@@ -132,6 +133,105 @@ class DeviceLoader:
         order = torch.randperm(len(self.data), generator=self._rng)
         self._order = order.to(self.data.labels.device)
         self._position = 0
+
+
+class StreamLoader:
+    """Endless batches from a ``torch.utils.data.Dataset``, a ``DataLoader``, or any iterable of batches.
+
+    An item is images, ``(images, labels)``, or a mapping with "images" and perhaps "labels" and "sketches". A dataset
+    with a length is shuffled into batches; a loader or an iterable gives batches as they are, and is gone through again
+    at its end. Each process gives its own part of a batch.
+
+    Args:
+        source: where items come from.
+        batch_size: samples per batch of a dataset; others decide themselves.
+        n_classes: number of classes, 0 if labels do not matter.
+        device: where batches go.
+        seed: of a dataset's order.
+
+    Raises:
+        TypeError, ValueError: while batches are read, the first that is wrong is named: images must be floating-point
+            (n, channels, h, w) in [-1, 1], labels int64 (n,) in [0, n_classes).
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any] | Dataset[Any],
+        batch_size: int,
+        *,
+        n_classes: int = 0,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+            rng = torch.Generator().manual_seed(seed)
+            source = DataLoader(source, batch_size, shuffle=True, drop_last=True, generator=rng)
+            if not len(source):
+                raise ValueError(f"data must have at least batch_size samples, {batch_size}")
+        elif isinstance(source, IterableDataset):
+            source = DataLoader(source, batch_size, drop_last=True)
+        if not isinstance(source, Iterable):
+            kinds = "LabelledImages, a Dataset, a DataLoader or an iterable of batches"
+            raise TypeError(f"data must be {kinds}, got {type(source).__name__}")
+        self._source, self.n_classes, self.device = source, n_classes, torch.device(device)
+        self._batches: Iterator[Any] = iter(())
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next()
+
+    def next(self) -> Batch:
+        """The next batch, on the device."""
+        try:
+            item = next(self._batches)
+        except StopIteration:
+            self._batches = iter(self._source)
+            try:
+                item = next(self._batches)
+            except StopIteration:
+                raise ValueError("data must give batches again when it is gone through again, it gave none") from None
+        self._count += 1
+        if isinstance(item, Mapping):
+            batch = dict(item)
+        elif isinstance(item, (tuple, list)):
+            batch = dict(zip(("images", "labels"), item, strict=False))
+        else:
+            batch = {"images": item}
+        self._check(batch)
+        if "labels" not in batch:
+            batch["labels"] = torch.zeros(len(batch["images"]), dtype=torch.int64)
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _check(self, batch: Batch) -> None:
+        where = f"batch {self._count} of data"
+        if "images" not in batch:
+            raise ValueError(f"{where} must have 'images', got {', '.join(map(repr, batch))}")
+        for name in {"images", "sketches"} & batch.keys():
+            check_tensor(f"{name} of {where}", batch[name], ndim=4)
+        images = batch["images"]
+        if self._count == 1 and images.numel():  # the rest follow it; a test of each would stall a GPU
+            least, most = images.aminmax()
+            if not (least >= -1 and most <= 1):
+                raise ValueError(f"images of {where} must be in [-1, 1], got [{float(least):.4g}, {float(most):.4g}]")
+        if "labels" not in batch:
+            if self.n_classes:
+                raise ValueError(f"{where} must have labels for a network with {self.n_classes} classes")
+            return
+        labels = batch["labels"]
+        check_tensor(f"labels of {where}", labels, ndim=1, dtypes=(torch.int64,))
+        if len(labels) != len(images):
+            raise ValueError(f"labels of {where} must be as many as the images, {len(images)}, got {len(labels)}")
+        if self.n_classes and not bool(((labels >= 0) & (labels < self.n_classes)).all()):
+            raise ValueError(f"labels of {where} must be in [0, {self.n_classes}), got {labels.unique().tolist()[:8]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches so far. The order of a user's data is the user's to restore."""
+        return {"batches": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the count."""
+        self._count = state["batches"]
 
 
 class _ByClass:

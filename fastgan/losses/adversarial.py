@@ -23,12 +23,14 @@ class GANLoss:
     Attributes:
         name: what recipes and :func:`gan_loss` call it.
         discriminator: (real logits, fake logits) to a scalar.
-        generator: fake logits to a scalar.
+        generator: fake logits to a scalar, or (real logits, fake logits) if ``is_paired``.
+        is_paired: the generator's loss compares fake logits with real ones.
     """
 
     name: str
     discriminator: Callable[[Tensor, Tensor], Tensor]
-    generator: Callable[[Tensor], Tensor]
+    generator: Callable[..., Tensor]
+    is_paired: bool = False
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -80,6 +82,27 @@ def least_squares_generator(fake: Tensor) -> Tensor:
     return (_full(fake=fake) - 1).square().mean() / 2
 
 
+def relativistic_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean(softplus(fake - real)): each real image should score higher than the fake one beside it.
+
+    Source: Jolicoeur-Martineau 2019, arXiv 1807.00734; with R1 and R2 in Huang et al. 2024, "The GAN is dead; long live
+    the GAN!", arXiv 2501.05441.
+
+    Example:
+        >>> relativistic_discriminator(torch.tensor([1.0]), torch.tensor([1.0]))
+        tensor(0.6931)
+    """
+    real, fake = _full(real=real), _full(fake=fake)
+    if real.shape != fake.shape:
+        raise ValueError(f"fake must have the shape of real, {tuple(real.shape)}, got {tuple(fake.shape)}")
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_generator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean(softplus(real - fake)): each fake image should score higher than the real one beside it."""
+    return relativistic_discriminator(fake, real)
+
+
 def auxiliary_class_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
     """-mean(log softmax(class_logits)[label]), the L_C of an auxiliary classifier (Odena et al. 2017).
 
@@ -100,6 +123,7 @@ LOSSES = {
         GANLoss("saturating", bce_discriminator, saturating_generator),
         GANLoss("wasserstein", wasserstein_discriminator, wasserstein_generator),
         GANLoss("least-squares", least_squares_discriminator, least_squares_generator),
+        GANLoss("relativistic", relativistic_discriminator, relativistic_generator, is_paired=True),
     )
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgan._checks import check_tensor
@@ -145,3 +145,71 @@ def _number(drawn: Mapping[str, Tensor], key: str, spec: Draw) -> Tensor:
     if got != spec.shape:
         raise ValueError(f"drawn must hold {key!r} of shape {spec.shape}, as augment_draws says, got {got}")
     return drawn[key]
+
+
+class AdaptiveAugment(nn.Module):
+    """Augmentation of each image with a probability that grows while the discriminator is too sure of real images.
+
+    Call it on real and generated images, and :meth:`adjust_` with the logits of real ones, in the discriminator's loss.
+    Make it a part of the discriminator, and the probability is saved with it and averaged over processes.
+
+    Args:
+        policy: names in :data:`AUGMENTATIONS`, all of which an image gets or none.
+        target: mean sign of real images' logits that is aimed at.
+        images: number of real images over which the probability may go from 0 to 1.
+        device: where the probability is.
+
+    Attributes:
+        p: the probability, a scalar buffer that is written in place, so that a captured step can hold it.
+
+    Raises:
+        ValueError: an unknown augmentation, ``target`` outside (-1, 1), or ``images`` below 1.
+
+    Source: Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", arXiv 2006.06676.
+
+    Example:
+        >>> from fastgan.losses import draw
+        >>> module = AdaptiveAugment(("color",), images=1000)
+        >>> drawn = draw(module.draws(2, 8, 8), None, "cpu")
+        >>> module(torch.zeros(2, 3, 8, 8), drawn).shape
+        torch.Size([2, 3, 8, 8])
+        >>> module.adjust_(torch.ones(100))
+        >>> module.p
+        tensor(0.1000)
+    """
+
+    p: Tensor
+
+    def __init__(
+        self,
+        policy: Sequence[str] = tuple(AUGMENTATIONS),
+        *,
+        target: float = 0.6,
+        images: int = 500_000,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_policy(policy)
+        if not -1 < target < 1:
+            raise ValueError(f"target must be in (-1, 1), got {target}")
+        if images < 1:
+            raise ValueError(f"images must be at least 1, got {images}")
+        self.policy, self.target, self.images = tuple(policy), target, images
+        self.register_buffer("p", torch.zeros((), device=device))
+
+    def draws(self, n: int, height: int, width: int, prefix: str = "augment") -> dict[str, Draw]:
+        """What a call needs for ``n`` images."""
+        return augment_draws(self.policy, n, height, width, prefix) | {f"{prefix}.chosen": uniform(n, 1, 1, 1)}
+
+    def forward(self, images: Tensor, drawn: Mapping[str, Tensor], prefix: str = "augment") -> Tensor:
+        """Augment each image with probability :attr:`p`; (n, channels, h, w) in [-1, 1]."""
+        augmented = augment(images, self.policy, drawn, prefix)
+        chosen = _number(drawn, f"{prefix}.chosen", uniform(len(images), 1, 1, 1))
+        return torch.where(chosen < self.p, augmented, images)
+
+    @torch.no_grad()
+    def adjust_(self, real_logits: Tensor) -> None:
+        """Move :attr:`p` by the sign of what the logits of real images, of any shape, have above the target."""
+        check_tensor("real_logits", real_logits)
+        excess = (real_logits.float().sign().mean() - self.target).sign()
+        self.p.add_(excess * (real_logits.numel() / self.images)).clamp_(0, 1)

@@ -87,6 +87,10 @@ class TrainConfig:
         loss: a name in ``fastgan.losses.LOSSES``.
         gradient_penalty: weight of the penalty on the critic's gradient between real and generated images; 0 for none.
         r1: weight of the R1 penalty, the paper's gamma; 0 for none.
+        r2: weight of the same penalty on generated images; 0 for none.
+        clip_grad_norm: largest norm of all gradients of an update together; 0 for no bound.
+        clip_grad_value: largest absolute value of a gradient's entry; 0 for no bound.
+        accumulate: micro-batches per update, whose gradients are averaged; must divide ``batch_size``.
         clip: bound of the critic's weights after each update; 0 for none.
         class_weight_discriminator, class_weight_generator: weights of the auxiliary classifier's loss.
         class_loss_on_generated: the discriminator learns the classes of generated images too, as in the ACGAN paper.
@@ -112,7 +116,11 @@ class TrainConfig:
     loss: str = "hinge"
     gradient_penalty: float = 0.0
     r1: float = 0.0
+    r2: float = 0.0
     clip: float = 0.0
+    clip_grad_norm: float = 0.0
+    clip_grad_value: float = 0.0
+    accumulate: int = 1
     class_weight_discriminator: float = 0.0
     class_weight_generator: float = 0.0
     class_loss_on_generated: bool = False
@@ -134,12 +142,17 @@ class TrainConfig:
         weights = (
             "gradient_penalty",
             "r1",
+            "r2",
             "clip",
+            "clip_grad_norm",
+            "clip_grad_value",
             "class_weight_discriminator",
             "class_weight_generator",
             "weight_decay",
         )
-        _check(self, lambda x: x >= 1, "at least 1", "steps", "batch_size", "n_critic")
+        _check(self, lambda x: x >= 1, "at least 1", "steps", "batch_size", "n_critic", "accumulate")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate must divide batch_size, {self.batch_size}, got {self.accumulate}")
         _check(self, lambda x: x > 0, "positive", "lr_generator", "lr_discriminator")
         _check(self, lambda x: x >= 0, "at least 0", *weights)
         _check_choice(self, "optimizer", OPTIMIZERS)

@@ -7,7 +7,8 @@ from fastgan.recipes.build import build_networks
 from fastgan.recipes.schema import TrainConfig
 from fastgan.training.ema import EMA
 from fastgan.training.gan import GAN, FunctionalGAN, Objective, RecipeGAN
-from fastgan.training.sampling import class_rows, sample
+from fastgan.training.sampling import class_rows, sample, standing_statistics_
+from fastgan.training.step.eager import LazyTerm
 from fastgan.training.step.train_step import NetworkUpdate, TrainStep
 from fastgan.training.trainer import Callback, Every, History, NonFiniteLossError, ProgressBar, Trainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "Every",
     "FunctionalGAN",
     "History",
+    "LazyTerm",
     "NetworkUpdate",
     "NonFiniteLossError",
     "Objective",
@@ -29,6 +31,7 @@ __all__ = [
     "build_networks",
     "class_rows",
     "sample",
+    "standing_statistics_",
 ]
 
 _RENAMED = {"Gan": "GAN", "OwnGan": "FunctionalGAN", "RecipeGan": "RecipeGAN"}

@@ -34,6 +34,10 @@ class Checkpoints:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
+    def exist(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any((self.folder / name).exists() for name in (LAST, PREVIOUS))
+
     def save(self, state: Mapping[str, Any]) -> None:
         """Write ``state`` as the last checkpoint; the last one so far becomes the previous one.
 

@@ -111,6 +111,7 @@ class Objective:
     loss: GANLoss
     gradient_penalty: float = 0.0
     r1: float = 0.0
+    r2: float = 0.0
     class_weight_discriminator: float = 0.0
     class_weight_generator: float = 0.0
     class_loss_on_generated: bool = False
@@ -156,7 +157,7 @@ class RecipeGAN:
         self.sees_sketch = bool(getattr(discriminator, "sees_sketch", False))
         # Batch norm would mix the statistics of real and generated images in a joint forward.
         self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in discriminator.modules())
-        if self.has_batch_norm and (objective.gradient_penalty or objective.r1):
+        if self.has_batch_norm and (objective.gradient_penalty or objective.r1 or objective.r2):
             raise ValueError(
                 "gradient penalties need a discriminator without batch norm, in which a sample has no gradient of its "
                 "own: discriminator_norm must be 'none', 'instance' or 'spectral'"
@@ -174,7 +175,9 @@ class RecipeGAN:
 
     def generator_draws(self, batch: Batch) -> dict[str, Draw]:
         n, _, height, width = batch["images"].shape
-        specs = self._input_draws(n, labels=True)
+        specs = self._input_draws(n, labels=not (self.objective.loss.is_paired and self._shares_labels))
+        if self.objective.loss.is_paired:
+            specs |= augment_draws(self.objective.augment, n, height, width, "augment_real")
         return specs | augment_draws(self.objective.augment, n, height, width, "augment_fake")
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> Terms:
@@ -205,13 +208,23 @@ class RecipeGAN:
                 terms["gradient_penalty"] = objective.gradient_penalty * penalty
             if objective.r1:
                 terms["r1"] = objective.r1 * r1_penalty(critic, real[:, :channels])
+            if objective.r2:
+                terms["r2"] = objective.r2 * r1_penalty(critic, fake[:, :channels])
         return terms
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
         with self._autocast(batch["images"]):
-            fake, labels = self._generate(batch, draws, shared_labels=False)
-            logits, classes = self._score(self._augmented(fake, batch, draws, "augment_fake"), labels)
-            terms = {"adversarial": self.objective.loss.generator(logits)}
+            # A pair is of one class, where the discriminator has seen it so.
+            shared = self.objective.loss.is_paired and self._shares_labels
+            fake, labels = self._generate(batch, draws, shared_labels=shared)
+            fake = self._augmented(fake, batch, draws, "augment_fake")
+            if self.objective.loss.is_paired:
+                real = self._augmented(batch["images"].to(fake.dtype), batch, draws, "augment_real")
+                (real_logits, _), (logits, classes) = self._score_both(real, batch["labels"], fake, labels)
+                terms = {"adversarial": self.objective.loss.generator(real_logits, logits)}
+            else:
+                logits, classes = self._score(fake, labels)
+                terms = {"adversarial": self.objective.loss.generator(logits)}
             if self.objective.class_weight_generator:
                 terms["class"] = self.objective.class_weight_generator * _class_loss(classes, labels)
         return terms
@@ -219,7 +232,8 @@ class RecipeGAN:
     @property
     def _shares_labels(self) -> bool:
         """Generated images have the labels of the real ones beside them, so that what lies between has one class."""
-        return bool(self.objective.gradient_penalty) or self.from_sketches or not self.n_classes
+        paired = bool(self.objective.gradient_penalty) or self.objective.loss.is_paired
+        return paired or self.from_sketches or not self.n_classes
 
     def _input_draws(self, n: int, *, labels: bool) -> dict[str, Draw]:
         if self.from_sketches:

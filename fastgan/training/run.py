@@ -84,11 +84,13 @@ class Run:
     def train(self) -> signal.Signals | None:
         """Train to the last step, or until Ctrl-C or SIGTERM, which is then returned; the state is saved either way.
 
+        A signal to one of several processes stops them all.
+
         Raises:
             RunError: a loss is not finite, or the disk is full; the last good checkpoint is kept.
         """
-        stop, log = StopOnSignal(), self.recipe.log
-        callbacks: list[Callback] = [stop]
+        log = self.recipe.log
+        callbacks: list[Callback] = [StopOnSignal()]
         if self.world.is_first:
             callbacks += [
                 *([ProgressBar()] if self._show_progress else []),
@@ -108,7 +110,8 @@ class Run:
             if isinstance(error, DiskFullError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RunError(f"the disk is full: {error}. {self._how_to_go_on}") from error
             raise
-        return stop.received
+        number = max(self.world.gather(self.trainer.stop_signal))
+        return signal.Signals(number) if number else None
 
     def _draw(self, trainer: Trainer) -> None:
         """Write ``grids/<step>.png`` from the moving average, and ``curves.png``."""
@@ -179,12 +182,11 @@ class StopOnSignal(Callback):
     """Ends the training after the current step on Ctrl-C or SIGTERM; a second one ends the program at once."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
         self._before: dict[int, Any] = {}
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
-            self.received = signal.Signals(number)
+            trainer.stop_signal = number
             trainer.stop_requested = True
             self._restore()
 
@@ -210,14 +212,22 @@ def start_run(
     device: torch.device | str = "cpu",
     tell: Callable[[str], None] = print,
     show_progress: bool = True,
+    restarted: bool = False,
 ) -> Run:
     """Start a run: load the data, build everything, and write ``config.yaml``.
+
+    If a supervisor has ``restarted`` the program and ``out`` holds this very run, it is resumed from its last
+    checkpoint, or begun anew if it has none.
 
     Raises:
         InputError: ``out`` holds a run already, or the recipe, the data and the networks do not fit.
     """
     out, world = Path(out), current_world()
-    if any(world.gather((out / CONFIG).exists())):  # before the first process writes it
+    exists = any(world.gather((out / CONFIG).exists()))  # before the first process writes it
+    if exists and restarted and not differences(run_recipe(out), recipe):
+        if Checkpoints(out / "checkpoints").exist():
+            return resume_run(out, device=device, tell=tell, show_progress=show_progress)
+    elif exists:
         raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another folder")
     run = Run(recipe, out, load_data_of(recipe, world), device=device, tell=tell, show_progress=show_progress)
     if world.is_first:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan.data import LabelledImages
 from fastgan.models import check_labels
@@ -29,6 +32,50 @@ def held_out_index(held_out: LabelledImages, labels: Tensor) -> Tensor:
             raise ValueError(f"the run's held-out images have none of class {label} to take a sketch of")
         chosen[wanted] = members[torch.arange(int(wanted.sum())) % len(members)]
     return chosen.to(held_out.labels.device)
+
+
+@torch.no_grad()
+def standing_statistics_(generator: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> None:
+    """Replace the running statistics of batch norm by their means over a few batches, for sampling in eval mode.
+
+    Weights, singular vectors, modes and all other buffers stay as they are.
+
+    Args:
+        generator: called as ``generator(*args)`` for each of ``inputs``.
+        inputs: positional arguments of each batch, such as ``(z, labels)``; the published code takes 16 batches.
+
+    Raises:
+        ValueError: there is no batch norm with running statistics, or no input.
+
+    Source: Brock et al. 2019, "Large Scale GAN Training for High Fidelity Natural Image Synthesis", arXiv 1809.11096.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> standing_statistics_(net, ((torch.randn(32, 4),) for _ in range(16)))
+    """
+    norms = [m for m in generator.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        raise ValueError("generator must have batch norm with running statistics, it has none")
+    modes, momenta = {m: m.training for m in generator.modules()}, [m.momentum for m in norms]
+    batches = 0
+    generator.eval()
+    for norm in norms:
+        norm.train()
+    try:
+        for args in inputs:
+            if not batches:
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # the mean over all batches
+            generator(*args)
+            batches += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if not batches:
+        raise ValueError("inputs must have at least one batch, it has none")
 
 
 def sample(

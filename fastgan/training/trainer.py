@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from fastgan.data import DeviceLoader, LabelledImages
+from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
 from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.ema import EMA
@@ -70,7 +71,9 @@ class Trainer:
         generator: called as ``generator(z, labels)`` or ``generator(sketches, labels)``; has ``n_classes`` and
             ``dim_z`` like :class:`fastgan.models.Generator`.
         discriminator: called as ``discriminator(images, labels)``, returns logits, or logits and class logits.
-        data: real images; kept on ``device`` if ``images.on_device``.
+        data: real images, kept on ``device`` if ``images.on_device``; or any dataset, loader or iterable of batches, as
+            :class:`fastgan.data.StreamLoader` takes them: each process then reads its own part, and a resumed run
+            begins its data anew.
         config: learning rates, batch size, loss and the rest.
         images: flips, noise and sketches of the batches.
         device: where to train; both networks are moved there.
@@ -86,6 +89,7 @@ class Trainer:
         step: generator updates done.
         stop_requested: set it to end :meth:`run` after the current step. If one of several processes sets it, all end
             together within the next :data:`FLUSH_INTERVAL` steps.
+        stop_signal: number of the signal that asked for the stop, the same in all processes; 0 for none.
 
     Raises:
         ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
@@ -99,7 +103,7 @@ class Trainer:
         self,
         generator: nn.Module,
         discriminator: nn.Module,
-        data: LabelledImages,
+        data: LabelledImages | Dataset[Any] | Iterable[Any],
         config: TrainConfig,
         *,
         images: DataConfig | None = None,
@@ -107,9 +111,10 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.world = current_world() if world is None else world
-        for name, network in (("generator", generator), ("discriminator", discriminator)):
-            if network.n_classes not in (0, data.n_classes):
-                raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
+        if isinstance(data, LabelledImages):
+            for name, network in (("generator", generator), ("discriminator", discriminator)):
+                if network.n_classes not in (0, data.n_classes):
+                    raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
         objective = Objective.of(config)
         images = DataConfig() if images is None else images
         self.config = config
@@ -123,17 +128,32 @@ class Trainer:
             raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
         if self.gan.sees_sketch and images.sketches == "unpaired":
             raise ValueError("sketches must be 'edges' or 'paired' for a discriminator that sees them, got 'unpaired'")
-        self.loader = DeviceLoader(
-            data.to(self.device) if images.on_device else data,
-            config.batch_size,
-            seed=config.seed,
-            flip=images.flip,
-            dequantise=images.dequantise,
-            sketches=images.sketches,
-            device=self.device,
-            rank=self.world.rank,
-            parts=self.world.size,
-        )
+        self.loader: DeviceLoader | StreamLoader
+        if isinstance(data, LabelledImages):
+            self.loader = DeviceLoader(
+                data.to(self.device) if images.on_device else data,
+                config.batch_size,
+                seed=config.seed,
+                flip=images.flip,
+                dequantise=images.dequantise,
+                sketches=images.sketches,
+                device=self.device,
+                rank=self.world.rank,
+                parts=self.world.size,
+            )
+        else:
+            if images.flip or images.dequantise or images.sketches == "edges":
+                raise ValueError("images.flip, dequantise and sketches 'edges' need LabelledImages: transform the data")
+            if config.batch_size % self.world.size:
+                processes = f"the number of processes, {self.world.size}"
+                raise ValueError(f"batch_size must be divisible by {processes}, got {config.batch_size}")
+            self.loader = StreamLoader(
+                data,
+                config.batch_size // self.world.size,
+                n_classes=max(int(getattr(m, "n_classes", 0)) for m in (generator, discriminator)),
+                device=self.device,
+                seed=config.seed + self.world.rank,
+            )
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.ema = EMA(self.generator, config.ema_decay)
         self.optimizer_g = make_optimizer(self.generator, config.lr_generator, config)
@@ -148,6 +168,9 @@ class Trainer:
             mode=mode,
             ema=self.ema,
             clip=config.clip,
+            clip_grad_norm=config.clip_grad_norm or None,
+            clip_grad_value=config.clip_grad_value or None,
+            accumulate=config.accumulate,
             rng=self.rng,
             world=self.world,
         )
@@ -155,6 +178,7 @@ class Trainer:
         self.history = History()
         self.step = 0
         self.stop_requested = False
+        self.stop_signal = 0
         self._callbacks: Sequence[Callback] = ()
         self._pending: list[dict[str, Tensor]] = []
 
@@ -201,7 +225,7 @@ class Trainer:
         self.step += 1
         means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
         self._pending.append(
-            {"discriminator": total(means), "generator": total(terms_g)}
+            {"discriminator": _loss(means), "generator": _loss(terms_g)}
             | {f"discriminator/{name}": term for name, term in means.items()}
             | {f"generator/{name}": term for name, term in terms_g.items()}
         )
@@ -265,7 +289,9 @@ class Trainer:
         if self.world.size == 1:
             return self.stop_requested
         if self.step % FLUSH_INTERVAL == 0:
-            self.stop_requested = any(self.world.gather(self.stop_requested))
+            stops = self.world.gather((self.stop_requested, self.stop_signal))
+            self.stop_requested = any(requested for requested, _ in stops)
+            self.stop_signal = max(number for _, number in stops)
             return self.stop_requested
         return False
 
@@ -276,6 +302,11 @@ class Trainer:
         factor = max(config.steps - self.step, 0) / (config.steps - start) if decaying else 1.0
         self.optimizer_g.param_groups[0]["lr"] = config.lr_generator * factor
         self.optimizer_d.param_groups[0]["lr"] = config.lr_discriminator * factor
+
+
+def _loss(terms: Terms) -> Tensor:
+    """Sum of the terms, without the norm of the gradients that stands beside them."""
+    return total({name: term for name, term in terms.items() if name != "grad_norm"})
 
 
 class ProgressBar(Callback):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.losses.augmentation import AUGMENTATIONS, augment, augment_draws, color, cutout, translate
+from fastgan.losses.augmentation import AUGMENTATIONS, AdaptiveAugment, augment, augment_draws, color, cutout, translate
 from fastgan.losses.noise import draw
 
 
@@ -90,3 +90,26 @@ def test_policy():
         augment(images, ["color"], drawn(["color"], images[:1]))
     with pytest.raises(ValueError, match="images must have 4 dimensions"):
         augment(images[0], (), {})
+
+
+def test_adaptive_augmentation_moves_its_probability():
+    module = AdaptiveAugment(("color", "cutout"), target=0.5, images=100)
+    images = torch.rand(64, 3, 8, 8) * 2 - 1
+    numbers = draw(module.draws(64, 8, 8), torch.Generator().manual_seed(0), "cpu")
+    assert torch.equal(module(images, numbers), images)
+    for _ in range(3):
+        module.adjust_(torch.ones(20))
+    assert float(module.p) == pytest.approx(0.6)
+    module.adjust_(torch.tensor([1.0] * 7 + [-1.0] * 3))  # a mean sign of 0.4
+    assert float(module.p) == pytest.approx(0.5)
+    untouched = (module(images, numbers) == images).flatten(1).all(1)
+    assert torch.equal(untouched, numbers["augment.chosen"].flatten() >= 0.5)
+    assert 16 < int(untouched.sum()) < 48
+    whole = augment(images, module.policy, numbers)
+    torch.testing.assert_close(module(images, numbers)[~untouched], whole[~untouched], rtol=0, atol=0)
+    module.adjust_(-torch.ones(1000))
+    assert float(module.p) == 0
+    with pytest.raises(ValueError, match="augment must be names out of"):
+        AdaptiveAugment(("colour",))
+    with pytest.raises(ValueError, match=r"target must be in \(-1, 1\), got 1"):
+        AdaptiveAugment(target=1)

