@@ -29,18 +29,26 @@ from fastgan.training.step.optimizers import CaptureError, OptimizerState
 from fastgan.training.step.process_mean import Shared, floating_buffers
 from fastgan.training.step.reachable import Watch
 
+Attribute = tuple[nn.Module, str]
+
 
 class Fit:
     """Tells whether a later call of ``update`` would run the same Python as one with ``batch`` does now."""
 
-    def __init__(self, update: Update, batch: Batch) -> None:
+    def __init__(self, update: Update, batch: Batch, written: Sequence[Attribute] = ()) -> None:
         self._update = update
         self._weights = list({id(p): p for m in update.networks.values() for p in m.parameters()}.values())
         self._trained = update.trained()
         self._watch = Watch(update.constants())
+        self.ignore(written)
         self._buffers = _held_buffers(update)
         self._held = [owner[key] for owner, key in self._buffers]
         self._kept = self._state(batch)
+
+    def ignore(self, written: Sequence[Attribute]) -> None:
+        """Take these attributes to be written by each update."""
+        for module, key in written:
+            self._watch.ignore(vars(module), key)
 
     def misfit(self, batch: Batch) -> str | None:
         """Name what has changed, or None."""
@@ -147,9 +155,9 @@ class CapturedUpdate:
             self._names = list(computed.terms)
             if mean is not None:
                 self._computed = computed
-                return mean.pack(computed.tensors(), flat[n - 1])
+                return [*mean.pack(computed.tensors(), flat[n - 1]), *self._values]
             norm = self._apply(flat[:n], computed.gradients)
-            return [*computed.terms.values(), *norm]
+            return [*computed.terms.values(), *norm, *self._values]
 
         def second(*flat: Tensor) -> list[Tensor]:
             """The update by the means over the processes."""
@@ -161,13 +169,15 @@ class CapturedUpdate:
 
         arguments = [*state, *batch.values(), *draws.values()]
         graph = _graph_of(first, arguments)
+        self._fit.ignore(self.written)
         self.traced: tuple[Callable[..., Any], Callable[..., Any] | None] = torch.no_grad()(graph), None
         self.is_low_precision, self.draws_itself = _is_low_precision(graph), _draws_itself(graph)
         self._first = torch.no_grad()(compile(graph, arguments))
         self._second: Callable[..., Any] | None = None
         if mean is not None:
             (output,) = (node for node in graph.graph.nodes if node.op == "output")
-            buckets = [node.meta["val"] for node in output.args[0]]
+            outputs = list(output.args[0])
+            buckets = [node.meta["val"] for node in outputs[: len(outputs) - len(self.written)]]
             arguments = [*state, *(torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b in buckets)]
             graph = _graph_of(second, arguments)
             self.traced = self.traced[0], torch.no_grad()(graph)
@@ -188,8 +198,9 @@ class CapturedUpdate:
 
     def _run(self, first: Callable[..., Any], second: Callable[..., Any] | None, batch: Batch, draws: Draws) -> Terms:
         state = self._state()
-        outputs = first(*state, *batch.values(), *draws.values())
-        return self._terms(outputs, lambda: second(*state, *outputs))  # type: ignore[misc]
+        outputs = list(first(*state, *batch.values(), *draws.values()))
+        buckets = outputs[: len(outputs) - len(self.written)]
+        return self._terms(outputs, lambda: second(*state, *buckets))  # type: ignore[misc]
 
     def capture_replay(
         self, batch: Batch, draw: Callable[[Batch], Draws], rng: torch.Generator, pool: Any
@@ -203,7 +214,7 @@ class CapturedUpdate:
             )
             second = None
             if self._second is not None:
-                run, buckets = self._second, first.outputs
+                run, buckets = self._second, first.outputs[: len(first.outputs) - len(self.written)]
                 second = CudaGraph(lambda _: list(run(*state, *buckets)), {}, state, rng, pool)
             self._replay = state, first, second
         _, first, second = self._replay
@@ -216,6 +227,9 @@ class CapturedUpdate:
 
     def _terms(self, outputs: Sequence[Tensor], second: Callable[[], Sequence[Tensor]]) -> Terms:
         """Terms of the loss by name, after the exchange and the second graph if processes share a batch."""
+        outputs, values = outputs[: len(outputs) - len(self.written)], outputs[len(outputs) - len(self.written) :]
+        for (module, key), value in zip(self.written, values, strict=True):
+            vars(module)[key] = value
         if self._update.mean is not None:
             self._update.mean.agree(self._signature)
             self._update.mean.reduce_(outputs)
@@ -237,6 +251,7 @@ class CapturedUpdate:
         traced, kept, sums = self._traced(state), [], None
         stands_in = [traced[id(p)] for p in self._trained]
         k = self._update.accumulate
+        before = {(module, key): value for module, key, value in self._attributes()}
         for part, noise in self._update.micro_batches(batch, draws):
             with torch.enable_grad(), _NoHostReads():
                 terms = self._holding(state, self._update.loss, part, noise)
@@ -252,10 +267,19 @@ class CapturedUpdate:
             for hook in (p._backward_hooks or {}).values():
                 if (gradient := sums[i]) is not None and (hooked := hook(gradient)) is not None:
                     sums[i] = hooked
+        # Tensors that modules keep beside their buffers, such as the weight of torch's older spectral norm.
+        written = [(m, key, value) for m, key, value in self._attributes() if before.get((m, key)) is not value]
+        self.written: list[Attribute] = [(module, key) for module, key, _ in written]
+        self._values = [value.detach() for _, _, value in written]
         self._reached = [p for p, g in zip(self._trained, sums, strict=True) if g is not None]
         shared = Shared([g for g in sums if g is not None], self._buffers(state), mean_terms(kept))
         self._signature = self._update.signature(shared.terms, self._reached)
         return shared
+
+    def _attributes(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Tensors that are plain attributes of modules."""
+        modules = list(self._networks.modules())
+        return [(m, key, v) for m in modules for key, v in vars(m).items() if isinstance(v, Tensor)]
 
     @torch.no_grad()
     def _apply(self, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

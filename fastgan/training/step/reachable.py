@@ -199,6 +199,21 @@ class Watch:
         self._bytes = [array.tobytes() for _, array in self._arrays]
         self._alive = reached
 
+    def ignore(self, attributes: dict[str, Any], key: str) -> None:
+        """Take one entry of a watched container to be written before it is read."""
+        for i, live in enumerate(self._live):
+            if live is attributes:
+                del self._paths[i], self._live[i], self._kept[i]
+                names = tuple(attributes)
+                self._scopes.append((attributes, itemgetter(names[0], *names), names))
+                self._globals.append(self._scopes[-1][1](attributes))
+                break
+        for i, (scope, _, names) in enumerate(self._scopes):
+            if scope is attributes:
+                left = tuple(name for name in names if name != key)
+                get = itemgetter(left[0], *left)
+                self._scopes[i], self._globals[i] = (scope, get, left), get(scope)
+
     def changed(self) -> str | None:
         """The path of a value that is not what it was, or None."""
         try:

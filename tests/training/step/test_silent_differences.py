@@ -72,6 +72,7 @@ def same(prepare, between=lambda setup, i: None, steps=5, backend="eager", optio
     for mode in ("eager", "compile"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.manual_seed(0)
             setup = prepare(mode, backend).make(**(options or {}))
             terms = []
             for i in range(steps):
@@ -135,13 +136,26 @@ class Remembers(nn.Module):
         return x - self.last
 
 
+def OlderNorm():
+    """Keeps the normed weight in an attribute."""
+    return nn.utils.spectral_norm(nn.Conv2d(3, 3, 1))
+
+
+class Keeps(nn.Module):
+    """Writes an attribute in each forward and does not read it before."""
+
+    def forward(self, x):
+        self.last = 2 * x
+        return self.last
+
+
 class Dropped(nn.Module):
     def forward(self, x):
         return nn.functional.dropout(x, 0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("first", [Centre, lambda: nn.BatchNorm2d(3), Scaled])
+@pytest.mark.parametrize("first", [Centre, lambda: nn.BatchNorm2d(3), Scaled, OlderNorm, Keeps])
 def test_modules_that_are_captured(first, backend):
     told, setup = same(lambda mode, backend: Setup(mode, backend, first()), backend=backend)
     assert told == []
@@ -363,6 +377,8 @@ FEATURES = {
     "norm": lambda: nn.BatchNorm2d(3),
     "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)),
     "dropout": Dropped,
+    "older norm": OlderNorm,
+    "keeps": Keeps,
     "counts": Counts,
     "remembers": Remembers,
     "random": lambda: Draws("random"),
