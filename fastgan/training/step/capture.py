@@ -169,7 +169,14 @@ class CapturedUpdate:
 
         arguments = [*state, *batch.values(), *draws.values()]
         graph = _graph_of(first, arguments)
-        self._fit.ignore(self.written)
+        # Tensors that modules keep and this graph does not read may be replaced, by another update for example.
+        held = [*vars(graph).values(), *graph.parameters(), *graph.buffers()]
+        constants = {value.data_ptr() for value in held if isinstance(value, Tensor)}
+        written = set(self.written)
+        kept = [(m, key, value) for m, key, value in self._attributes() if (m, key) not in written]
+        unread = [(m, key) for m, key, value in kept if value.data_ptr() not in constants]
+        self.unread: list[Attribute] = [*self.written, *unread]
+        self._fit.ignore(self.unread)
         self.traced: tuple[Callable[..., Any], Callable[..., Any] | None] = torch.no_grad()(graph), None
         self.is_low_precision, self.draws_itself = _is_low_precision(graph), _draws_itself(graph)
         self._first = torch.no_grad()(compile(graph, arguments))

@@ -398,7 +398,7 @@ class _Step:
             self._missed = None
             return None, 1
         warn_once(f"a {self._update.name} step runs eagerly: {misfits[-1]} is not what it was captured with")
-        self._missed = Fit(self._update, batch, self._graphs[-1].written)
+        self._missed = Fit(self._update, batch, self._graphs[-1].unread)
         return None, 0
 
     def _agree(self, batch: Batch, n: int, plan: int) -> list[int]:

@@ -396,3 +396,29 @@ def test_random_networks_and_changes(feature, changes):
             CHANGES[changes[i]](setup)
 
     same(lambda mode, backend: Setup(mode, backend, FEATURES[feature]()), between, steps=len(changes) + 3)
+
+
+def test_an_attribute_that_another_update_writes():
+    """Not read by the discriminator's graph, it is no reason to run eagerly; read, it is."""
+
+    def prepare(mode, backend):
+        setup = Setup(mode, backend)
+        setup.g = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 12)), *setup.g[1:]).double()
+        setup.sgd[0] = torch.optim.Adam(setup.g.parameters(), 1e-2, eps=1e-3)
+        return setup
+
+    def loss_of_real_images(self, batch, draws):
+        return self.d(batch["images"]).square().mean()
+
+    def reading(self, batch, draws):
+        return (self.d(batch["images"]) * self.g[0].weight.detach().sum()).square().mean()
+
+    for loss, expected in ((loss_of_real_images, 0), (reading, 1)):
+
+        def prepared(mode, backend, loss=loss):
+            setup = prepare(mode, backend)
+            setup.loss = loss.__get__(setup)
+            return setup
+
+        told, _ = same(prepared, steps=6)
+        assert len(told) == expected
