@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,15 +64,11 @@ def fid(
     checkpoint: Checkpoint = None,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
-    features = {
-        **{"batch_size": batch_size, "num_workers": num_workers, "device": device, "dims": dims, "backbone": backbone},
-        **{"resize": resize, "precision": precision, "weights": weights, "skip_bad": skip_bad},
-        "checkpoint": checkpoint,
-    }
+    given = locals()
     if save_stats:
-        _save(a, b, features, root=root, as_json=as_json)
+        _save(a, b, given, root=root, as_json=as_json)
         return
-    with feature_options(**features) as (options, world, echo):
+    with feature_options(given) as (options, world, echo):
         from fastgan.metrics.evaluate import EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
 
@@ -114,12 +111,8 @@ def evaluate(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
-    features = {
-        **{"batch_size": batch_size, "num_workers": num_workers, "device": device, "dims": dims, "backbone": backbone},
-        **{"resize": resize, "precision": precision, "weights": weights, "skip_bad": skip_bad},
-        "checkpoint": checkpoint,
-    }
-    with feature_options(**features) as (options, world, echo):
+    given = locals()
+    with feature_options(given) as (options, world, echo):
         from fastgan.data.archives import open_images, register_opener
         from fastgan.metrics.evaluate import METRICS, EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
@@ -160,12 +153,8 @@ def stats_save(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Write the feature statistics of a set of images."""
-    features = {
-        **{"batch_size": batch_size, "num_workers": num_workers, "device": device, "dims": dims, "backbone": backbone},
-        **{"resize": resize, "precision": precision, "weights": weights, "skip_bad": skip_bad},
-        "checkpoint": checkpoint,
-    }
-    _save(images, output, features, root=root, as_json=as_json)
+    given = locals()
+    _save(images, output, given, root=root, as_json=as_json)
 
 
 @stats_app.command("show")
@@ -196,8 +185,8 @@ def stats_merge(
     typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")
 
 
-def _save(images: Path, output: Path, features: dict[str, Any], *, root: bool, as_json: bool) -> None:
-    with feature_options(**features) as (options, world, echo):
+def _save(images: Path, output: Path, given: Mapping[str, Any], *, root: bool, as_json: bool) -> None:
+    with feature_options(given) as (options, world, echo):
         from fastgan.metrics.evaluate import save_stats
 
         side = save_stats(images, output, options, world, root=root)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,8 +72,10 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def feature_options(**given: Any) -> Iterator[tuple[FeatureOptions, World, Callable[[str], None]]]:
+def feature_options(given: Mapping[str, Any]) -> Iterator[tuple[FeatureOptions, World, Callable[[str], None]]]:
     """Turn the options that all commands with features share into a ``FeatureOptions``.
+
+    ``given`` are a command's arguments by name; its others are left alone.
 
     Yields it with the processes that torchrun started, or this one, and a print that the first alone does. A user's
     mistake in the block is one line.
@@ -81,7 +84,8 @@ def feature_options(**given: Any) -> Iterator[tuple[FeatureOptions, World, Calla
         from fastgan.distributed import launched_world
         from fastgan.metrics.options import FeatureOptions
 
-        options = FeatureOptions(**given, note=warn)
+        shared = {f.name: given[f.name] for f in fields(FeatureOptions) if f.name in given}
+        options = FeatureOptions(**shared, note=warn)
         with launched_world(options.torch_device()) as world:
             yield options, world, typer.echo if world.is_first else _print_nothing
 

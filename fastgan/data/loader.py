@@ -58,8 +58,7 @@ class DeviceLoader:
             raise ValueError(f"batch_size must be from 1 to the number of images, {len(data)}, got {batch_size}")
         if not 0 <= rank < parts:
             raise ValueError(f"rank must be at least 0 and less than parts, got {rank} and {parts}")
-        if batch_size % parts:
-            raise ValueError(f"batch_size must be divisible by the number of processes, {parts}, got {batch_size}")
+        part_size(batch_size, parts)
         check_sketches(data, sketches)
         self._part = slice(rank * batch_size // parts, (rank + 1) * batch_size // parts)
         self.data = data
@@ -248,6 +247,13 @@ class _ByClass:
         part = torch.rand(len(labels), generator=rng, dtype=torch.float64).to(labels.device)
         within = (part * self.counts[labels]).long()
         return self.order[self.starts[labels] + within]
+
+
+def part_size(batch_size: int, parts: int) -> int:
+    """Samples of one process. Raises ``ValueError`` unless ``parts`` processes can share a batch equally."""
+    if batch_size % parts:
+        raise ValueError(f"batch_size must be divisible by the number of processes, {parts}, got {batch_size}")
+    return batch_size // parts
 
 
 def check_sketches(data: LabelledImages, sketches: str) -> None:

@@ -24,6 +24,8 @@ Batch = Mapping[str, Tensor]
 Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 
+UNREACHED = "the loss must depend on weights of the network that it is minimised in, it does on none"
+
 
 class GAN(Protocol):
     """Interface that a train step needs.
@@ -299,5 +301,5 @@ def gradients_of(terms: Terms, weights: Sequence[Tensor], *, scale: float = 1.0)
     loss = total(terms) if scale == 1 else total(terms) * scale
     gradients: list[Tensor | None] = [*torch.autograd.grad(loss, weights, allow_unused=True)]
     if all(gradient is None for gradient in gradients):
-        raise ValueError("the loss must depend on weights of the network that it is minimised in, it does on none")
+        raise ValueError(UNREACHED)
     return gradients

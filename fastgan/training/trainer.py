@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
+from fastgan.data.loader import part_size
 from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.ema import EMA
@@ -144,12 +145,9 @@ class Trainer:
         else:
             if images.flip or images.dequantise or images.sketches == "edges":
                 raise ValueError("images.flip, dequantise and sketches 'edges' need LabelledImages: transform the data")
-            if config.batch_size % self.world.size:
-                processes = f"the number of processes, {self.world.size}"
-                raise ValueError(f"batch_size must be divisible by {processes}, got {config.batch_size}")
             self.loader = StreamLoader(
                 data,
-                config.batch_size // self.world.size,
+                part_size(config.batch_size, self.world.size),
                 n_classes=max(int(getattr(m, "n_classes", 0)) for m in (generator, discriminator)),
                 device=self.device,
                 seed=config.seed + self.world.rank,

@@ -127,6 +127,13 @@ class CapturedUpdate:
 
     Raises:
         CaptureError: the optimizer has no captured form.
+
+    Attributes:
+        written: attributes of modules that an update writes.
+        unread: those and all others that the graph does not read.
+        unverified: calls that are still to be compared with the eager update.
+        is_low_precision: whether the graph computes in bfloat16 or float16.
+        draws_itself: whether it draws random numbers of its own, as for dropout.
     """
 
     def __init__(
@@ -178,13 +185,13 @@ class CapturedUpdate:
         self.unread: list[Attribute] = [*self.written, *unread]
         self._fit.ignore(self.unread)
         self.traced: tuple[Callable[..., Any], Callable[..., Any] | None] = torch.no_grad()(graph), None
+        self.unverified = 0
         self.is_low_precision, self.draws_itself = _is_low_precision(graph), _draws_itself(graph)
         self._first = torch.no_grad()(compile(graph, arguments))
         self._second: Callable[..., Any] | None = None
         if mean is not None:
             (output,) = (node for node in graph.graph.nodes if node.op == "output")
-            outputs = list(output.args[0])
-            buckets = [node.meta["val"] for node in outputs[: len(outputs) - len(self.written)]]
+            buckets = [node.meta["val"] for node in self._split(output.args[0])[0]]
             arguments = [*state, *(torch.zeros(b.shape, dtype=b.dtype, device=b.device) for b in buckets)]
             graph = _graph_of(second, arguments)
             self.traced = self.traced[0], torch.no_grad()(graph)
@@ -205,9 +212,8 @@ class CapturedUpdate:
 
     def _run(self, first: Callable[..., Any], second: Callable[..., Any] | None, batch: Batch, draws: Draws) -> Terms:
         state = self._state()
-        outputs = list(first(*state, *batch.values(), *draws.values()))
-        buckets = outputs[: len(outputs) - len(self.written)]
-        return self._terms(outputs, lambda: second(*state, *buckets))  # type: ignore[misc]
+        outputs = first(*state, *batch.values(), *draws.values())
+        return self._terms(outputs, lambda buckets: second(*state, *buckets))  # type: ignore[misc]
 
     def capture_replay(
         self, batch: Batch, draw: Callable[[Batch], Draws], rng: torch.Generator, pool: Any
@@ -221,30 +227,35 @@ class CapturedUpdate:
             )
             second = None
             if self._second is not None:
-                run, buckets = self._second, first.outputs[: len(first.outputs) - len(self.written)]
+                run, (buckets, _) = self._second, self._split(first.outputs)
                 second = CudaGraph(lambda _: list(run(*state, *buckets)), {}, state, rng, pool)
             self._replay = state, first, second
         _, first, second = self._replay
 
         def replay(batch: Batch) -> Terms:
-            terms = self._terms(first(batch), lambda: second({}))  # type: ignore[misc]
+            terms = self._terms(first(batch), lambda _: second({}))  # type: ignore[misc]
             return {name: term.clone() for name, term in terms.items()}
 
         return replay
 
-    def _terms(self, outputs: Sequence[Tensor], second: Callable[[], Sequence[Tensor]]) -> Terms:
+    def _split(self, outputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Outputs of the first graph: terms or buckets, and the values of attributes."""
+        n = len(outputs) - len(self.written)
+        return outputs[:n], outputs[n:]
+
+    def _terms(self, outputs: Sequence[Tensor], second: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Terms:
         """Terms of the loss by name, after the exchange and the second graph if processes share a batch."""
-        outputs, values = outputs[: len(outputs) - len(self.written)], outputs[len(outputs) - len(self.written) :]
+        outputs, values = self._split(outputs)
         for (module, key), value in zip(self.written, values, strict=True):
             vars(module)[key] = value
         if self._update.mean is not None:
             self._update.mean.agree(self._signature)
             self._update.mean.reduce_(outputs)
-            outputs = second()
+            outputs = second(outputs)
         if "step" in vars(self._update.optimizer):  # a scheduler has put its own there, which sets this
             self._update.optimizer._opt_called = True  # type: ignore[attr-defined]
-        names = self._names if len(self._names) == len(outputs) else [*self._names, "grad_norm"]
-        return dict(zip(names, outputs, strict=True))
+        norm = [] if self._update.clip_grad_norm is None else ["grad_norm"]
+        return dict(zip([*self._names, *norm], outputs, strict=True))
 
     def _state(self) -> list[Tensor]:
         """All state as it is now, in the order of the graph's first arguments."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgan.losses.noise import Draw
 from fastgan.losses.penalties import clip_weights_
 from fastgan.training.ema import EMA
-from fastgan.training.gan import GAN, Batch, Draws, Terms, total
+from fastgan.training.gan import GAN, UNREACHED, Batch, Draws, Terms, total
 from fastgan.training.step.process_mean import ProcessMean, Shared, floating_buffers
 
 
@@ -192,9 +192,6 @@ class Update:
                 clip_weights_(module, self.clip)
         if self.ema is not None:
             self.ema.update(self.trained_modules[0], averages)
-
-
-UNREACHED = "the loss must depend on weights of the network that it is minimised in, it does on none"
 
 
 def mean_terms(parts: Sequence[Terms]) -> Terms:

@@ -179,7 +179,7 @@ class Watch:
 
     def __init__(self, roots: dict[str, Any]) -> None:
         reached = Reachable(roots)
-        # A buffer that forward puts in another's place is state, not a constant: see CapturedUpdate.fits.
+        # A buffer that forward puts in another's place is state, not a constant: see capture.Fit.
         self._paths = [path for path in reached.containers if not path.endswith("._buffers")]
         self._live = [reached.containers[path] for path in self._paths]
         self._kept = [_copied(live) for live in self._live]

@@ -24,6 +24,7 @@ from fastgan.training.step.reachable import Snapshot, differences, differing_ter
 MODES = ("eager", "compile", "cudagraph")
 MOST_GRAPHS = 8
 VERIFIED_CALLS = 2
+EAGER, CAPTURE, COMPARE, GRAPH = range(4)  # how one call runs
 TOLERANCE = 3.4e-4  # the root of float32's epsilon
 
 
@@ -239,15 +240,14 @@ class TrainStep:
         Returns:
             The terms of both losses, as "discriminator/loss" and so on.
         """
-        draws = self._draw(first, batch, {})
+        step = self._next(first)
+        step.share(batch)
+        draws = step.draws(batch)
         terms = {f"{first}/{name}": term for name, term in self.update(first, batch, draws=draws).items()}
-        draws = self._draw(second, batch, draws)
+        step = self._next(second)
+        step.share(batch)
+        draws = step.draws(batch, known=draws)
         return terms | {f"{second}/{name}": term for name, term in self.update(second, batch, draws=draws).items()}
-
-    def _draw(self, name: str, batch: Batch, known: Draws) -> Draws:
-        """Random numbers of an update's next call, those of ``known`` in place of new ones of the same name."""
-        step = self._next(name)
-        return step.draw(batch, known)
 
     def _next(self, name: str) -> _Step:
         """The update's next call, with the lazy terms that it has."""
@@ -339,19 +339,24 @@ class _Step:
     def __init__(self, owner: TrainStep, update: Update) -> None:
         self._owner, self._update = owner, update
         self._graphs: list[CapturedUpdate] = []
-        self._unverified: dict[int, int] = {}  # calls of a graph that are to be compared, by its index
         self._missed: Fit | None = None
         self._is_eager = owner.mode == "eager"
-        self._counts: list[int] = []
+        self._counts: list[int] = []  # samples of each process
+        self._described: tuple[list[int], list[str]] = [], []
 
-    def draw(self, batch: Batch, known: Draws) -> Draws:
-        """Random numbers of a call, those of ``known`` in place of new ones of the same name."""
-        owner = self._owner
+    def share(self, batch: Batch) -> None:
+        """Learn the size of each process's part, which draws before the call need."""
         if self._update.mean is not None:
             self._counts = [n for (n,) in self._update.mean.agree({}, len(next(iter(batch.values()))))]
-        specs = {name: spec for name, spec in self._update.draws(batch).items() if name not in known}
-        new = draw(specs, owner.rng, owner.device, rank=owner.world.rank, counts=self._counts)
-        return {name: known[name] if name in known else new[name] for name in self._update.draws(batch)}
+
+    def draws(self, batch: Batch, *, known: Draws | None = None, rng: torch.Generator | None = None) -> Draws:
+        """Random numbers of the loss, those of ``known`` or from ``rng``, by default the run's generator."""
+        owner, known = self._owner, known or {}
+        specs = self._update.draws(batch)
+        wanted = {name: spec for name, spec in specs.items() if name not in known}
+        rng = owner.rng if rng is None else rng
+        new = draw(wanted, rng, owner.device, rank=owner.world.rank, counts=self._counts)
+        return {name: known[name] if name in known else new[name] for name in specs}
 
     def __call__(self, batch: Batch, draws: Draws | None = None) -> Terms:
         if not isinstance(batch, Mapping) or not batch:
@@ -359,47 +364,45 @@ class _Step:
         n = len(next(iter(batch.values())))
         if n % self._update.accumulate:
             raise ValueError(f"accumulate must divide the batch, got {self._update.accumulate} for {n} samples")
-        # 0: eagerly, 1: make a graph, 2: compare a graph with the eager update, 3: by a graph
         graph, plan = self._plan(batch)
         if (mean := self._update.mean) is not None:
             plans = self._agree(batch, n, plan)
-            if plan in (1, 2) and len(set(plans)) > 1:
-                plan = 0
+            if plan in (CAPTURE, COMPARE) and len(set(plans)) > 1:
+                plan = EAGER
             mean.set_share(n / sum(self._counts))
-        if plan == 1:
+        if plan == CAPTURE:
             graph = self._capture(batch)
-            plan = 0 if graph is None else 2 if self._owner.verify else 3
-        if plan == 3 and draws is None and self._owner.mode == "cudagraph":
-            return self._replay(self._graphs[graph], batch)  # type: ignore[index]
-        draws = self._draws(batch) if draws is None else draws
-        if plan == 0:
+            plan = EAGER if graph is None else COMPARE if graph.unverified else GRAPH
+        if plan == GRAPH and draws is None and self._owner.mode == "cudagraph":
+            assert graph is not None
+            return self._replay(graph, batch)
+        draws = self.draws(batch) if draws is None else draws
+        if plan == EAGER or graph is None:
             return self._update(batch, draws)
-        if plan == 2:
-            return self._compare(self._graphs[graph], graph, batch, draws)  # type: ignore[index, arg-type]
-        return self._graphs[graph](batch, draws)  # type: ignore[index]
+        return self._compare(graph, batch, draws) if plan == COMPARE else graph(batch, draws)
 
-    def _plan(self, batch: Batch) -> tuple[int | None, int]:
+    def _plan(self, batch: Batch) -> tuple[CapturedUpdate | None, int]:
         """A graph that serves this call, if there is one, and what to do."""
         if self._is_eager:
-            return None, 0
+            return None, EAGER
         if any([p.grad is not None for p in self._update.trained()]):
             warn_once(f"a {self._update.name} step runs eagerly: gradients in .grad are added to its own")
-            return None, 0
+            return None, EAGER
         misfits = []
-        for i, graph in enumerate(self._graphs):
+        for graph in self._graphs:
             if (misfit := graph.misfit(batch)) is None:
                 self._missed = None
-                return i, 2 if self._unverified.get(i) else 3
+                return graph, COMPARE if graph.unverified else GRAPH
             misfits.append(misfit)
         if not misfits:
-            return None, 1
+            return None, CAPTURE
         # Twice in a row the same: the change has come to stay.
         if len(self._graphs) < MOST_GRAPHS and self._missed is not None and self._missed.misfit(batch) is None:
             self._missed = None
-            return None, 1
+            return None, CAPTURE
         warn_once(f"a {self._update.name} step runs eagerly: {misfits[-1]} is not what it was captured with")
         self._missed = Fit(self._update, batch, self._graphs[-1].unread)
-        return None, 0
+        return None, EAGER
 
     def _agree(self, batch: Batch, n: int, plan: int) -> list[int]:
         """Compare this call with those of the other processes; keep the sizes of their parts. Returns their plans."""
@@ -410,15 +413,20 @@ class _Step:
                 f"the processes must be those that the TrainStep was made with, {owner.world.size} of them, "
                 f"got {current_world().size}: make a new one after init_process_group"
             )
+        if (ids := [id(p) for p in self._update.trained()]) != self._described[0]:
+            self._described = (
+                ids,
+                [
+                    f"{name}.{key} {tuple(p.shape)}"
+                    for name, network in self._update.networks.items()
+                    for key, p in network.named_parameters()
+                    if p.requires_grad
+                ],
+            )
         structure = {
             "which update they run": self._update.name,
             "the batch": [(name, tuple(value.shape[1:]), str(value.dtype)) for name, value in batch.items()],
-            "the weights that are trained": [
-                f"{name}.{key} {tuple(p.shape)}"
-                for name, network in self._update.networks.items()
-                for key, p in network.named_parameters()
-                if p.requires_grad
-            ],
+            "the weights that are trained": self._described[1],
             "the optimizer's options": [
                 {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
                 for group in self._update.optimizer.param_groups
@@ -433,20 +441,14 @@ class _Step:
     def _replay(self, graph: CapturedUpdate, batch: Batch) -> Terms:
         owner = self._owner
         try:
-            replay = graph.capture_replay(batch, self._draws, owner.device_rng(), owner.graph_pool())
+            replay = graph.capture_replay(batch, self.draws, owner.device_rng(), owner.graph_pool())
         except Exception as error:  # whatever warm-up or capture may raise: both leave the state as it was
             self._give_up(error)
-            return self._update(batch, self._draws(batch))
+            return self._update(batch, self.draws(batch))
         return replay(batch)
 
-    def _draws(self, batch: Batch, rng: torch.Generator | None = None) -> Draws:
-        """Random numbers of the loss, from ``rng`` or else the run's generator."""
-        owner = self._owner
-        rng = owner.rng if rng is None else rng
-        return draw(self._update.draws(batch), rng, owner.device, rank=owner.world.rank, counts=self._counts)
-
-    def _capture(self, batch: Batch) -> int | None:
-        """Make a graph for calls like this one. Returns its index, or None if a process fails; all is as before."""
+    def _capture(self, batch: Batch) -> CapturedUpdate | None:
+        """Make a graph for calls like this one, or None if a process fails; all is as before."""
         owner, reason = self._owner, None
         start = None
         try:
@@ -454,7 +456,7 @@ class _Step:
                 raise CaptureError(f"CUDA graphs need a CUDA device, the generator is on {owner.device}")
             start = Snapshot(self._update.state(), owner.rng)
             # From a generator of their own, so that no random number of the run is used up.
-            example = self._draws(batch, torch.Generator(owner.device))
+            example = self.draws(batch, rng=torch.Generator(owner.device))
             graph = CapturedUpdate(self._update, batch, example, owner.compile)
         except Exception as error:  # whatever tracing and compilers may raise: an eager step needs none of it
             reason = _first_line(error)
@@ -464,11 +466,11 @@ class _Step:
         if reasons:
             self._give_up(reasons[0])
             return None
+        graph.unverified = VERIFIED_CALLS if owner.verify else 0
         self._graphs.append(graph)
-        self._unverified[len(self._graphs) - 1] = VERIFIED_CALLS if owner.verify else 0
-        return len(self._graphs) - 1
+        return graph
 
-    def _compare(self, graph: CapturedUpdate, index: int, batch: Batch, draws: Draws) -> Terms:
+    def _compare(self, graph: CapturedUpdate, batch: Batch, draws: Draws) -> Terms:
         """Run the update eagerly, by the traced graph and by the compiled one, each from the same state.
 
         Leaves what the compiled one leaves if all agree, else what the eager one leaves.
@@ -505,7 +507,7 @@ class _Step:
         if len(trials) == 1 and owner.backend != "eager":
             start.restore()
             found = graph(batch, draws)
-        self._unverified[index] -= 1
+        graph.unverified -= 1
         return found
 
     def _give_up(self, error: Exception | str) -> None:
