@@ -6,6 +6,7 @@ A captured graph holds the Python values that it was traced with. :class:`Watch`
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import types
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 LIMIT = 100_000
 _MISSING = object()
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, type)
-_SKIPPED = (torch.Generator, types.ModuleType, torch.cuda.Stream)
+_SKIPPED = (types.ModuleType, torch.cuda.Stream)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Code of these packages is taken to be constant; what users hand to it is not.
 _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", "fastgan", *sys.stdlib_module_names}
 # Other updates' machinery, and what counts by itself.
@@ -47,6 +49,7 @@ class Reachable:
         read: all names and strings in the code on the way.
         tensors: path -> tensor, each tensor once.
         arrays: path -> NumPy array, each once.
+        generators: path -> random number generator of torch, NumPy or Python, each once.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -58,6 +61,7 @@ class Reachable:
         self.names: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
         self.tensors: dict[str, Tensor] = {}
         self.arrays: dict[str, np.ndarray] = {}
+        self.generators: dict[str, Any] = {}
         self.plain: dict[str, tuple[dict[str, Any], set[str]]] = {}
         self.read: set[str] = set()
         self._unread: list[tuple[str, str, Any]] = []
@@ -92,6 +96,9 @@ class Reachable:
             return
         if isinstance(value, np.ndarray):
             _put(self.arrays, path, value)
+            return
+        if isinstance(value, _GENERATORS):
+            _put(self.generators, path, value)
             return
         if isinstance(value, type):
             _put(self.classes, path, value.__dict__)
@@ -268,6 +275,7 @@ class Snapshot:
         self._arrays = {path: array.copy() for path, array in reached.arrays.items()}
         self._rng = rng
         self.random = _random_states(rng)
+        self.random |= {f"the state of {path}": _state_of(g) for path, g in reached.generators.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -300,6 +308,8 @@ class Snapshot:
             if array.flags.writeable:
                 array[...] = self._arrays[path]
         _set_random_states(self.random, self._rng)
+        for path, generator in self._reached.generators.items():
+            _set_state(generator, self.random[f"the state of {path}"])
 
     def leaves(self) -> dict[str, Any]:
         """Map each path to the value there: a tensor, an array, or a plain Python value."""
@@ -348,7 +358,8 @@ def differences(
         elif not _same(x, y):
             found.append(path)
     if draws:
-        found += [name for name, state in expected.random.items() if not _same_state(got.random[name], state)]
+        both = expected.random.keys() & got.random.keys()
+        found += [name for name in sorted(both) if not _same_state(got.random[name], expected.random[name])]
     return found
 
 
@@ -422,10 +433,31 @@ def _set_random_states(states: dict[str, Any], rng: torch.Generator | None) -> N
         rng.set_state(states["the state of rng"])
 
 
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return copy.deepcopy(generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
 def _same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same_state(a[key], b[key]) for key in a)
     if isinstance(a, Tensor):
         return torch.equal(a, b)
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, tuple):
+        return all(map(_same_state, a, b))
+    return np.array_equal(a, b)
 
 
 def _copied(live: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -130,6 +131,28 @@ class Draws(nn.Module):
         return x * float(alpha)
 
 
+class DrawsFromItsOwn(nn.Module):
+    """Draws from a generator that it keeps."""
+
+    KINDS: ClassVar = {
+        "random": (lambda: random.Random(3), lambda rng: rng.random(), lambda rng: rng.getstate()),
+        "numpy": (lambda: np.random.default_rng(3), lambda rng: rng.random(), lambda rng: rng.bit_generator.state),
+        "torch": (
+            lambda: torch.Generator().manual_seed(3),
+            lambda rng: torch.rand((), generator=rng, dtype=torch.float64),
+            lambda rng: rng.get_state().tolist(),
+        ),
+    }
+
+    def __init__(self, kind):
+        super().__init__()
+        make, self.draw, self.read = self.KINDS[kind]
+        self.rng = make()
+
+    def forward(self, x):
+        return x * (0.5 + self.draw(self.rng))
+
+
 class Remembers(nn.Module):
     def forward(self, x):
         self.last = x.mean() if not hasattr(self, "last") else 0.5 * self.last.detach() + 0.5 * x.mean()
@@ -160,6 +183,21 @@ def test_modules_that_are_captured(first, backend):
     told, setup = same(lambda mode, backend: Setup(mode, backend, first()), backend=backend)
     assert told == []
     assert setup.step.compilations == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", DrawsFromItsOwn.KINDS)
+def test_generators_of_modules_draw_as_often_as_in_an_eager_step(kind, backend):
+    made = []
+
+    def prepare(mode, backend):
+        made.append(DrawsFromItsOwn(kind))
+        return Setup(mode, backend, made[-1])
+
+    told, _ = same(prepare, backend=backend)
+    assert len(told) == 2 or kind == "torch"  # a graph may hold torch's
+    first, second = (module.read(module.rng) for module in made)
+    assert first == second
 
 
 def test_a_module_that_draws_is_captured():
