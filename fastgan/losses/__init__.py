@@ -3,7 +3,7 @@
 from fastgan.losses.adversarial import LOSSES, GANLoss, auxiliary_class_loss, gan_loss
 from fastgan.losses.augmentation import AUGMENTATIONS, AdaptiveAugment, augment, augment_draws
 from fastgan.losses.noise import Draw, draw, integers, normal, uniform
-from fastgan.losses.penalties import LeCam, clip_weights_, gradient_penalty, r1_penalty
+from fastgan.losses.penalties import LeCam, clip_weights_, consistency_penalty, gradient_penalty, r1_penalty
 
 __all__ = [
     "AUGMENTATIONS",
@@ -16,6 +16,7 @@ __all__ = [
     "augment_draws",
     "auxiliary_class_loss",
     "clip_weights_",
+    "consistency_penalty",
     "draw",
     "gan_loss",
     "gradient_penalty",

@@ -64,6 +64,11 @@ def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return images * (~inside)[:, None].to(images.dtype)
 
 
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror each image left to right where ``mirrored``, int64 (n, 1, 1, 1), is 1."""
+    return torch.where(mirrored.bool(), images.flip(3), images)
+
+
 def _window(centre: Tensor, size: int) -> Tensor:
     """(n, size) bool: within half the cut-out's length of ``centre``."""
     length = int(size * CUTOUT_RATIO + 0.5)
@@ -91,6 +96,10 @@ def _cutout_draws(n: int, height: int, width: int) -> dict[str, Draw]:
     return {name: integers(n, 1, high=side + 1 - int(side * CUTOUT_RATIO + 0.5) % 2) for name, side in sides.items()}
 
 
+def _flip_draws(n: int, height: int, width: int) -> dict[str, Draw]:
+    return {"mirrored": integers(n, 1, 1, 1, high=2)}
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """``apply(images, **drawn)`` and ``draws(n, height, width)``, the numbers that it needs."""
@@ -103,6 +112,7 @@ AUGMENTATIONS = {
     "color": Augmentation(color, _color_draws),
     "translation": Augmentation(translate, _translation_draws),
     "cutout": Augmentation(cutout, _cutout_draws),
+    "flip": Augmentation(flip, _flip_draws),
 }
 
 
@@ -182,7 +192,7 @@ class AdaptiveAugment(nn.Module):
 
     def __init__(
         self,
-        policy: Sequence[str] = tuple(AUGMENTATIONS),
+        policy: Sequence[str] = ("color", "translation", "cutout"),
         *,
         target: float = 0.6,
         images: int = 500_000,

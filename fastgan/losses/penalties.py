@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from fastgan._checks import check_tensor
 from fastgan.losses.augmentation import augment, augment_draws
 
-__all__ = ["LeCam", "augment", "augment_draws", "clip_weights_", "gradient_penalty", "r1_penalty"]
+__all__ = [
+    "LeCam",
+    "augment",
+    "augment_draws",
+    "clip_weights_",
+    "consistency_penalty",
+    "gradient_penalty",
+    "r1_penalty",
+]
 
 
 def gradient_penalty(
@@ -70,6 +78,34 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
     """
     check_tensor("real", real)
     return _squared_gradient(critic, _full(real)).mean() / 2
+
+
+def consistency_penalty(logits: Tensor, augmented_logits: Tensor) -> Tensor:
+    """Mean squared difference between the logits of images and of the same images augmented.
+
+    For balanced consistency regularization, add it for real and for generated images.
+
+    Args:
+        logits, augmented_logits: of one shape, real numbers.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: shapes disagree.
+
+    Source: Zhao et al. 2021, "Improved Consistency Regularization for GANs", arXiv 2002.04724.
+
+    Example:
+        >>> consistency_penalty(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+        tensor(2.)
+    """
+    check_tensor("logits", logits)
+    check_tensor("augmented_logits", augmented_logits)
+    if logits.shape != augmented_logits.shape:
+        got = tuple(augmented_logits.shape)
+        raise ValueError(f"augmented_logits must have the shape of logits, {tuple(logits.shape)}, got {got}")
+    return (_full(logits) - _full(augmented_logits)).square().mean()
 
 
 class LeCam(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 STEP_MODES = ("auto", "eager", "compile", "cudagraph")
 SKETCHES = ("none", "edges", "paired", "unpaired")
 BACKBONES = ("auto", "inception", "efficientnet_lite0")
@@ -88,6 +88,11 @@ class TrainConfig:
         gradient_penalty: weight of the penalty on the critic's gradient between real and generated images; 0 for none.
         r1: weight of the R1 penalty, the paper's gamma; 0 for none.
         r2: weight of the same penalty on generated images; 0 for none.
+        penalty_every: interval of R1 and R2 in discriminator updates; each is then multiplied by it.
+        lecam: weight of LeCam regularization, for few images; 0 for none.
+        consistency: weight of balanced consistency, on real and on generated images; 0 for none.
+        consistency_augment: augmentations under which it keeps the logits.
+        shared_fake: both updates use the same generated images, made once per step; needs ``n_critic`` 1.
         clip_grad_norm: largest norm of all gradients of an update together; 0 for no bound.
         clip_grad_value: largest absolute value of a gradient's entry; 0 for no bound.
         accumulate: micro-batches per update, whose gradients are averaged; must divide ``batch_size``.
@@ -103,7 +108,11 @@ class TrainConfig:
         ema_decay: decay of the generator's moving average per step, in [0, 1).
         augment: differentiable augmentations of real and generated images (Zhao et al. 2020), names in
             ``fastgan.losses.augmentation.AUGMENTATIONS``.
-        precision: "fp32", or "bf16" for autocast; weights and gradient penalty stay float32.
+        augment_target: augment with a probability that grows while the mean sign of real images' logits is above this
+            (Karras et al. 2020: 0.6); 0 to augment all images.
+        augment_images: number of real images over which that probability may go from 0 to 1.
+        precision: "fp32", or "bf16" or "fp16" for autocast; weights and gradient penalty stay float32. "fp16" scales
+            the losses by a ``torch.amp.GradScaler``.
         channels_last: memory layout of weights and images.
         step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or
             "auto", compiled on a GPU and eager on a CPU.
@@ -117,6 +126,11 @@ class TrainConfig:
     gradient_penalty: float = 0.0
     r1: float = 0.0
     r2: float = 0.0
+    penalty_every: int = 1
+    lecam: float = 0.0
+    consistency: float = 0.0
+    consistency_augment: tuple[str, ...] = ("flip", "translation")
+    shared_fake: bool = False
     clip: float = 0.0
     clip_grad_norm: float = 0.0
     clip_grad_value: float = 0.0
@@ -133,6 +147,8 @@ class TrainConfig:
     decay_from: float = 1.0
     ema_decay: float = 0.999
     augment: tuple[str, ...] = ()
+    augment_target: float = 0.0
+    augment_images: int = 500_000
     precision: str = "fp32"
     channels_last: bool = True
     step_mode: str = "auto"
@@ -146,11 +162,19 @@ class TrainConfig:
             "clip",
             "clip_grad_norm",
             "clip_grad_value",
+            "lecam",
+            "consistency",
             "class_weight_discriminator",
             "class_weight_generator",
             "weight_decay",
         )
-        _check(self, lambda x: x >= 1, "at least 1", "steps", "batch_size", "n_critic", "accumulate")
+        _check(self, lambda x: x >= 1, "at least 1", "steps", "batch_size", "n_critic", "accumulate", "penalty_every")
+        _check(self, lambda x: x >= 1, "at least 1", "augment_images")
+        _check(self, lambda x: -1 < x < 1, "in (-1, 1)", "augment_target")
+        if self.augment_target and not self.augment:
+            raise ValueError("augment_target needs augmentations in augment, which is empty")
+        if self.shared_fake and self.n_critic != 1:
+            raise ValueError(f"shared_fake needs n_critic 1, got {self.n_critic}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size, {self.batch_size}, got {self.accumulate}")
         _check(self, lambda x: x > 0, "positive", "lr_generator", "lr_discriminator")

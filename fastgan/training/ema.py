@@ -33,7 +33,7 @@ ema_.register_fake(lambda *_: None)
 
 
 class EMA:
-    """Exponential moving average of a module's parameters and batch-norm statistics.
+    """Exponential moving average of a module's parameters and of some of its buffers.
 
     The decay at update t is min(decay, (1 + t) / (10 + t)), small at first, so that a short run forgets its random
     initial weights too. Other buffers, such as spectral normalization's singular vectors, are copied: their average
@@ -42,6 +42,8 @@ class EMA:
     Args:
         model: the network to follow.
         decay: in [0, 1).
+        buffers: last parts of the names of floating-point buffers that are averaged, by default batch norm's. All
+            others are copied.
 
     Attributes:
         module: the averaged network, in eval mode.
@@ -49,12 +51,17 @@ class EMA:
             that a graph can hold it.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float, *, buffers: Sequence[str] = ("running_mean", "running_var")
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self.decay = decay
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in buffers and not buffer.is_floating_point():
+                raise ValueError(f"buffers must name floating-point buffers, {name} is {buffer.dtype}")
+        self.decay, self.buffers = decay, tuple(buffers)
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averaged, self._copied = _state(self.module)
+        self._averaged, self._copied = self._split(self.module)
         self.updates = torch.zeros((), dtype=torch.float64, device=self._averaged[0].device)
 
     def tensors(self) -> list[Tensor]:
@@ -68,16 +75,14 @@ class EMA:
         While a step is captured, ``tensors`` stand for :meth:`tensors`.
         """
         *own, updates = self.tensors() if tensors is None else tensors
-        values, originals = _state(model)
+        values, originals = self._split(model)
         n = len(self._averaged)
         ema_(own[:n], values, own[n:], originals, updates, self.decay)
 
-
-def _state(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors to average and tensors to copy, each in the module's order."""
-    averaged = [p.detach() for p in model.parameters()]
-    copied: list[Tensor] = []
-    for name, buffer in model.named_buffers():
-        statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
-        (averaged if statistic else copied).append(buffer)
-    return averaged, copied
+    def _split(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors to average and tensors to copy, each in the module's order."""
+        averaged = [p.detach() for p in model.parameters()]
+        copied: list[Tensor] = []
+        for name, buffer in model.named_buffers():
+            (averaged if name.rpartition(".")[2] in self.buffers else copied).append(buffer)
+        return averaged, copied

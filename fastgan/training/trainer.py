@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.ema import EMA
 from fastgan.training.gan import Batch, Objective, RecipeGAN, Terms, total
+from fastgan.training.step.eager import LazyTerm
 from fastgan.training.step.optimizers import make_optimizer
 from fastgan.training.step.train_step import TrainStep
 
@@ -123,7 +124,7 @@ class Trainer:
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.generator = generator.to(self.device).to(memory_format=self.layout).train()
         self.discriminator = discriminator.to(self.device).to(memory_format=self.layout).train()
-        autocast = torch.bfloat16 if config.precision == "bf16" else None
+        autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         self.gan = RecipeGAN(self.generator, self.discriminator, objective, autocast=autocast)
         if self.gan.from_sketches and images.sketches == "none":
             raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
@@ -159,6 +160,10 @@ class Trainer:
         mode = config.step_mode
         if mode == "auto":
             mode = "compile" if self.device.type == "cuda" else "eager"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        lazy = {}
+        if config.penalty_every > 1 and (config.r1 or config.r2):
+            lazy["penalties"] = LazyTerm(self.gan.zero_centered_penalties, config.penalty_every)
         self.steps = TrainStep(
             self.gan,
             self.optimizer_g,
@@ -169,6 +174,8 @@ class Trainer:
             clip_grad_norm=config.clip_grad_norm or None,
             clip_grad_value=config.clip_grad_value or None,
             accumulate=config.accumulate,
+            scaler=self.scaler,
+            lazy={"discriminator": lazy},
             rng=self.rng,
             world=self.world,
         )
@@ -213,20 +220,29 @@ class Trainer:
         """``n_critic`` discriminator updates and one generator update."""
         self._set_learning_rates()
         terms: list[Terms] = []
-        for _ in range(self.config.n_critic):
-            batch = {
-                name: value.contiguous(memory_format=self.layout) if value.ndim == 4 else value
-                for name, value in self.loader.next().items()
-            }
-            terms.append(self.discriminator_step(batch))
-        terms_g = self.generator_step(batch)
+        if self.config.shared_fake:
+            both = self.steps.both(self._next_batch())
+            terms = [{name.partition("/")[2]: t for name, t in both.items() if name.startswith("discriminator/")}]
+            terms_g = {name.partition("/")[2]: t for name, t in both.items() if name.startswith("generator/")}
+        else:
+            for _ in range(self.config.n_critic):
+                batch = self._next_batch()
+                terms.append(self.discriminator_step(batch))
+            terms_g = self.generator_step(batch)
         self.step += 1
-        means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+        # Lazy terms stand in some updates alone; zero in the others.
+        means = {name: torch.stack([t[name] for t in terms if name in t]).sum() / len(terms) for name in _names(terms)}
         self._pending.append(
             {"discriminator": _loss(means), "generator": _loss(terms_g)}
             | {f"discriminator/{name}": term for name, term in means.items()}
             | {f"generator/{name}": term for name, term in terms_g.items()}
         )
+
+    def _next_batch(self) -> Batch:
+        return {
+            name: value.contiguous(memory_format=self.layout) if value.ndim == 4 else value
+            for name, value in self.loader.next().items()
+        }
 
     def flush(self) -> None:
         """Read the losses of the last steps from the device and pass them to the callbacks.
@@ -236,8 +252,10 @@ class Trainer:
         """
         if not self._pending:
             return
-        names = list(self._pending[0])
-        values = torch.stack([torch.stack([row[name].float() for name in names]) for row in self._pending]).tolist()
+        names, zero = _names(self._pending), torch.zeros((), device=self.device)
+        values = torch.stack(
+            [torch.stack([row.get(name, zero).float() for name in names]) for row in self._pending]
+        ).tolist()
         first = self.step - len(values) + 1
         self._pending = []
         rows = []
@@ -253,7 +271,7 @@ class Trainer:
 
     def _parts(self) -> dict[str, Any]:
         """Parts of the state that have a state dict of their own."""
-        return {
+        parts = {
             "generator": self.generator,
             "discriminator": self.discriminator,
             "ema": self.ema.module,
@@ -261,6 +279,11 @@ class Trainer:
             "optimizer_d": self.optimizer_d,
             "loader": self.loader,
         }
+        if self.gan.state:
+            parts["state"] = self.gan.state
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
@@ -277,6 +300,7 @@ class Trainer:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step = state["step"]
+        self.steps.counts = {"discriminator": self.step * self.config.n_critic, "generator": self.step}
         self.ema.updates.copy_(state["ema_updates"])
         self.rng.set_state(state["rng"].cpu())
         self.history = History(**{name: list(losses) for name, losses in state["history"].items()})
@@ -300,6 +324,11 @@ class Trainer:
         factor = max(config.steps - self.step, 0) / (config.steps - start) if decaying else 1.0
         self.optimizer_g.param_groups[0]["lr"] = config.lr_generator * factor
         self.optimizer_d.param_groups[0]["lr"] = config.lr_discriminator * factor
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All keys, in the order in which they appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _loss(terms: Terms) -> Tensor:

@@ -36,6 +36,21 @@ class TestEMA:
             if key.endswith(("_u", "_v")):
                 assert torch.equal(ema.module.state_dict()[key], value)
 
+    def test_buffers_that_are_named_are_averaged(self):
+        model = nn.BatchNorm1d(3)
+        model.register_buffer("w_avg", torch.zeros(2))
+        plain, named = EMA(model, 0.5), EMA(model, 0.5, buffers=("w_avg",))
+        with torch.no_grad():
+            model.w_avg.fill_(1.0), model.running_mean.fill_(1.0)
+        for ema in (plain, named):
+            ema.update(model)
+        assert (plain.module.w_avg == 1).all()
+        torch.testing.assert_close(named.module.w_avg, torch.full((2,), 0.9))
+        torch.testing.assert_close(plain.module.running_mean, torch.full((3,), 0.9))
+        assert (named.module.running_mean == 1).all()
+        with pytest.raises(ValueError, match=r"buffers must name floating-point buffers, num_batches_tracked is torch"):
+            EMA(model, 0.5, buffers=("num_batches_tracked",))
+
     def test_is_apart_from_the_model(self):
         model = nn.Linear(2, 2)
         ema = EMA(model, decay=0.9)

@@ -9,12 +9,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastgan import training
 from fastgan.data import edge_map
 from fastgan.losses.adversarial import auxiliary_class_loss, gan_loss
+from fastgan.losses.augmentation import augment
 from fastgan.losses.noise import draw
 from fastgan.losses.penalties import r1_penalty
 from fastgan.models import DCGANDiscriminator, DCGANGenerator, SketchDiscriminator, SketchGenerator
 from fastgan.recipes import available, load_recipe
 from fastgan.training import Objective, RecipeGAN, build_networks
-from fastgan.training.gan import total
+from fastgan.training.gan import SharedBatch, total
 from fastgan.training.step.eager import Update
 
 SMALL = {"resolution": 16, "image_channels": 1, "width": 8}
@@ -73,6 +74,53 @@ def test_terms_of_an_auxiliary_classifier_with_penalties_by_hand():
     scores, classes = g.discriminator(g.generator(draws["z"], draws["labels"]), draws["labels"])
     torch.testing.assert_close(terms["adversarial"], -scores.mean())
     torch.testing.assert_close(terms["class"], 0.5 * auxiliary_class_loss(classes, draws["labels"]))
+
+
+def test_lecam_consistency_and_adaptive_augmentation_by_hand():
+    objective = Objective(
+        gan_loss("hinge"), lecam=0.3, consistency=2.0, augment=("color",), augment_target=0.2, augment_images=100
+    )
+    g, real = gan(objective, head="plain"), batch()
+    g.state["augment"].p.fill_(0.5)
+    draws = drawn(g.discriminator_draws(real))
+    terms = g.discriminator_loss(real, draws)
+
+    def seen(images, prefix):
+        changed = augment(images, ("color",), draws, prefix)
+        return torch.where(draws[f"{prefix}.chosen"] < 0.5, changed, images)
+
+    def score(images, labels):
+        return g.discriminator(images, labels)
+
+    labels, fake_labels = real["labels"], draws["labels"]
+    images = seen(real["images"], "augment_real")
+    fake = seen(g.generator(draws["z"], fake_labels).detach(), "augment_fake")
+    logits, fake_logits = score(images, labels), score(fake, fake_labels)
+    policy = ("flip", "translation")
+    other = score(augment(images, policy, draws, "consistency_real"), labels)
+    fake_other = score(augment(fake, policy, draws, "consistency_fake"), fake_labels)
+    consistency = 2 * ((logits - other).square().mean() + (fake_logits - fake_other).square().mean())
+    torch.testing.assert_close(terms["consistency"], consistency, rtol=1e-4, atol=1e-6)
+    averages = 0.01 * torch.stack([logits.mean(), fake_logits.mean()]).detach()
+    lecam = (logits - averages[1]).square().mean() + (fake_logits - averages[0]).square().mean()
+    torch.testing.assert_close(terms["lecam"], 0.3 * lecam, rtol=1e-4, atol=1e-6)
+    moved = 0.5 + float(torch.sign(logits.detach().sign().mean() - 0.2)) * N / 100
+    torch.testing.assert_close(g.state["augment"].p, torch.tensor(moved))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_lazy_penalties_are_those_of_every_step(shared):
+    changes = {"r1": 0.7, "r2": 0.4, "augment": ("color",)}
+    always = gan(Objective(gan_loss("relativistic"), **changes), head="plain")
+    lazy = gan(Objective(gan_loss("relativistic"), penalty_every=4, **changes), head="plain")
+    real = batch()
+    draws = drawn(always.discriminator_draws(real))
+    given = SharedBatch({**real, **lazy.shared(real, draws)}) if shared else real
+    terms = always.discriminator_loss(real, draws)
+    rest = lazy.discriminator_loss(given, draws)
+    assert terms.keys() - rest.keys() == {"r1", "r2"}
+    torch.testing.assert_close(lazy.zero_centered_penalties(given, draws), terms["r1"] + terms["r2"])
+    torch.testing.assert_close(rest["adversarial"], terms["adversarial"])
 
 
 def test_batch_norm_sees_real_and_generated_images_apart():

@@ -15,9 +15,9 @@ from fastgan._checks import InputError
 from fastgan.backend import BackendWarning
 from fastgan.distributed import World
 from fastgan.losses.noise import draw, normal, uniform
-from fastgan.losses.penalties import gradient_penalty
+from fastgan.losses.penalties import gradient_penalty, r1_penalty
 from fastgan.nn import SelfAttention2d, group_spectral_norm
-from fastgan.training import EMA, FunctionalGAN, NonFiniteLossError, TrainStep, run, scoring
+from fastgan.training import EMA, FunctionalGAN, LazyTerm, NonFiniteLossError, TrainStep, run, scoring
 from fastgan.training import trainer as loop
 from fastgan.training.run import resume_run, start_run
 from fastgan.training.step.process_mean import ProcessMean
@@ -70,11 +70,43 @@ def own_states(mode, world, first=None, norm=None):
     return {"start": start, "end": [states, moments, losses, step.rng.get_state()], "graphs": step.compilations}
 
 
+def shared_and_lazy(mode, world=None):
+    """Both updates of one fake batch, a lazy penalty and a scaled loss on this process's part of the batches."""
+    torch.manual_seed(1)
+    g = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+    d = nn.Sequential(nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 1))
+    gan = FunctionalGAN(
+        g,
+        d,
+        lambda batch, _: d(batch["fake"].detach()).mean() - d(batch["images"]).tanh().mean(),
+        lambda batch, _: -d(batch["fake"]).mean(),
+        lambda n: {"z": normal(n, 4)},
+        lambda _, draws: {"fake": g(draws["z"])},
+    )
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-2, (0.5, 0.9), eps=1e-3) for m in (g, d)]
+    lazy = {"discriminator": {"r1": LazyTerm(lambda batch, _: r1_penalty(d, batch["images"]), 2)}}
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=4)
+    rng = torch.Generator().manual_seed(0)
+    step = TrainStep(gan, *optimizers, mode=mode, backend="eager", rng=rng, lazy=lazy, scaler=scaler)
+    terms = []
+    for k in range(4):
+        images = torch.randn(N, 6, generator=torch.Generator().manual_seed(k))
+        batch = {"images": images[list(World(*world).share(N))] if world else images}
+        if k < 2:
+            terms.append(step.both(batch))
+        else:
+            terms += [step.discriminator(batch), step.generator(batch)]
+    return [g.state_dict(), d.state_dict(), scaler.state_dict(), terms]
+
+
 def work(rank, size, store, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     warnings.simplefilter("error", BackendWarning)
     results = {mode: own_states(mode, (rank, size)) for mode in ("eager", "compile")}
+    results["shared, eager"] = shared_and_lazy("eager", (rank, size))
+    with pytest.warns(BackendWarning, match="several processes exchange gradients between updates that share tensors"):
+        results["shared, compile"] = shared_and_lazy("compile", (rank, size))
     results["mean"] = means(rank)
     results["batch norm"] = own_states("compile", (rank, size), norm=nn.BatchNorm1d(16))
     results["stopped"] = stopped_state(rank)
@@ -190,6 +222,15 @@ def test_draws_of_parts_are_those_of_the_whole():
     assert all(torch.equal(part["step"], whole["step"]) for part in parts)
     with pytest.raises(ValueError, match=r"draws\['z'\] must have the 4 samples of this process in dimension 0, got"):
         draw({"z": normal(8, 3)}, None, "cpu", rank=0, counts=counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_shared_tensors_lazy_terms_and_scaled_losses(results, mode):
+    first, second = (r[f"shared, {mode}"] for r in results)
+    assert_same(first, second)
+    torch.testing.assert_close(first, shared_and_lazy("eager"), rtol=1e-4, atol=2e-6)
+    assert first[2]["scale"] == 32.0
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+from fastgan.backend import BackendWarning
 from fastgan.training import Callback, Every, NonFiniteLossError, TrainConfig, Trainer
 from tests.training.small_trainers import data, trainer
 
@@ -241,9 +243,88 @@ def test_bad_input():
         Trainer(t.generator, Unconditional(), data(), t.config)
     with pytest.raises(ValueError, match="loss must be one of"):
         Trainer(t.generator, t.discriminator, data(), TrainConfig(loss="huber"))
-    with pytest.raises(ValueError, match="augment must be names out of 'color', 'translation', 'cutout', got 'mixup'"):
+    with pytest.raises(
+        ValueError, match="augment must be names out of 'color', 'translation', 'cutout', 'flip', got 'mixup'"
+    ):
         Trainer(t.generator, t.discriminator, data(), TrainConfig(augment=("mixup",)))
     with pytest.raises(ValueError, match="batch_size must be from 1 to the number of images, 24, got 64"):
         Trainer(t.generator, t.discriminator, data(), TrainConfig(batch_size=64))
     with pytest.raises(ValueError, match="interval must be at least 1"):
         Every(0, print)
+
+
+RICH = {
+    "r1": 0.5,
+    "r2": 0.5,
+    "penalty_every": 3,
+    "lecam": 0.1,
+    "consistency": 1.0,
+    "augment": ("color", "translation"),
+    "augment_target": 0.1,
+    "augment_images": 40,
+}
+
+
+@pytest.mark.parametrize("options", [RICH, RICH | {"shared_fake": True}, {"precision": "fp16"}])
+def test_lazy_lecam_adaptive_consistent_and_scaled_runs_resume(options):
+    """A run of each kind, in two parts; its other buffers and its scale are a part of its state."""
+    options = options | {"steps": 7, "loss": "non-saturating"}
+    whole, broken = trainer(**options), trainer(**options)
+    whole.run()
+    broken.run(4)
+    file = io.BytesIO()
+    torch.save(broken.state_dict(), file)
+    file.seek(0)
+    resumed = trainer(**options)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.run()
+    assert whole.history == resumed.history
+    for a, b in zip(whole._parts().values(), resumed._parts().values(), strict=True):
+        torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+    if "lecam" in options:
+        assert whole.gan.state["lecam"].averages.all()
+        assert whole.gan.state["augment"].p > 0
+    else:
+        assert whole.scaler.get_scale() > 0
+
+
+def test_losses_of_lazy_terms_stand_for_their_mean():
+    rows = []
+
+    class Kept(Callback):
+        def on_losses(self, trainer, new):
+            rows.extend(new)
+
+    trainer(**RICH, steps=6).run(callbacks=[Kept()])
+    assert [row["discriminator/penalties"] > 0 for row in rows] == [True, False, False] * 2
+
+
+@pytest.mark.parametrize("options", [RICH, RICH | {"shared_fake": True}])
+def test_rich_losses_captured(options):
+    """A captured run of the same options; a captured step with another result would warn."""
+    runs = []
+    for mode in ("eager", "compile"):
+        t = trainer(**options, steps=4, step_mode=mode)
+        t.steps.backend = "eager"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", BackendWarning)
+            t.run()
+        runs.append(t)
+    for name, a in runs[0]._parts().items():
+        if name not in ("loader", "optimizer_g", "optimizer_d"):
+            torch.testing.assert_close(runs[1]._parts()[name].state_dict(), a.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shared_fake": True, "n_critic": 2}, "shared_fake needs n_critic 1, got 2"),
+        ({"augment_target": 0.6}, "augment_target needs augmentations in augment, which is empty"),
+        ({"penalty_every": 0}, "penalty_every must be at least 1, got 0"),
+        ({"lecam": -1.0}, "lecam must be at least 0, got -1"),
+        ({"precision": "fp8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)

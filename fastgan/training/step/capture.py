@@ -11,11 +11,13 @@ same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastgan.training.gan import Batch, Draws, Terms, gradients_of
 from fastgan.training.step.cuda_graphs import CudaGraph
-from fastgan.training.step.eager import Update, copy_all_, mean_terms
-from fastgan.training.step.optimizers import CaptureError, OptimizerState
+from fastgan.training.step.eager import JointUpdate, MicroBatch, Update, copy_all_, mean_terms
+from fastgan.training.step.optimizers import CaptureError, OptimizerState, unscaled
 from fastgan.training.step.process_mean import Shared, floating_buffers
 from fastgan.training.step.reachable import Watch
 
@@ -35,7 +37,7 @@ Attribute = tuple[nn.Module, str]
 class Fit:
     """Tells whether a later call of ``update`` would run the same Python as one with ``batch`` does now."""
 
-    def __init__(self, update: Update, batch: Batch, written: Sequence[Attribute] = ()) -> None:
+    def __init__(self, update: Update | JointUpdate, batch: Batch, written: Sequence[Attribute] = ()) -> None:
         self._update = update
         self._weights = list({id(p): p for m in update.networks.values() for p in m.parameters()}.values())
         self._trained = update.trained()
@@ -64,13 +66,14 @@ class Fit:
         return self._watch.changed()
 
     def _state(self, batch: Batch) -> dict[str, Any]:
-        optimizer = self._update.optimizer
+        parts = self._update.parts
         device = self._weights[0].device.type
         return {
             "its batch": [(name, _metadata(value)) for name, value in batch.items()],
             "the set of frozen weights": [p.requires_grad for p in self._weights],
             "a hook of a weight": [dict(h) if (h := p._backward_hooks) else None for p in self._trained],
-            "its optimizer's options": options_of(optimizer),
+            "its optimizer's options": [options_of(part.optimizer) for part in parts],
+            "its gradient scaler's options": [_scaler_options(part.scaler) for part in parts],
             "a hook": unseen_hooks(self._update, self._trained),
             "a switch of torch": (
                 torch.is_autocast_enabled(device),
@@ -89,14 +92,19 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[tuple[Any, ...]]:
     return [tuple((k, v) for k, v in group.items() if k not in left) for group in optimizer.param_groups]
 
 
-def unseen_hooks(update: Update, trained: Sequence[Tensor]) -> str | None:
+def _scaler_options(scaler: GradScaler | None) -> tuple[float, float, int] | None:
+    if scaler is None:
+        return None
+    return scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+
+
+def unseen_hooks(update: Update | JointUpdate, trained: Sequence[Tensor]) -> str | None:
     """Name hooks that no graph can hold, if there are any."""
-    optimizer = update.optimizer
-    step = vars(optimizer).get("step")
-    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
-        return "its optimizer's step has been replaced"
-    for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
-        if hooks:
+    for optimizer in (part.optimizer for part in update.parts):
+        step = vars(optimizer).get("step")
+        if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
+            return "its optimizer's step has been replaced"
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "its optimizer has hooks"
     if optimizers._global_optimizer_pre_hooks or optimizers._global_optimizer_post_hooks:
         return "all optimizers have hooks"
@@ -117,16 +125,46 @@ class _NoHostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Part:
+    """One update within a graph: the state that it moves besides the networks, and what tracing finds out."""
+
+    def __init__(self, update: Update, *, holds_scaler: bool) -> None:
+        self.update, self.trained, self._holds_scaler = update, update.trained(), holds_scaler
+        self.optimizer = OptimizerState(update.optimizer, self.trained)
+        self.terms: list[str] = []
+        self.reached: list[nn.Parameter] = []
+
+    def state(self) -> list[Tensor]:
+        """All of it as it is now: optimizer, learning rates, average, gradient scaler."""
+        self.optimizer.refresh()
+        return [tensor for tensors in self._tensors() for tensor in tensors]
+
+    def _tensors(self) -> list[list[Tensor]]:
+        ema, scaler = self.update.ema, self.update.scaler
+        scales = [] if scaler is None or not self._holds_scaler else [scaler._scale, scaler._growth_tracker]
+        return [self.optimizer.tensors(), self.optimizer.rates, ema.tensors() if ema else [], scales]  # type: ignore[list-item]
+
+    def split(self, state: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Tensors that stand for :meth:`state` as those of optimizer, rates, average and scaler."""
+        ends = list(accumulate(len(tensors) for tensors in self._tensors()))
+        return [state[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def names(self) -> list[str]:
+        """Names of the terms that a call returns."""
+        return [*self.terms, *([] if self.update.clip_grad_norm is None else ["grad_norm"])]
+
+
 class CapturedUpdate:
     """``update`` as one compiled graph; if processes share a batch, as two with their exchange between them.
 
     Args:
-        update: what to capture.
+        update: one to capture, or several that share tensors.
         batch, draws: examples of the arguments of a call.
         compile: maps a graph of flat arguments and examples of these to a function.
 
     Raises:
-        CaptureError: the optimizer has no captured form.
+        CaptureError: the optimizer has no captured form, or several processes share a batch and several updates
+            tensors.
 
     Attributes:
         written: attributes of modules that an update writes.
@@ -138,16 +176,19 @@ class CapturedUpdate:
 
     def __init__(
         self,
-        update: Update,
+        update: Update | JointUpdate,
         batch: Batch,
         draws: Draws,
         compile: Callable[[GraphModule, list[Tensor]], Callable[..., Any]],
     ) -> None:
-        self._update, self._trained = update, update.trained()
-        if reason := unseen_hooks(update, self._trained):
+        self._update = update
+        if reason := unseen_hooks(update, update.trained()):
             raise CaptureError(reason)
+        if update.mean is not None and len(update.parts) > 1:
+            raise CaptureError("several processes exchange gradients between updates that share tensors")
         self._fit = Fit(update, batch)
-        self._optimizer = OptimizerState(update.optimizer, self._trained)
+        scalers = [part.scaler for part in update.parts]
+        self._parts = [_Part(part, holds_scaler=part.scaler not in scalers[:i]) for i, part in enumerate(update.parts)]
         self._networks = _Networks(update.networks)
         self._slots = _slots(self._networks)
         self._replay: tuple[list[Tensor], CudaGraph, CudaGraph | None] | None = None
@@ -156,22 +197,31 @@ class CapturedUpdate:
 
         def first(*flat: Tensor) -> list[Tensor]:
             """The whole update; if processes share a batch, all that comes before their exchange, packed for it."""
-            computed = self._differentiated(
-                flat[:n], dict(zip(batch, flat[n:m], strict=True)), dict(zip(draws, flat[m:], strict=True))
-            )
-            self._names = list(computed.terms)
-            if mean is not None:
-                self._computed = computed
-                return [*mean.pack(computed.tensors(), flat[n - 1]), *self._values]
-            norm = self._apply(flat[:n], computed.gradients)
-            return [*computed.terms.values(), *norm, *self._values]
+            state = flat[:n]
+            outputs: list[Tensor] = []
+            before = {(module, key): value for module, key, value in self._attributes()}
+            example = dict(zip(batch, flat[n:m], strict=True)), dict(zip(draws, flat[m:], strict=True))
+            with torch.enable_grad(), _NoHostReads():
+                parts = self._holding(state, update.micro_batches, *example)
+            for part in self._parts:
+                computed = self._differentiated(part, state, parts)
+                if mean is not None:
+                    self._computed = computed
+                    outputs += mean.pack(computed.tensors(), flat[n - 1])
+                else:
+                    norm = self._apply(part, state, computed.gradients)
+                    outputs += [*computed.terms.values(), *norm]
+            # Tensors that modules keep beside their buffers, such as the weight of torch's older spectral norm.
+            written = [(m, key, value) for m, key, value in self._attributes() if before.get((m, key)) is not value]
+            self.written: list[Attribute] = [(module, key) for module, key, _ in written]
+            return outputs + [value.detach() for _, _, value in written]
 
         def second(*flat: Tensor) -> list[Tensor]:
             """The update by the means over the processes."""
             assert mean is not None
             common = self._computed.replaced(mean.unpack(flat[n:], self._computed.tensors()))
             copy_all_(self._buffers(flat[:n]), common.buffers)
-            norm = self._apply(flat[:n], common.gradients)
+            norm = self._apply(self._parts[0], flat[:n], common.gradients)
             return [*(term.clone() for term in common.terms.values()), *norm]
 
         arguments = [*state, *batch.values(), *draws.values()]
@@ -252,28 +302,42 @@ class CapturedUpdate:
             self._update.mean.agree(self._signature)
             self._update.mean.reduce_(outputs)
             outputs = second(outputs)
-        if "step" in vars(self._update.optimizer):  # a scheduler has put its own there, which sets this
-            self._update.optimizer._opt_called = True  # type: ignore[attr-defined]
-        norm = [] if self._update.clip_grad_norm is None else ["grad_norm"]
-        return dict(zip([*self._names, *norm], outputs, strict=True))
+        names = []
+        for part in self._parts:
+            if "step" in vars(part.update.optimizer):  # a scheduler has put its own there, which sets this
+                part.update.optimizer._opt_called = True  # type: ignore[attr-defined]
+            names += [f"{part.update.name}/{n}" if len(self._parts) > 1 else n for n in part.names()]
+        return dict(zip(names, outputs, strict=True))
 
     def _state(self) -> list[Tensor]:
         """All state as it is now, in the order of the graph's first arguments."""
-        self._optimizer.refresh()
         networks = [owner[key] for owner, key in self._slots.values()]
-        averages = self._update.ema.tensors() if self._update.ema else []
         shares = [self._update.mean.weight] if self._update.mean else []
-        return [*networks, *self._optimizer.tensors(), *self._optimizer.rates, *averages, *shares]
+        return [*networks, *(tensor for part in self._parts for tensor in part.state()), *shares]
 
-    def _differentiated(self, state: Sequence[Tensor], batch: Batch, draws: Draws) -> Shared:
+    def _own(self, part: _Part, state: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Tensors in ``state`` that stand for the part's optimizer, rates, average and scaler."""
+        start = len(self._slots)
+        scales: dict[int, Sequence[Tensor]] = {}
+        for other in self._parts:
+            *own, held = other.split(state[start:])
+            scale = scales.setdefault(id(other.update.scaler), held)
+            if other is part:
+                return [*own, scale]
+            start += len(other.state())
+        raise ValueError("part must be one of this graph's")
+
+    def _differentiated(self, part: _Part, state: Sequence[Tensor], parts: Sequence[MicroBatch]) -> Shared:
         traced, kept, sums = self._traced(state), [], None
-        stands_in = [traced[id(p)] for p in self._trained]
-        k = self._update.accumulate
-        before = {(module, key): value for module, key, value in self._attributes()}
-        for part, noise in self._update.micro_batches(batch, draws):
+        stands_in = [traced[id(p)] for p in part.trained]
+        scale: float | Tensor = 1 / len(parts)
+        if part.update.scaler is not None:
+            _, _, _, (factor, _) = self._own(part, state)
+            scale = factor * scale
+        for batch, draws in parts:
             with torch.enable_grad(), _NoHostReads():
-                terms = self._holding(state, self._update.loss, part, noise)
-                gradients = gradients_of(terms, stands_in, scale=1 / k)
+                terms = self._holding(state, part.update.loss, batch, draws)
+                gradients = gradients_of(terms, stands_in, scale=scale)
             if sums is None:
                 sums = gradients
             else:
@@ -281,17 +345,14 @@ class CapturedUpdate:
                 sums = [b if a is None else a if b is None else a + b for a, b in both]
             kept.append({name: term.detach() for name, term in terms.items()})
         assert sums is not None
-        for i, p in enumerate(self._trained):
+        for i, p in enumerate(part.trained):
             for hook in (p._backward_hooks or {}).values():
                 if (gradient := sums[i]) is not None and (hooked := hook(gradient)) is not None:
                     sums[i] = hooked
-        # Tensors that modules keep beside their buffers, such as the weight of torch's older spectral norm.
-        written = [(m, key, value) for m, key, value in self._attributes() if before.get((m, key)) is not value]
-        self.written: list[Attribute] = [(module, key) for module, key, _ in written]
-        self._values = [value.detach() for _, _, value in written]
-        self._reached = [p for p, g in zip(self._trained, sums, strict=True) if g is not None]
+        part.reached = [p for p, g in zip(part.trained, sums, strict=True) if g is not None]
         shared = Shared([g for g in sums if g is not None], self._buffers(state), mean_terms(kept))
-        self._signature = self._update.signature(shared.terms, self._reached)
+        part.terms = list(shared.terms)
+        self._signature = part.update.signature(shared.terms, part.reached)
         return shared
 
     def _attributes(self) -> list[tuple[nn.Module, str, Tensor]]:
@@ -300,21 +361,26 @@ class CapturedUpdate:
         return [(m, key, v) for m in modules for key, v in vars(m).items() if isinstance(v, Tensor)]
 
     @torch.no_grad()
-    def _apply(self, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    def _apply(self, part: _Part, state: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         """Clip gradients, step, clip weights, move the average. Returns the gradients' norm if it is clipped."""
-        n = len(self._slots)
-        m = n + len(self._optimizer.tensors())
-        k = m + len(self._optimizer.rates)
-        update, norms = self._update, []
+        held, rates, averages, scales = self._own(part, state)
+        update, norms = part.update, []
+        found_inf: Tensor | None = None
+        if update.scaler is not None:
+            found_inf = torch.zeros_like(scales[0])
+            gradients = unscaled(gradients, scales[0], found_inf)
         if update.clip_grad_value is not None:
             gradients = [g.clamp(-update.clip_grad_value, update.clip_grad_value) for g in gradients]
         if update.clip_grad_norm is not None:
             norms = [nn.utils.get_total_norm(gradients)]
             factor = (update.clip_grad_norm / (norms[0] + 1e-6)).clamp(max=1.0)
             gradients = [g * factor for g in gradients]
-        by_id = {id(p): gradient for p, gradient in zip(self._reached, gradients, strict=True)}
-        self._optimizer.update(self._traced(state), by_id, state[n:m], state[m:k])
-        self._holding(state, update.finish, state[k : k + len(update.ema.tensors())] if update.ema else ())
+        by_id = {id(p): gradient for p, gradient in zip(part.reached, gradients, strict=True)}
+        part.optimizer.update(self._traced(state), by_id, held, rates, found_inf)
+        if update.scaler is not None and found_inf is not None:
+            growth, backoff, interval = _scaler_options(update.scaler)  # type: ignore[misc]
+            torch._amp_update_scale_(scales[0], scales[1], found_inf, growth, backoff, interval)
+        self._holding(state, update.finish, averages)
         return norms
 
     def _traced(self, state: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -371,7 +437,7 @@ def _slots(networks: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     return slots
 
 
-def _held_buffers(update: Update) -> list[tuple[dict[str, Any], str]]:
+def _held_buffers(update: Update | JointUpdate) -> list[tuple[dict[str, Any], str]]:
     """The dictionary and the key of each buffer."""
     modules = {id(m): m for network in update.networks.values() for m in network.modules()}
     return [(m._buffers, key) for m in modules.values() for key in m._buffers]

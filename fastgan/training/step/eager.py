@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from fastgan.losses.noise import Draw
 from fastgan.losses.penalties import clip_weights_
 from fastgan.training.ema import EMA
-from fastgan.training.gan import GAN, UNREACHED, Batch, Draws, Terms, total
+from fastgan.training.gan import GAN, UNREACHED, Batch, Draws, SharedBatch, Terms, total
 from fastgan.training.step.process_mean import ProcessMean, Shared, floating_buffers
+
+MicroBatch = tuple[Batch, Draws]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Update:
             The norm before clipping is returned with the terms, as "grad_norm".
         clip_grad_value: largest absolute value of a gradient's entry; None for none.
         accumulate: number of equal micro-batches that a batch is split into; their gradients are averaged.
+        scaler: scales the loss, and skips a step with infinite gradients.
         ema: an average of the first trained module that moves afterwards.
         mean: over the processes that share a batch. Each gives its part; gradients, buffers and terms are then means
             over all processes.
@@ -72,6 +76,7 @@ class Update:
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     accumulate: int = 1
+    scaler: GradScaler | None = None
     ema: EMA | None = None
     mean: ProcessMean | None = None
     lazy: Mapping[str, LazyTerm] = field(default_factory=dict)
@@ -81,6 +86,10 @@ class Update:
     def of_gan(cls, gan: GAN, name: str, optimizer: torch.optim.Optimizer, **options: Any) -> Update:
         """The update of ``gan``'s generator or discriminator."""
         networks = {"generator": gan.generator, "discriminator": gan.discriminator}
+        trained = [networks[name]]
+        state = getattr(gan, "state", None)
+        if isinstance(state, nn.Module):
+            networks["state"] = state
 
         def loss(batch: Batch, draws: Draws) -> Terms:
             return getattr(gan, f"{name}_loss")(batch, draws)
@@ -88,7 +97,7 @@ class Update:
         def needed(batch: Batch) -> Mapping[str, Draw]:
             return getattr(gan, f"{name}_draws")(batch)
 
-        return cls(name, networks, [networks[name]], loss, needed, optimizer, owner=gan, **options)
+        return cls(name, networks, trained, loss, needed, optimizer, owner=gan, **options)
 
     def at(self, count: int) -> tuple[str, ...]:
         """Names of the lazy terms of update number ``count``, from 0 on."""
@@ -109,51 +118,43 @@ class Update:
         owner = {"owner": self.owner} | {name: (term.loss, term.draws) for name, term in chosen.items()}
         return replace(self, loss=loss, draws=draws, lazy={}, owner=owner) if chosen else replace(self, lazy={})
 
+    @property
+    def parts(self) -> tuple[Update, ...]:
+        """The updates that this one consists of, itself alone."""
+        return (self,)
+
     def constants(self) -> dict[str, Any]:
         """Whatever the loss can read, by name."""
         return {**self.networks, "loss": self.loss, "draws": self.draws, "gan": self.owner}
 
     def state(self) -> dict[str, Any]:
         """Whatever an update can change, by name."""
-        return {**self.constants(), "optimizer": self.optimizer, "ema": self.ema}
+        return {**self.constants(), "optimizer": self.optimizer, "ema": self.ema, "scaler": self.scaler}
 
     def trained(self) -> list[nn.Parameter]:
         """Weights that are not frozen, each once."""
         found = {id(p): p for module in self.trained_modules for p in module.parameters() if p.requires_grad}
         return list(found.values())
 
-    def micro_batches(self, batch: Batch, draws: Draws) -> list[tuple[Batch, Draws]]:
-        """Equal parts of a batch with their random numbers."""
-        if self.accumulate == 1:
-            return [(batch, draws)]
-        n = len(next(iter(batch.values())))
-        specs = self.draws(batch)
-        images = {name: value.chunk(self.accumulate) for name, value in batch.items()}
-        noise: dict[str, Sequence[Tensor]] = {}
-        for name, value in draws.items():
-            dim = specs[name].dim
-            if dim is None:
-                noise[name] = [value] * self.accumulate
-            elif value.ndim and value.shape[dim] == n:
-                noise[name] = value.chunk(self.accumulate, dim)
-            else:
-                raise ValueError(
-                    f"draws[{name!r}] must have the {n} samples of the batch in dimension {dim}, which accumulate "
-                    f"splits, got shape {tuple(value.shape)}: say with dim= which dimension it is, or dim=None"
-                )
-        parts = range(self.accumulate)
-        return [({k: v[i] for k, v in images.items()}, {k: v[i] for k, v in noise.items()}) for i in parts]
+    def micro_batches(self, batch: Batch, draws: Draws) -> list[MicroBatch]:
+        """Split a batch and its random numbers into equal parts."""
+        return micro_batches(batch, draws, self.draws(batch), self.accumulate)
 
     def __call__(self, batch: Batch, draws: Draws) -> Terms:
         """Update the weights once. Returns the detached terms of the loss."""
+        return self.run(self.micro_batches(batch, draws))
+
+    def run(self, parts: Sequence[MicroBatch]) -> Terms:
+        """Update the weights once by the mean over the micro-batches."""
         trained, kept = self.trained(), []
-        for part, noise in self.micro_batches(batch, draws):
-            terms = self.loss(part, noise)
+        for batch, draws in parts:
+            terms = self.loss(batch, draws)
             loss = total(terms)
-            if self.accumulate > 1:
-                loss = loss * (1 / self.accumulate)
+            if len(parts) > 1:
+                loss = loss * (1 / len(parts))
             if not loss.requires_grad:
                 raise ValueError(UNREACHED)
+            loss = loss if self.scaler is None else self.scaler.scale(loss)
             loss.backward(inputs=trained)
             kept.append({name: term.detach() for name, term in terms.items()})
         terms = mean_terms(kept)
@@ -169,11 +170,17 @@ class Update:
                 for p, gradient in zip(reached, common.gradients, strict=True):
                     p.grad.copy_(gradient)  # type: ignore[union-attr]
                 copy_all_(buffers, common.buffers)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         if self.clip_grad_value is not None:
             nn.utils.clip_grad_value_(reached, self.clip_grad_value)
         if self.clip_grad_norm is not None:
             terms["grad_norm"] = nn.utils.clip_grad_norm_(reached, self.clip_grad_norm).detach()
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.finish()
         return terms
@@ -192,6 +199,94 @@ class Update:
                 clip_weights_(module, self.clip)
         if self.ema is not None:
             self.ema.update(self.trained_modules[0], averages)
+
+
+@dataclass(frozen=True)
+class JointUpdate:
+    """Updates one after another on tensors that are computed once, such as one fake batch for both networks of a GAN.
+
+    Each loss finds the shared tensors in its batch. Only one of the updates may train weights that they depend on.
+
+    Args:
+        parts: the updates, in their order.
+        shared: ``(batch, draws)`` -> the shared tensors, by name.
+    """
+
+    parts: tuple[Update, ...]
+    shared: Callable[[Batch, Draws], Mapping[str, Tensor]]
+
+    def __post_init__(self) -> None:
+        if len({part.accumulate for part in self.parts}) > 1:
+            raise ValueError("accumulate must be the same for updates that share tensors")
+
+    @property
+    def name(self) -> str:
+        return " and ".join(part.name for part in self.parts)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: network for part in self.parts for name, network in part.networks.items()}
+
+    @property
+    def accumulate(self) -> int:
+        return self.parts[0].accumulate
+
+    @property
+    def mean(self) -> ProcessMean | None:
+        return self.parts[0].mean
+
+    def draws(self, batch: Batch) -> dict[str, Draw]:
+        """Random numbers that the shared tensors and all losses need."""
+        return {name: spec for part in self.parts for name, spec in part.draws(batch).items()}
+
+    def constants(self) -> dict[str, Any]:
+        """Whatever the losses can read, by name."""
+        parts = {part.name: (part.loss, part.draws, part.owner) for part in self.parts}
+        return {**self.networks, "shared": self.shared, "losses": parts}
+
+    def state(self) -> dict[str, Any]:
+        """Whatever the updates can change, by name."""
+        names = ("optimizer", "ema", "scaler")
+        return self.constants() | {key: {part.name: getattr(part, key) for part in self.parts} for key in names}
+
+    def trained(self) -> list[nn.Parameter]:
+        """Weights that are not frozen, each once."""
+        return [p for part in self.parts for p in part.trained()]
+
+    def micro_batches(self, batch: Batch, draws: Draws) -> list[MicroBatch]:
+        """Split a batch and its random numbers into equal parts, and compute the shared tensors of each."""
+        parts = micro_batches(batch, draws, self.draws(batch), self.accumulate)
+        return [(SharedBatch({**part, **self.shared(part, noise)}), noise) for part, noise in parts]
+
+    def __call__(self, batch: Batch, draws: Draws) -> Terms:
+        """Update all weights once. Returns the detached terms of all losses, as "discriminator/loss" and so on."""
+        parts = self.micro_batches(batch, draws)
+        return {f"{part.name}/{name}": term for part in self.parts for name, term in part.run(parts).items()}
+
+
+def micro_batches(batch: Batch, draws: Draws, specs: Mapping[str, Draw], k: int) -> list[MicroBatch]:
+    """Split a batch and its random numbers into ``k`` equal parts.
+
+    Raises:
+        ValueError: random numbers have no entry per sample in the dimension that ``specs`` name.
+    """
+    if k == 1:
+        return [(batch, draws)]
+    n = len(next(iter(batch.values())))
+    images = {name: value.chunk(k) for name, value in batch.items()}
+    noise: dict[str, Sequence[Tensor]] = {}
+    for name, value in draws.items():
+        dim = specs[name].dim
+        if dim is None:
+            noise[name] = [value] * k
+        elif value.ndim and value.shape[dim] == n:
+            noise[name] = value.chunk(k, dim)
+        else:
+            raise ValueError(
+                f"draws[{name!r}] must have the {n} samples of the batch in dimension {dim}, which accumulate "
+                f"splits, got shape {tuple(value.shape)}: say with dim= which dimension it is, or dim=None"
+            )
+    return [({key: v[i] for key, v in images.items()}, {key: v[i] for key, v in noise.items()}) for i in range(k)]
 
 
 def mean_terms(parts: Sequence[Terms]) -> Terms:

@@ -94,6 +94,7 @@ class OptimizerState:
         gradients: dict[int, Tensor],
         states: Sequence[Tensor],
         rates: Sequence[Tensor],
+        found_inf: Tensor | None = None,
     ) -> None:
         """One step, in place.
 
@@ -102,6 +103,7 @@ class OptimizerState:
             gradients: likewise; a parameter without one is left alone.
             states: stand for :meth:`tensors`.
             rates: stand for :attr:`rates`.
+            found_inf: (1,), float32; nothing changes where it is 1.
         """
         position = 0
         for group, rate in zip(self._groups, rates, strict=True):
@@ -116,7 +118,18 @@ class OptimizerState:
                 values = [options[name] for name in group.numbers]
                 numbers = [float(x) for v in values for x in (v if isinstance(v, (tuple, list)) else (v,))]
                 flags = [bool(options[name]) for name in group.flags]
-                group.op([traced[i] for i in ids], [gradients[i] for i in ids], *lists, rate, *numbers, *flags)
+                weights = [traced[i] for i in ids]
+                arguments = weights, [gradients[i] for i in ids], *lists, rate, *numbers, *flags
+                if group.op is adam_:
+                    adam_(*arguments, found_inf)
+                elif found_inf is None:
+                    group.op(*arguments)
+                else:
+                    moved = [*weights, *(t for tensors in lists for t in tensors)]
+                    before = [t.clone() for t in moved]
+                    group.op(*arguments)
+                    for new, old in zip(moved, before, strict=True):
+                        new.copy_(torch.where(found_inf == 0, new, old))
 
 
 @dataclass(frozen=True)
@@ -168,8 +181,12 @@ def adam_(
     eps: float,
     maximize: bool,
     decoupled: bool,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """torch's fused Adam, or AdamW where ``decoupled``; AMSGrad where ``max_exp_avg_sqs`` is not empty."""
+    """torch's fused Adam, or AdamW if ``decoupled``; AMSGrad unless ``max_exp_avg_sqs`` is empty.
+
+    Nothing changes if ``found_inf`` is 1.
+    """
     torch._foreach_add_(list(steps), 1)
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kept = [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]  # a checkpoint of another layout may have brought them
@@ -189,7 +206,10 @@ def adam_(
         eps=eps,
         amsgrad=len(max_exp_avg_sqs) > 0,
         maximize=maximize,
+        found_inf=found_inf,
     )
+    if found_inf is not None:
+        torch._foreach_sub_(list(steps), [found_inf] * len(steps))
     for state, copy in zip(kept, used, strict=True):
         if copy is not state:
             state.copy_(copy)
@@ -253,6 +273,15 @@ def sgd_(
 
 for _op in (adam_, rmsprop_, sgd_):
     _op.register_fake(lambda *_: None)
+
+
+def unscaled(gradients: Sequence[Tensor], scale: Tensor, found_inf: Tensor) -> list[Tensor]:
+    """Divide gradients by a scaler's scale, and set ``found_inf`` to 1 if one of them is not finite."""
+    copies = [gradient.clone() for gradient in gradients]
+    for dtype in dict.fromkeys(gradient.dtype for gradient in copies):
+        same = [gradient for gradient in copies if gradient.dtype == dtype]
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found_inf, scale.double().reciprocal().float())
+    return copies
 
 
 def laid_out_like(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

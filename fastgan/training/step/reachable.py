@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import sys
 import types
 from collections import deque
@@ -29,7 +30,10 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", "fastgan", *sys.stdlib_module_names}
 # Other updates' machinery, and what counts by itself.
 _OURS = ("fastgan.training.step", "fastgan.training.trainer")
-_WITH_COUNTERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_WITH_COUNTERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
+_ROOTS_WITH_COUNTERS = ("optimizer", "scaler")
+_OF_OPTIMIZER = re.compile(r"optimizer(?:\.\w+)?\.state\[(.+)\]\.(\w+)")
+_OF_AVERAGE = re.compile(r"ema(?:\.\w+)?\.module\.(.+)")
 _PER_MODULE = ("_parameters", "_buffers", "_modules")
 
 
@@ -155,7 +159,9 @@ class Reachable:
 
     def _of_object(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         attributes = getattr(value, "__dict__", None)
-        if type(value).__module__.startswith(_OURS) or (isinstance(value, _WITH_COUNTERS) and path != "optimizer"):
+        if type(value).__module__.startswith(_OURS) or (
+            isinstance(value, _WITH_COUNTERS) and path.partition(".")[0] not in _ROOTS_WITH_COUNTERS
+        ):
             return
         owners = type(value).__mro__[:-1]
         if isinstance(attributes, dict) and owners and not any(map(_of_library, owners)):
@@ -347,7 +353,7 @@ def differences(
         if x is _MISSING or y is _MISSING:
             value = y if x is _MISSING else x
             zero = value is None or (isinstance(value, (int, float, Tensor)) and not torch.as_tensor(value).any())
-            if not (zero and path.startswith("optimizer.state[")):
+            if not (zero and _OF_OPTIMIZER.match(path)):
                 found.append(path)
         elif isinstance(x, Tensor) and isinstance(y, Tensor):
             if not _close(x, y, before.get(path), tolerance, noise.get(path)):
@@ -379,13 +385,15 @@ def differing_terms(got: dict[str, Tensor], expected: dict[str, Tensor], toleran
 def _noise(leaves: dict[str, Any]) -> dict[str, Tensor]:
     """Map weights of adaptive optimizers, and their averages, to the entries whose gradients are rounding noise."""
     squares = {
-        path[len("optimizer.state[") :].rpartition("].")[0]: value
+        found[1]: value
         for path, value in leaves.items()
-        if path.startswith("optimizer.state[") and path.endswith(("].exp_avg_sq", "].square_avg"))
+        if (found := _OF_OPTIMIZER.fullmatch(path)) and found[2] in ("exp_avg_sq", "square_avg")
     }
     largest = max((float(s.double().mean()) for s in squares.values() if s.numel()), default=0.0)
     noise = {path: square <= 1e-8 * largest for path, square in squares.items()}
-    return noise | {"ema.module." + path.partition(".")[2]: mask for path, mask in noise.items()}
+    by_key = {path.partition(".")[2]: mask for path, mask in noise.items()}
+    averages = {path: found[1] for path in leaves if (found := _OF_AVERAGE.fullmatch(path))}
+    return noise | {path: by_key[key] for path, key in averages.items() if key in by_key}
 
 
 def _close(x: Tensor, y: Tensor, start: Any, tolerance: float, noise: Tensor | None) -> bool:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from fastgan.backend import warn_once
 from fastgan.distributed import World, current_world
 from fastgan.losses.noise import Draw, draw
 from fastgan.training.ema import EMA
-from fastgan.training.gan import GAN, Batch, Draws, Terms, checked_terms
+from fastgan.training.gan import GAN, Batch, Draws, Terms, checked_terms, with_shared
 from fastgan.training.step.capture import CapturedUpdate, Fit
-from fastgan.training.step.eager import LazyTerm, Update
+from fastgan.training.step.eager import JointUpdate, LazyTerm, Update
 from fastgan.training.step.optimizers import CaptureError
 from fastgan.training.step.process_mean import ProcessMean, broadcast_, broadcast_optimizer_
 from fastgan.training.step.reachable import Snapshot, differences, differing_terms
@@ -77,7 +78,7 @@ class TrainStep:
             Processes that share a batch seed it alike.
         world: processes that share the batches, a process group; None for the default one, if it is initialized. They
             begin with the weights, buffers, averages and optimizer states of the first.
-        clip_grad_norm, clip_grad_value, accumulate: see :class:`NetworkUpdate`; for both updates.
+        clip_grad_norm, clip_grad_value, accumulate, scaler: see :class:`NetworkUpdate`; for both updates.
         lazy: terms that only every n-th update has, by the name of the update and their own:
             ``{"discriminator": {"r1": LazyTerm(loss, 16)}}``. Each choice of terms has a graph of its own.
         verify: compare the first two calls of a captured update with the eager one. The memory of two more copies of
@@ -107,6 +108,7 @@ class TrainStep:
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         accumulate: int = 1,
+        scaler: GradScaler | None = None,
         lazy: Mapping[str, Mapping[str, LazyTerm]] | None = None,
         verify: bool = True,
     ) -> None:
@@ -117,6 +119,7 @@ class TrainStep:
             "clip_grad_norm": clip_grad_norm,
             "clip_grad_value": clip_grad_value,
             "accumulate": accumulate,
+            "scaler": scaler,
         }
         _check_optimizer("optimizer_g", optimizer_g, {"generator": gan.generator})
         _check_optimizer("optimizer_d", optimizer_d, {"discriminator": gan.discriminator})
@@ -125,7 +128,9 @@ class TrainStep:
             Update.of_gan(gan, "generator", optimizer_g, ema=ema, lazy=lazy.get("generator", {}), **options),
         ]
         self.gan: GAN | None = gan
-        self._set_up(updates, mode=mode, backend=backend, rng=rng, world=world, verify=verify)
+        self._set_up(
+            updates, getattr(gan, "shared", None), mode=mode, backend=backend, rng=rng, world=world, verify=verify
+        )
 
     @classmethod
     def of_updates(
@@ -133,6 +138,7 @@ class TrainStep:
         networks: Mapping[str, nn.Module],
         updates: Mapping[str, NetworkUpdate],
         *,
+        shared: Callable[[Batch, Draws], Mapping[str, Tensor]] | None = None,
         mode: str = "eager",
         backend: str = "inductor",
         rng: torch.Generator | None = None,
@@ -144,6 +150,8 @@ class TrainStep:
         Args:
             networks: every network that a loss uses, by name.
             updates: by name.
+            shared: ``(batch, draws)`` -> tensors by name that every loss finds in its batch, such as generated images.
+                :meth:`both` computes them once, :meth:`update` once per call.
             mode, backend, rng, world, verify: as for two networks.
 
         Raises:
@@ -172,15 +180,16 @@ class TrainStep:
             for p in (p for group in update.optimizer.param_groups for p in group["params"]):
                 if (other := trained_by.setdefault(id(p), name)) != name:
                     raise ValueError(f"updates[{name!r}] and updates[{other!r}] must not train one weight both")
-            made.append(update.of_networks(name, networks, list(modules.values())))
+            made.append(update.of_networks(name, networks, list(modules.values()), shared))
         step = cls.__new__(cls)
         step.gan = None
-        step._set_up(made, mode=mode, backend=backend, rng=rng, world=world, verify=verify)
+        step._set_up(made, shared, mode=mode, backend=backend, rng=rng, world=world, verify=verify)
         return step
 
     def _set_up(
         self,
         updates: Sequence[Update],
+        shared: Callable[[Batch, Draws], Mapping[str, Tensor]] | None,
         *,
         mode: str,
         backend: str,
@@ -211,8 +220,13 @@ class TrainStep:
         broadcast_([t for m in networks for t in (*m.parameters(), *m.buffers())] + averages, self.world)
         for update in updates:
             broadcast_optimizer_(update.optimizer, self.world)
-        self._updates = {update.name: replace(update, mean=mean) for update in updates}
-        self._steps: dict[tuple[str, tuple[str, ...]], _Step] = {}
+            if (scaler := _started(update.scaler, self.device)) is not None:
+                broadcast_([scaler._scale, scaler._growth_tracker], self.world)  # type: ignore[list-item]
+        self._updates = {
+            update.name: replace(update, mean=mean, scaler=_started(update.scaler, self.device)) for update in updates
+        }
+        self._shared = shared
+        self._steps: dict[tuple[tuple[str, tuple[str, ...]], ...], _Step] = {}
         self.counts = dict.fromkeys(self._updates, 0)
 
     def update(self, name: str, batch: Batch, *, draws: Draws | None = None) -> Terms:
@@ -234,12 +248,23 @@ class TrainStep:
     def both(self, batch: Batch, *, first: str = "discriminator", second: str = "generator") -> Terms:
         """Run two updates on one batch and the same random numbers, as loops do that generate one fake batch for both.
 
-        The second generates its images again. That gives the same images if the first has not trained the generator;
-        batch norm's running statistics and singular vectors of the generator move twice.
+        What ``shared`` returns is computed once for both. Without it, the second update generates its images again.
+        That gives the same images if the first has not trained the generator; batch norm's running statistics and
+        singular vectors of the generator then move twice.
 
         Returns:
             The terms of both losses, as "discriminator/loss" and so on.
+
+        Raises:
+            ValueError: an unknown name, or one update twice.
         """
+        if first == second:
+            raise ValueError(f"second must be another update than first, got {second!r} for both")
+        if self._shared is not None:
+            terms = self._next(first, second)(batch)
+            self.counts[first] += 1
+            self.counts[second] += 1
+            return terms
         step = self._next(first)
         step.share(batch)
         draws = step.draws(batch)
@@ -249,15 +274,17 @@ class TrainStep:
         draws = step.draws(batch, known=draws)
         return terms | {f"{second}/{name}": term for name, term in self.update(second, batch, draws=draws).items()}
 
-    def _next(self, name: str) -> _Step:
-        """The update's next call, with the lazy terms that it has."""
-        if name not in self._updates:
-            raise ValueError(f"name must be one of {', '.join(map(repr, self._updates))}, got {name!r}")
-        update = self._updates[name]
-        lazy = update.at(self.counts[name])
-        if (name, lazy) not in self._steps:
-            self._steps[name, lazy] = _Step(self, update.with_lazy(lazy))
-        return self._steps[name, lazy]
+    def _next(self, *names: str) -> _Step:
+        """The next call of one update, or of several together, with the lazy terms that they have."""
+        for name in names:
+            if name not in self._updates:
+                raise ValueError(f"name must be one of {', '.join(map(repr, self._updates))}, got {name!r}")
+        key = tuple((name, self._updates[name].at(self.counts[name])) for name in names)
+        if key not in self._steps:
+            parts = tuple(self._updates[name].with_lazy(lazy) for name, lazy in key)
+            update = parts[0] if self._shared is None or len(parts) == 1 else JointUpdate(parts, self._shared)
+            self._steps[key] = _Step(self, update)
+        return self._steps[key]
 
     def discriminator(self, batch: Batch) -> Terms:
         """Update the discriminator once. Returns the terms of its loss, detached scalars on the device."""
@@ -303,6 +330,8 @@ class NetworkUpdate:
         clip_grad_norm: largest norm of all gradients together; the terms then have "grad_norm", the norm before.
         clip_grad_value: largest absolute value of a gradient's entry.
         accumulate: number of equal micro-batches that each batch is split into; their gradients are averaged.
+        scaler: multiplies the loss before it is differentiated in float16, and skips a step whose gradients are not
+            finite; its scale moves after each update. Cast the networks by ``torch.autocast`` in the losses.
         ema: an average of the first of ``trains`` that moves after each step.
         lazy: terms that only every n-th update has, by name.
     """
@@ -315,28 +344,35 @@ class NetworkUpdate:
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     accumulate: int = 1
+    scaler: GradScaler | None = None
     ema: EMA | None = None
     lazy: Mapping[str, LazyTerm] = field(default_factory=dict)
 
-    def of_networks(self, name: str, networks: Mapping[str, nn.Module], trained: Sequence[nn.Module]) -> Update:
+    def of_networks(
+        self,
+        name: str,
+        networks: Mapping[str, nn.Module],
+        trained: Sequence[nn.Module],
+        shared: Callable[[Batch, Draws], Mapping[str, Tensor]] | None = None,
+    ) -> Update:
         """The same as a step runs it."""
 
         def loss(batch: Batch, draws: Draws) -> Terms:
-            return checked_terms(f"the loss of updates[{name!r}]", self.loss(batch, draws))
+            return checked_terms(f"the loss of updates[{name!r}]", self.loss(with_shared(batch, draws, shared), draws))
 
         def draws(batch: Batch) -> Mapping[str, Draw]:
             return {} if self.draws is None else self.draws(len(next(iter(batch.values()))))
 
-        names = ("clip", "clip_grad_norm", "clip_grad_value", "accumulate", "ema", "lazy")
+        names = ("clip", "clip_grad_norm", "clip_grad_value", "accumulate", "scaler", "ema", "lazy")
         options = {key: getattr(self, key) for key in names}
-        owner = {"loss": self.loss, "draws": self.draws}
+        owner = {"loss": self.loss, "draws": self.draws, "shared": shared}
         return Update(name, networks, trained, loss, draws, self.optimizer, owner=owner, **options)
 
 
 class _Step:
     """One update: eager, or captured from the first call on if that is possible."""
 
-    def __init__(self, owner: TrainStep, update: Update) -> None:
+    def __init__(self, owner: TrainStep, update: Update | JointUpdate) -> None:
         self._owner, self._update = owner, update
         self._graphs: list[CapturedUpdate] = []
         self._missed: Fit | None = None
@@ -429,7 +465,8 @@ class _Step:
             "the weights that are trained": self._described[1],
             "the optimizer's options": [
                 {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
-                for group in self._update.optimizer.param_groups
+                for part in self._update.parts
+                for group in part.optimizer.param_groups
             ],
         }
         rows = mean.agree(structure, n, plan)
@@ -518,6 +555,14 @@ class _Step:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _started(scaler: GradScaler | None, device: torch.device) -> GradScaler | None:
+    """The scaler with its tensors on ``device``, None if it is disabled."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scaler.scale(torch.zeros((), device=device))  # makes them
+    return scaler
 
 
 def _checked_world(world: World | dist.ProcessGroup | None) -> World:
