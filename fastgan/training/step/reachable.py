@@ -32,7 +32,7 @@ _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", "
 _OURS = ("fastgan.training.step", "fastgan.training.trainer")
 _WITH_COUNTERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 _ROOTS_WITH_COUNTERS = ("optimizer", "scaler")
-_OF_OPTIMIZER = re.compile(r"optimizer(?:\.\w+)?\.state\[(.+)\]\.(\w+)")
+_OF_OPTIMIZER = re.compile(r"(optimizer(?:\.\w+)?)\.state\[(.+)\]\.(\w+)")
 _OF_AVERAGE = re.compile(r"ema(?:\.\w+)?\.module\.(.+)")
 _PER_MODULE = ("_parameters", "_buffers", "_modules")
 
@@ -383,17 +383,32 @@ def differing_terms(got: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 
 def _noise(leaves: dict[str, Any]) -> dict[str, Tensor]:
-    """Map weights of adaptive optimizers, and their averages, to the entries whose gradients are rounding noise."""
-    squares = {
-        found[1]: value
-        for path, value in leaves.items()
-        if (found := _OF_OPTIMIZER.fullmatch(path)) and found[2] in ("exp_avg_sq", "square_avg")
-    }
-    largest = max((float(s.double().mean()) for s in squares.values() if s.numel()), default=0.0)
-    noise = {path: square <= 1e-8 * largest for path, square in squares.items()}
-    by_key = {path.partition(".")[2]: mask for path, mask in noise.items()}
+    """Map weights, their averages and states of optimizers to the entries whose gradients are rounding noise.
+
+    Such as those of a bias before batch norm: zero but for rounding, which an adaptive optimizer makes full steps of.
+    """
+    states = {path: found for path in leaves if (found := _OF_OPTIMIZER.fullmatch(path))}
+    squares: dict[tuple[str, str], Tensor] = {}
+    for path, found in states.items():
+        if found[3] in ("exp_avg_sq", "square_avg"):
+            squares[found[1], found[2]] = leaves[path].double()
+        elif found[3] == "momentum_buffer" and isinstance(leaves[path], Tensor):
+            squares.setdefault((found[1], found[2]), leaves[path].double().square())
+    largest: dict[str, float] = {}
+    for (optimizer, _), square in squares.items():
+        if square.numel():
+            largest[optimizer] = max(largest.get(optimizer, 0.0), float(square.mean()))
+    noise = {}
+    for (optimizer, weight), square in squares.items():
+        eps = torch.finfo(leaves[weight].dtype).eps if weight in leaves else torch.finfo(torch.float32).eps
+        noise[weight] = square <= (1000 * eps) ** 2 * largest.get(optimizer, 0.0)
+    by_key = {weight.partition(".")[2]: mask for weight, mask in noise.items()}
     averages = {path: found[1] for path in leaves if (found := _OF_AVERAGE.fullmatch(path))}
-    return noise | {path: by_key[key] for path, key in averages.items() if key in by_key}
+    return (
+        noise
+        | {path: by_key[key] for path, key in averages.items() if key in by_key}
+        | {path: noise[found[2]] for path, found in states.items() if found[2] in noise}
+    )
 
 
 def _close(x: Tensor, y: Tensor, start: Any, tolerance: float, noise: Tensor | None) -> bool:
