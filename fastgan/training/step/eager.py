@@ -44,7 +44,7 @@ class LazyTerm:
 class Update:
     """One update: a step of one optimizer by one loss, with clipping, and a moving average.
 
-    Gradients of weights that another update trains are never computed.
+    Gradients of weights that it does not train are never computed.
 
     Args:
         name: "generator", "discriminator", or any other name.

@@ -156,7 +156,7 @@ class TrainStep:
 
         Raises:
             ValueError: an update trains an unknown network, its optimizer holds other weights, or two updates train one
-                weight.
+                weight without ``shares_weights``.
 
         Example::
 
@@ -178,8 +178,12 @@ class TrainStep:
             modules = {n: networks[n] for n in names}
             _check_optimizer(f"the optimizer of updates[{name!r}]", update.optimizer, modules)
             for p in (p for group in update.optimizer.param_groups for p in group["params"]):
-                if (other := trained_by.setdefault(id(p), name)) != name:
-                    raise ValueError(f"updates[{name!r}] and updates[{other!r}] must not train one weight both")
+                other = trained_by.setdefault(id(p), name)
+                if other != name and not (update.shares_weights or updates[other].shares_weights):
+                    raise ValueError(
+                        f"updates[{name!r}] and updates[{other!r}] must not train one weight both, unless one of them "
+                        "has shares_weights=True"
+                    )
             made.append(update.of_networks(name, networks, list(modules.values()), shared))
         step = cls.__new__(cls)
         step.gan = None
@@ -334,6 +338,7 @@ class NetworkUpdate:
             finite; its scale moves after each update. Cast the networks by ``torch.autocast`` in the losses.
         ema: an average of the first of ``trains`` that moves after each step.
         lazy: terms that only every n-th update has, by name.
+        shares_weights: another update may train weights of this one too, with an optimizer of its own.
     """
 
     loss: Callable[[Batch, Draws], Tensor | Terms]
@@ -347,6 +352,7 @@ class NetworkUpdate:
     scaler: GradScaler | None = None
     ema: EMA | None = None
     lazy: Mapping[str, LazyTerm] = field(default_factory=dict)
+    shares_weights: bool = False
 
     def of_networks(
         self,
