@@ -208,7 +208,7 @@ def pix2pix():
 
         def __init__(self):
             super().__init__()
-            self.down = nn.ModuleList([down(3, 8, normalize=False), down(8, 16, dropout=0.5), down(16, 16, dropout=0.5)])
+            self.down = nn.ModuleList([down(3, 8, normalize=False), *(down(n, 16, dropout=0.5) for n in (8, 16))])
             self.up = nn.ModuleList([up(16, 16, dropout=0.5), up(32, 8)])
             self.final = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(16, 3, 3, padding=1), nn.Tanh())
             self.register_buffer("fake", torch.zeros(N, 3, 32, 32))
