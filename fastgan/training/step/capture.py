@@ -113,15 +113,23 @@ def unseen_hooks(update: Update | JointUpdate, trained: Sequence[Tensor]) -> str
     return None
 
 
-class _NoHostReads(TorchFunctionMode):
-    """Refuses to hand a tensor's value to Python, where a graph would hold it for ever."""
+class _Traceable(TorchFunctionMode):
+    """Keeps Python from what a trace misses: reading a tensor's value is refused, ``x.data = y`` copies in place."""
 
     NAMES = "item tolist numpy __bool__ __float__ __int__ __index__ __complex__ __array__"
     READS = frozenset(getattr(Tensor, name) for name in NAMES.split())
+    SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.READS:
             raise CaptureError(f"it reads a tensor's value, by Tensor.{func.__name__}")
+        if func == self.SET_DATA:
+            tensor, value = args
+            if _metadata(value) != _metadata(tensor):
+                raise CaptureError("it gives a tensor's data another shape, layout or dtype")
+            # Backward reads the new value where this tensor was saved, as it does eagerly.
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):
+                return tensor.copy_(value)
         return func(*args, **(kwargs or {}))
 
 
@@ -201,7 +209,7 @@ class CapturedUpdate:
             outputs: list[Tensor] = []
             before = {(module, key): value for module, key, value in self._attributes()}
             example = dict(zip(batch, flat[n:m], strict=True)), dict(zip(draws, flat[m:], strict=True))
-            with torch.enable_grad(), _NoHostReads():
+            with torch.enable_grad(), _Traceable():
                 parts = self._holding(state, update.micro_batches, *example)
             for part in self._parts:
                 computed = self._differentiated(part, state, parts)
@@ -335,7 +343,7 @@ class CapturedUpdate:
             _, _, _, (factor, _) = self._own(part, state)
             scale = factor * scale
         for batch, draws in parts:
-            with torch.enable_grad(), _NoHostReads():
+            with torch.enable_grad(), _Traceable():
                 terms = self._holding(state, part.update.loss, batch, draws)
                 gradients = gradients_of(terms, stands_in, scale=scale)
             if sums is None:

@@ -172,13 +172,36 @@ class Keeps(nn.Module):
         return self.last
 
 
+class SetsData(nn.Module):
+    """Spectral norm as public projects write it: each forward sets the data of frozen parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.u, self.v = (nn.Parameter(torch.randn(3), requires_grad=False) for _ in range(2))
+
+    def forward(self, x):
+        self.v.data = nn.functional.normalize(self.weight.t().mv(self.u), dim=0)
+        self.u.data = nn.functional.normalize(self.weight.mv(self.v), dim=0)
+        return torch.einsum("oi,nihw->nohw", self.weight / self.u.dot(self.weight.mv(self.v)), x)
+
+
+class SetsDataOfAView(SetsData):
+    """Its backward takes the old vector, of which a product with the weight has saved a view."""
+
+    def forward(self, x):
+        v = nn.functional.normalize(self.weight.t() @ self.u[None].t(), dim=0)
+        self.u.data = nn.functional.normalize(self.weight @ v, dim=0)[:, 0]
+        return torch.einsum("oi,nihw->nohw", self.weight / (self.u @ self.weight @ v), x)
+
+
 class Dropped(nn.Module):
     def forward(self, x):
         return nn.functional.dropout(x, 0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("first", [Centre, lambda: nn.BatchNorm2d(3), Scaled, OlderNorm, Keeps])
+@pytest.mark.parametrize("first", [Centre, lambda: nn.BatchNorm2d(3), Scaled, OlderNorm, Keeps, SetsData])
 def test_modules_that_are_captured(first, backend):
     told, setup = same(lambda mode, backend: Setup(mode, backend, first()), backend=backend)
     assert told == []
@@ -210,6 +233,7 @@ def test_a_module_that_draws_is_captured():
     [
         (Counts, "discriminator.0.calls"),
         (Remembers, "discriminator.0.last"),
+        (SetsDataOfAView, "optimizer.state[discriminator.0.weight].exp_avg"),
         (lambda: Draws("random"), "the state of Python's random"),
         (lambda: Draws("numpy"), "the state of numpy.random"),
     ],
