@@ -199,7 +199,7 @@ class CapturedUpdate:
         self._parts = [_Part(part, holds_scaler=part.scaler not in scalers[:i]) for i, part in enumerate(update.parts)]
         self._networks = _Networks(update.networks)
         self._slots = _slots(self._networks)
-        self._replay: tuple[list[Tensor], CudaGraph, CudaGraph | None] | None = None
+        self._replay: tuple[list[int], CudaGraph, CudaGraph | None] | None = None
         state, mean = self._state(), update.mean
         n, m = len(state), len(state) + len(batch)
 
@@ -276,9 +276,11 @@ class CapturedUpdate:
     def capture_replay(
         self, batch: Batch, draw: Callable[[Batch], Draws], rng: torch.Generator, pool: Any
     ) -> Callable[[Batch], Terms]:
-        """The same update as CUDA graphs that hold the draws too, captured anew if state tensors have been replaced."""
+        """The same update as CUDA graphs that hold the draws too, captured anew if state has moved in memory."""
         state = self._state()
-        if self._replay is None or not all(a is b for a, b in zip(state, self._replay[0], strict=True)):
+        # Not only other tensors: g.cpu() and g.cuda() leave the parameters that g has, with other data.
+        addresses = [tensor.data_ptr() for tensor in state]
+        if self._replay is None or addresses != self._replay[0]:
             self._replay = None  # its memory goes back to the pool first
             first = CudaGraph(
                 lambda batch: list(self._first(*state, *batch.values(), *draw(batch).values())), batch, state, rng, pool
@@ -287,7 +289,7 @@ class CapturedUpdate:
             if self._second is not None:
                 run, (buckets, _) = self._second, self._split(first.outputs)
                 second = CudaGraph(lambda _: list(run(*state, *buckets)), {}, state, rng, pool)
-            self._replay = state, first, second
+            self._replay = addresses, first, second
         _, first, second = self._replay
 
         def replay(batch: Batch) -> Terms:

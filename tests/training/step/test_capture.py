@@ -231,12 +231,14 @@ class EagerReplay:
 
     def __init__(self, function, inputs, state, rng, pool):
         self.function, self.inputs = function, {name: value.clone() for name, value in inputs.items()}
+        self.state, self.addresses = state, [t.data_ptr() for t in state]
         kept, rng_state = [t.detach().clone() for t in state], rng.get_state()
         self.outputs = [output.clone() for output in function(self.inputs)]
         torch._foreach_copy_([t.detach() for t in state], kept)
         rng.set_state(rng_state)
 
     def __call__(self, inputs):
+        assert [t.data_ptr() for t in self.state] == self.addresses  # where a CUDA graph would read and write
         for name, value in inputs.items():
             self.inputs[name].copy_(value)
         torch._foreach_copy_(self.outputs, self.function(self.inputs))
@@ -263,6 +265,8 @@ def test_a_replay_follows_state_that_was_replaced(monkeypatch, exchanges):
         for k in range(4):
             if k == 2:
                 optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+            if k == 3:
+                step.gan.generator.half().double()  # as cpu() and cuda(): the same parameters with other data
             batch = vectors(k)
             replay = captured.capture_replay(batch, drawn, step.rng, None) if replayed else None
             terms.append(replay(batch) if replay else captured(batch, drawn(batch)))
