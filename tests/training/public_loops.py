@@ -1,9 +1,9 @@
 """Compare TrainStep with plain loops on the networks of public GAN projects, in float64, eager and captured.
 
 Needs checkouts in one folder: ``PyTorch-GAN`` (eriklindernoren), ``mimicry`` (kwotsin), ``R3GAN`` (brownvc),
-``stylegan2-pytorch`` and ``lightweight-gan`` (lucidrains; both need einops and kornia), ``BigGAN-PyTorch`` (ajbrock).
-None of their code is here; ``test_public_loops`` skips projects that are missing. Prints the largest difference of any
-weight::
+``stylegan2-pytorch`` and ``lightweight-gan`` (lucidrains; both need einops and kornia), ``BigGAN-PyTorch`` (ajbrock)
+and ``torchgan``. None of their code is here; ``test_public_loops`` skips projects that are missing. Prints the largest
+difference of any weight::
 
     FASTGAN_PUBLIC_GANS=/path/to/checkouts python -m tests.training.public_loops [name ...] [--backend aot_eager]
 """
@@ -27,6 +27,7 @@ from torch import nn
 from torch.autograd import Variable, grad
 from torch.nn import functional as F
 
+from fastgan.backend import warn_anew
 from fastgan.losses.penalties import clip_weights_
 from fastgan.training import LazyTerm, NetworkUpdate, TrainStep
 
@@ -179,10 +180,15 @@ def cyclegan():
     return {"ab": ab, "ba": ba, "da": da, "db": db}, updates
 
 
-def mimicry(name):
-    for package in ("torch_mimicry", "torch_mimicry.nets", f"torch_mimicry.nets.{name}"):  # their __init__ needs more
+def without_init(project, *packages):
+    """Make packages importable without their ``__init__``, which needs more than their modules do."""
+    for package in packages:
         sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(ROOT.joinpath("mimicry", *package.split(".")))]
+        sys.modules[package].__path__ = [str(ROOT.joinpath(project, *package.split(".")))]
+
+
+def mimicry(name):
+    without_init("mimicry", "torch_mimicry", "torch_mimicry.nets", f"torch_mimicry.nets.{name}")
     nets = importlib.import_module(f"torch_mimicry.nets.{name}.{name}_32")
     classes = {"num_classes": 5} if name == "sagan" else {}
     g, d = (getattr(nets, f"{name.upper()}{kind}32")(**classes) for kind in ("Generator", "Discriminator"))
@@ -263,6 +269,27 @@ def infogan():
         "info": NetworkUpdate(info_loss, ["generator", "d"], adam(g, d)),
     }
     return {"generator": g, "d": d}, updates
+
+
+def torchgan():
+    """Spectral norm that sets the data of parameters, self-attention, minibatch discrimination; DRAGAN's penalty."""
+    without_init("torchgan", "torchgan")
+    layers, losses, models = (importlib.import_module(f"torchgan.{name}") for name in ("layers", "losses", "models"))
+    g = models.DCGANGenerator(16, out_size=32, step_channels=8)
+    d = nn.Sequential(
+        *(layers.SpectralNorm2d(nn.Conv2d(3, 8, 4, 2, 1)), nn.LeakyReLU(0.2), layers.SelfAttention2d(8)),
+        *(layers.SpectralNorm2d(nn.Conv2d(8, 8, 4, 2, 1)), nn.LeakyReLU(0.2), nn.Flatten()),
+        *(layers.MinibatchDiscrimination1d(512, 4), nn.Linear(516, 1), nn.Flatten(0)),
+    )
+    pair = losses.LeastSquaresGeneratorLoss(), losses.LeastSquaresDiscriminatorLoss()
+    penalty = losses.DraganGradientPenalty()
+
+    def d_loss(b, _):
+        alpha, beta = (torch.rand(b["x"].shape, dtype=b["x"].dtype, requires_grad=True) for _ in range(2))
+        between = b["x"] + (1 - alpha) * 0.5 * b["x"].std() * beta
+        return {"pair": pair[1](d(b["x"]), d(b["fake"])), "penalty": penalty.lambd * penalty(between, d(between))}
+
+    return two(g, d, lambda b, _: pair[0](d(g(b["z"]))), d_loss, order=("d", "g"))
 
 
 def r3gan():
@@ -487,6 +514,7 @@ PROJECTS = {
     "stylegan2-pytorch": {"stylegan2": stylegan2},
     "lightweight-gan": {"lightweight-gan": lightweight},
     "BigGAN-PyTorch": {"biggan": biggan},
+    "torchgan": {"torchgan": torchgan},
 }
 LOOPS = {name: loop for loops in PROJECTS.values() for name, loop in loops.items()}
 
@@ -529,6 +557,7 @@ def run(name, mode, backend="eager"):
     Returns weights and buffers, the warnings that a step runs eagerly, and the number of graphs.
     """
     networks, updates, plain = built(name)
+    warn_anew.cache_clear()
     torch.manual_seed(2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

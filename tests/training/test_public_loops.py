@@ -2,14 +2,22 @@
 
 import pytest
 
-from tests.training.public_loops import LOOPS, ROOT, difference, run
+from tests.training.public_loops import PROJECTS, ROOT, difference, run
+
+NEEDS = {"stylegan2-pytorch": ("einops", "kornia"), "lightweight-gan": ("einops", "kornia")}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ROOT.is_dir(), reason="no checkouts in FASTGAN_PUBLIC_GANS")
-@pytest.mark.parametrize("name", LOOPS)
-def test_weights_equal_those_of_a_plain_loop(name):
-    expected, _ = run(name, None)
+@pytest.mark.parametrize(("project", "name"), [(project, name) for project in PROJECTS for name in PROJECTS[project]])
+def test_weights_equal_those_of_a_plain_loop(project, name):
+    if not (ROOT / project).is_dir():
+        pytest.skip(f"no checkout of {project} in FASTGAN_PUBLIC_GANS")
+    for package in NEEDS.get(project, ()):
+        pytest.importorskip(package)
+    expected, *_ = run(name, None)
     for mode in ("eager", "compile"):
-        got, _ = run(name, mode)
-        assert difference(got, expected) < 1e-8
+        got, told, graphs = run(name, mode)
+        # Rounding noise of 1e-16 in the gradient of a bias before a norm, times lr / eps of Adam, of a weight of 1e-3.
+        assert difference(expected, got) < 1e-7
+        assert told == []
+        assert (graphs > 0) == (mode == "compile")
