@@ -266,7 +266,7 @@ def infogan():
     updates = {
         "generator": NetworkUpdate(g_loss, "generator", adam(g)),
         "d": NetworkUpdate(d_loss, "d", adam(d)),
-        "info": NetworkUpdate(info_loss, ["generator", "d"], adam(g, d)),
+        "info": NetworkUpdate(info_loss, ["generator", "d"], adam(g, d), shares_weights=True),
     }
     return {"generator": g, "d": d}, updates
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastgan.backend import warn_once
 from fastgan.distributed import World, current_world
@@ -560,6 +561,8 @@ class _Step:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, GuardOnDataDependentSymNode):  # in a hook of autograd, where no function mode is active
+        return "it reads a tensor's value"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """A captured step equals the eager one, or runs eagerly and says why: hooks, attributes, closures, random numbers."""
 
+import copy
 import random
 import warnings
 from typing import ClassVar
@@ -244,6 +245,28 @@ def test_modules_that_are_not_captured_are_told(first, named, backend):
     assert [message for message in told if "discriminator step runs eagerly" in message and named in message]
     values = [v for m in setup.d.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
     assert not [v for v in values if type(v).__name__ == "FakeTensor"]
+
+
+class StopsAtNan(nn.Module):
+    """Reads its gradient in a hook of autograd."""
+
+    def forward(self, x):
+        y = x * 1.0
+        if y.requires_grad:
+            y.register_hook(self.stop)
+        return y
+
+    @staticmethod
+    def stop(gradient):
+        if torch.isnan(gradient).any():
+            raise ValueError("not a number")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hook_that_reads_a_value_is_told(backend):
+    first = nn.Sequential(nn.Conv2d(3, 3, 1), StopsAtNan())
+    told, _ = same(lambda mode, backend: Setup(mode, backend, copy.deepcopy(first)), backend=backend)
+    assert [message for message in told if "runs eagerly: it reads a tensor's value" in message]
 
 
 def halve(parameter):
