@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgan._checks import check_alike, check_tensor
 from fastgan.linalg._symmetric import INDEFINITE
+from fastgan.linalg._transforms import values_of
 
 DTYPES = (torch.float32, torch.float64)
 ASYMMETRIC = 1e-5
@@ -61,7 +62,7 @@ def _where(name: str, index: int, count: int) -> str:
 
 
 def check_finite(name: str, operand: Tensor) -> None:
-    entries = operand.detach().reshape(-1, operand.shape[-2] * operand.shape[-1])
+    entries = values_of(operand).reshape(-1, operand.shape[-2] * operand.shape[-1])
     if bool(entries.sum().isfinite()):  # one pass; a sum of finite entries that overflows takes the second
         return
     finite = entries.isfinite().all(-1)
@@ -78,7 +79,7 @@ def _not_finite(name: str, matrices: Tensor, index: int) -> str:
 
 def check_symmetric(name: str, operand: Tensor, impl: str) -> None:
     """Raise unless every matrix is finite and symmetric up to rounding."""
-    flat = operand.detach().reshape(-1, *operand.shape[-2:])
+    flat = values_of(operand).reshape(-1, *operand.shape[-2:])
     for index, (gap, largest) in enumerate(asymmetry(flat, impl).tolist()):
         if not (gap < math.inf and largest < math.inf):
             raise ValueError(_not_finite(name, flat, index))
@@ -107,7 +108,7 @@ def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> Non
 
     Costs one Cholesky factorization if none is.
     """
-    wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
+    wide = values_of(operand).double().reshape(-1, *operand.shape[-2:])
     d, info = wide.shape[-1], torch.finfo(torch.float64)
     size = torch.linalg.matrix_norm(wide) if definite else wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     floor = d * info.eps if definite else -INDEFINITE
