@@ -115,7 +115,13 @@ def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> Non
     shift = floor * size.clamp(min=info.tiny)[:, None, None] * torch.eye(d).to(wide)
     if not bool(torch.linalg.cholesky_ex(wide - shift)[1].any()):
         return
-    values = torch.linalg.eigvalsh(wide)
+    check_spectrum(name, torch.linalg.eigvalsh(wide), definite)
+
+
+def check_spectrum(name: str, values: Tensor, definite: bool = False) -> None:
+    """Raise as :func:`check_eigenvalues` does, for ascending eigenvalues (n, d) that are known."""
+    info = torch.finfo(torch.float64)
+    floor = values.shape[-1] * info.eps if definite else -INDEFINITE
     shares = values[:, 0] / values.abs().amax(-1).clamp(min=info.tiny)
     index = int(shares.argmin())
     share = shares[index].item()
@@ -123,6 +129,6 @@ def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> Non
         kind = "definite for inverse=True" if definite else "semi-definite"
         allowed = f"it must be above {floor:.2g}" if definite else f"allowed: {floor:g}"
         raise ValueError(
-            f"{_where(name, index, len(wide))} must be positive {kind}: its smallest eigenvalue is {share:.2g} of the "
-            f"largest ({allowed})"
+            f"{_where(name, index, len(values))} must be positive {kind}: its smallest eigenvalue is {share:.2g} of "
+            f"the largest ({allowed})"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from fastgan.linalg._checks import check_spectrum
 from fastgan.linalg._dispatch import by_products, callable_anywhere, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
 from fastgan.linalg._transforms import is_transforming, tangent_rule, untraced
@@ -30,8 +31,11 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
         return a.clone()
     impl = resolve(impl, a.device)
     scale, flat = scaled(flat, impl)
-    if method == "eigh" or (method == "auto" and not a.is_cuda):
-        root = sqrtm_eigh(flat, inverse)
+    if by_eigenvectors(a, method):
+        values, vectors = torch.linalg.eigh(flat)
+        if not watched():
+            check_spectrum("a", values, definite=inverse)
+        root = _root_of_eigenpairs(values, vectors, inverse)
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     scale = scale[:, None, None].sqrt()
@@ -46,12 +50,13 @@ def _(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     return a.new_empty(a.shape)
 
 
-def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
-    """Roots of symmetric ``a`` (n, d, d) through eigenvectors.
+def by_eigenvectors(a: Tensor, method: str) -> bool:
+    """Return whether the roots come from eigenvectors: the eigenvalues then show what is indefinite at no cost."""
+    return method == "eigh" or (method == "auto" and not a.is_cuda)
 
-    Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse.
-    """
-    values, vectors = torch.linalg.eigh(a)
+
+def _root_of_eigenpairs(values: Tensor, vectors: Tensor, inverse: bool) -> Tensor:
+    """Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
     floor = values.shape[-1] * _EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
     return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
@@ -71,7 +76,7 @@ def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
         if not fall_back:
             share = residual[failed].amax().item()
             raise RuntimeError(f"method='newton_schulz' did not converge (residual {share:.1e}): use 'eigh'")
-        root[failed] = sqrtm_eigh(a[failed], inverse)
+        root[failed] = _root_of_eigenpairs(*torch.linalg.eigh(a[failed]), inverse)
     return root
 
 
