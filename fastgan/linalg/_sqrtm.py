@@ -76,7 +76,8 @@ def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
         if not fall_back:
             share = residual[failed].amax().item()
             raise RuntimeError(f"method='newton_schulz' did not converge (residual {share:.1e}): use 'eigh'")
-        root[failed] = _root_of_eigenpairs(*torch.linalg.eigh(a[failed]), inverse)
+        values, vectors = torch.linalg.eigh(a[failed])
+        root[failed] = _root_of_eigenpairs(values, vectors, inverse)
     return root
 
 
