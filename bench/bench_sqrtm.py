@@ -198,6 +198,8 @@ def full_root(d: int, device: str) -> Workload:
         "newton-schulz, eager torch": lambda: newton_schulz_root(operand()),
         **{f"fastgan {method}": partial(own_root, method) for method in ("auto", "eigh", "newton_schulz")},
     }
+    if hasattr(torch.linalg, "matrix_sqrth"):  # since torch 2.14
+        implementations["torch.linalg.matrix_sqrth"] = lambda: torch.linalg.matrix_sqrth(operand())
     return Workload(
         name=f"sqrtm-{d}",
         implementations=implementations,

@@ -1,4 +1,8 @@
-"""Matrix functions of covariances: batched, differentiable, and right to the last digits also for singular ones."""
+"""Matrix functions of covariances: batched, differentiable, and right to the last digits also for singular ones.
+
+Derivatives are those of reverse mode, of forward mode and of ``torch.func``, in any nesting with ``torch.vmap``.
+``torch.compile`` runs what is below a transform eagerly.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from fastgan.linalg._dispatch import IMPLS, resolve, watched
 from fastgan.linalg._factors import against_covariance, against_factor, covariance_factor, drop_redundant_row
 from fastgan.linalg._nuclear_norm import ITERATIONS, LOWER, METHOD, UPPER
 from fastgan.linalg._trace_direct import BY_COST, FAILED, METHODS
+from fastgan.linalg._transforms import is_mapped, values_of
 
 __all__ = [
     "ASYMMETRIC",
@@ -90,7 +95,8 @@ def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str =
     if not watched():
         impl = resolve(impl, a.device)
         checks.check_symmetric("a", a, impl)
-        checks.check_eigenvalues("a", a, definite=inverse)
+        if not sqrtm_ops.by_eigenvectors(a, method):  # else the op looks at its eigenvalues
+            checks.check_eigenvalues("a", a, definite=inverse)
     return sqrtm_ops.call(a, method, inverse, impl)
 
 
@@ -227,7 +233,7 @@ def trace_sqrt_product(
     if method == "pivoted" and a.is_cuda:
         raise ValueError(f"method='pivoted' runs on a CPU: it looks at each pivot; got operands on {a.device}")
     value, report = trace_ops.call(a, b, method, impl, return_info)
-    if looked_at and bool((report[..., METHOD] == FAILED).any()):
+    if looked_at and bool((values_of(report)[..., METHOD] == FAILED).any()):
         _raise_failure(a, b, method)
     return (value, _info(report, BY_COST, impl)) if return_info else value
 
@@ -314,6 +320,8 @@ def _raise_failure(a: Tensor, b: Tensor, method: str) -> None:
 
 
 def _info(report: Tensor, names: Sequence[str], implementation: str) -> TraceSqrtInfo:
+    if is_mapped(report):
+        raise NotImplementedError("return_info=True is not available under torch.vmap: call it on the batch itself")
     codes = report[..., METHOD].reshape(-1).long().tolist()
     methods = tuple(names[code] for code in codes)
     method = names[max(codes, default=0)]

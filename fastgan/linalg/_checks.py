@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgan._checks import check_alike, check_tensor
 from fastgan.linalg._symmetric import INDEFINITE
+from fastgan.linalg._transforms import values_of
 
 DTYPES = (torch.float32, torch.float64)
 ASYMMETRIC = 1e-5
@@ -61,7 +62,7 @@ def _where(name: str, index: int, count: int) -> str:
 
 
 def check_finite(name: str, operand: Tensor) -> None:
-    entries = operand.detach().reshape(-1, operand.shape[-2] * operand.shape[-1])
+    entries = values_of(operand).reshape(-1, operand.shape[-2] * operand.shape[-1])
     if bool(entries.sum().isfinite()):  # one pass; a sum of finite entries that overflows takes the second
         return
     finite = entries.isfinite().all(-1)
@@ -78,7 +79,7 @@ def _not_finite(name: str, matrices: Tensor, index: int) -> str:
 
 def check_symmetric(name: str, operand: Tensor, impl: str) -> None:
     """Raise unless every matrix is finite and symmetric up to rounding."""
-    flat = operand.detach().reshape(-1, *operand.shape[-2:])
+    flat = values_of(operand).reshape(-1, *operand.shape[-2:])
     for index, (gap, largest) in enumerate(asymmetry(flat, impl).tolist()):
         if not (gap < math.inf and largest < math.inf):
             raise ValueError(_not_finite(name, flat, index))
@@ -107,14 +108,20 @@ def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> Non
 
     Costs one Cholesky factorization if none is.
     """
-    wide = operand.detach().double().reshape(-1, *operand.shape[-2:])
+    wide = values_of(operand).double().reshape(-1, *operand.shape[-2:])
     d, info = wide.shape[-1], torch.finfo(torch.float64)
     size = torch.linalg.matrix_norm(wide) if definite else wide.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     floor = d * info.eps if definite else -INDEFINITE
     shift = floor * size.clamp(min=info.tiny)[:, None, None] * torch.eye(d).to(wide)
     if not bool(torch.linalg.cholesky_ex(wide - shift)[1].any()):
         return
-    values = torch.linalg.eigvalsh(wide)
+    check_spectrum(name, torch.linalg.eigvalsh(wide), definite)
+
+
+def check_spectrum(name: str, values: Tensor, definite: bool = False) -> None:
+    """Raise as :func:`check_eigenvalues` does, for ascending eigenvalues (n, d) that are known."""
+    info = torch.finfo(torch.float64)
+    floor = values.shape[-1] * info.eps if definite else -INDEFINITE
     shares = values[:, 0] / values.abs().amax(-1).clamp(min=info.tiny)
     index = int(shares.argmin())
     share = shares[index].item()
@@ -122,6 +129,6 @@ def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> Non
         kind = "definite for inverse=True" if definite else "semi-definite"
         allowed = f"it must be above {floor:.2g}" if definite else f"allowed: {floor:g}"
         raise ValueError(
-            f"{_where(name, index, len(wide))} must be positive {kind}: its smallest eigenvalue is {share:.2g} of the "
-            f"largest ({allowed})"
+            f"{_where(name, index, len(values))} must be positive {kind}: its smallest eigenvalue is {share:.2g} of "
+            f"the largest ({allowed})"
         )

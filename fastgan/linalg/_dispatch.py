@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgan import backend
+from fastgan._dispatch import dispatched_if_needed
+from fastgan.linalg._transforms import Derivatives, is_transforming, third_derivative
 
 IMPLS = ("auto", "extension", "reference")
 
@@ -39,13 +42,31 @@ def by_products(operand: Tensor) -> bool:
     return operand.is_cuda
 
 
-def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> None:
+def callable_anywhere(compute: Callable[..., Any], op: Any, transformed: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``compute``, or ``op`` where autograd or a trace looks on, or ``transformed``.
+
+    Args:
+        transformed: the op within a ``torch.autograd.Function``, for transforms of ``torch.func`` and forward mode.
+    """
+    untransformed = dispatched_if_needed(compute, op)
+
+    def call(*args: Any) -> Any:
+        return transformed(*args) if is_transforming() else untransformed(*args)
+
+    return call
+
+
+def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register the first two derivatives of (value, report) = op(*operands, *options), and their fakes.
 
     Args:
         bwd: maps the value's gradient and the operands to the operands' gradients.
         bwd_bwd: maps cotangents of those, and the inputs of ``bwd``, to the gradients of these inputs.
+
+    Returns:
+        A function with the op's arguments and results, for transforms of ``torch.func`` and forward mode.
     """
+    derivatives = Derivatives(op, bwd, bwd_bwd, operands)
 
     def like(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         empty = tuple(x.new_empty(x.shape) for x in tensors)
@@ -57,16 +78,23 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> None
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = bwd(grad, *ctx.saved_tensors)
-        return *(gradients if operands > 1 else (gradients,)), *[None] * ctx.options
+        first = derivatives.gradients if is_transforming() else bwd
+        gradients = first(grad, *ctx.saved_tensors)
+        return *(gradients if isinstance(gradients, tuple) else (gradients,)), *[None] * ctx.options
 
     def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
-        return bwd_bwd(*cotangents, *ctx.saved_tensors)
+        second = derivatives.second if is_transforming() else bwd_bwd
+        return second(*cotangents, *ctx.saved_tensors)
+
+    def third(ctx: Any, *cotangents: Tensor) -> None:
+        raise third_derivative(op)
 
     bwd.register_fake(lambda grad, *tensors: like(*tensors))
     bwd_bwd.register_fake(lambda *tensors: like(*tensors[operands:]))
     op.register_autograd(backward, setup_context=save_operands)
     bwd.register_autograd(backward_backward, setup_context=save_inputs)
+    bwd_bwd.register_autograd(third)
+    return derivatives.call

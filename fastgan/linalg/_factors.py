@@ -19,6 +19,7 @@ from fastgan.linalg._symmetric import (
     symmetric_part,
     triangular_sandwich,
 )
+from fastgan.linalg._transforms import is_tracked, is_transforming, values_of
 
 _BLOCK = 256
 _CHUNK_ENTRIES = 2**23
@@ -38,6 +39,7 @@ def covariance_factor(cov: Tensor) -> Tensor:
 
     Raises:
         ValueError: ``cov`` has another shape or dtype, is not finite, or clearly asymmetric or indefinite.
+        NotImplementedError: ``cov`` is mapped over or differentiated by ``torch.func``, or has a tangent.
 
     >>> import torch
     >>> covariance_factor(torch.tensor([[4.0, 2.0], [2.0, 1.0]]))
@@ -46,6 +48,11 @@ def covariance_factor(cov: Tensor) -> Tensor:
     checks.check_square("cov", cov)
     if cov.ndim != 2:
         raise ValueError(f"cov must have shape (d, d), got {tuple(cov.shape)}")
+    if is_tracked(cov):
+        raise NotImplementedError(
+            "covariance_factor has no derivative and no vmap, since the rank of cov decides its shape: factor cov "
+            "outside of the transform, or give it to trace_sqrt_product_from_factors(f, cov=cov)"
+        )
     impl = resolve("auto", cov.device)
     checks.check_symmetric("cov", cov, impl)
     cov = cov.detach().double()
@@ -69,7 +76,8 @@ def drop_redundant_row(factor: Tensor) -> Tensor:
 
     A reflection of the rows that turns (1, ..., 1) into the first axis leaves the mean as first row. Without it, no
     singular value is zero for want of a dimension: a zero one is what an eigensolver gets wrong by half the digits.
-    Other F are returned as they are. Differentiable.
+    Other F are returned as they are, and so is a batch, or what ``torch.vmap`` maps over, if one F of it is another.
+    Differentiable.
 
     >>> import torch
     >>> drop_redundant_row(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
@@ -79,8 +87,8 @@ def drop_redundant_row(factor: Tensor) -> Tensor:
     if n < 2 or watched():
         return factor
     mean_row = factor.sum(-2, keepdim=True) / n**0.5
-    size = torch.linalg.vector_norm(factor.detach(), dim=(-2, -1), keepdim=True)
-    if bool((torch.linalg.vector_norm(mean_row.detach(), dim=-1, keepdim=True) > _NO_MEAN * size).any()):
+    size = torch.linalg.vector_norm(values_of(factor), dim=(-2, -1))
+    if bool((torch.linalg.vector_norm(values_of(mean_row), dim=(-2, -1)) > _NO_MEAN * size).any()):
         return factor
     return factor[..., 1:, :] + (factor[..., :1, :] - mean_row) / (n**0.5 - 1)
 
@@ -97,7 +105,7 @@ def against_covariance(factor: Tensor, cov: Tensor, impl: str, bounds: bool) -> 
     F that has about as many rows as columns goes by eigenvalues of F cov F^T, which needs no factor of cov.
     """
     one_by_one = factor.ndim == 2 and 2 * len(factor) > cov.shape[-1] and not factor.is_cuda
-    if not one_by_one or is_differentiated(factor, cov) or watched():
+    if not one_by_one or _is_differentiated(factor, cov) or watched():
         return _products(factor, *_root(symmetric_part(cov.double()), impl), impl, bounds)
     rows = drop_redundant_row(factor.double())
     row_scale = power_of_two(rows)
@@ -120,26 +128,32 @@ def against_covariance(factor: Tensor, cov: Tensor, impl: str, bounds: bool) -> 
     return value.reshape(cov.shape[:-2]), report.reshape(*cov.shape[:-2], 4)
 
 
+def _is_differentiated(*tensors: Tensor) -> bool:
+    return is_differentiated(*tensors) or is_transforming()
+
+
 def _is_upper(matrix: Tensor) -> bool:
     """Whether a matrix is known to be square with zeros alone below its diagonal."""
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    return square and not watched() and not bool(matrix.tril(-1).any())
+    return square and not watched() and not bool(values_of(matrix).tril(-1).any())
 
 
 def _root(cov: Tensor, impl: str) -> tuple[Tensor, bool]:
     """R with R R^T = cov, and whether it is lower triangular, as a Cholesky factor is.
 
-    A singular matrix has a factor of as many columns as its rank, or its symmetric root, which has a gradient.
+    A singular matrix has a factor of as many columns as its rank, or its symmetric root, which has a gradient. A
+    compiled graph, which must serve any rank, takes the symmetric root; a CUDA graph takes Cholesky factors alone.
 
     Raises:
         ValueError: the covariance is clearly indefinite.
     """
-    lower, singular = cholesky_if_definite(cov)
-    if watched() or not bool(singular.any()):
-        return lower, True
-    if cov.ndim == 2 and needs_no_dispatch(cov):
-        return _singular_factor(cov, impl).mT, False
-    checks.check_eigenvalues("cov", cov)
+    if not torch.compiler.is_compiling():
+        lower, singular = cholesky_if_definite(cov)
+        if watched() or not bool(values_of(singular).any()):
+            return lower, True
+        if cov.ndim == 2 and needs_no_dispatch(cov):
+            return _singular_factor(cov, impl).mT, False
+        checks.check_eigenvalues("cov", cov)
     return sqrtm_ops.call(cov, "auto", False, impl), False
 
 
@@ -148,7 +162,7 @@ def _products(factor: Tensor, other: Tensor, triangular: bool, impl: str, bounds
 
     Without gradients, a batch against one matrix goes in chunks that stay near the processor.
     """
-    differentiable = is_differentiated(factor, other)
+    differentiable = _is_differentiated(factor, other)
     triangular = triangular and other.ndim == 2 and not differentiable
 
     def solve(factor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._dispatch import dispatched_if_needed
-from fastgan.linalg._dispatch import by_products, register_derivatives, resolve, watched
+from fastgan.linalg._dispatch import by_products, callable_anywhere, register_derivatives, resolve, watched
 from fastgan.linalg._sqrtm import NEWTON_SCHULZ, lyapunov_newton_schulz, scaled_newton_schulz
 from fastgan.linalg._symmetric import ROUNDING, power_of_two, symmetric_part
 
@@ -49,7 +48,6 @@ def compute(m: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Te
 
 
 nuclear_norm = custom_op("fastgan::nuclear_norm", mutates_args=())(compute)
-call = dispatched_if_needed(compute, nuclear_norm)
 
 
 @nuclear_norm.register_fake
@@ -230,7 +228,8 @@ def nuclear_norm_bwd_bwd(cotangent: Tensor, grad: Tensor, m: Tensor) -> tuple[Te
     return grad_grad, (grad.double().reshape(-1, 1, 1) * change).to(m.dtype).reshape(m.shape).contiguous()
 
 
-register_derivatives(nuclear_norm, nuclear_norm_bwd, nuclear_norm_bwd_bwd, operands=1)
+transformed = register_derivatives(nuclear_norm, nuclear_norm_bwd, nuclear_norm_bwd_bwd, operands=1)
+call = callable_anywhere(compute, nuclear_norm, transformed)
 
 
 def _polar_change(m: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

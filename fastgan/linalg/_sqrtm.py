@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.library import custom_op
 
-from fastgan._dispatch import dispatched_if_needed
-from fastgan.linalg._dispatch import by_products, resolve, watched
+from fastgan.linalg._checks import check_spectrum
+from fastgan.linalg._dispatch import by_products, callable_anywhere, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
+from fastgan.linalg._transforms import is_transforming, tangent_rule, untraced
 
 METHODS = ("auto", "eigh", "newton_schulz")
 NEWTON_SCHULZ = (1.5, 0.5)
@@ -29,8 +31,11 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
         return a.clone()
     impl = resolve(impl, a.device)
     scale, flat = scaled(flat, impl)
-    if method == "eigh" or (method == "auto" and not a.is_cuda):
-        root = sqrtm_eigh(flat, inverse)
+    if by_eigenvectors(a, method):
+        values, vectors = torch.linalg.eigh(flat)
+        if not watched():
+            check_spectrum("a", values, definite=inverse)
+        root = _root_of_eigenpairs(values, vectors, inverse)
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     scale = scale[:, None, None].sqrt()
@@ -38,7 +43,6 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
 
 
 sqrtm = custom_op("fastgan::sqrtm", mutates_args=())(compute)
-call = dispatched_if_needed(compute, sqrtm)
 
 
 @sqrtm.register_fake
@@ -46,12 +50,13 @@ def _(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     return a.new_empty(a.shape)
 
 
-def sqrtm_eigh(a: Tensor, inverse: bool) -> Tensor:
-    """Roots of symmetric ``a`` (n, d, d) through eigenvectors.
+def by_eigenvectors(a: Tensor, method: str) -> bool:
+    """Return whether the roots come from eigenvectors: the eigenvalues then show what is indefinite at no cost."""
+    return method == "eigh" or (method == "auto" and not a.is_cuda)
 
-    Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse.
-    """
-    values, vectors = torch.linalg.eigh(a)
+
+def _root_of_eigenpairs(values: Tensor, vectors: Tensor, inverse: bool) -> Tensor:
+    """Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
     floor = values.shape[-1] * _EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
     return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
@@ -71,7 +76,8 @@ def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
         if not fall_back:
             share = residual[failed].amax().item()
             raise RuntimeError(f"method='newton_schulz' did not converge (residual {share:.1e}): use 'eigh'")
-        root[failed] = sqrtm_eigh(a[failed], inverse)
+        values, vectors = torch.linalg.eigh(a[failed])
+        root[failed] = _root_of_eigenpairs(values, vectors, inverse)
     return root
 
 
@@ -113,17 +119,19 @@ def scaled_newton_schulz(smallest: float) -> list[tuple[float, float]]:
 def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     """The symmetric X (..., d, d) with root X + X root = the symmetric part of ``rhs``.
 
-    X is zero between directions that ``root`` lacks.
+    ``rhs`` has the batch dimensions of ``root`` and may have more in front. X is zero between directions that ``root``
+    lacks.
     """
-    flat_root, flat_rhs = (m.reshape(-1, *m.shape[-2:]).double() for m in (root, rhs))
-    if len(flat_root) == 0:
+    flat_root = root.reshape(-1, *root.shape[-2:]).double()
+    if rhs.numel() == 0:
         return rhs.clone()
+    flat_rhs = symmetric_part(rhs.double().reshape(-1, *flat_root.shape))
     scale = power_of_two(flat_root)[:, None, None]
-    flat_root, flat_rhs = flat_root / scale, symmetric_part(flat_rhs)
+    flat_root = flat_root / scale
     if by_products(root):
         x, converged = lyapunov_newton_schulz(flat_root, flat_rhs)
         if not watched() and not bool(converged.all()):
-            x[~converged] = _lyapunov_eigh(flat_root[~converged], flat_rhs[~converged])
+            x[:, ~converged] = _lyapunov_eigh(flat_root[~converged], flat_rhs[:, ~converged])
     else:
         x = _lyapunov_eigh(flat_root, flat_rhs)
     return (x / scale).to(rhs.dtype).reshape(rhs.shape).contiguous()
@@ -162,12 +170,13 @@ def lyapunov_newton_schulz(s: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
 def _save_root(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.inverse = inputs[2]
     ctx.save_for_backward(output)
+    ctx.save_for_forward(output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     """Solve S dS + dS S = dA, from S S = A; or R dR + dR R = -R^2 dA R^2, from R R = A^{-1}."""
     (root,) = ctx.saved_tensors
-    adjoint = lyapunov(root, grad)
+    adjoint = _solve_lyapunov(root, grad)
     if ctx.inverse:
         square = root @ root
         adjoint = -square @ adjoint @ square
@@ -176,14 +185,77 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 def _save_equation(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], output)
+    ctx.save_for_forward(inputs[0], output)
 
 
 def _lyapunov_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve S dX + dX S = dG - dS X - X dS; the map G -> X is its own adjoint."""
+    """Solve S dX + X dS = dG - dS X - X dS; the map G -> X is its own adjoint."""
     root, x = ctx.saved_tensors
-    y = lyapunov(root, cotangent)
-    return -(y @ x + x @ y), y
+    y = _solve_lyapunov(root, cotangent)
+    return -(y @ x + x @ y).sum_to_size(root.shape), y
+
+
+class _Sqrtm(Function):
+    """``fastgan::sqrtm`` for transforms of ``torch.func`` and forward mode."""
+
+    setup_context = staticmethod(_save_root)
+    backward = staticmethod(untraced(_backward))
+
+    @staticmethod
+    def forward(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
+        return sqrtm(a, method, inverse, impl)
+
+    @staticmethod
+    @tangent_rule
+    def jvp(ctx: Any, saved: list[Tensor], tangent: Tensor, *_: Any) -> Tensor:
+        (root,) = saved
+        if ctx.inverse:
+            square = root @ root
+            tangent = -square @ tangent @ square
+        return _solve_lyapunov(root, tangent)
+
+    @staticmethod
+    @untraced
+    def vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, *options: Any) -> tuple[Tensor, int]:
+        return _Sqrtm.apply(a.movedim(in_dims[0], 0), *options), 0
+
+
+class _Lyapunov(Function):
+    """``fastgan::lyapunov`` for transforms of ``torch.func`` and forward mode."""
+
+    setup_context = staticmethod(_save_equation)
+    backward = staticmethod(untraced(_lyapunov_backward))
+
+    @staticmethod
+    def forward(root: Tensor, rhs: Tensor) -> Tensor:
+        return lyapunov(root, rhs)
+
+    @staticmethod
+    @tangent_rule
+    def jvp(ctx: Any, saved: list[Tensor], root_tangent: Tensor | None, rhs_tangent: Tensor | None) -> Tensor:
+        root, x = saved
+        change = torch.zeros_like(x) if rhs_tangent is None else rhs_tangent
+        if root_tangent is not None:
+            change = change - root_tangent @ x - x @ root_tangent
+        return _solve_lyapunov(root, change)
+
+    @staticmethod
+    @untraced
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], root: Tensor, rhs: Tensor) -> tuple[Tensor, int]:
+        root_dim, rhs_dim = in_dims
+        rhs = rhs.expand(info.batch_size, *rhs.shape) if rhs_dim is None else rhs.movedim(rhs_dim, 0)
+        if root_dim is None:
+            return _Lyapunov.apply(root, rhs), 0
+        root = root.movedim(root_dim, 0)
+        extra = rhs.ndim - root.ndim  # batch dimensions of rhs alone go in front of the mapped one
+        return _Lyapunov.apply(root, rhs.movedim(0, extra)), extra
+
+
+def _solve_lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
+    """Call ``fastgan::lyapunov`` so that the transform that is active, if any, can differentiate it."""
+    return _Lyapunov.apply(root, rhs) if is_transforming() else lyapunov(root, rhs)
 
 
 sqrtm.register_autograd(_backward, setup_context=_save_root)
 lyapunov.register_autograd(_lyapunov_backward, setup_context=_save_equation)
+call = callable_anywhere(compute, sqrtm, untraced(_Sqrtm.apply))

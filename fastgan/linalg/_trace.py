@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._dispatch import dispatched_if_needed
 from fastgan.linalg._checks import batch_shape
-from fastgan.linalg._dispatch import register_derivatives, resolve, watched
+from fastgan.linalg._dispatch import callable_anywhere, register_derivatives, resolve, watched
 from fastgan.linalg._nuclear_norm import (
     LOWER,
     METHOD,
@@ -48,8 +47,8 @@ def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple
 
 
 trace_sqrt_product = custom_op("fastgan::trace_sqrt_product", mutates_args=())(compute)
-call = dispatched_if_needed(compute, trace_sqrt_product)
-register_derivatives(trace_sqrt_product, trace_sqrt_product_bwd, trace_sqrt_product_bwd_bwd, operands=2)
+transformed = register_derivatives(trace_sqrt_product, trace_sqrt_product_bwd, trace_sqrt_product_bwd_bwd, operands=2)
+call = callable_anywhere(compute, trace_sqrt_product, transformed)
 
 
 @trace_sqrt_product.register_fake

@@ -71,6 +71,9 @@ def test_compiled_value_equals_eager():
     cov = g.mT @ g + torch.eye(6)
     expected = trace_sqrt_product_from_factors(f, cov=cov)
     torch.testing.assert_close(compiled(f, cov=cov), expected, rtol=1e-12, atol=0)
+    singular = g[:2].mT @ g[:2]
+    expected = trace_sqrt_product_from_factors(f, cov=singular)
+    torch.testing.assert_close(compiled(f, cov=singular), expected, rtol=1e-9, atol=0)
 
 
 def test_bad_factors():

@@ -98,6 +98,30 @@ def test_an_iteration_that_does_not_converge_says_so():
         sqrtm(a, method="newton_schulz")
 
 
+def test_eigenvectors_show_what_is_indefinite():
+    a = covariance(9)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sqrtm(a)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::linalg_eigh"] == 1
+    assert "aten::linalg_cholesky_ex" not in counts
+    with pytest.raises(ValueError, match=r"^a must be positive semi-definite: .* is -0\.5 of the largest"):
+        op(torch.diag(torch.tensor([2.0, -1.0])), "eigh", False, "reference")  # as a compiled graph calls it
+
+
+@pytest.mark.skipif(not hasattr(torch.linalg, "matrix_sqrth"), reason="torch.linalg.matrix_sqrth came with torch 2.14")
+def test_equals_torch_where_that_is_defined():
+    a = covariance(2, 31)
+    torch.testing.assert_close(sqrtm(a), torch.linalg.matrix_sqrth(a), rtol=1e-12, atol=1e-13)
+    low = torch.randn(31, 9, dtype=torch.float64)
+    singular = low @ low.mT
+    values, vectors = torch.linalg.eigh(low.mT @ low)
+    thin = low @ vectors / values.sqrt()  # eigenvectors of the singular matrix, from those of the small one
+    truth = (thin * values.sqrt()) @ thin.mT
+    assert error_of(sqrtm(singular), truth) < 1e-12
+    assert error_of(torch.linalg.matrix_sqrth(singular), truth) > 1e-10  # why it is not what sqrtm calls
+
+
 @pytest.mark.slow
 def test_opcheck():
     a = covariance(2, 3).requires_grad_()
