@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,20 @@ from torch.nn.utils import parametrize
 
 from fastgan._dispatch import is_differentiated
 from fastgan.backend import resolve
-from fastgan.nn.normed_weight import AUTOCAST, NormedWeight, OlderHook, Reading, Vectors, scale, update
+from fastgan.nn.normed_weight import (
+    AUTOCAST,
+    TRACED,
+    NormedWeight,
+    OlderHook,
+    Reading,
+    Vectors,
+    calling_frame,
+    is_running,
+    is_sharded,
+    scale,
+    thread_key,
+    update,
+)
 from fastgan.nn.spectral_norm_state import complete, only_norm, parametrizations
 from fastgan.nn.spectral_norms import SpectralNorm, check_settings, spectral_norm
 
@@ -23,7 +38,8 @@ UPDATES = ("forward", "step")
 class _Cached(NamedTuple):
     """Vectors of some layers, and the state of the tensors that they were computed from."""
 
-    versions: tuple[tuple[int, int, int], ...]
+    owners: list[weakref.ref[Tensor]]
+    versions: list[tuple[int, int]]
     sample: Tensor
     vectors: Vectors
     outputs: dict[Any, list[Tensor]]
@@ -35,16 +51,17 @@ class SpectralNormGroup:
     def __init__(self) -> None:
         self.layers: list[tuple[nn.Module, NormedWeight]] = []
         self.updates = "forward"
-        self._supplied: list[list[NormedWeight]] = []
+        # Forwards of the root that have begun, by thread: the frame of each call, and the norms supplied for it.
+        self._forwards: dict[int, list[tuple[FrameType | None, list[NormedWeight]]]] = {}
         self._cache: dict[Any, _Cached] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_supplied": [], "_cache": {}}
+        return {**self.__dict__, "_forwards": {}, "_cache": {}}
 
     def take_in(self, layers: Iterable[tuple[nn.Module, NormedWeight]]) -> None:
         """Supply these layers too."""
         for module, norm in layers:
-            norm.supply(None)  # a compiled forward asks whether there is such an entry
+            norm.join_group()
             self.layers.append((module, norm))
 
     def put_on(self, root: nn.Module) -> None:
@@ -56,74 +73,130 @@ class SpectralNormGroup:
             for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", hook) is self]:
                 del hooks[key]
 
-    def before_forward(self, _root: nn.Module, _args: Any) -> None:
-        entries = list(self._entries())
-        supplied = self._normalized([reading for _, reading in entries]) if entries else []
-        for (norm, _), weight in zip(entries, supplied, strict=True):
-            norm.supply(weight)
-        self._supplied.append([norm for norm, _ in entries])
+    def before_forward(self, root: nn.Module, _args: Any) -> None:
+        frame = calling_frame()
+        self._end_forwards(None)
+        is_replica = not torch.compiler.is_dynamo_compiling() and "_is_replica" in root.__dict__
+        entries = list(self._entries(_layers_of_replica(root) if is_replica else self.layers))
+        weights = self._normalized([reading for _, reading in entries], is_replica) if entries else []
+        for (norm, reading), weight in zip(entries, weights, strict=True):
+            norm.supply(weight, reading.weight, frame)
+        self._forwards.setdefault(thread_key(), []).append((frame, [norm for norm, _ in entries]))
 
     def after_forward(self, _root: nn.Module, _args: Any, _output: Any) -> None:
-        for norm in self._supplied.pop() if self._supplied else ():
-            norm.supply(None)
+        self._end_forwards(calling_frame())
 
-    def _entries(self) -> Iterator[tuple[NormedWeight, Reading]]:
-        """The layers that are still normed and that no group around this one has supplied."""
-        for module, norm in self.layers:
-            reading = None if norm.is_supplied else norm.reading(module)
-            if reading is not None:
+    def _end_forwards(self, ended: FrameType | None) -> None:
+        """Withdraw what was supplied for the call in the frame ``ended``, and for calls that ended without a hook.
+
+        Those are calls that KeyboardInterrupt or another exception that is no ``Exception`` went through. Of a compiled
+        forward, which has no frame, none is supposed to be running.
+        """
+        for key in {thread_key(), TRACED}:
+            running: list[tuple[FrameType | None, list[NormedWeight]]] = []
+            for frame, norms in self._forwards.get(key, ()):
+                if frame is not None and frame is not ended and is_running(frame):
+                    running.append((frame, norms))
+                    continue
+                for norm in norms:
+                    norm.withdraw(frame)
+            if running:
+                self._forwards[key] = running
+            else:
+                self._forwards.pop(key, None)
+
+    def _entries(self, layers: Iterable[tuple[nn.Module, NormedWeight]]) -> Iterator[tuple[NormedWeight, Reading]]:
+        """The layers that are still normed, whose weight is whole, and that no group around this one has supplied."""
+        for module, norm in layers:
+            reading = norm.reading(module)
+            if reading is not None and _is_whole(reading) and not norm.is_supplied(reading.weight):
                 yield norm, reading
 
-    def _normalized(self, readings: list[Reading]) -> list[Tensor]:
+    def _normalized(self, readings: list[Reading], is_replica: bool) -> list[Tensor]:
         parts: dict[Any, list[int]] = {}
         for i, reading in enumerate(readings):
             key = (reading.weight.device, reading.weight.dtype, reading.settings)
             parts.setdefault(key, []).append(i)
         results: dict[int, Tensor] = {}
         for key, indices in parts.items():
-            results.update(zip(indices, self._part(key, [readings[i] for i in indices]), strict=True))
+            part = self._part(key, [readings[i] for i in indices], is_replica)
+            results.update(zip(indices, part, strict=True))
         return [results[i] for i in range(len(readings))]
 
-    def _part(self, key: Any, readings: list[Reading]) -> list[Tensor]:
-        """Normalised weights of layers that agree in device, dtype and settings."""
+    def _part(self, key: Any, readings: list[Reading], is_replica: bool) -> list[Tensor]:
+        """Normalized weights of layers that agree in device, dtype and settings."""
         weights = [r.weight for r in readings]
         impl = resolve(readings[0].settings.impl, weights[0])
         sources = [*weights, *(r.u for r in readings), *(r.v for r in readings)]
-        reusable = (not readings[0].settings.writes or self.updates == "step") and _can_be_remembered(weights)
-        cached = self._cache.get(key) if reusable else None
+        kept = (not readings[0].settings.writes or self.updates == "step") and not is_replica
+        if not kept or not _can_be_remembered(sources):
+            return scale(readings, update(readings, impl), impl)
+        cached = self._cache.get(key)
         if cached is None or not _is_current(cached, sources):
-            vectors = update(readings, impl)
-            if reusable:
-                cached = self._cache[key] = _Cached(_versions(sources), _sample(sources), vectors, {})
-        else:
-            vectors = cached.vectors
-        if not reusable or cached is None or is_differentiated(*weights):
-            return scale(readings, vectors, impl)
-        output_key = (tuple(r.dtype for r in readings), torch.is_inference_mode_enabled())
-        if output_key not in cached.outputs:
-            cached.outputs[output_key] = scale(readings, vectors, impl)
-        return cached.outputs[output_key]
+            with torch.inference_mode(False):  # a later forward may save for its backward what is kept
+                vectors = update(readings, impl)
+                owners = [weakref.ref(_owner(t)) for t in sources]
+                cached = self._cache[key] = _Cached(owners, _versions(sources), _sample(sources), vectors, {})
+        if is_differentiated(*weights):
+            return scale(readings, cached.vectors, impl)
+        dtypes = tuple(r.dtype for r in readings)
+        if dtypes not in cached.outputs:
+            with torch.inference_mode(False), torch.no_grad():
+                cached.outputs[dtypes] = scale(readings, cached.vectors, impl)
+        return cached.outputs[dtypes]
 
 
-def _can_be_remembered(weights: list[Tensor]) -> bool:
-    """False while a graph is traced or captured: what is computed there is no value that a later forward may use."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+def _layers_of_replica(root: nn.Module) -> Iterator[tuple[nn.Module, NormedWeight]]:
+    """The grouped layers of a replica for :class:`torch.nn.DataParallel`, which holds tensors of its own device."""
+    for module in root.modules():
+        lists = module._modules.get("parametrizations")
+        parametrizations = () if lists is None else [norm for norms in lists.children() for norm in norms.children()]
+        for norm in (*parametrizations, *module._forward_pre_hooks.values(), *module.__dict__.values()):
+            if isinstance(norm, NormedWeight) and norm.grouped:
+                yield module, norm
+
+
+def _is_whole(reading: Reading) -> bool:
+    """False while this process holds a part of the weight, as under ``fully_shard``: then the layer's own forward, in
+    which it is whole, normalizes it."""
+    weight, rows, columns = reading.weight, reading.u.shape[0], reading.v.shape[0]
+    if is_sharded(reading.u) or is_sharded(reading.v):
+        raise RuntimeError(
+            "the vectors of a spectral norm must not be sharded, updates of them would be lost: name those parameters "
+            "in ignored_params of fully_shard"
+        )
+    if is_sharded(weight):
         return False
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(w) for w in weights):
+    return weight.ndim > 1 and weight.shape[reading.dim] == rows and weight.numel() == rows * columns
+
+
+def _can_be_remembered(sources: list[Tensor]) -> bool:
+    """False while a graph is traced or captured: what is computed there is no value that a later forward may use.
+
+    Neither is it remembered if changes of a source leave no version behind.
+    """
+    first = sources[0]
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or first.is_meta:
         return False
-    if weights[0].is_meta:
+    if torch._C._get_tracing_state() is not None:
         return False
-    return not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) or t.is_inference() for t in sources):
+        return False
+    return not (first.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _is_current(cached: _Cached, tensors: list[Tensor]) -> bool:
-    return cached.versions == _versions(tensors) and torch.equal(cached.sample, _sample(tensors))
+    same = all(owner() is _owner(t) for owner, t in zip(cached.owners, tensors, strict=True))
+    return same and cached.versions == _versions(tensors) and torch.equal(cached.sample, _sample(tensors))
 
 
-def _versions(tensors: list[Tensor]) -> tuple[tuple[int, int, int], ...]:
-    return tuple(
-        (id(t if t._base is None else t._base), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
-    )
+def _owner(t: Tensor) -> Tensor:
+    """The tensor that lives as long as the memory of ``t``, which may be a view made at each forward."""
+    return t if t._base is None else t._base
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in tensors]
 
 
 def _sample(tensors: list[Tensor]) -> Tensor:

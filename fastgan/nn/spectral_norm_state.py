@@ -56,9 +56,11 @@ def _shorten(cls: Any, name: str) -> None:
 
     def get(module: Any, slow: Any = own.fget) -> Tensor:
         if not torch.compiler.is_compiling():
-            norms = module._modules["parametrizations"]._modules[name]._modules
-            if len(norms) == 1 and norms["0"].__dict__.get("_supplied") is not None:
-                return norms["0"].take()
+            norms = module._modules["parametrizations"]._modules[name]
+            if len(norms._modules) == 1 and norms._modules["0"].__dict__.get("_supplied"):
+                supplied = norms._modules["0"].take(norms._parameters.get("original"))
+                if supplied is not None:
+                    return supplied
         return slow(module)
 
     setattr(cls, name, _Shortcut(get, own.fset, own.fdel, own.__doc__))

@@ -55,16 +55,16 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
     def released(self) -> _SpectralNorm:
         """A module of torch's class with the buffers, settings and hooks of this one."""
         released = _SpectralNorm.__new__(_SpectralNorm)
-        own = {"autocast", "impl", "once", "_supplied"}
+        own = {"autocast", "impl", "once", "grouped", "_supplied"}
         released.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         return released
 
     def forward(self, weight: Tensor) -> Tensor:
         return super().forward(weight) if weight.ndim == 1 else self._normalized(self._reading(weight))
 
-    def take(self) -> Tensor | None:
-        """The weight that a group has supplied."""
-        return self._take(self.training)
+    def take(self, source: Tensor | None) -> Tensor | None:
+        """The weight that a group has supplied for the raw weight ``source``."""
+        return self._take(source, self.training)
 
     def reading(self, module: nn.Module) -> Reading | None:
         lists = module._modules.get("parametrizations")
@@ -83,6 +83,11 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         return without_supply(self.__dict__)
+
+    def _replicate_for_data_parallel(self) -> SpectralNorm:
+        replica: SpectralNorm = super()._replicate_for_data_parallel()
+        replica.__dict__["_supplied"] = {}
+        return replica
 
 
 def _revive(vector: Tensor) -> None:
