@@ -57,7 +57,7 @@ class NormedWeight:
 
     # Whether a supplied weight serves one access only, so that each further one makes an update, as torch's does.
     once: bool = False
-    grouped: bool = False  # whether a group supplies it: replicas for nn.DataParallel inherit this
+    grouped: bool = False  # whether a group supplies it; replicas for nn.DataParallel inherit this
     _supplied: dict[int, Supply] | None = None  # by thread
 
     def reading(self, module: nn.Module) -> Reading | None:
@@ -67,6 +67,10 @@ class NormedWeight:
     def join_group(self) -> None:
         # Past nn.Module's own way, which takes several times as long; compiled forwards expect that the entry is there.
         self.__dict__.update(grouped=True, _supplied={})
+
+    def leave_group(self) -> None:
+        """Normalize the weight at each access from now on."""
+        self.__dict__["grouped"] = False
 
     def supply(self, weight: Tensor, source: Tensor, frame: FrameType | None) -> None:
         """Give this thread ``weight`` in place of ``source``, the raw weight, while the call in ``frame`` runs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastgan._dispatch import is_differentiated
+from fastgan._dispatch import is_differentiated, is_exporting
 from fastgan.backend import resolve
 from fastgan.nn.normed_weight import (
     AUTOCAST,
@@ -27,8 +29,8 @@ from fastgan.nn.normed_weight import (
     thread_key,
     update,
 )
-from fastgan.nn.spectral_norm_state import complete, only_norm, parametrizations
-from fastgan.nn.spectral_norms import SpectralNorm, check_settings, spectral_norm
+from fastgan.nn.spectral_norm_state import STORED, complete, only_norm, parametrizations
+from fastgan.nn.spectral_norms import SpectralNorm, check_settings, check_weight, spectral_norm
 
 _NORMALIZED = (*AUTOCAST, nn.Embedding)
 
@@ -77,6 +79,7 @@ class SpectralNormGroup:
         frame = calling_frame()
         self._end_forwards(None)
         is_replica = not torch.compiler.is_dynamo_compiling() and "_is_replica" in root.__dict__
+        self._leave_out_sharded(root)
         entries = list(self._entries(_layers_of_replica(root) if is_replica else self.layers))
         weights = self._normalized([reading for _, reading in entries], is_replica) if entries else []
         for (norm, reading), weight in zip(entries, weights, strict=True):
@@ -105,12 +108,30 @@ class SpectralNormGroup:
             else:
                 self._forwards.pop(key, None)
 
+    def _leave_out_sharded(self, root: nn.Module) -> None:
+        """Leave layers to themselves that ``fully_shard`` manages below ``root``, whether or not they are whole now.
+
+        They are whole in their own forward and backward; those of the group's op come at other times.
+        """
+        fsdp = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.distributed.fsdp")
+        if fsdp is None or not fsdp.FSDPModule.__subclasses__():  # nothing was ever sharded
+            return
+        units = [m for m in root.modules() if m is not root and isinstance(m, fsdp.FSDPModule)]
+        sharded = {id(m) for unit in units for m in unit.modules()}
+        for module, norm in self.layers:
+            if id(module) in sharded:
+                norm.leave_group()
+
     def _entries(self, layers: Iterable[tuple[nn.Module, NormedWeight]]) -> Iterator[tuple[NormedWeight, Reading]]:
         """The layers that are still normed, whose weight is whole, and that no group around this one has supplied."""
         for module, norm in layers:
-            reading = norm.reading(module)
-            if reading is not None and _is_whole(reading) and not norm.is_supplied(reading.weight):
+            reading = norm.reading(module) if norm.grouped else None
+            if reading is None or norm.is_supplied(reading.weight):
+                continue
+            if _is_whole(reading):
                 yield norm, reading
+            else:
+                norm.leave_group()
 
     def _normalized(self, readings: list[Reading], is_replica: bool) -> list[Tensor]:
         parts: dict[Any, list[int]] = {}
@@ -157,8 +178,7 @@ def _layers_of_replica(root: nn.Module) -> Iterator[tuple[nn.Module, NormedWeigh
 
 
 def _is_whole(reading: Reading) -> bool:
-    """False while this process holds a part of the weight, as under ``fully_shard``: then the layer's own forward, in
-    which it is whole, normalizes it."""
+    """False if this process holds a part of the weight outside the layer's forward, as when it is sharded."""
     weight, rows, columns = reading.weight, reading.u.shape[0], reading.v.shape[0]
     if is_sharded(reading.u) or is_sharded(reading.v):
         raise RuntimeError(
@@ -167,6 +187,8 @@ def _is_whole(reading: Reading) -> bool:
         )
     if is_sharded(weight):
         return False
+    if is_exporting():  # a trace takes sizes for tensors
+        return True
     return weight.ndim > 1 and weight.shape[reading.dim] == rows and weight.numel() == rows * columns
 
 
@@ -227,6 +249,9 @@ def group_spectral_norm(
     layer called outside such a forward normalises its weight by itself. The state dict is the one torch's own spectral
     norms give. A second call takes in layers added since, and sets ``updates``.
 
+    One warning names the layers of these kinds that are left out: weights that are parametrized otherwise, pruned,
+    normalized by their layer or not initialized yet.
+
     Modules in eval mode make no update. Their normalised weights are computed once and reused until weights or vectors
     change, which is seen by version counters and, for writes through ``.data``, by 64 sampled entries a tensor. With
     gradients to the weights enabled, and in compiled or captured graphs, they are computed at each forward.
@@ -234,34 +259,53 @@ def group_spectral_norm(
     Part of ``root`` that is recomputed in the backward pass (``torch.utils.checkpoint``) makes updates of its own then;
     that needs ``use_reentrant=True``, or ``root`` as a whole as the part.
 
+    Layers that ``fully_shard`` manages below ``root`` normalize their weights in their own forwards, in which they are
+    whole; put the norms on before sharding. Replicas of :class:`torch.nn.DataParallel` are grouped each on its device.
+
     Args:
         root: the network.
         n_power_iterations: for the layers that get their norm here.
         eps: likewise.
         updates: "forward", an update at each forward in training mode as in torch; or "step", one only after the
-            weights have changed, so that all forwards between two optimiser steps see the same vectors. A compiled or
-            captured graph cannot tell steps apart and makes an update at each forward.
+            weights have changed, so that all forwards between two optimizer steps see the same vectors. A compiled or
+            captured graph, or a replica of :class:`torch.nn.DataParallel`, cannot tell steps apart and makes an update
+            at each forward.
         impl: "auto", "triton" or "reference", likewise for the layers that get their norm here or from torch.
 
     Returns:
         ``root``.
 
     Raises:
-        ValueError: an argument is out of range, there is nothing to normalise below ``root``, or a layer has the norm
-            of :func:`torch.nn.utils.spectral_norm`, which :func:`fastgan.nn.fuse` takes over.
+        ValueError: an argument is out of range, there is nothing to normalize below ``root``, a weight is complex or of
+            another dtype without a norm, or a layer has the norm of :func:`torch.nn.utils.spectral_norm`,
+            which :func:`fastgan.nn.fuse` takes over. No layer has been changed then.
     """
     check_settings(n_power_iterations, eps, impl)
     if updates not in UPDATES:
         raise ValueError(f"updates must be one of {', '.join(map(repr, UPDATES))}, got {updates!r}")
+    bare, left_out = [], []
     for path, module in root.named_modules():
         if any(isinstance(hook, OlderHook) for hook in module._forward_pre_hooks.values()):
             raise ValueError(
                 f"root has the norm of torch.nn.utils.spectral_norm at {path or 'itself'}; "
                 "fastgan.nn.fuse takes that over"
             )
-    layers = [(module, norm) for module in root.modules() for norm in _norms_of(module, n_power_iterations, eps, impl)]
+        reason = _reason_to_leave_out(module)
+        if reason:
+            left_out.append(f"{path or 'root itself'} ({type(module).__name__}: {reason})")
+        elif isinstance(module, _NORMALIZED) and "weight" in module._parameters:
+            check_weight(f"{path}.weight" if path else "weight", module.weight)
+            bare.append(module)
+    for module in bare:
+        spectral_norm(module, "weight", n_power_iterations, eps, impl=impl)
+    layers = [(module, norm) for module in root.modules() for norm in _adopted_norms(module, impl)]
     if not layers:
-        raise ValueError("root must contain a linear, convolution or embedding layer with a weight, got none")
+        found = f"only {', '.join(left_out)}" if left_out else "none"
+        raise ValueError(f"root must contain a linear, convolution or embedding layer with a weight, got {found}")
+    if left_out:
+        warnings.warn(
+            f"group_spectral_norm leaves out {len(left_out)} of root's layers: {', '.join(left_out)}", stacklevel=2
+        )
     group = group_of(root)
     if group is None:
         group = SpectralNormGroup()
@@ -276,13 +320,36 @@ def group_of(root: nn.Module) -> SpectralNormGroup | None:
     return next((owner for owner in owners if isinstance(owner, SpectralNormGroup)), None)
 
 
-def _norms_of(module: nn.Module, n_power_iterations: int, eps: float, impl: str) -> Iterable[NormedWeight]:
-    """Put the norm on ``module``'s weight where it has none, adopt torch's, and return the norms to be grouped."""
-    bare = isinstance(module, _NORMALIZED) and isinstance(module._parameters.get("weight"), Tensor)
-    if bare and not isinstance(module.weight, nn.parameter.UninitializedParameter):
-        spectral_norm(module, "weight", n_power_iterations, eps, impl=impl)
+def _reason_to_leave_out(module: nn.Module) -> str:
+    """Why a layer gets no norm from the group; empty if it does, or if ``module`` is none of the layers' kinds."""
+    if not isinstance(module, _NORMALIZED):
+        return ""
+    weight = module._parameters.get("weight")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialized before a first forward"
+    if weight is not None:
+        stored = next((names for names in STORED if set(names) <= module._buffers.keys()), None)
+        return f"it normalizes its weight by {stored[0]}, which fastgan.nn.fuse takes over" if stored else ""
+    if parametrize.is_parametrized(module, "weight"):
+        norm = only_norm(module, "weight")
+        if norm is None:
+            names = [type(p).__name__.lstrip("_") for p in parametrizations(module)["weight"]]
+            return f"its weight is parametrized by {', '.join(names)}"
+        return "its weight is complex" if _is_complex(module, "weight") else ""
+    if "weight_mask" in module._buffers:
+        return "its weight is pruned"
+    return "its weight is no parameter"
+
+
+def _is_complex(module: nn.Module, name: str) -> bool:
+    return parametrizations(module)[name].original.is_complex()
+
+
+def _adopted_norms(module: nn.Module, impl: str) -> list[NormedWeight]:
+    """The norms on ``module`` that are fastgan's, or torch's and now replaced."""
     names = list(parametrizations(module)) if parametrize.is_parametrized(module) else []
-    return [adopted(module, name, impl) for name in names if only_norm(module, name) is not None]
+    names = [name for name in names if only_norm(module, name) is not None and not _is_complex(module, name)]
+    return [adopted(module, name, impl) for name in names]
 
 
 def adopted(module: nn.Module, name: str, impl: str, *, once: bool = False) -> SpectralNorm:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from fastgan.reference.spectral_norm import as_matrix
 
 # Buffers (1, rows) in which other code keeps u, and sigma: BigGAN's, and torch-mimicry's.
-_STORED = (("u0", "sv0"), ("sn_u", "sn_sigma"))
+STORED = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
 
 def parametrizations(module: nn.Module) -> Any:
@@ -125,7 +125,7 @@ def _read_stored_u(norm: _SpectralNorm, name: str, state_dict: dict[str, Any], p
 
     In eval mode the layer then has the weight that BigGAN's had.
     """
-    for u_name, sigma_name in _STORED if name == "weight" else ():
+    for u_name, sigma_name in STORED if name == "weight" else ():
         if prefix + u_name in state_dict and prefix + name in state_dict:
             new = f"{prefix}parametrizations.{name}."
             weight = state_dict[new + "original"] = state_dict.pop(prefix + name)

@@ -20,6 +20,7 @@ from fastgan.nn.normed_weight import (
     Reading,
     Settings,
     dtype_of,
+    is_sharded,
     without_supply,
 )
 from fastgan.nn.spectral_norm_state import complete, parametrizations
@@ -114,7 +115,8 @@ def spectral_norm(
 
     Args:
         module: owner of the parameter.
-        name: of a parameter of any rank; of rank 1, it is divided by its Euclidean norm.
+        name: of a real parameter of any rank; of rank 1, it is divided by its Euclidean norm. Complex parameters are
+            for torch's function of that name.
         n_power_iterations: power iterations at each access of the weight in training mode.
         eps: lower bound of the norms that are divided by.
         dim: dimension of the outputs; None means 1 for transposed convolutions and 0 for all else.
@@ -143,6 +145,10 @@ def spectral_norm(
     if weight is None:
         raise ValueError(f"name must be that of a parameter or buffer of {type(module).__name__}, got {name!r}")
     check_tensor(name, weight)
+    if is_sharded(weight):
+        raise ValueError(
+            f"{name} must be whole, it is a DTensor: put norms on before fully_shard or parallelize_module"
+        )
     if not weight.ndim:
         raise ValueError(f"name must be that of a vector or matrix, {name!r} is a scalar")
     dim = (1 if isinstance(module, TRANSPOSED) else 0) if dim is None else dim
@@ -154,6 +160,12 @@ def spectral_norm(
         parametrize.register_parametrization(module, name, norm)
     complete(module)
     return module
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    check_tensor(name, weight)
+    if is_sharded(weight):
+        raise ValueError(f"{name} must be whole, got a DTensor: put norms on before fully_shard or parallelize_module")
 
 
 def check_settings(n_power_iterations: int, eps: float, impl: str) -> None:

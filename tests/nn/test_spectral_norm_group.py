@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from fastgan.nn import group_spectral_norm, normed_weight
 from tests.nn.normed_networks import assert_same_state, grouped, images, network, norms, train, vectors
@@ -291,3 +292,68 @@ def test_non_finite_weights_leave_vectors_that_recover():
     weights = {name: value for name, value in good.items() if "0._" not in name}
     ours.load_state_dict(weights, strict=False)
     assert ours(images()).isfinite().all()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class StoredU(nn.Conv2d):
+    """A layer that normalizes its weight by a vector of its own, as BigGAN's."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("u0", torch.randn(1, self.out_channels))
+        self.register_buffer("sv0", torch.ones(1))
+
+
+def doubled_and_normed():
+    layer = parametrizations.spectral_norm(nn.Linear(4, 4))
+    return parametrize.register_parametrization(layer, "weight", Doubled()) or layer
+
+
+LEFT_OUT = {
+    "parametrized by WeightNorm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    "parametrized by Orthogonal": lambda: parametrizations.orthogonal(nn.Conv1d(4, 4, 1)),
+    "parametrized by SpectralNorm, Doubled": doubled_and_normed,
+    "pruned": lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 1), "weight", 0.5),
+    "no parameter": lambda: nn.utils.weight_norm(nn.Linear(4, 4)),
+    "not initialized": lambda: nn.LazyLinear(4),
+    "normalizes its weight by u0": lambda: StoredU(4, 4, 1),
+    "complex": lambda: parametrizations.spectral_norm(nn.Linear(4, 4, dtype=torch.complex64)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_one_warning_names_the_layers_that_are_left_out_and_why(reason):
+    left_out, other = LEFT_OUT[reason](), LEFT_OUT[reason]()
+    names = list(left_out.state_dict())
+    root = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), left_out), other)
+    with pytest.warns(UserWarning, match="leaves out 2 of root's layers") as caught:
+        group_spectral_norm(root)
+    (message,) = [str(w.message) for w in caught if "leaves out" in str(w.message)]
+    assert f"1.1 ({type(left_out).__name__}: " in message
+    assert f", 2 ({type(left_out).__name__}: " in message
+    assert message.count(reason) == 2
+    assert list(left_out.state_dict()) == names
+    assert len(norms(root)) == 1
+    with pytest.raises(ValueError, match=f"root must contain .*, got only root itself .*{reason}"):
+        group_spectral_norm(left_out)
+
+
+def test_no_warning_without_such_layers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group_spectral_norm(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Bilinear(4, 4, 4), nn.PReLU()))
+        group_spectral_norm(grouped())
+
+
+def test_weights_that_cannot_be_normalized_are_refused_before_anything_changes():
+    for layer in (nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4).to(torch.float8_e4m3fn)):
+        root = nn.Sequential(nn.Linear(4, 4), layer)
+        with pytest.raises(ValueError, match=r"1\.weight must have dtype float32"):
+            group_spectral_norm(root)
+        assert not norms(root)
+        assert not root._forward_pre_hooks
