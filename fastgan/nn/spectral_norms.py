@@ -144,11 +144,7 @@ def spectral_norm(
         raise ValueError(f"{name} must be initialised, by a forward of {type(module).__name__}")
     if weight is None:
         raise ValueError(f"name must be that of a parameter or buffer of {type(module).__name__}, got {name!r}")
-    check_tensor(name, weight)
-    if is_sharded(weight):
-        raise ValueError(
-            f"{name} must be whole, it is a DTensor: put norms on before fully_shard or parallelize_module"
-        )
+    check_weight(name, weight)
     if not weight.ndim:
         raise ValueError(f"name must be that of a vector or matrix, {name!r} is a scalar")
     dim = (1 if isinstance(module, TRANSPOSED) else 0) if dim is None else dim
