@@ -168,13 +168,16 @@ class SpectralNormGroup:
 
 
 def _layers_of_replica(root: nn.Module) -> Iterator[tuple[nn.Module, NormedWeight]]:
-    """The grouped layers of a replica for :class:`torch.nn.DataParallel`, which holds tensors of its own device."""
+    """The grouped layers of a replica for :class:`torch.nn.DataParallel`, which holds tensors of its own device.
+
+    Those whose supplied weight serves one access only are left out: alone they make the same updates.
+    """
     for module in root.modules():
         lists = module._modules.get("parametrizations")
-        parametrizations = () if lists is None else [norm for norms in lists.children() for norm in norms.children()]
-        for norm in (*parametrizations, *module._forward_pre_hooks.values(), *module.__dict__.values()):
-            if isinstance(norm, NormedWeight) and norm.grouped:
-                yield module, norm
+        for norms in () if lists is None else lists.children():
+            for norm in norms.children():
+                if isinstance(norm, NormedWeight) and norm.grouped and not norm.once:
+                    yield module, norm
 
 
 def _is_whole(reading: Reading) -> bool:

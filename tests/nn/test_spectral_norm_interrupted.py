@@ -318,6 +318,53 @@ def test_evaluation_before_training_in_inference_mode():
                     torch.testing.assert_close(a.grad, b.grad)
 
 
+class StoredU(nn.Linear):
+    """A layer that stores u alone, as BigGAN's: each forward makes v from it, and u from v, and in training keeps u."""
+
+    num_itrs, eps = 1, 1e-12
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("u0", torch.randn(1, self.out_features))
+        self.register_buffer("sv0", torch.ones(1))
+
+    def W_(self):
+        with torch.no_grad():
+            v = nn.functional.normalize(self.u0 @ self.weight, eps=self.eps)
+            u = nn.functional.normalize(v @ self.weight.T, eps=self.eps)
+            if self.training:
+                self.u0[:] = u
+        sigma = u @ self.weight @ v.T
+        if self.training:
+            with torch.no_grad():
+                self.sv0[:] = sigma
+        return self.weight / sigma
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.W_(), self.bias)
+
+
+@pytest.mark.parametrize("kind", ["older", "parametrization", "stored"])
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_networks_after_inference_mode(kind, training):
+    torch.manual_seed(0)
+    norm = {"older": nn.utils.spectral_norm, "parametrization": parametrizations.spectral_norm}.get(kind)
+    layers = [StoredU(4, 4), StoredU(4, 4)] if norm is None else [norm(nn.Linear(4, 4)), norm(nn.Linear(4, 4))]
+    theirs = nn.Sequential(layers[0], nn.Tanh(), layers[1])
+    ours, report = fuse(theirs)
+    assert len(report.swapped) == 2
+    for _ in range(2):
+        for model in (ours, theirs):
+            model.train(training)
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(X), theirs(X))
+        for model in (ours, theirs):
+            model(X).square().sum().backward()
+            model.train()(X).square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_networks_made_in_inference_mode():
     with torch.inference_mode():
         ours, torchs = grouped(), network(parametrizations.spectral_norm)
