@@ -78,7 +78,7 @@ def update_vectors(
     No entry of ``dims`` is negative.
     """
     with torch.no_grad():
-        if is_exporting():
+        if is_exporting() or (is_transforming() and not n_power_iterations):  # vmap has no rule for ops
             with no_autocast(weights[0]):
                 return reference.update(weights, us, vs, dims, n_power_iterations, float(eps), v_first)
         weights = [weight.detach() for weight in weights] if is_transforming() else weights
