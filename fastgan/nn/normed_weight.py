@@ -56,8 +56,8 @@ class NormedWeight:
     """A norm that computes its weight itself, or takes it from a group for the forward that the group is at."""
 
     # Whether a supplied weight serves one access only, so that each further one makes an update, as torch's does.
-    once: bool = False
-    grouped: bool = False  # whether a group supplies it; replicas for nn.DataParallel inherit this
+    once = False
+    grouped = False  # whether a group supplies it; replicas for nn.DataParallel inherit this
     _supplied: dict[int, Supply] | None = None  # by thread
 
     def reading(self, module: nn.Module) -> Reading | None:
