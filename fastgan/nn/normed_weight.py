@@ -1,4 +1,4 @@
-"""What normalising a weight takes, whoever wrote the layer: its tensors, its settings, and who gets the result."""
+"""Norms of weights, whoever wrote the layer: their tensors and settings, and the weights that groups supply."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OlderHook: Any = sys.modules["torch.nn.utils.spectral_norm"].SpectralNorm  # tor
 
 
 class Settings(NamedTuple):
-    """What layers must agree in to be computed together."""
+    """Settings that layers must agree in to be computed together."""
 
     iterations: int
     eps: float
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     v: Tensor
     dim: int
     settings: Settings
-    dtype: torch.dtype  # of the normalised weight
+    dtype: torch.dtype  # of the normalized weight
     sigma: Tensor | None = None  # takes sigma, where the layer keeps it
 
 
@@ -49,6 +49,7 @@ class Supply(NamedTuple):
 
     weight: Tensor
     source: Tensor  # the raw weight that it was computed from
+    version: int | None  # of the raw weight then; None if it keeps none or the forward is compiled
     frame: FrameType | None  # of the call of the group's root; None if the forward is compiled
 
 
@@ -73,11 +74,12 @@ class NormedWeight:
         self.__dict__["grouped"] = False
 
     def supply(self, weight: Tensor, source: Tensor, frame: FrameType | None) -> None:
-        """Give this thread ``weight`` in place of ``source``, the raw weight, while the call in ``frame`` runs."""
+        """Give this thread ``weight`` for the raw ``source``, until that changes or the call in ``frame`` ends."""
         supplied = self._supplied
         if supplied is None:
             supplied = self.__dict__["_supplied"] = {}
-        supplied[thread_key()] = Supply(weight, source, frame)
+        version = None if frame is None or source.is_inference() else source._version
+        supplied[thread_key()] = Supply(weight, source, version, frame)
 
     def withdraw(self, frame: FrameType | None) -> None:
         """Forget what was supplied for the call in ``frame``."""
@@ -99,6 +101,8 @@ class NormedWeight:
             return traced if traced.source is source else None
         supply = supplied.get(threading.get_ident()) or supplied.get(TRACED)
         if supply is None or supply.source is not source:
+            return None
+        if supply.version is not None and supply.version != source._version:
             return None
         if supply.frame is not None and not is_running(supply.frame):
             self.withdraw(supply.frame)  # KeyboardInterrupt and its like end a forward without a call of its hooks
@@ -157,7 +161,7 @@ def is_sharded(weight: Tensor) -> bool:
 
 
 def dtype_of(weight: Tensor, module: nn.Module | None = None, *, autocast: bool = False) -> torch.dtype:
-    """Of the normalised weight: autocast's where it is active and the layer follows it, else the weight's."""
+    """Return the normalized weight's dtype: autocast's if it is active and the layer follows it, else the weight's."""
     return output_dtype(weight) if autocast or isinstance(module, AUTOCAST) else weight.dtype
 
 

@@ -1,4 +1,4 @@
-"""Spectral normalisation of all layers of a network in one grouped update."""
+"""Spectral normalization of all layers of a network in one grouped update."""
 
 from __future__ import annotations
 
@@ -244,18 +244,18 @@ def group_spectral_norm(
     updates: str = "forward",
     impl: str = "auto",
 ) -> nn.Module:
-    """Spectral normalisation of a whole network with one grouped power iteration at each forward of ``root``.
+    """Spectral normalization of a whole network with one grouped power iteration at each forward of ``root``.
 
     Every Linear, Conv1d-3d, ConvTranspose1d-3d and Embedding weight below ``root`` gets a spectral norm if it has none;
     those with fastgan's or torch's parametrization keep their vectors and settings and join the group. During a forward
     of ``root`` the layers read their weights from the grouped result: a layer used twice has one update, not two. A
-    layer called outside such a forward normalises its weight by itself. The state dict is the one torch's own spectral
+    layer called outside such a forward normalizes its weight by itself. The state dict is the one torch's own spectral
     norms give. A second call takes in layers added since, and sets ``updates``.
 
     One warning names the layers of these kinds that are left out: weights that are parametrized otherwise, pruned,
     normalized by their layer or not initialized yet.
 
-    Modules in eval mode make no update. Their normalised weights are computed once and reused until weights or vectors
+    Modules in eval mode make no update. Their normalized weights are computed once and reused until weights or vectors
     change, which is seen by version counters and, for writes through ``.data``, by 64 sampled entries a tensor. With
     gradients to the weights enabled, and in compiled or captured graphs, they are computed at each forward.
 

@@ -112,7 +112,7 @@ def _read_older_format(norm: _SpectralNorm, name: str, state_dict: dict[str, Any
         return
     new = f"{prefix}parametrizations.{name}."
     weight = state_dict[new + "original"] = state_dict.pop(f"{prefix}{name}_orig")
-    state_dict.pop(prefix + name, None)  # the normalised weight, which the oldest versions saved too
+    state_dict.pop(prefix + name, None)  # the normalized weight, which the oldest versions saved too
     if f"{prefix}{name}_u" not in state_dict:
         return
     u = state_dict[new + "0._u"] = state_dict.pop(f"{prefix}{name}_u")

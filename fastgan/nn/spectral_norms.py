@@ -1,4 +1,4 @@
-"""Spectral normalisation of one layer: torch's parametrization, with fastgan's op and state."""
+"""Spectral normalization of one layer: torch's parametrization, with fastgan's op and state."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def spectral_norm(
     *,
     impl: str = "auto",
 ) -> nn.Module:
-    """Spectral normalisation of ``module``'s parameter ``name``; a drop-in for torch's parametrization of that name.
+    """Spectral normalization of ``module``'s parameter ``name``; a drop-in for torch's parametrization of that name.
 
     Numbers, random state and state-dict keys are those of :func:`torch.nn.utils.parametrizations.spectral_norm`; state
     dicts of the older :func:`torch.nn.utils.spectral_norm` and of BigGAN's layers (``weight``, ``u0``, ``sv0``) load
@@ -141,7 +141,7 @@ def spectral_norm(
             "fastgan.nn.fuse takes that over"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{name} must be initialised, by a forward of {type(module).__name__}")
+        raise ValueError(f"{name} must be initialized, by a forward of {type(module).__name__}")
     if weight is None:
         raise ValueError(f"name must be that of a parameter or buffer of {type(module).__name__}, got {name!r}")
     check_weight(name, weight)

@@ -1,4 +1,4 @@
-"""Spectral normalisation of all weights of a network at once: power iteration, and W / sigma, differentiable twice.
+"""Spectral normalization of all weights of a network at once: power iteration, and W / sigma, differentiable twice.
 
 ``spectral_norm_update`` writes the u and v it is given and returns copies of them, flat, with sigma = u^T W v;
 ``spectral_norm_scale`` is the differentiable part, whose gradients regard u and v as constants and sigma as a function

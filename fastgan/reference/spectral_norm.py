@@ -1,4 +1,4 @@
-"""Spectral normalisation of a list of weights in plain PyTorch.
+"""Spectral normalization of a list of weights in plain PyTorch.
 
 Each weight is read as a matrix W: its dimension ``dim`` gives the rows, the others, flattened, the columns. The vectors
 of all weights lie one behind the other in two flat tensors, u (the rows of all) and v (the columns of all).

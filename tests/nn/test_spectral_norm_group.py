@@ -62,7 +62,7 @@ def test_gradient_penalty_equals_torch():
         torch.testing.assert_close(a, b)
 
 
-def test_a_layer_called_alone_normalises_itself():
+def test_a_layer_called_alone_normalizes_itself():
     ours, torchs = grouped(), network(parametrizations.spectral_norm)
     ours(images()), torchs(images())
     torch.testing.assert_close(ours[0](images()), torchs[0](images()))
@@ -260,7 +260,7 @@ def test_export(training):
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())  # u and v moved along
     changed = network(parametrizations.spectral_norm).train(training)
     changed[0].parametrizations.weight.original.data.mul_(-3)
-    exported.load_state_dict(changed.state_dict())  # the exported graph holds no weight that was normalised before
+    exported.load_state_dict(changed.state_dict())  # the exported graph holds no weight that was normalized before
     torch.testing.assert_close(exported(images()), changed(images()))
 
 

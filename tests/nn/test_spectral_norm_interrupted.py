@@ -233,6 +233,22 @@ def test_other_weights_in_the_midst_of_a_forward():
     torch.testing.assert_close(found[0], expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_change_in_the_midst_of_a_forward(training):
+    """What comes after the change is normalized anew, by the layer itself."""
+    ours = group_spectral_norm(Critic()).train(training)
+    found = []
+
+    def load():
+        with torch.no_grad():
+            ours.second.parametrizations.weight.original.normal_()
+        found.append(reference(ours).second(ours.first(X)))
+
+    ours.between = load
+    with torch.no_grad():
+        torch.testing.assert_close(ours(X), found[0])
+
+
 def test_threads_do_not_take_one_another_s_weights():
     """A second thread begins and ends its forward while the first is between its layers."""
     ours = group_spectral_norm(Critic())
@@ -261,13 +277,13 @@ def test_threads_do_not_take_one_another_s_weights():
 
 
 def test_evaluation_in_many_threads():
-    ours = grouped().eval()
-    expected = ours(images())
+    ours, x = grouped().eval(), images()
+    expected = ours(x)
     outputs = []
 
     def run():
         with torch.no_grad():
-            outputs.extend(ours(images()) for _ in range(5))
+            outputs.extend(ours(x) for _ in range(5))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     [thread.start() for thread in threads]

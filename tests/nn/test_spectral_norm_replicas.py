@@ -93,13 +93,13 @@ def test_replicas_in_the_midst_of_a_forward_and_in_threads(kind):
     expected = reference(kind, model)
     for p in expected[0].parameters():
         p.data.mul_(-2)
-    outputs = []
+    outputs, x = [], images()
 
     def run():
         with torch.no_grad():
             parameters = {p: p * (-2) for p in model[0].parameters()}
             replica = replica_of(model[0], parameters, {b: b.clone() for b in model[0].buffers()})
-            outputs.append(replica(images()))
+            outputs.append(replica(x))
 
     def run_replicas(*_):
         run()
@@ -109,10 +109,10 @@ def test_replicas_in_the_midst_of_a_forward_and_in_threads(kind):
 
     model[1].register_forward_pre_hook(run_replicas)
     with torch.no_grad():
-        model(images())
+        model(x)
         assert len(outputs) == 3
         for output in outputs:
-            torch.testing.assert_close(output, expected[0](images()))
+            torch.testing.assert_close(output, expected[0](x))
 
 
 def test_a_replica_is_one_group_with_one_update_for_a_layer_used_twice(monkeypatch):
