@@ -256,7 +256,7 @@ def group_spectral_norm(
     normalized by their layer or not initialized yet.
 
     Modules in eval mode make no update. Their normalized weights are computed once and reused until weights or vectors
-    change, which is seen by version counters and, for writes through ``.data``, by 64 sampled entries a tensor. With
+    change, which is seen by version counters and, for writes through ``.data``, by 64 sampled entries per tensor. With
     gradients to the weights enabled, and in compiled or captured graphs, they are computed at each forward.
 
     Part of ``root`` that is recomputed in the backward pass (``torch.utils.checkpoint``) makes updates of its own then;
@@ -282,6 +282,15 @@ def group_spectral_norm(
         ValueError: an argument is out of range, there is nothing to normalize below ``root``, a weight is complex or of
             another dtype without a norm, or a layer has the norm of :func:`torch.nn.utils.spectral_norm`,
             which :func:`fastgan.nn.fuse` takes over. No layer has been changed then.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> critic = group_spectral_norm(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1)))
+        >>> critic(torch.randn(2, 8)).shape
+        torch.Size([2, 1])
+        >>> sorted(critic[2].state_dict())
+        ['bias', 'parametrizations.weight.0._u', 'parametrizations.weight.0._v', 'parametrizations.weight.original']
     """
     check_settings(n_power_iterations, eps, impl)
     if updates not in UPDATES:

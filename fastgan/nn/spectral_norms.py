@@ -129,6 +129,13 @@ def spectral_norm(
         ValueError: there is no such parameter, it has a spectral norm already, or an argument is out of range.
 
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks", arXiv 1802.05957.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = spectral_norm(nn.Linear(8, 4), n_power_iterations=20)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) < 1.1)
+        True
     """
     weight = module._parameters.get(name, module._buffers.get(name))
     if parametrize.is_parametrized(module, name):
