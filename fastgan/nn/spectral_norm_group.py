@@ -119,7 +119,10 @@ class SpectralNormGroup:
         units = [m for m in root.modules() if m is not root and isinstance(m, fsdp.FSDPModule)]
         sharded = {id(m) for unit in units for m in unit.modules()}
         for module, norm in self.layers:
-            if id(module) in sharded:
+            if id(module) in sharded and norm.grouped:
+                reading = norm.reading(module)
+                if reading is not None:
+                    _check_vectors_are_whole(reading)
                 norm.leave_group()
 
     def _entries(self, layers: Iterable[tuple[nn.Module, NormedWeight]]) -> Iterator[tuple[NormedWeight, Reading]]:
@@ -182,17 +185,21 @@ def _layers_of_replica(root: nn.Module) -> Iterator[tuple[nn.Module, NormedWeigh
 
 def _is_whole(reading: Reading) -> bool:
     """False if this process holds a part of the weight outside the layer's forward, as when it is sharded."""
+    _check_vectors_are_whole(reading)
     weight, rows, columns = reading.weight, reading.u.shape[0], reading.v.shape[0]
-    if is_sharded(reading.u) or is_sharded(reading.v):
-        raise RuntimeError(
-            "the vectors of a spectral norm must not be sharded, updates of them would be lost: name those parameters "
-            "in ignored_params of fully_shard"
-        )
     if is_sharded(weight):
         return False
     if is_exporting():  # a trace takes sizes for tensors
         return True
     return weight.ndim > 1 and weight.shape[reading.dim] == rows and weight.numel() == rows * columns
+
+
+def _check_vectors_are_whole(reading: Reading) -> None:
+    if is_sharded(reading.u) or is_sharded(reading.v):
+        raise RuntimeError(
+            "the vectors of a spectral norm must not be sharded, updates of them would be lost: name those parameters "
+            "in ignored_params of fully_shard"
+        )
 
 
 def _can_be_remembered(sources: list[Tensor]) -> bool:

@@ -31,6 +31,28 @@ def critic(norm):
     ).double()
 
 
+class Wrapper(nn.Module):
+    """A module that wraps a linear layer for its norm and keeps the vectors as parameters."""
+
+    power_iterations, name = 1, "weight"
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        weight = module._parameters.pop("weight")
+        module.weight_bar = weight
+        for name, size in (("weight_u", weight.shape[0]), ("weight_v", weight.shape[1])):
+            vector = nn.functional.normalize(torch.randn(size), dim=0)
+            setattr(module, name, nn.Parameter(vector, requires_grad=False))
+
+    def forward(self, x):
+        w, u, v = self.module.weight_bar, self.module.weight_u, self.module.weight_v
+        v.data = nn.functional.normalize(w.data.t() @ u.data, dim=0)
+        u.data = nn.functional.normalize(w.data @ v.data, dim=0)
+        self.module.weight = w / (u @ w @ v)
+        return self.module.forward(x)
+
+
 def images(step):
     return torch.randn(2, 4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
 
@@ -83,7 +105,16 @@ def work(rank, folder):
     unread = sharded(KINDS["grouped"](), "layers")
     bare = sharded(critic(lambda layer: layer), "layers")
     messages = []
-    for attempt in (lambda: unread[2].weight, lambda: group_spectral_norm(bare), lambda: spectral_norm(bare[2])):
+    wrapped, report = fuse(nn.Sequential(Wrapper(nn.Linear(4, 4)), Wrapper(nn.Linear(4, 4))))
+    assert len(report.swapped) == 2
+    fully_shard(wrapped[1])
+    for attempt in (
+        lambda: unread[2].weight,
+        lambda: group_spectral_norm(bare),
+        lambda: spectral_norm(bare[2]),
+        lambda: wrapped(torch.randn(2, 4)),
+        lambda: wrapped(torch.randn(2, 4)),
+    ):
         try:
             attempt()
         except (RuntimeError, ValueError) as error:
@@ -114,4 +145,6 @@ def test_two_processes_train_as_one(tmp_path):
         assert "must be read where it is whole" in messages[0]
         assert "0.0.weight must be whole, got a DTensor" in messages[1]
         assert "weight must be whole, got a DTensor" in messages[2]
-        assert len(messages) == 3
+        assert "vectors of a spectral norm must not be sharded" in messages[3]
+        assert "vectors of a spectral norm must not be sharded" in messages[4]  # a second forward hides nothing
+        assert len(messages) == 5
