@@ -28,7 +28,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast on the device of ``x``; there is none on "meta"."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()  # exported graphs would hold the context
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def outside_autocast(function: F) -> F:
@@ -61,6 +63,16 @@ def is_transforming() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_exporting() -> bool:
+    """Return whether ``torch.export``, ``torch.onnx.export`` or ``torch.jit.trace`` records what is computed.
+
+    The graph may be run where there is no fastgan, so that it must consist of torch's own operators.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None
 
 
 def runs_at_once(*tensors: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from fastgan.reference.spectral_norm import as_matrix
 
 # Buffers (1, rows) in which other code keeps u, and sigma: BigGAN's, and torch-mimicry's.
-_STORED = (("u0", "sv0"), ("sn_u", "sn_sigma"))
+STORED = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
 
 def parametrizations(module: nn.Module) -> Any:
@@ -56,9 +56,11 @@ def _shorten(cls: Any, name: str) -> None:
 
     def get(module: Any, slow: Any = own.fget) -> Tensor:
         if not torch.compiler.is_compiling():
-            norms = module._modules["parametrizations"]._modules[name]._modules
-            if len(norms) == 1 and norms["0"].__dict__.get("_supplied") is not None:
-                return norms["0"].take()
+            norms = module._modules["parametrizations"]._modules[name]
+            if len(norms._modules) == 1 and norms._modules["0"].__dict__.get("_supplied"):
+                supplied = norms._modules["0"].take(norms._parameters.get("original"))
+                if supplied is not None:
+                    return supplied
         return slow(module)
 
     setattr(cls, name, _Shortcut(get, own.fset, own.fdel, own.__doc__))
@@ -110,7 +112,7 @@ def _read_older_format(norm: _SpectralNorm, name: str, state_dict: dict[str, Any
         return
     new = f"{prefix}parametrizations.{name}."
     weight = state_dict[new + "original"] = state_dict.pop(f"{prefix}{name}_orig")
-    state_dict.pop(prefix + name, None)  # the normalised weight, which the oldest versions saved too
+    state_dict.pop(prefix + name, None)  # the normalized weight, which the oldest versions saved too
     if f"{prefix}{name}_u" not in state_dict:
         return
     u = state_dict[new + "0._u"] = state_dict.pop(f"{prefix}{name}_u")
@@ -123,7 +125,7 @@ def _read_stored_u(norm: _SpectralNorm, name: str, state_dict: dict[str, Any], p
 
     In eval mode the layer then has the weight that BigGAN's had.
     """
-    for u_name, sigma_name in _STORED if name == "weight" else ():
+    for u_name, sigma_name in STORED if name == "weight" else ():
         if prefix + u_name in state_dict and prefix + name in state_dict:
             new = f"{prefix}parametrizations.{name}."
             weight = state_dict[new + "original"] = state_dict.pop(prefix + name)

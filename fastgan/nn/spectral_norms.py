@@ -1,4 +1,4 @@
-"""Spectral normalisation of one layer: torch's parametrization, with fastgan's op and state."""
+"""Spectral normalization of one layer: torch's parametrization, with fastgan's op and state."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastgan.nn.normed_weight import (
     Reading,
     Settings,
     dtype_of,
+    is_sharded,
     without_supply,
 )
 from fastgan.nn.spectral_norm_state import complete, parametrizations
@@ -55,16 +56,16 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
     def released(self) -> _SpectralNorm:
         """A module of torch's class with the buffers, settings and hooks of this one."""
         released = _SpectralNorm.__new__(_SpectralNorm)
-        own = {"autocast", "impl", "once", "_supplied"}
+        own = {"autocast", "impl", "once", "grouped", "_supplied"}
         released.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         return released
 
     def forward(self, weight: Tensor) -> Tensor:
         return super().forward(weight) if weight.ndim == 1 else self._normalized(self._reading(weight))
 
-    def take(self) -> Tensor | None:
-        """The weight that a group has supplied."""
-        return self._take(self.training)
+    def take(self, source: Tensor | None) -> Tensor | None:
+        """The weight that a group has supplied for the raw weight ``source``."""
+        return self._take(source, self.training)
 
     def reading(self, module: nn.Module) -> Reading | None:
         lists = module._modules.get("parametrizations")
@@ -84,6 +85,11 @@ class SpectralNorm(NormedWeight, _SpectralNorm):
     def __getstate__(self) -> dict[str, Any]:
         return without_supply(self.__dict__)
 
+    def _replicate_for_data_parallel(self) -> SpectralNorm:
+        replica: SpectralNorm = super()._replicate_for_data_parallel()
+        replica.__dict__["_supplied"] = {}
+        return replica
+
 
 def _revive(vector: Tensor) -> None:
     """A weight of zeros leaves the power method at zero for good; begin at a random direction instead."""
@@ -100,7 +106,7 @@ def spectral_norm(
     *,
     impl: str = "auto",
 ) -> nn.Module:
-    """Spectral normalisation of ``module``'s parameter ``name``; a drop-in for torch's parametrization of that name.
+    """Spectral normalization of ``module``'s parameter ``name``; a drop-in for torch's parametrization of that name.
 
     Numbers, random state and state-dict keys are those of :func:`torch.nn.utils.parametrizations.spectral_norm`; state
     dicts of the older :func:`torch.nn.utils.spectral_norm` and of BigGAN's layers (``weight``, ``u0``, ``sv0``) load
@@ -109,7 +115,8 @@ def spectral_norm(
 
     Args:
         module: owner of the parameter.
-        name: of a parameter of any rank; of rank 1, it is divided by its Euclidean norm.
+        name: of a real parameter of any rank; of rank 1, it is divided by its Euclidean norm. Complex parameters are
+            for torch's function of that name.
         n_power_iterations: power iterations at each access of the weight in training mode.
         eps: lower bound of the norms that are divided by.
         dim: dimension of the outputs; None means 1 for transposed convolutions and 0 for all else.
@@ -122,6 +129,13 @@ def spectral_norm(
         ValueError: there is no such parameter, it has a spectral norm already, or an argument is out of range.
 
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks", arXiv 1802.05957.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = spectral_norm(nn.Linear(8, 4), n_power_iterations=20)
+        >>> bool(torch.linalg.matrix_norm(layer.weight, 2) < 1.1)
+        True
     """
     weight = module._parameters.get(name, module._buffers.get(name))
     if parametrize.is_parametrized(module, name):
@@ -134,10 +148,10 @@ def spectral_norm(
             "fastgan.nn.fuse takes that over"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{name} must be initialised, by a forward of {type(module).__name__}")
+        raise ValueError(f"{name} must be initialized, by a forward of {type(module).__name__}")
     if weight is None:
         raise ValueError(f"name must be that of a parameter or buffer of {type(module).__name__}, got {name!r}")
-    check_tensor(name, weight)
+    check_weight(name, weight)
     if not weight.ndim:
         raise ValueError(f"name must be that of a vector or matrix, {name!r} is a scalar")
     dim = (1 if isinstance(module, TRANSPOSED) else 0) if dim is None else dim
@@ -149,6 +163,12 @@ def spectral_norm(
         parametrize.register_parametrization(module, name, norm)
     complete(module)
     return module
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    check_tensor(name, weight)
+    if is_sharded(weight):
+        raise ValueError(f"{name} must be whole, got a DTensor: put norms on before fully_shard or parallelize_module")
 
 
 def check_settings(n_power_iterations: int, eps: float, impl: str) -> None:

@@ -1,4 +1,4 @@
-"""Spectral normalisation of all weights of a network at once: power iteration, and W / sigma, differentiable twice.
+"""Spectral normalization of all weights of a network at once: power iteration, and W / sigma, differentiable twice.
 
 ``spectral_norm_update`` writes the u and v it is given and returns copies of them, flat, with sigma = u^T W v;
 ``spectral_norm_scale`` is the differentiable part, whose gradients regard u and v as constants and sigma as a function
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_tensor
-from fastgan._dispatch import autocast_dtype, is_transforming, outside_autocast, runs_at_once
+from fastgan._dispatch import autocast_dtype, is_exporting, is_transforming, no_autocast, outside_autocast, runs_at_once
 from fastgan.backend import check_impl, implementation, resolve
+from fastgan.reference import spectral_norm as reference
 from fastgan.reference.spectral_norm import compute_dtype, matrix_shape, scale_differentiably
 
 
@@ -77,6 +78,9 @@ def update_vectors(
     No entry of ``dims`` is negative.
     """
     with torch.no_grad():
+        if is_exporting() or (is_transforming() and not n_power_iterations):  # vmap has no rule for ops
+            with no_autocast(weights[0]):
+                return reference.update(weights, us, vs, dims, n_power_iterations, float(eps), v_first)
         weights = [weight.detach() for weight in weights] if is_transforming() else weights
         if runs_at_once(*weights, *us, *vs):
             update = implementation("spectral_norm", impl).update
@@ -133,10 +137,11 @@ def scaled(
     weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype, impl: str
 ) -> list[Tensor]:
     """Compute :func:`spectral_norm_scale` as :func:`update_vectors` does :func:`spectral_norm_update`."""
+    if is_exporting() or is_transforming():
+        with no_autocast(weights[0]):
+            return scale_differentiably(weights, u, v, dims, dtype)
     if not torch.is_grad_enabled() and runs_at_once(*weights):
         return implementation("spectral_norm", impl).scale(weights, u, v, sigma, dims, dtype)
-    if is_transforming():
-        return scale_differentiably(weights, u, v, sigma, dims, dtype)
     return spectral_norm_scale_op(list(weights), u, v, sigma, list(dims), dtype, impl)
 
 

@@ -1,4 +1,4 @@
-"""Spectral normalisation of a list of weights in plain PyTorch.
+"""Spectral normalization of a list of weights in plain PyTorch.
 
 Each weight is read as a matrix W: its dimension ``dim`` gives the rows, the others, flattened, the columns. The vectors
 of all weights lie one behind the other in two flat tensors, u (the rows of all) and v (the columns of all).
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastgan._dispatch import is_exporting
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -63,7 +65,10 @@ def update(
         new_us.append(u)
         new_vs.append(v)
         sigmas.append(sigma)
-    if n_power_iterations:
+    if n_power_iterations and is_exporting():  # the tracer does not see copies of lists
+        for old, new in zip([*us, *vs], [*new_us, *new_vs], strict=True):
+            old.copy_(new)
+    elif n_power_iterations:
         torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
     sigma = torch.stack(sigmas)
     return torch.cat(new_us), torch.cat(new_vs), torch.where(sigma == 0, torch.ones_like(sigma), sigma)
@@ -81,7 +86,10 @@ def _iterate(w: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: floa
 
 
 def _normalized(product: Tensor, old: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(product).item()
+    length = torch.linalg.vector_norm(product)
+    if is_exporting():
+        return torch.where((length > 0) & (length < math.inf), product / length.clamp_min(eps), old)
+    norm = length.item()
     return product / max(norm, eps) if 0 < norm < math.inf else old
 
 
@@ -97,16 +105,15 @@ def scale(
 
 
 def scale_differentiably(
-    weights: Sequence[Tensor], u: Tensor, v: Tensor, sigma: Tensor, dims: Sequence[int], dtype: torch.dtype
+    weights: Sequence[Tensor], u: Tensor, v: Tensor, dims: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
-    """:func:`scale` with PyTorch's own gradients, for transforms of ``torch.func``, which do not know those of ops."""
+    """:func:`scale` with PyTorch's own operators and gradients, for graphs that are exported and for transforms of
+    ``torch.func``, which do not know the gradients of ops."""
     results = []
-    for weight, (row, column), s, dim in zip(
-        weights, split_vectors(u, v, weights, dims), sigma.unbind(), dims, strict=True
-    ):
+    for weight, (row, column), dim in zip(weights, split_vectors(u, v, weights, dims), dims, strict=True):
         w = _widen(weight)
-        change = torch.dot(row, torch.mv(as_matrix(w, dim), column))
-        results.append((w / (s + change - change.detach())).to(dtype))
+        sigma = torch.dot(row, torch.mv(as_matrix(w, dim), column))
+        results.append((w / torch.where(sigma == 0, torch.ones_like(sigma), sigma)).to(dtype))
     return results
 
 

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from fastgan.nn import group_spectral_norm, normed_weight
 from tests.nn.normed_networks import assert_same_state, grouped, images, network, norms, train, vectors
@@ -47,7 +48,7 @@ def test_two_forwards_in_one_step_and_no_graph_is_left():
             gradients.append([p.grad for p in model.parameters()])
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
-    assert all(norm._supplied is None for norm in norms(ours))
+    assert all(not norm._supplied for norm in norms(ours))
 
 
 def test_gradient_penalty_equals_torch():
@@ -61,7 +62,7 @@ def test_gradient_penalty_equals_torch():
         torch.testing.assert_close(a, b)
 
 
-def test_a_layer_called_alone_normalises_itself():
+def test_a_layer_called_alone_normalizes_itself():
     ours, torchs = grouped(), network(parametrizations.spectral_norm)
     ours(images()), torchs(images())
     torch.testing.assert_close(ours[0](images()), torchs[0](images()))
@@ -72,7 +73,7 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     ours = grouped()
     with pytest.raises(RuntimeError):
         ours(images()[:, :2])
-    assert all(norm._supplied is None for norm in norms(ours))
+    assert all(not norm._supplied for norm in norms(ours))
     ours(images()).sum().backward()
 
 
@@ -259,7 +260,7 @@ def test_export(training):
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())  # u and v moved along
     changed = network(parametrizations.spectral_norm).train(training)
     changed[0].parametrizations.weight.original.data.mul_(-3)
-    exported.load_state_dict(changed.state_dict())  # the exported graph holds no weight that was normalised before
+    exported.load_state_dict(changed.state_dict())  # the exported graph holds no weight that was normalized before
     torch.testing.assert_close(exported(images()), changed(images()))
 
 
@@ -291,3 +292,68 @@ def test_non_finite_weights_leave_vectors_that_recover():
     weights = {name: value for name, value in good.items() if "0._" not in name}
     ours.load_state_dict(weights, strict=False)
     assert ours(images()).isfinite().all()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class StoredU(nn.Conv2d):
+    """A layer that normalizes its weight by a vector of its own, as BigGAN's."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("u0", torch.randn(1, self.out_channels))
+        self.register_buffer("sv0", torch.ones(1))
+
+
+def doubled_and_normed():
+    layer = parametrizations.spectral_norm(nn.Linear(4, 4))
+    return parametrize.register_parametrization(layer, "weight", Doubled()) or layer
+
+
+LEFT_OUT = {
+    "parametrized by WeightNorm": lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    "parametrized by Orthogonal": lambda: parametrizations.orthogonal(nn.Conv1d(4, 4, 1)),
+    "parametrized by SpectralNorm, Doubled": doubled_and_normed,
+    "pruned": lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 1), "weight", 0.5),
+    "no parameter": lambda: nn.utils.weight_norm(nn.Linear(4, 4)),
+    "not initialized": lambda: nn.LazyLinear(4),
+    "normalizes its weight by u0": lambda: StoredU(4, 4, 1),
+    "complex": lambda: parametrizations.spectral_norm(nn.Linear(4, 4, dtype=torch.complex64)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_one_warning_names_the_layers_that_are_left_out_and_why(reason):
+    left_out, other = LEFT_OUT[reason](), LEFT_OUT[reason]()
+    names = list(left_out.state_dict())
+    root = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), left_out), other)
+    with pytest.warns(UserWarning, match="leaves out 2 of root's layers") as caught:
+        group_spectral_norm(root)
+    (message,) = [str(w.message) for w in caught if "leaves out" in str(w.message)]
+    assert f"1.1 ({type(left_out).__name__}: " in message
+    assert f", 2 ({type(left_out).__name__}: " in message
+    assert message.count(reason) == 2
+    assert list(left_out.state_dict()) == names
+    assert len(norms(root)) == 1
+    with pytest.raises(ValueError, match=f"root must contain .*, got only root itself .*{reason}"):
+        group_spectral_norm(left_out)
+
+
+def test_no_warning_without_such_layers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group_spectral_norm(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Bilinear(4, 4, 4), nn.PReLU()))
+        group_spectral_norm(grouped())
+
+
+def test_weights_that_cannot_be_normalized_are_refused_before_anything_changes():
+    for layer in (nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4).to(torch.float8_e4m3fn)):
+        root = nn.Sequential(nn.Linear(4, 4), layer)
+        with pytest.raises(ValueError, match=r"1\.weight must have dtype float32"):
+            group_spectral_norm(root)
+        assert not norms(root)
+        assert not root._forward_pre_hooks

@@ -64,7 +64,7 @@ def test_bad_input():
         group_spectral_norm(nn.Sequential(layer), updates="epoch")
     with pytest.raises(ValueError, match="root must contain"):
         group_spectral_norm(nn.ReLU())
-    with pytest.raises(ValueError, match="weight must be initialised"):
+    with pytest.raises(ValueError, match="weight must be initialized"):
         spectral_norm(nn.LazyLinear(3))
     for norm, older in (
         (spectral_norm, older_spectral_norm(nn.Linear(3, 2))),

@@ -80,7 +80,8 @@ class StoredVectorNorm(NormedWeight):
         """Kept, as tables of device pointers are reused while addresses stay."""
         columns = weight.numel() // weight.shape[0]
         if self._v is None or (self._v.device, self._v.dtype) != (weight.device, weight.dtype):
-            self._v = torch.zeros(columns, dtype=weight.dtype, device=weight.device)
+            with torch.inference_mode(False):  # a later update in training writes to it
+                self._v = torch.zeros(columns, dtype=weight.dtype, device=weight.device)
         return self._v
 
     def __getstate__(self) -> dict[str, Any]:
