@@ -2,6 +2,9 @@
 
 Derivatives are those of reverse mode, of forward mode and of ``torch.func``, in any nesting with ``torch.vmap``.
 ``torch.compile`` runs what is below a transform eagerly.
+
+Within a CUDA graph no value can be read. Operands are then not checked, and results and gradients of those that are
+indefinite or need an eigensolver, as most singular ones do, are NaN.
 """
 
 from __future__ import annotations

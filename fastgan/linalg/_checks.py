@@ -118,11 +118,22 @@ def check_eigenvalues(name: str, operand: Tensor, definite: bool = False) -> Non
     check_spectrum(name, torch.linalg.eigvalsh(wide), definite)
 
 
+def allowed_spectra(values: Tensor, definite: bool = False) -> Tensor:
+    """Return which of the ascending eigenvalues (n, d) :func:`check_spectrum` allows, without reading a value."""
+    return _smallest_shares(values) > _floor(values, definite)
+
+
+def _smallest_shares(values: Tensor) -> Tensor:
+    return values[:, 0] / values.abs().amax(-1).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _floor(values: Tensor, definite: bool) -> float:
+    return values.shape[-1] * torch.finfo(torch.float64).eps if definite else -INDEFINITE
+
+
 def check_spectrum(name: str, values: Tensor, definite: bool = False) -> None:
     """Raise as :func:`check_eigenvalues` does, for ascending eigenvalues (n, d) that are known."""
-    info = torch.finfo(torch.float64)
-    floor = values.shape[-1] * info.eps if definite else -INDEFINITE
-    shares = values[:, 0] / values.abs().amax(-1).clamp(min=info.tiny)
+    floor, shares = _floor(values, definite), _smallest_shares(values)
     index = int(shares.argmin())
     share = shares[index].item()
     if share <= floor:

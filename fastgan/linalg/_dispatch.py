@@ -37,6 +37,14 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
+def nan_unless(right: Tensor, matrices: Tensor) -> Tensor:
+    """Return ``matrices`` (..., rows, cols) with NaN in those that are not ``right`` (...), without reading a value.
+
+    A product, so that their gradients are NaN too.
+    """
+    return matrices * torch.where(right, 1.0, torch.nan).to(matrices.dtype)[..., None, None]
+
+
 def by_products(operand: Tensor) -> bool:
     """Return whether gradients avoid eigenvectors, which are slow on a GPU."""
     return operand.is_cuda

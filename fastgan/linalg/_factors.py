@@ -9,7 +9,7 @@ from fastgan._dispatch import is_differentiated, needs_no_dispatch
 from fastgan.linalg import _checks as checks
 from fastgan.linalg import _nuclear_norm as norm_ops
 from fastgan.linalg import _sqrtm as sqrtm_ops
-from fastgan.linalg._dispatch import resolve, watched
+from fastgan.linalg._dispatch import nan_unless, resolve, watched
 from fastgan.linalg._pivoted import semidefinite_rows
 from fastgan.linalg._symmetric import (
     cholesky_if_definite,
@@ -142,14 +142,17 @@ def _root(cov: Tensor, impl: str) -> tuple[Tensor, bool]:
     """R with R R^T = cov, and whether it is lower triangular, as a Cholesky factor is.
 
     A singular matrix has a factor of as many columns as its rank, or its symmetric root, which has a gradient. A
-    compiled graph, which must serve any rank, takes the symmetric root; a CUDA graph takes Cholesky factors alone.
+    compiled graph, which must serve any rank, takes the symmetric root; a CUDA graph takes Cholesky factors alone, NaN
+    for a singular matrix.
 
     Raises:
         ValueError: the covariance is clearly indefinite.
     """
     if not torch.compiler.is_compiling():
         lower, singular = cholesky_if_definite(cov)
-        if watched() or not bool(values_of(singular).any()):
+        if watched():
+            return nan_unless(~singular, lower), True
+        if not bool(values_of(singular).any()):
             return lower, True
         if cov.ndim == 2 and needs_no_dispatch(cov):
             return _singular_factor(cov, impl).mT, False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.linalg._dispatch import by_products, callable_anywhere, register_derivatives, resolve, watched
+from fastgan.linalg._dispatch import by_products, callable_anywhere, nan_unless, register_derivatives, resolve, watched
 from fastgan.linalg._sqrtm import NEWTON_SCHULZ, lyapunov_newton_schulz, scaled_newton_schulz
 from fastgan.linalg._symmetric import ROUNDING, power_of_two, symmetric_part
 
@@ -192,7 +192,7 @@ def polar_bounds(m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resolved_polar_factor(m: Tensor) -> Tensor | None:
-    """Polar factors of ``m``, or None if one lacks a direction, or nearly does.
+    """Polar factors of ``m``, or None if one lacks a direction, or nearly does; within a CUDA graph NaN for that one.
 
     Iterated to the end: a gradient is of first order in the error of the polar factor, and the value of second.
     """
@@ -202,7 +202,10 @@ def resolved_polar_factor(m: Tensor) -> Tensor | None:
     wide = m.mT if tall else m
     u, _ = polar_factor(wide / power_of_two(wide)[:, None, None], False, 0.0, "auto")
     eye = torch.eye(u.shape[-2], dtype=u.dtype, device=u.device)
-    if not watched() and not bool((_norm(u @ u.mT - eye) <= _ORTHONORMAL).all()):
+    orthonormal = _norm(u @ u.mT - eye) <= _ORTHONORMAL
+    if watched():
+        u = nan_unless(orthonormal, u)
+    elif not bool(orthonormal.all()):
         return None
     return u.mT if tall else u
 
@@ -262,7 +265,9 @@ def _polar_change_by_products(m: Tensor, direction: Tensor) -> tuple[Tensor, Ten
     h = symmetric_part(m @ u.mT)
     inside = dm @ u.mT
     x, converged = lyapunov_newton_schulz(h, inside - inside.mT)
-    if not watched() and not bool(converged.all()):
+    if watched():
+        x = nan_unless(converged, x)
+    elif not bool(converged.all()):
         return None
     change = x @ u + torch.cholesky_solve(dm - inside @ u, torch.linalg.cholesky_ex(h)[0])
     return polar, change.mT if tall else change

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
-from fastgan.linalg._checks import check_spectrum
-from fastgan.linalg._dispatch import by_products, callable_anywhere, resolve, watched
+from fastgan.linalg._checks import allowed_spectra, check_spectrum
+from fastgan.linalg._dispatch import by_products, callable_anywhere, nan_unless, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
 from fastgan.linalg._transforms import is_transforming, tangent_rule, untraced
 
@@ -35,7 +35,7 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
         values, vectors = torch.linalg.eigh(flat)
         if not watched():
             check_spectrum("a", values, definite=inverse)
-        root = _root_of_eigenpairs(values, vectors, inverse)
+        root = nan_unless(allowed_spectra(values, inverse), _root_of_eigenpairs(values, vectors, inverse))
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     scale = scale[:, None, None].sqrt()
@@ -63,15 +63,15 @@ def _root_of_eigenpairs(values: Tensor, vectors: Tensor, inverse: bool) -> Tenso
 
 
 def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
-    """Roots by Newton-Schulz; what has not converged goes by eigenvectors, or is a RuntimeError."""
+    """Roots by Newton-Schulz; what has not converged goes by eigenvectors, or is a RuntimeError, or NaN in a graph."""
     root = torch.ops.fastgan_C.sqrtm(a, inverse) if a.is_cuda and impl == "extension" else newton_schulz(a, inverse)
-    if watched():
-        return root
     target = torch.eye(a.shape[-1]).to(a).expand_as(a) if inverse else a
     difference = (root @ a @ root if inverse else root @ root) - target
     size = torch.linalg.matrix_norm(target)
     residual = torch.linalg.matrix_norm(difference) / torch.where(size > 0, size, 1.0)
     failed = ~(residual <= (_INVERSE_RESIDUAL if inverse else _RESIDUAL))
+    if watched():
+        return nan_unless(~failed, root)
     if bool(failed.any()):
         if not fall_back:
             share = residual[failed].amax().item()
@@ -130,7 +130,9 @@ def lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     flat_root = flat_root / scale
     if by_products(root):
         x, converged = lyapunov_newton_schulz(flat_root, flat_rhs)
-        if not watched() and not bool(converged.all()):
+        if watched():
+            x = nan_unless(converged, x)
+        elif not bool(converged.all()):
             x[:, ~converged] = _lyapunov_eigh(flat_root[~converged], flat_rhs[:, ~converged])
     else:
         x = _lyapunov_eigh(flat_root, flat_rhs)

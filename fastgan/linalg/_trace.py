@@ -127,11 +127,11 @@ def _factored(matrices: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor
     """Scales (n,), factors F (n, d, d) with A = F F^T, whether A is clearly indefinite (n,), and F's noise (3, n).
 
     These are Cholesky factors, or for singular matrices the eigenvectors of eigenvalues above rounding. Within a CUDA
-    graph, where values cannot be read, they are Cholesky factors alone.
+    graph, where values cannot be read, they are Cholesky factors alone, and singular counts as indefinite.
     """
     scale, wide = scaled(matrices, impl)
     factor, singular = cholesky_if_definite(wide)
-    indefinite = torch.zeros_like(singular)
+    indefinite = singular.clone() if watched() else torch.zeros_like(singular)
     if not watched() and bool(singular.any()):
         factor[singular], values, _ = eigen_factor(wide[singular])
         indefinite[singular] = values[:, 0] < -INDEFINITE * values.abs().amax(-1)

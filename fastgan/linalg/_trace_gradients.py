@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.linalg._dispatch import by_products, watched
+from fastgan.linalg._dispatch import by_products, nan_unless, watched
 from fastgan.linalg._nuclear_norm import resolved_polar_factor
 from fastgan.linalg._sqrtm import lyapunov_newton_schulz
 from fastgan.linalg._symmetric import ROUNDING, cholesky_if_definite, eigen_factor, scaled, symmetric_part
@@ -84,13 +84,15 @@ def _by_eigenvectors(a: Tensor, b: Tensor) -> Solution:
 
 def _by_products(a: Tensor, b: Tensor) -> Solution | None:
     """P = H U^T F^{-1} and Q = F U H^{-1} with A = F F^T, B = H H^T, U the polar factor of M = F^T H; None if A or B is
-    singular.
+    singular, or within a CUDA graph NaN for that pair.
 
     D = F^T E F solves the Lyapunov equation T D + D T = F^T (V_b - P V_a P) F of T = F^T P F, the Hermitian polar
     factor of M.
     """
     (f, singular_a), (h, singular_b) = cholesky_if_definite(a), cholesky_if_definite(b)
-    if not watched() and bool(singular_a.any() | singular_b.any()):
+    if watched():
+        f, h = nan_unless(~singular_a, f), nan_unless(~singular_b, h)
+    elif bool(singular_a.any() | singular_b.any()):
         return None
     m = f.mT @ h
     u = resolved_polar_factor(m.reshape(-1, *m.shape[-2:]))
@@ -103,7 +105,9 @@ def _by_products(a: Tensor, b: Tensor) -> Solution | None:
     def change(va: Tensor, vb: Tensor) -> tuple[Tensor, Tensor] | None:
         rhs = f.mT @ (vb - p @ va @ p) @ f
         d, converged = lyapunov_newton_schulz(symmetric_part(m @ u.mT), symmetric_part(rhs))
-        if not watched() and not bool(converged.all()):
+        if watched():
+            d = nan_unless(converged, d)
+        elif not bool(converged.all()):
             return None
         left = torch.linalg.solve_triangular(f.mT, d, upper=True)
         e = symmetric_part(torch.linalg.solve_triangular(f, left, upper=False, left=False))
