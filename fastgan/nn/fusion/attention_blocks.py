@@ -31,6 +31,7 @@ FAMILIES = (("theta", "phi", "g"), ("query", "key", "value"), ("q", "k", "v"), (
 # second axis flat or as (height, width).
 RETURNS = ("features", "none", "map", "transposed", "map 2d", "transposed 2d")
 _PLAN = "_attention_plan"
+_CLASSES: dict[Any, Any] = {}  # of fused blocks, by their own
 _ATOMS = (bool, int, float, str, type(None))
 _TORCH_MODULE = set(nn.Module().__dict__)
 
@@ -65,9 +66,10 @@ class Plan:
 class FusedAttention:
     """The methods that a fused block has before those of its own class."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make an unfused block if code of the model calls ``type(block)(...)``."""
-        return cls.__bases__[1](*args, **kwargs) if args or kwargs else object.__new__(cls)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make an unfused block, as code that calls ``type(block)(...)`` expects."""
+        self.__class__ = original_class(self)  # type: ignore[assignment]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan: Plan = self._attention_plan  # type: ignore[attr-defined]
@@ -93,7 +95,8 @@ class FusedAttention:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the block's class: that of a fused block is made at run time."""
-        rebuild, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        rebuild, arguments, *state = reduced
         if arguments and arguments[0] is type(self):
             return _rebuilt, (original_class(self), rebuild, *arguments[1:]), *state
         return rebuild, arguments, *state
@@ -120,16 +123,18 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(module, FusedAttention)
 
 
-@functools.cache
-def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(cls: Any) -> Any:
+    if cls in _CLASSES:
+        return _CLASSES[cls]
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,  # the name by which code that looks at names knows the block
         "__doc__": cls.__doc__,
     }
-    return types.new_class(
+    _CLASSES[cls] = types.new_class(
         cls.__name__, (FusedAttention, cls, SelfAttention2d), {}, lambda names: names.update(namespace)
     )
+    return _CLASSES[cls]
 
 
 def _rebuilt(cls: type[nn.Module], rebuild: Any, *arguments: Any) -> nn.Module:
@@ -174,7 +179,8 @@ def _warn_once(message: str) -> None:
 
 
 def _parts(block: Any, roles: Roles) -> AttentionParts:
-    return AttentionParts(*(None if path is None else _at(block, path) for path in roles))
+    parts: Any = (None if path is None else _at(block, path) for path in roles)
+    return AttentionParts(*parts)
 
 
 def _at(block: Any, path: str) -> Any:
@@ -200,16 +206,15 @@ def candidates(block: nn.Module, names: tuple[Mapping[str, str], ...] = ()) -> t
     named = [[by_name[name] for name in family] for family in FAMILIES if set(family) <= set(by_name)]
     if reason:
         return [], reason if named or _looks_like_attention(block) else ""
-    others = {"gamma": _scalar(block), "norm": _norm(block)}
-    orders: Any = ([*three, *(path for path in found if path not in three)] for three in named)
-    orders = [tuple(order) for order in orders] or list(itertools.permutations(found))
-    roles = [Roles(*order[:3], *(order[3:] or [None]), **others) for order in orders]
-    roles = [r for r in roles if _fits(block, r)]
-    if named:
-        roles = [both for r in roles for both in (r, r.exchanged())]
-    if not roles and (named or _looks_like_attention(block)):
+    orders = [(*three, *(path for path in found if path not in three)) for three in named]
+    fitting = []
+    for theta, phi, g, *o in orders or itertools.permutations(found):
+        given_roles = Roles(theta, phi, g, o[0] if o else None, _scalar(block), _norm(block))
+        if _fits(block, given_roles):
+            fitting += [given_roles, given_roles.exchanged()] if named else [given_roles]
+    if not fitting and (named or _looks_like_attention(block)):
         return [], "its projections do not fit together"
-    return roles, ""
+    return fitting, ""
 
 
 def is_named_like_attention(block: nn.Module) -> bool:

@@ -138,6 +138,11 @@ def relative_error(actual: Results | str, expected: Results) -> float:
     return worst
 
 
+def random_like(t: Tensor) -> Tensor:
+    """Random numbers of the shape of ``t``: those of ``torch.randn_like`` depend on its memory layout too."""
+    return torch.randn(t.shape, dtype=t.dtype, device=t.device)
+
+
 def run_whole(model: nn.Module, example_input: Any) -> dict[str, Results]:
     """Outputs, gradients and state of two forwards in training mode, then of two in eval mode.
 
@@ -179,7 +184,7 @@ def _outputs(model: nn.Module, example_input: Any) -> Results:
     for _ in range(2):
         leaves = [t for t in tree_leaves(_call(model, example_input)) if isinstance(t, Tensor)]
         floating = [t for t in leaves if t.is_floating_point() and t.requires_grad]
-        cotangents = [torch.randn_like(t) for t in floating]
+        cotangents = [random_like(t) for t in floating]
         if floating:
             found = torch.autograd.grad(floating, parameters, cotangents, allow_unused=True)
             gradients += [torch.zeros(()) if g is None else g for g in found]

@@ -79,7 +79,7 @@ class StoredVectorNorm(NormedWeight):
         return norm
 
     def replicate(self) -> nn.Module:
-        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[attr-defined]
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
         self.put_on(replica, self.spelling, self.impl)
         return replica
 
@@ -128,7 +128,7 @@ class WrapperNorm(NormedWeight):
         return norm
 
     def replicate(self) -> nn.Module:
-        replica: Any = type(self.wrapper)._replicate_for_data_parallel(self.wrapper)  # type: ignore[attr-defined]
+        replica: Any = type(self.wrapper)._replicate_for_data_parallel(self.wrapper)
         owner = replica if self.is_owner else replica.module
         self.put_on(replica, (owner, self.weight_name, self.u_name, self.v_name), self.impl)
         return replica

@@ -25,6 +25,7 @@ from fastgan.nn.fusion.attention_blocks import (
     release,
     scales_of,
 )
+from fastgan.nn.fusion.check import random_like
 from fastgan.nn.fusion.foreign_norms import (
     OlderNorm,
     StoredVectorNorm,
@@ -115,7 +116,7 @@ class NormSwap(Swap):
         for training in (True, True, False):
             self.module.train(training)
             output = self.normalized()
-            gradients += torch.autograd.grad(output, raw, torch.randn_like(output))
+            gradients += torch.autograd.grad(output, raw, random_like(output))
             outputs.append(output.detach())
         return [outputs, gradients, [v.detach().clone() for v in self.vectors()]]
 
@@ -272,7 +273,7 @@ class AttentionSwap(Swap):
                 block.train(training)
                 inputs.append(self._input(*shape))
                 outputs += [y for y in tree_leaves(block(inputs[-1])) if isinstance(y, Tensor)]
-        loss = torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum()
+        loss = torch.stack([(y * random_like(y)).sum() for y in outputs]).sum()
         parameters = [p for p in block.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
         state = [b.detach().clone() for b in block.buffers() if b.is_floating_point()]
