@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", *sys.stdlib_module_names}
 _WHOLE_MODEL = 10  # times that, as differences grow through layers
 
@@ -120,7 +120,7 @@ def trial(module: nn.Module) -> Iterator[Callable[[Callable[[], Any]], Any]]:
 
 def tolerance_of(module: nn.Module) -> float:
     """The relative difference that rounding explains, for the coarsest dtype in ``module``."""
-    return max((_TOLERANCE.get(p.dtype, 0.0) for p in module.parameters()), default=_TOLERANCE[torch.float32])
+    return max((TOLERANCE.get(p.dtype, 0.0) for p in module.parameters()), default=TOLERANCE[torch.float32])
 
 
 def relative_error(actual: Results | str, expected: Results) -> float:

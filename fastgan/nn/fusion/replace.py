@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgan.nn.fusion.attention_blocks import Roles, has_parts, is_fused, release
-from fastgan.nn.fusion.check import relative_error, run_whole, same_whole, tolerance_of, trial
+from fastgan.nn.fusion.check import relative_error, run_whole, same_whole, trial
 from fastgan.nn.fusion.swaps import NormSwap, Refusal, Swap, release_norms, swaps_of, unnormed_weights
 from fastgan.nn.spectral_norm_group import SpectralNormGroup, group_of
 from fastgan.ops._attention import check_attention_impl
@@ -182,7 +182,7 @@ def _attempt(swap: Swap) -> tuple[float, str]:
             expected = seeded(swap.run)
     except Exception as why:  # whatever code that was never seen may raise
         return 0.0, f"it does not run alone on a random input ({type(why).__name__}: {why})"
-    best, allowed = float("inf"), tolerance_of(swap.module)
+    best, allowed = float("inf"), swap.tolerance()
     for variant in swap.variants:
         swap.apply(variant)
         try:

@@ -25,7 +25,7 @@ from fastgan.nn.fusion.attention_blocks import (
     release,
     scales_of,
 )
-from fastgan.nn.fusion.check import random_like
+from fastgan.nn.fusion.check import TOLERANCE, random_like, tolerance_of
 from fastgan.nn.fusion.foreign_norms import (
     OlderNorm,
     StoredVectorNorm,
@@ -59,6 +59,10 @@ class Swap:
     def __init__(self, path: str, module: nn.Module, impl: str) -> None:
         self.path, self.module, self.impl = path, module, impl
         self._variant: Any = None
+
+    def tolerance(self) -> float:
+        """Return the relative difference of results that rounding explains."""
+        return tolerance_of(self.module)
 
     def learn(self) -> str:
         """Find out how the part is called; the answer is why it is not to be replaced, or ""."""
@@ -262,8 +266,13 @@ class AttentionSwap(Swap):
             return f"it returns a {type(y).__name__}, neither features nor a tuple of them and an attention map"
         return ""
 
+    def tolerance(self) -> float:
+        return min(super().tolerance(), TOLERANCE[torch.float32])  # see run
+
     def run(self) -> list[list[Tensor]]:
         block = self.module
+        if super().tolerance() > self.tolerance():
+            block.float()  # half precision would take one scale or role for another
         with torch.no_grad():  # zeros, as gamma's or those of a last layer, would hide what is computed
             for p in (p for p in block.parameters() if p.is_floating_point()):
                 p.copy_(torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5) if p.ndim > 1 else torch.rand_like(p) + 0.5)

@@ -160,6 +160,19 @@ def test_blocks_of_public_code(name):
         torch.testing.assert_close(b.expand_as(a), a.expand_as(b), rtol=1e-9, atol=1e-11 * largest)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["fastai", "taming-transformers", "f g h of the paper"])
+def test_half_precision_takes_no_role_or_scale_for_another(name, dtype):
+    torch.manual_seed(0)
+    original = in_random_state(PUBLIC[name]())
+    fused, report = fuse(copy.deepcopy(original).to(dtype))
+    assert isinstance(fused, SelfAttention2d), str(report)
+    assert {p.dtype for p in fused.parameters()} == {dtype}
+    channels = next(p for p in original.parameters() if p.ndim > 1).shape[1]
+    x = torch.randn(2, channels, 6, 4, dtype=torch.float64)
+    assert_equal_functions(fused.double(), original.to(dtype).double(), x)
+
+
 def test_sizes_that_a_block_refuses_are_still_refused():
     fused, _ = fuse(PUBLIC["even sizes"](), copy=True)
     with pytest.raises(RuntimeError, match="Expected size"):

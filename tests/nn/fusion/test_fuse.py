@@ -375,3 +375,26 @@ def test_bad_input():
         fuse(nn.Linear(2, 2), impl="fast")
     with pytest.raises(ValueError, match="example_input must be what model can be called with"):
         fuse(critic(older_spectral_norm), torch.randn(2, 4))
+
+
+def replicated(model):
+    """What ``nn.DataParallel`` makes of a model for one of its devices."""
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        for name, child in module._modules.items():
+            setattr(replicas[module], name, None if child is None else replicas[child])
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            setattr(replicas[module], name, None if value is None else value * 1)
+    return replicas[model]
+
+
+@pytest.mark.parametrize("norm", ["older", "stored", "wrapper"])
+def test_data_parallel_replicas_take_their_own_tensors(norm):
+    model, _ = fuse(critic(NORMS[norm]))
+    nn.init.constant_(model[2].gamma, 0.5)
+    expected, replica = copy.deepcopy(model)(images()), replicated(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.rand_like(p))  # a replica that read the original's weights would show it
+    torch.testing.assert_close(replica(images()), expected)
