@@ -189,7 +189,7 @@ def self_attention(x: Tensor, parts: AttentionParts, settings: AttentionSettings
 def self_attention_and_map(x: Tensor, parts: AttentionParts, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
     """Compute y and the map (B, N, M) whose rows sum to 1. The gradient of y does not need the map in memory."""
     q, k, v = _queries_keys_values(x, parts, settings)
-    attention_map = torch.softmax(settings.scale * (q @ k.mT), dim=-1)
+    attention_map = torch.softmax(settings.scale * (q @ k.transpose(1, 2)), dim=-1)
     if settings.impl == "eager" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return _residual(x, attention_map @ v, parts), attention_map
     rows = attend(q, k, v, settings.scale, settings.impl, resolve(settings.impl, x))
@@ -264,7 +264,7 @@ def _projected(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(inner, nn.Conv1d):
         return layer(x.flatten(2)).unflatten(2, x.shape[2:])
     if isinstance(inner, nn.Linear):
-        return layer(rows_of(x)).mT.unflatten(2, x.shape[2:])
+        return layer(rows_of(x)).transpose(1, 2).unflatten(2, x.shape[2:])
     return layer(x)
 
 

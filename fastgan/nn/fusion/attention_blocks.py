@@ -83,7 +83,7 @@ class FusedAttention:
         y, attention_map = self_attention_and_map(x, parts, plan.settings)
         height, width = x.shape[2:]
         if plan.returns.startswith("transposed"):
-            attention_map = attention_map.mT
+            attention_map = attention_map.transpose(1, 2)
         elif plan.settings.pool:
             height, width = height // 2, width // 2
         return y, attention_map.unflatten(2, (height, width)) if plan.returns.endswith("2d") else attention_map

@@ -186,10 +186,6 @@ def _attn_gan(kind: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]]:
 
 def _fastai(kind: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]]:
     def make() -> tuple[nn.Module, tuple[Any, ...]]:
-        if kind == "basic_generator":
-            return module("fastai.vision.gan").basic_generator(16, 3, 8, 8, 1), (torch.randn(2, 8, 1, 1),)
-        if kind == "basic_critic":
-            return module("fastai.vision.gan").basic_critic(16, 3, 8, 1), (images(16),)
         layers = module("fastai.layers")
         return nn.Sequential(nn.Conv2d(3, 32, 1), getattr(layers, kind)(32)), (images(8),)
 
@@ -254,7 +250,7 @@ def _unet_stylegan2(kind: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]
 def _lightweight(kind: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]]:
     def make() -> tuple[nn.Module, tuple[Any, ...]]:
         package = module("lightweight_gan.lightweight_gan")
-        sizes = {"image_size": 64, "fmap_max": 32, "attn_res_layers": [32]}
+        sizes = {"image_size": 64, "fmap_max": 8, "attn_res_layers": [32]}
         if kind == "Generator":
             return package.Generator(**sizes, latent_dim=8), (torch.randn(2, 8),)
         return package.Discriminator(**sizes, disc_output_size=1), (images(64),)
@@ -264,7 +260,7 @@ def _lightweight(kind: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]]:
 
 def _pro_gan() -> tuple[nn.Module, tuple[Any, ...]]:
     """The discriminator: the generator's layers do not run under torch 2."""
-    return module("pro_gan_pytorch.networks").Discriminator(depth=3, latent_size=8), (images(16), 3, 1.0)
+    return module("pro_gan_pytorch.networks").Discriminator(depth=2, latent_size=8), (images(8), 2, 1.0)
 
 
 def _diffusers(kind: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]]:
@@ -362,8 +358,6 @@ CASES = (
     Case("torchgan", "SpectralNorm2d, SelfAttention2d", _torchgan, {WRAPPER: 2}, 1),
     Case("attn-gan-pytorch", "Generator", _attn_gan("Generator"), {WRAPPER: 2, ATTENTION: 1}),
     Case("attn-gan-pytorch", "Discriminator", _attn_gan("Discriminator"), {WRAPPER: 2, ATTENTION: 1}),
-    Case("fastai", "basic_generator", _fastai("basic_generator")),
-    Case("fastai", "basic_critic", _fastai("basic_critic")),
     Case("fastai", "SelfAttention", _fastai("SelfAttention"), {OLDER: 3, ATTENTION: 1}),
     Case("fastai", "PooledSelfAttention2d", _fastai("PooledSelfAttention2d"), {OLDER: 4, ATTENTION: 1}),
     Case("fastai", "conv_layer", _fastai_conv_layer, {OLDER: 5, ATTENTION: 1}),
@@ -375,13 +369,13 @@ CASES = (
     Case("diffusers", "Decoder", _diffusers("Decoder"), {ATTENTION: 1}),
     Case("stylegan2_pytorch", "Generator", _stylegan2("Generator"), {}, 2),
     Case("stylegan2_pytorch", "Discriminator", _stylegan2("Discriminator"), {}, 2),
-    Case("unet-stylegan2", "Generator", _unet_stylegan2("Generator")),
-    Case("unet-stylegan2", "Discriminator", _unet_stylegan2("Discriminator")),
+    Case("unet-stylegan2", "Generator", _unet_stylegan2("Generator"), {}, 3),
+    Case("unet-stylegan2", "Discriminator", _unet_stylegan2("Discriminator"), {}, 3),
     Case("lightweight-gan", "Generator", _lightweight("Generator"), {}, 1),
-    Case("lightweight-gan", "Discriminator", _lightweight("Discriminator"), {}, 1),
+    Case("lightweight-gan", "Discriminator", _lightweight("Discriminator"), {}, 3),
     Case("pro-gan-pth", "Discriminator", _pro_gan),
     Case("skillful-nowcasting", "AttentionLayer", _nowcasting, {PARAMETRIZATION: 2}, 1),
-    Case("denoising-diffusion-pytorch", "Unet", _unet, {}, 1),
+    Case("denoising-diffusion-pytorch", "Unet", _unet, {}, 5),
     Case("timm", "NonLocalAttn", _timm("non_local_attn.NonLocalAttn", 32), {}, 1),
     Case("timm", "BottleneckAttn", _timm("bottleneck_attn.BottleneckAttn", 32, 32, (8, 8)), {}, 1),
     Case("timm", "HaloAttn", _timm("halo_attn.HaloAttn", 32, 32), {}, 1),

@@ -495,3 +495,35 @@ def test_compiled_and_exported_blocks():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_onnx_export_of_fused_blocks(name, dynamo, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32 if name.startswith("taming") else 16, 1), in_random_state(PUBLIC[name]()))
+    _, report = fuse(model.eval())
+    assert report.swapped
+    x = torch.randn(1, 3, 4, 6)
+    torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=dynamo, verbose=False)
+    graph = onnx.load(str(tmp_path / "model.onnx"))
+    assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    found = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})
+    for actual, expected in zip(found, parts_of(model(x)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), expected.detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_exported_program_of_fused_blocks_is_read_again(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), in_random_state(PUBLIC["fastai"]())).eval()
+    fuse(model)
+    x = torch.randn(2, 3, 6, 4)
+    torch.export.save(torch.export.export(model, (x,)), str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch.export.load(str(tmp_path / "model.pt2")).module()(x), model(x))
+    torch.jit.trace(model, x).save(str(tmp_path / "model.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "model.pt"))(x), model(x))
