@@ -168,7 +168,7 @@ def run_whole(model: nn.Module, example_input: Any) -> dict[str, Results]:
 
 
 def same_whole(model: nn.Module, example_input: Any, before: dict[str, Results]) -> bool:
-    """Whether the model still gives what :func:`run_whole` gave."""
+    """Return whether the model still gives what :func:`run_whole` gave."""
     try:
         after = run_whole(model, example_input)
     except ValueError:

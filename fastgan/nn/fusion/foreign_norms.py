@@ -153,7 +153,7 @@ class WrapperNorm(NormedWeight):
 
 
 def stored_spelling(module: nn.Module) -> Spelling | None:
-    """How ``module`` names the parts of a norm that stores u, if it has one."""
+    """Return the names of the parts of a norm that stores u, if ``module`` has one."""
     for names in SPELLINGS:
         has_state = {names.u, names.sigma} <= set(module._buffers) and "weight" in module._parameters
         settings = isinstance(getattr(module, names.iterations, None), int) and hasattr(module, "eps")

@@ -21,7 +21,7 @@ __all__ = ["FuseReport", "Fused", "fuse", "unfuse"]
 
 @dataclass(frozen=True)
 class Fused:
-    """What :func:`fuse` did with one part of a model."""
+    """Outcome of :func:`fuse` for one part of a model."""
 
     path: str  # "" is the model itself
     what: str
@@ -246,7 +246,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _leaves_only(model: nn.Module) -> Iterator[None]:
-    """Without history in plain attributes, as norms leave it in their ``weight``: it cannot be copied."""
+    """Detach tensors in plain attributes meanwhile: norms leave a history in ``weight``, which cannot be copied."""
     attributes = [
         (m, name, value)
         for m in model.modules()
