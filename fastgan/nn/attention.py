@@ -24,7 +24,10 @@ and gamma is folded into o's weight: 8.8 B C N in 10 launches.
 
 from __future__ import annotations
 
-from typing import Any, overload
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -32,20 +35,48 @@ from torch import Tensor, nn
 
 from fastgan._dispatch import autocast_dtype, is_transforming
 from fastgan._layout import rows_of
-from fastgan.backend import check_impl, resolve
-from fastgan.ops._attention import attend
+from fastgan.backend import resolve
+from fastgan.ops._attention import attend, check_attention_impl
 from fastgan.ops._projections import project_and_add, project_and_pool
 from fastgan.reference.attention import attention_eager
 
-# Spellings of theta, phi, g, o and gamma in other people's checkpoints; a family is known by its first name.
+# Spellings of theta, phi and g in other people's checkpoints. fastai's softmax is over the queries.
 _SPELLINGS = (
-    ("query_conv", "key_conv", "value_conv", "out_conv", "gamma"),
-    ("query", "key", "value", "out", "gamma"),
-    ("conv1x1_theta", "conv1x1_phi", "conv1x1_g", "conv1x1_attn", "sigma"),
-    ("snconv1x1_theta", "snconv1x1_phi", "snconv1x1_g", "snconv1x1_attn", "sigma"),
-    ("f", "g", "h", "o", "gamma"),
+    ("query_conv", "key_conv", "value_conv"),
+    ("conv1x1_theta", "conv1x1_phi", "conv1x1_g"),
+    ("snconv1x1_theta", "snconv1x1_phi", "snconv1x1_g"),
+    ("key.0", "query.0", "value.0"),
 )
+# Names that code with the softmax over the first axis uses as well as code with the softmax over the last.
+_AMBIGUOUS = (("query", "key", "value"), ("q", "k", "v"), ("f", "g", "h"))
+_OUTPUTS = ("o", "out", "out_conv", "conv1x1_attn", "snconv1x1_attn")
+_GAMMAS = ("gamma", "sigma", "alpha")
 _NAMES = ("theta", "phi", "g", "o", "gamma")
+_PLAIN_FORWARDS = (nn.Conv2d.forward, nn.Conv1d.forward, nn.Linear.forward)
+_PLAIN_CONV_FORWARDS = (None, nn.Conv2d._conv_forward, nn.Conv1d._conv_forward)
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Settings of a self-attention block that are not layers: ``scale`` multiplies the logits."""
+
+    pool: bool
+    scale: float
+    impl: str
+
+
+class AttentionParts(NamedTuple):
+    """Layers of a self-attention block: each projection is a 1x1 ``Conv2d``, a ``Conv1d``, a ``Linear`` or holds one.
+
+    y = x + gamma * o(attention(theta(h), phi(h), g(h))) with h = norm(x). ``o``, ``gamma`` and ``norm`` may be None.
+    """
+
+    theta: nn.Module
+    phi: nn.Module
+    g: nn.Module
+    o: nn.Module | None = None
+    gamma: Tensor | None = None
+    norm: nn.Module | None = None
 
 
 class SelfAttention2d(nn.Module):
@@ -53,8 +84,13 @@ class SelfAttention2d(nn.Module):
 
     The defaults are the canonical block of the official code and of BigGAN. The other common one, with values as wide
     as x, biases, no pooling and no output convolution, is ``SelfAttention2d(c, value_channels=c, pool=False,
-    bias=True)``. State dicts of the usual spellings (``theta phi g o gamma``, ``query_conv key_conv value_conv
-    gamma``, ``snconv1x1_theta ... sigma``, ``f g h o gamma``) load as they are.
+    bias=True)``.
+
+    State dicts with other names load if the names say which part is which: ``conv1x1_theta ... sigma``,
+    ``snconv1x1_theta ... sigma``, and ``query_conv key_conv value_conv gamma`` of 2d convolutions. ``query key value``
+    and ``f g h`` do not: in half of the code that uses them the softmax runs over the queries, so that ``query`` plays
+    the part of phi. Such state dicts need ``roles``; without it ``load_state_dict`` raises. fastai's ``query.0 key.0
+    value.0`` are known to be exchanged.
 
     Args:
         in_channels: C.
@@ -62,13 +98,21 @@ class SelfAttention2d(nn.Module):
         value_channels: channels of g; C // 2 if None (C must then be even). If it equals C there is no ``o``.
         pool: 2x2 max-pool of phi and g.
         bias: biases in all convolutions.
-        spectral_norm: spectral normalisation of all convolutions.
+        spectral_norm: spectral normalization of all convolutions.
         scale: multiplies the logits; None for 1/sqrt(qk_channels).
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "reference" or "eager". "eager" keeps the maps in memory and has gradients to any
+            order; the others have them to second order.
+        roles: names in the state dicts to load, by part: ``theta``, ``phi`` and ``g``, and ``o`` and ``gamma`` if they
+            are not called so there. Each query's weights, over the positions of phi, sum to 1.
 
     Shape:
-        x (B, C, H, W) -> (B, C, H, W), H and W at least 2 where pooling; any memory format. float32, bfloat16,
-        float16, and float64 on the reference path. Gradients exist to second order.
+        x (B, C, H, W) -> (B, C, H, W), H and W at least 2 if pooling; any memory format. float32, bfloat16, float16,
+        and float64 without Triton.
+
+    Example:
+        >>> block = SelfAttention2d(32)
+        >>> block(torch.randn(2, 32, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
 
     Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
     """
@@ -84,26 +128,30 @@ class SelfAttention2d(nn.Module):
         spectral_norm: bool = False,
         scale: float | None = 1.0,
         impl: str = "auto",
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        check_impl(impl)
+        check_attention_impl(impl)
         self.in_channels = in_channels
         self.qk_channels = _channels("qk_channels", qk_channels, in_channels, 8)
         self.value_channels = _channels("value_channels", value_channels, in_channels, 2)
         self.pool, self.impl = pool, impl
         self.scale = self.qk_channels**-0.5 if scale is None else float(scale)
+        self.roles = None if roles is None else _checked_roles(roles)
         self.theta = nn.Conv2d(in_channels, self.qk_channels, 1, bias=bias)
         self.phi = nn.Conv2d(in_channels, self.qk_channels, 1, bias=bias)
         self.g = nn.Conv2d(in_channels, self.value_channels, 1, bias=bias)
         self.o = (
             nn.Conv2d(self.value_channels, in_channels, 1, bias=bias) if self.value_channels != in_channels else None
         )
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.gamma = nn.Parameter(torch.zeros(1))  # FSDP2 shards no scalar of shape ()
         if spectral_norm:
-            from fastgan.nn.spectral_norms import spectral_norm as normalise
+            from fastgan.nn.spectral_norms import spectral_norm as normalize
 
-            for conv in self._convolutions():
-                normalise(conv)
+            for conv in (self.theta, self.phi, self.g, self.o):
+                if conv is not None:
+                    normalize(conv)
+        self.register_load_state_dict_pre_hook(_read_other_formats)
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
@@ -112,83 +160,154 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor, return_attention: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Return y; with ``return_attention`` (y, map (B, N, M) whose rows sum to 1), by plain PyTorch."""
-        self._check(x)
-        if return_attention:
-            return self._with_map(x)
-        if torch.onnx.is_in_onnx_export():
-            return self._residual(x, attention_eager(*self._queries_keys_values(x), self.scale))
-        impl = resolve(self.impl, x)
-        if impl == "triton" and self._is_fused():
-            return self._fused(x)
-        return self._residual(x, attend(*self._queries_keys_values(x), self.scale, self.impl, impl))
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, pool={self.pool}, scale={self.scale:g}, impl={self.impl!r}"
-
-    def _check(self, x: Tensor) -> None:
+        """Return y; with ``return_attention`` (y, map (B, N, M) whose rows sum to 1), the map by plain PyTorch."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if self.pool and min(x.shape[2:]) < 2:
             raise ValueError(f"x must be at least 2 x 2 pixels where keys are pooled, got {tuple(x.shape)}")
+        parts = AttentionParts(self.theta, self.phi, self.g, self.o, self.gamma)
+        settings = AttentionSettings(self.pool, self.scale, self.impl)
+        return self_attention_and_map(x, parts, settings) if return_attention else self_attention(x, parts, settings)
 
-    def _is_fused(self) -> bool:
-        if not self.pool or self.o is None or is_transforming():
-            return False
-        return not _called_as_modules(*self._convolutions())
+    def extra_repr(self) -> str:
+        if not hasattr(self, "in_channels"):  # a block of another class, fused
+            return ""
+        return f"{self.in_channels}, pool={self.pool}, scale={self.scale:g}, impl={self.impl!r}"
 
-    def _fused(self, x: Tensor) -> Tensor:
-        dtype = autocast_dtype(x) or x.dtype
-        weight, bias = _joined(self.theta, self.phi, self.g)
-        bias = None if bias is None else bias.to(dtype)
-        q, kv = project_and_pool(x, weight.flatten(1).to(dtype), bias, self.qk_channels, "triton")
-        k, v = kv.split((self.qk_channels, self.value_channels), dim=2)
-        rows = attend(q, k, v, self.scale, self.impl, "triton")
-        weight, bias = self._scaled_output()
-        bias = None if bias is None else bias.to(dtype)
-        return project_and_add(rows, weight.flatten(1).to(dtype), bias, x, "triton")
 
-    def _with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = self._queries_keys_values(x)
-        attention_map = torch.softmax(self.scale * (q @ k.transpose(1, 2)), dim=-1)
-        return self._residual(x, attention_map @ v), attention_map
+def self_attention(x: Tensor, parts: AttentionParts, settings: AttentionSettings) -> Tensor:
+    """Compute y (B, C, H, W) of a self-attention block for x of the same shape."""
+    if settings.impl == "eager" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+        return _residual(x, attention_eager(*_queries_keys_values(x, parts, settings), settings.scale), parts)
+    impl = resolve(settings.impl, x)
+    if impl == "triton" and _is_fused(parts, settings):
+        return _fused(x, parts, settings)
+    rows = attend(*_queries_keys_values(x, parts, settings), settings.scale, settings.impl, impl)
+    return _residual(x, rows, parts)
 
-    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, kv = rows_of(self.theta(x)), self._keys_and_values(x)
-        k, v = rows_of(F.max_pool2d(kv, 2) if self.pool else kv).split((self.qk_channels, self.value_channels), dim=2)
-        return q, k, v
 
-    def _keys_and_values(self, x: Tensor) -> Tensor:
-        if _called_as_modules(self.phi, self.g):
-            return torch.cat((self.phi(x), self.g(x)), dim=1)
-        return F.conv2d(x, *_joined(self.phi, self.g))
+def self_attention_and_map(x: Tensor, parts: AttentionParts, settings: AttentionSettings) -> tuple[Tensor, Tensor]:
+    """Compute y and the map (B, N, M) whose rows sum to 1. The gradient of y does not need the map in memory."""
+    q, k, v = _queries_keys_values(x, parts, settings)
+    attention_map = torch.softmax(settings.scale * (q @ k.transpose(1, 2)), dim=-1)
+    if settings.impl == "eager" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+        return _residual(x, attention_map @ v, parts), attention_map
+    rows = attend(q, k, v, settings.scale, settings.impl, resolve(settings.impl, x))
+    return _residual(x, rows, parts), attention_map
 
-    def _residual(self, x: Tensor, rows: Tensor) -> Tensor:
-        features = rows.transpose(1, 2).unflatten(2, x.shape[2:])
-        if self.o is None:
-            return x + self.gamma * features
-        if _called_as_modules(self.o):
-            return x + self.gamma * self.o(features)
-        return x + F.conv2d(features, *self._scaled_output())
 
-    def _scaled_output(self) -> tuple[Tensor, Tensor | None]:
-        assert self.o is not None
-        return self.gamma * self.o.weight, None if self.o.bias is None else self.gamma * self.o.bias
+def pointwise_layer(module: nn.Module | None) -> nn.Conv2d | nn.Conv1d | nn.Linear | None:
+    """Return the 1x1 convolution or linear layer that ``module`` is or holds, or None.
 
-    def _convolutions(self) -> list[nn.Conv2d]:
-        return [conv for conv in (self.theta, self.phi, self.g, self.o) if conv is not None]
+    It may be held by a module that normalizes it, as ``module``, or be the first of an ``nn.Sequential``.
+    """
+    if isinstance(module, nn.Linear):
+        return module
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        plain = {*module.kernel_size, *module.stride} == {1} and module.groups == 1
+        padded = module.padding != "same" and module.padding != "valid" and any(module.padding)
+        return module if plain and not padded else None
+    if isinstance(module, nn.Sequential) and len(module):
+        return pointwise_layer(module[0])
+    inner = None if module is None else module._modules.get("module")
+    return None if inner is None else pointwise_layer(inner)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _rename(state_dict, prefix)
-        for name in ("theta", "phi", "g", "o"):  # some keep 1x1 convolutions as Conv1d or Linear
-            for suffix in ("weight", "weight_orig", "parametrizations.weight.original"):
-                key = f"{prefix}{name}.{suffix}"
-                if key in state_dict and state_dict[key].ndim in (2, 3):
-                    state_dict[key] = state_dict[key].flatten(1)[:, :, None, None]
-        gamma = f"{prefix}gamma"
-        if gamma in state_dict and state_dict[gamma].numel() == 1:
-            state_dict[gamma] = state_dict[gamma].reshape(())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _is_fused(parts: AttentionParts, settings: AttentionSettings) -> bool:
+    if not settings.pool or parts.o is None or is_transforming():
+        return False
+    return not _called_as_modules(parts.theta, parts.phi, parts.g, parts.o)
+
+
+def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings) -> Tensor:
+    h = x if parts.norm is None else parts.norm(x)
+    dtype = autocast_dtype(x) or x.dtype
+    weight, bias = _joined(parts.theta, parts.phi, parts.g)
+    bias = None if bias is None else bias.to(dtype)
+    qk_channels = _weight_of(parts.theta).shape[0]
+    q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, "triton")
+    k, v = kv.split((qk_channels, kv.shape[2] - qk_channels), dim=2)
+    rows = attend(q, k, v, settings.scale, settings.impl, "triton")
+    weight, bias = _scaled_output(parts)
+    bias = None if bias is None else bias.to(dtype)
+    return project_and_add(rows, weight.to(dtype), bias, x, "triton")
+
+
+def _queries_keys_values(
+    x: Tensor, parts: AttentionParts, settings: AttentionSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = x if parts.norm is None else parts.norm(x)
+    queries = _projected(parts.theta, h)
+    if _called_as_modules(parts.phi, parts.g):
+        maps = torch.cat((_projected(parts.phi, h), _projected(parts.g, h)), dim=1)
+    else:
+        weight, bias = _joined(parts.phi, parts.g)
+        maps = F.conv2d(h, weight[:, :, None, None], bias)
+    rows = rows_of(F.max_pool2d(maps, 2) if settings.pool else maps)
+    k, v = rows.split((queries.shape[1], rows.shape[2] - queries.shape[1]), dim=2)
+    return rows_of(queries), k, v
+
+
+def _residual(x: Tensor, rows: Tensor, parts: AttentionParts) -> Tensor:
+    features = rows.transpose(1, 2).unflatten(2, x.shape[2:])
+    if parts.o is not None and not _called_as_modules(parts.o):
+        weight, bias = _scaled_output(parts)
+        return x + F.conv2d(features, weight[:, :, None, None], bias)
+    if parts.o is not None:
+        features = _projected(parts.o, features)
+    return x + (features if parts.gamma is None else parts.gamma * features)
+
+
+def _projected(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer`` of maps (B, C, H, W), whatever layout it takes."""
+    inner = pointwise_layer(layer)
+    if isinstance(inner, nn.Conv1d):
+        return layer(x.flatten(2)).unflatten(2, x.shape[2:])
+    if isinstance(inner, nn.Linear):
+        return layer(rows_of(x)).transpose(1, 2).unflatten(2, x.shape[2:])
+    return layer(x)
+
+
+def _scaled_output(parts: AttentionParts) -> tuple[Tensor, Tensor | None]:
+    assert parts.o is not None
+    weight, bias = _weight_of(parts.o), _bias_of(parts.o)
+    if parts.gamma is None:
+        return weight, bias
+    return parts.gamma * weight, None if bias is None else parts.gamma * bias
+
+
+def _joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (outputs, C) and bias of one layer that does the work of all."""
+    weights, biases = [_weight_of(layer) for layer in layers], [_bias_of(layer) for layer in layers]
+    if all(bias is None for bias in biases):
+        return torch.cat(weights), None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat(weights), torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in pairs])
+
+
+def _weight_of(layer: Any) -> Tensor:
+    return layer.weight.flatten(1)
+
+
+def _bias_of(layer: Any) -> Tensor | None:
+    return layer.bias
+
+
+def _called_as_modules(*layers: nn.Module) -> bool:
+    """Return whether using the weights alone would bypass a hook or a forward that is not torch's own.
+
+    The older spectral norm is a hook; layers that normalize their weight themselves have their own forward.
+    """
+    return any(
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or type(layer).forward not in _PLAIN_FORWARDS
+        or getattr(type(layer), "_conv_forward", None) not in _PLAIN_CONV_FORWARDS
+        or "forward" in layer.__dict__
+        for layer in layers
+    )
 
 
 def _channels(name: str, given: int | None, in_channels: int, divisor: int) -> int:
@@ -201,34 +320,66 @@ def _channels(name: str, given: int | None, in_channels: int, divisor: int) -> i
     return in_channels // divisor
 
 
-def _joined(*convs: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one convolution that does the work of all."""
-    weight = torch.cat([conv.weight for conv in convs])
-    if all(conv.bias is None for conv in convs):
-        return weight, None
-    return weight, torch.cat([weight.new_zeros(c.out_channels) if c.bias is None else c.bias for c in convs])
+def _checked_roles(roles: Mapping[str, str]) -> dict[str, str]:
+    if not {"theta", "phi", "g"} <= set(roles) <= set(_NAMES):
+        raise ValueError(f"roles must name theta, phi and g, and may name o and gamma, got {sorted(roles)}")
+    if len(set(roles.values())) != len(roles):
+        raise ValueError(f"roles must be different names, got {dict(roles)}")
+    exchanged = [part for part, name in roles.items() if name in ("theta", "phi") and name != part]
+    if exchanged:  # a state dict of this very module could not be told from the other
+        raise ValueError(f"roles must not give {exchanged[0]} the name of another part, got {roles[exchanged[0]]!r}")
+    return dict(roles)
 
 
-def _called_as_modules(*modules: nn.Module) -> bool:
-    """True where using the weights alone would pass by a hook (the older spectral norm is one) or a forward that is
-    not :class:`nn.Conv2d`'s, as that of layers which normalise their weight themselves."""
-    return any(
-        m._forward_pre_hooks
-        or m._forward_hooks
-        or m._backward_pre_hooks
-        or m._backward_hooks
-        or type(m).forward is not nn.Conv2d.forward
-        or "forward" in m.__dict__
-        for m in modules
-    )
+def _read_other_formats(
+    module: SelfAttention2d, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, *lists: list[str]
+) -> None:
+    """Rename the entries of other code's blocks and give them the shapes of this one."""
+    if not _holds(state_dict, prefix, "theta"):
+        names, reason = _names_in(state_dict, prefix, module.roles)
+        if reason:
+            lists[-1].append(reason)
+        moved = {}
+        for old, new in names:
+            for key in [k for k in state_dict if k == prefix + old or k.startswith(f"{prefix}{old}.")]:
+                moved[prefix + new + key[len(prefix) + len(old) :]] = state_dict.pop(key)
+        state_dict.update(moved)
+    for name in ("theta", "phi", "g", "o"):
+        for suffix in ("weight", "weight_orig", "parametrizations.weight.original"):
+            key = f"{prefix}{name}.{suffix}"
+            if key in state_dict and state_dict[key].ndim in (2, 3):  # of a Linear or Conv1d
+                state_dict[key] = state_dict[key].flatten(1)[:, :, None, None]
+        if f"{prefix}{name}.u0" in state_dict:  # BigGAN's num_SVs > 1: only the first is divided by
+            further = re.compile(rf"{re.escape(prefix)}{name}\.(u|sv)[1-9]\d*")
+            for key in [key for key in state_dict if further.fullmatch(key)]:
+                del state_dict[key]
+    gamma = f"{prefix}gamma"
+    if gamma in state_dict and state_dict[gamma].numel() == 1:
+        state_dict[gamma] = state_dict[gamma].reshape(module.gamma.shape)
 
 
-def _rename(state_dict: dict[str, Any], prefix: str) -> None:
-    for spelling in _SPELLINGS:
-        if any(key.startswith(f"{prefix}{spelling[0]}.") for key in state_dict):
-            moved = {}
-            for old, new in zip(spelling, _NAMES, strict=True):
-                for key in [k for k in state_dict if k == prefix + old or k.startswith(f"{prefix}{old}.")]:
-                    moved[prefix + new + key[len(prefix) + len(old) :]] = state_dict.pop(key)
-            state_dict.update(moved)
-            return
+def _holds(state_dict: dict[str, Any], prefix: str, name: str) -> bool:
+    return any(key.startswith(f"{prefix}{name}.") for key in state_dict)
+
+
+def _names_in(
+    state_dict: dict[str, Any], prefix: str, roles: Mapping[str, str] | None
+) -> tuple[list[tuple[str, str]], str]:
+    """Pairs of a part's name in ``state_dict`` and here, and why it cannot be loaded, if it cannot."""
+    families = [tuple(roles[part] for part in _NAMES[:3])] if roles is not None else [*_SPELLINGS, *_AMBIGUOUS]
+    theirs = next((f for f in families if all(_holds(state_dict, prefix, name) for name in f)), None)
+    if theirs is None:
+        return [], ""
+    is_1d = any(k.startswith(f"{prefix}{theirs[0]}.") and v.ndim == 3 for k, v in state_dict.items())
+    if roles is None and (theirs in _AMBIGUOUS or (theirs == _SPELLINGS[0] and is_1d)):
+        a, b, c = theirs
+        return [], (
+            f"the names {a}, {b} and {c} in {prefix.rstrip('.') or 'the state dict'} do not say over which of the "
+            f"first two the softmax runs. Make the SelfAttention2d with roles={{'theta': {a!r}, 'phi': {b!r}, "
+            f"'g': {c!r}}} if it is over the last axis of {a}^T {b}, or with roles={{'theta': {b!r}, 'phi': {a!r}, "
+            f"'g': {c!r}}} if it is over the first, as in fastai, DeOldify and the paper's formula."
+        )
+    given = roles or {}
+    rest = [(name, "o") for name in ([given["o"]] if "o" in given else _OUTPUTS) if name not in theirs]
+    rest += [(name, "gamma") for name in ([given["gamma"]] if "gamma" in given else _GAMMAS)]
+    return [*zip(theirs, _NAMES[:3], strict=True), *rest], ""

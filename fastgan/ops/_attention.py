@@ -16,13 +16,14 @@ from torch.library import custom_op
 from fastgan._checks import check_alike, check_tensor
 from fastgan._dispatch import autocast_dtype, is_transforming, outside_autocast
 from fastgan._layout import empty_rows_like
-from fastgan.backend import implementation, resolve, warn_once
+from fastgan.backend import IMPLS, implementation, resolve, warn_once
 from fastgan.kernels.attention.config import unsupported
 from fastgan.reference.attention import attention_eager
 
 # Maps of at most so many bytes stay in a CPU's last-level cache, where keeping them is quicker than recomputing them
 # (measured at 8 to 64 MB, see bench_attention).
 SMALL_MAPS = 16 << 20
+ATTENTION_IMPLS = (*IMPLS, "eager")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "auto") -> Tensor:
@@ -33,13 +34,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
         k: keys (B, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q.
         v: values (B, M, e).
         scale: a finite number that multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
-        impl: "auto", "triton" or "reference". On a CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and
-            is "reference" above; so it is, with one warning, for more channels than the kernels take (d 64, e 256).
-            Within transforms of ``torch.func`` and forward-mode differentiation, which know no such op, maps of any
-            size are kept, whatever ``impl`` says.
+        impl: "auto", "triton", "reference" or "eager". "eager" is the textbook formula, with the maps in memory. On a
+            CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and is "reference" above; so it is, with one
+            warning, for more channels than the kernels take (d 64, e 256). Within transforms of ``torch.func`` and
+            forward-mode differentiation, which know no such op, maps of any size are kept, whatever ``impl`` says.
 
     Returns:
-        (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order.
+        (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order, and
+        to any order with ``impl="eager"``.
 
     Raises:
         ValueError: rank, shape, dtype or device do not fit, there is no key or channel, ``scale`` is not finite, or
@@ -48,8 +50,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
 
     Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
     """
+    check_attention_impl(impl)
     _check(q, k, v, scale)
-    return attend(q, k, v, scale, impl, resolve(impl, q))
+    return attend(q, k, v, scale, impl, "eager" if impl == "eager" else resolve(impl, q))
+
+
+def check_attention_impl(impl: str) -> None:
+    """Raise ``ValueError`` unless ``impl`` is one of :data:`ATTENTION_IMPLS`."""
+    if impl not in ATTENTION_IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, ATTENTION_IMPLS))}, got {impl!r}")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str) -> Tensor:
@@ -63,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if is_transforming() or (asked == "auto" and _maps_are_small(q, k)):
+    if impl == "eager" or is_transforming() or (asked == "auto" and _maps_are_small(q, k)):
         return attention_eager(q, k, v, scale)
     batch = next(iter(_batches(q, k, v)), 1)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
@@ -178,5 +187,10 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     return (*outputs, None, None, None, None)
 
 
+def _third_order(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("attention has gradients to second order; use impl='eager' for those of higher order")
+
+
 attention_op.register_autograd(_backward, setup_context=_save_forward)
 attention_bwd_op.register_autograd(_backward_backward, setup_context=_save_backward)
+attention_bwd_bwd_op.register_autograd(_third_order)

@@ -27,7 +27,7 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tens
     if scale != 1.0:  # as the eager block: no pass over the maps that it would not make
         logits = scale * logits
     p = torch.softmax(logits, dim=-1)
-    return (v.mT @ p.mT).mT if is_channels_first(q) else p @ v
+    return (v.transpose(1, 2) @ p.transpose(1, 2)).transpose(1, 2) if is_channels_first(q) else p @ v
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,8 @@ SPELLINGS = [
 @pytest.mark.parametrize("names", SPELLINGS, ids=lambda names: names[0])
 def test_canonical_block_of_any_spelling(names, impl):
     original = Canonical(16, names).double()
-    block = SelfAttention2d(16, impl=impl).double()
+    roles = {"theta": "f", "phi": "g", "g": "h"} if names[0] == "f" else None
+    block = SelfAttention2d(16, impl=impl, roles=roles).double()
     block.load_state_dict(original.state_dict())
     x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
     torch.testing.assert_close(block(x), original(x), rtol=1e-12, atol=1e-12)
@@ -91,6 +92,153 @@ def test_simple_block(impl):
     x = torch.randn(2, 16, 5, 3, dtype=torch.float64)
     torch.testing.assert_close(block(x), original(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(penalty_gradient(block, x), penalty_gradient(original, x), rtol=1e-9, atol=1e-10)
+
+
+class OverQueries(nn.Module):
+    """A block whose softmax is over the first axis of theirs[0]^T theirs[1]: that one plays the part of phi."""
+
+    def __init__(self, channels, names, layer=nn.Conv1d, first_axis=True):
+        super().__init__()
+        self.names, self.axis = names, 1 if first_axis else 2
+        for name, width in zip(names, (channels // 8, channels // 8, channels), strict=True):
+            self.add_module(name, layer(channels, width, 1, bias=False))
+        self.gamma = nn.Parameter(torch.full((1,), 0.6))
+
+    def forward(self, x):
+        is_2d = isinstance(getattr(self, self.names[0]), nn.Conv2d)
+        f, g, h = (getattr(self, name)(x if is_2d else x.flatten(2)).flatten(2) for name in self.names)
+        beta = torch.softmax(f.mT @ g, dim=self.axis)
+        return x + self.gamma * (h @ (beta if self.axis == 1 else beta.mT)).view_as(x)
+
+
+def in_sequentials(block):
+    """The keys of a block whose layers are the first of an nn.Sequential, as fastai's."""
+    return {key.replace(".weight", ".0.weight"): value for key, value in block.state_dict().items()}
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d], ids=["1d", "2d"])
+@pytest.mark.parametrize("names", [("query", "key", "value"), ("f", "g", "h"), ("q", "k", "v")], ids="-".join)
+@pytest.mark.parametrize("first_axis", [True, False])
+def test_names_that_do_not_tell_query_from_key_need_roles(names, layer, first_axis):
+    a, b, c = names
+    original, x = OverQueries(16, names, layer, first_axis), torch.randn(2, 16, 4, 6)
+    with pytest.raises(RuntimeError, match="do not say over which .* the softmax runs.*roles="):
+        SelfAttention2d(16, value_channels=16, pool=False).load_state_dict(original.state_dict())
+    roles = {"theta": b, "phi": a, "g": c} if first_axis else {"theta": a, "phi": b, "g": c}
+    block = SelfAttention2d(16, value_channels=16, pool=False, roles=roles)
+    block.load_state_dict(original.state_dict())
+    torch.testing.assert_close(block(x), original(x), rtol=1e-5, atol=1e-6)
+    other = SelfAttention2d(16, value_channels=16, pool=False, roles=roles)
+    other.load_state_dict(block.state_dict())  # its own names still load
+    torch.testing.assert_close(other(x), original(x), rtol=1e-5, atol=1e-6)
+
+
+def test_one_dimensional_query_conv_needs_roles_and_fastai_is_exchanged():
+    names, x = ("query_conv", "key_conv", "value_conv"), torch.randn(2, 16, 4, 6)
+    block = SelfAttention2d(16, value_channels=16, pool=False)
+    with pytest.raises(RuntimeError, match="roles="):
+        block.load_state_dict(OverQueries(16, names).state_dict())
+    fastai = OverQueries(16, ("query", "key", "value"))
+    block.load_state_dict(in_sequentials(fastai))
+    torch.testing.assert_close(block(x), fastai(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"theta": "a", "phi": "b"}, "roles must name theta, phi and g"),
+        ({"theta": "a", "phi": "b", "g": "c", "h": "d"}, "roles must name theta, phi and g, and may name o and gamma"),
+        ({"theta": "a", "phi": "a", "g": "c"}, "roles must be different names"),
+        ({"theta": "phi", "phi": "theta", "g": "g"}, "roles must not give theta the name of another part"),
+    ],
+)
+def test_bad_roles(roles, message):
+    with pytest.raises(ValueError, match=message):
+        SelfAttention2d(16, roles=roles)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (1, 1, 1, 1)])
+def test_gamma_of_any_shape_loads(shape):
+    block = SelfAttention2d(16)
+    block.load_state_dict({**block.state_dict(), "gamma": torch.full(shape, 0.25)})
+    assert block.gamma.shape == (1,)  # fully_shard refuses a shape of ()
+    assert block.gamma.item() == 0.25
+
+
+def test_further_singular_vectors_of_biggan_are_left_out():
+    block = SelfAttention2d(16, spectral_norm=True)
+    theirs = {"gamma": torch.zeros(())}
+    for name in ("theta", "phi", "g", "o"):
+        weight = block.get_submodule(name).weight.detach()
+        theirs[f"{name}.weight"] = weight
+        for i in range(2):
+            theirs[f"{name}.u{i}"], theirs[f"{name}.sv{i}"] = torch.randn(1, len(weight)), torch.ones(1)
+    block.load_state_dict(theirs)
+    assert torch.equal(block.theta.parametrizations.weight.original, theirs["theta.weight"])
+
+
+def test_a_third_derivative_names_the_way_to_it():
+    blocks = {impl: SelfAttention2d(8, impl=impl).double() for impl in ("reference", "eager")}
+    blocks["reference"].gamma.data.fill_(0.7)
+    blocks["eager"].load_state_dict(blocks["reference"].state_dict())
+    x = torch.randn(1, 8, 4, 2, dtype=torch.float64, requires_grad=True)
+
+    def derivatives(block, order):
+        value = block(x).pow(2).sum()
+        for _ in range(order):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            value = gradient.pow(2).sum()
+        return gradient
+
+    torch.testing.assert_close(derivatives(blocks["eager"], 2), derivatives(blocks["reference"], 2))
+    with pytest.raises(RuntimeError, match="gradients to second order; use impl='eager'"):
+        derivatives(blocks["reference"], 3)
+
+    def second_derivative(x):
+        (gradient,) = torch.autograd.grad(blocks["eager"](x).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.pow(2).sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(second_derivative, x)
+
+
+def test_a_convolution_with_its_own_way_to_its_weight_is_called():
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight - weight.mean(), bias)
+
+    block, plain = SelfAttention2d(16), SelfAttention2d(16)
+    for name in ("theta", "phi", "g", "o"):
+        conv = block.get_submodule(name)
+        setattr(block, name, Standardized(conv.in_channels, conv.out_channels, 1, bias=False))
+        plain.get_submodule(name).weight.data = (
+            block.get_submodule(name).weight - block.get_submodule(name).weight.mean()
+        )
+    for b in (block, plain):
+        b.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(block(x), plain(x))
+
+
+def test_traced_blocks_are_plain_operators():
+    block = SelfAttention2d(16).eval()
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(2, 16, 4, 4)
+    traced = torch.jit.trace(block, x)
+    assert "fastgan::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x + 1), block(x + 1))
+    x = torch.randn(3, 16, 6, 8)
+    torch.testing.assert_close(traced(x), block(x))
+
+
+def test_replicas_of_data_parallel_take_their_own_parameters():
+    block = SelfAttention2d(16)
+    replica = block._replicate_for_data_parallel()
+    for name in ("theta", "phi", "g", "o"):
+        setattr(replica, name, block.get_submodule(name))
+    replica.gamma = torch.ones(1)  # a tensor that is no parameter
+    block.gamma.data.fill_(1.0)
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(replica(x), block(x))
 
 
 def test_other_keys_are_still_reported():

@@ -1,1 +1,1 @@
-"""Fast layers put into a model that exists: recognising, adopting and checking."""
+"""Fast layers put into a model that exists: recognizing, adopting and checking."""

@@ -1,53 +1,126 @@
-"""How :func:`fastgan.nn.fuse` runs a module without leaving a trace, and what it takes for equal."""
+"""Trial runs of :func:`fastgan.nn.fuse`: they leave a module as it was, and compare what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+_LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", *sys.stdlib_module_names}
 _WHOLE_MODEL = 10  # times that, as differences grow through layers
 
 Results = Sequence[Sequence[Tensor]]
 
 
+class ModuleState:
+    """Everything that a forward of a module may change: attributes, buffers, hooks, modes and random numbers.
+
+    Entered are attributes of modules, containers, and objects of classes outside of torch, NumPy and the standard
+    library; of modules that are not below ``module``, nothing.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+        pending: list[Any] = [m.__dict__ for m in module.modules()]
+        while pending:
+            value = pending.pop()
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                pending += self._keep(value)
+        self._global = (random.getstate(), np.random.get_state(legacy=True))  # noqa: NPY002
+
+    def _keep(self, value: Any) -> Iterable[Any]:
+        """Keep one value; the answer is what to look at below it."""
+        if isinstance(value, Tensor):
+            self._tensors.append((value, value.detach(), value.detach().clone(), value.requires_grad))
+        elif isinstance(value, torch.Generator):
+            self._generators.append((value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._generators.append((value.setstate, value.getstate()))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            self._generators.append((lambda state: setattr(bits, "state", state), bits.state))
+        elif isinstance(value, np.random.RandomState):
+            self._generators.append((value.set_state, value.get_state(legacy=True)))
+        elif isinstance(value, np.ndarray):
+            self._generators.append((lambda kept: value.__setitem__(..., kept), value.copy()))
+        elif isinstance(value, dict):
+            self._containers.append((value, dict(value)))
+            return list(value.values())
+        elif isinstance(value, list | set | deque):
+            self._containers.append((value, list(value)))
+            return list(value)
+        elif isinstance(value, tuple):
+            return value
+        elif not isinstance(value, nn.Module | type) and isinstance(getattr(value, "__dict__", None), dict):
+            library = (type(value).__module__ or "").partition(".")[0] in _LIBRARIES
+            return () if library else (value.__dict__,)
+        return ()
+
+    def restore(self) -> None:
+        for live, kept in self._containers:
+            if isinstance(live, dict):
+                if list(live) != list(kept) or any(live[key] is not kept[key] for key in kept):
+                    live.clear()
+                    live.update(kept)
+            elif len(live) != len(kept) or any(a is not b for a, b in zip(live, kept, strict=True)):
+                live.clear()
+                (live.update if isinstance(live, set) else live.extend)(kept)
+        for tensor, memory, value, requires_grad in self._tensors:
+            if tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+            if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:  # through .data
+                tensor.data = memory
+            if not torch.equal(memory, value):
+                with torch.no_grad():
+                    tensor.copy_(value)
+        for put_back, state in self._generators:
+            put_back(state)
+        random.setstate(self._global[0])
+        np.random.set_state(self._global[1])  # noqa: NPY002
+
+
 @contextmanager
 def trial(module: nn.Module) -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Yields a function that runs another with fixed random numbers; then puts ``module`` back as it was."""
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    saved = [(t, t.detach().clone(), t.requires_grad) for t in tensors.values()]
-    flags = [(m, m.training) for m in module.modules()]
-    attributes = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m in module.modules()]
-    cuda = sorted({t.device.index for t in tensors.values() if t.is_cuda})
+    """Yield a function that runs another with fixed random numbers; then put ``module`` back as it was."""
+    kept = ModuleState(module)
+    tensors = [*module.parameters(), *module.buffers()]
+    cuda = sorted({t.device.index for t in tensors if t.is_cuda})
+    devices = {t.device.type for t in tensors if not t.is_meta} | {"cpu"}
 
     def seeded(run: Callable[[], Any]) -> Any:
-        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=cuda))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
             torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
             return run()
 
     try:
         yield seeded
     finally:
-        for t, value, requires_grad in saved:
-            t.requires_grad_(requires_grad)
-            with torch.no_grad():
-                t.copy_(value)
-        for m, training in flags:
-            m.training = training
-        for m, before in attributes:
-            for name in [k for k, v in m.__dict__.items() if isinstance(v, Tensor) and k not in before]:
-                del m.__dict__[name]
-            m.__dict__.update(before)
+        kept.restore()
 
 
 def tolerance_of(module: nn.Module) -> float:
     """The relative difference that rounding explains, for the coarsest dtype in ``module``."""
-    return max((_TOLERANCE.get(p.dtype, 0.0) for p in module.parameters()), default=_TOLERANCE[torch.float32])
+    return max((TOLERANCE.get(p.dtype, 0.0) for p in module.parameters()), default=TOLERANCE[torch.float32])
 
 
 def relative_error(actual: Results | str, expected: Results) -> float:
@@ -63,6 +136,11 @@ def relative_error(actual: Results | str, expected: Results) -> float:
             difference = float((a.double() - e.double()).norm()) / max(norm + 1e-2 * max(norms), 1e-30)
             worst = max(worst, difference if difference == difference else float("inf"))
     return worst
+
+
+def random_like(t: Tensor) -> Tensor:
+    """Random numbers of the shape of ``t``: those of ``torch.randn_like`` depend on its memory layout too."""
+    return torch.randn(t.shape, dtype=t.dtype, device=t.device)
 
 
 def run_whole(model: nn.Module, example_input: Any) -> dict[str, Results]:
@@ -90,7 +168,7 @@ def run_whole(model: nn.Module, example_input: Any) -> dict[str, Results]:
 
 
 def same_whole(model: nn.Module, example_input: Any, before: dict[str, Results]) -> bool:
-    """Whether the model still gives what :func:`run_whole` gave."""
+    """Return whether the model still gives what :func:`run_whole` gave."""
     try:
         after = run_whole(model, example_input)
     except ValueError:
@@ -106,7 +184,7 @@ def _outputs(model: nn.Module, example_input: Any) -> Results:
     for _ in range(2):
         leaves = [t for t in tree_leaves(_call(model, example_input)) if isinstance(t, Tensor)]
         floating = [t for t in leaves if t.is_floating_point() and t.requires_grad]
-        cotangents = [torch.randn_like(t) for t in floating]
+        cotangents = [random_like(t) for t in floating]
         if floating:
             found = torch.autograd.grad(floating, parameters, cotangents, allow_unused=True)
             gradients += [torch.zeros(()) if g is None else g for g in found]
@@ -117,6 +195,7 @@ def _outputs(model: nn.Module, example_input: Any) -> Results:
 
 
 def _call(model: nn.Module, example_input: Any) -> Any:
+    example_input = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)  # some write to it
     if isinstance(example_input, dict):
         return model(**example_input)
     if isinstance(example_input, tuple | list):

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils._pytree import tree_leaves
 
-from fastgan.nn.attention import SelfAttention2d
-from fastgan.nn.fusion.attention_blocks import AdoptedAttention2d, Roles, conv_of, roles_of, unused_arguments
+from fastgan.nn.attention import AttentionSettings, SelfAttention2d
+from fastgan.nn.fusion.attention_blocks import (
+    RETURNS,
+    Plan,
+    Roles,
+    adopt,
+    candidates,
+    channels_of,
+    is_named_like_attention,
+    release,
+    scales_of,
+)
+from fastgan.nn.fusion.check import TOLERANCE, random_like, tolerance_of
 from fastgan.nn.fusion.foreign_norms import (
     OlderNorm,
     StoredVectorNorm,
     WrapperNorm,
-    older_hooks,
     stored_spelling,
+    unknown_norm,
+    vectors_stored,
     wrapped,
 )
-from fastgan.nn.normed_weight import NormedWeight
+from fastgan.nn.normed_weight import NormedWeight, OlderHook
 from fastgan.nn.spectral_norm_group import adopted
 from fastgan.nn.spectral_norm_state import only_norm, parametrizations
 from fastgan.nn.spectral_norms import SpectralNorm
@@ -38,14 +53,23 @@ class Swap:
     """One replacement in a model."""
 
     what = ""
-    variants: Sequence[Any] = (None,)
+    variants: Iterable[Any] = (None,)
+    is_reported = True  # if it is not made
 
     def __init__(self, path: str, module: nn.Module, impl: str) -> None:
         self.path, self.module, self.impl = path, module, impl
         self._variant: Any = None
 
-    def run(self) -> list[list[Tensor]] | str:
-        """Outputs and first gradients of the part, in groups of like size; or why it is not to be replaced."""
+    def tolerance(self) -> float:
+        """Return the relative difference of results that rounding explains."""
+        return tolerance_of(self.module)
+
+    def learn(self) -> str:
+        """Find out how the part is called; the answer is why it is not to be replaced, or ""."""
+        return ""
+
+    def run(self) -> list[list[Tensor]]:
+        """Outputs and first gradients of the part, in groups of like size."""
         raise NotImplementedError
 
     def apply(self, variant: Any) -> None:
@@ -67,6 +91,9 @@ class NormSwap(Swap):
 
     norm: NormedWeight | None = None
 
+    def __init__(self, path: str, module: nn.Module, impl: str) -> None:
+        super().__init__(path, module, "reference" if impl == "eager" else impl)
+
     def weight(self) -> Tensor:
         """The raw parameter."""
         raise NotImplementedError
@@ -75,13 +102,15 @@ class NormSwap(Swap):
         raise NotImplementedError
 
     def normalized(self) -> Tensor:
-        """The normalised weight, as a forward gets it."""
+        """The normalized weight, as a forward gets it."""
         raise NotImplementedError
 
-    def run(self) -> list[list[Tensor]] | str:
+    def learn(self) -> str:
+        ndim = self.weight().ndim
+        return "" if ndim > 1 else f"its weight has {ndim} dimension, and is divided by its length"
+
+    def run(self) -> list[list[Tensor]]:
         raw = self.weight()
-        if raw.ndim < 2:
-            return f"its weight has {raw.ndim} dimension, and is divided by its length"
         for vector in self.vectors():  # away from convergence, where every order of updates gives the same
             with torch.no_grad():
                 vector.copy_(nn.functional.normalize(torch.randn_like(vector).flatten(), dim=0).view_as(vector))
@@ -91,7 +120,7 @@ class NormSwap(Swap):
         for training in (True, True, False):
             self.module.train(training)
             output = self.normalized()
-            gradients += torch.autograd.grad(output, raw, torch.randn_like(output))
+            gradients += torch.autograd.grad(output, raw, random_like(output))
             outputs.append(output.detach())
         return [outputs, gradients, [v.detach().clone() for v in self.vectors()]]
 
@@ -161,8 +190,7 @@ class StoredVectorSwap(NormSwap):
         return getattr(self.module, self._spelling.method)()
 
     def _replace(self, _variant: Any) -> None:
-        self.norm = norm = StoredVectorNorm(self.module, self._spelling, self.impl)
-        setattr(self.module, self._spelling.method, norm)
+        self.norm = StoredVectorNorm.put_on(self.module, self._spelling, self.impl)
 
     def revert(self) -> None:
         release_norms(self.module)
@@ -189,8 +217,7 @@ class WrapperSwap(NormSwap):
         return getattr(wrapper.module, wrapper.name)
 
     def _replace(self, _variant: Any) -> None:
-        self.norm = norm = WrapperNorm(self.module, self._names, self.impl)
-        self.module.forward = norm
+        self.norm = WrapperNorm.put_on(self.module, self._names, self.impl)
 
     def revert(self) -> None:
         release_norms(self.module)
@@ -198,41 +225,89 @@ class WrapperSwap(NormSwap):
 
 class AttentionSwap(Swap):
     what = "self-attention block"
-    variants = tuple((pool, scale) for pool in (True, False) for scale in (1.0, None))
 
-    def __init__(self, path: str, block: nn.Module, impl: str, holder: nn.Module, roles: Roles) -> None:
+    def __init__(self, path: str, block: nn.Module, impl: str, roles: list[Roles]) -> None:
         super().__init__(path, block, impl)
-        self._block, self._holder, self._roles = block, holder, roles
+        self._roles = roles
+        self._returned: tuple[str, ...] = ()
+        self._uses_arguments = self._even_only = False
+        self.is_reported = is_named_like_attention(block)
 
-    def run(self) -> list[list[Tensor]] | str:
+    @property
+    def variants(self) -> Iterator[Plan]:  # type: ignore[override]
+        for roles in self._roles:
+            scales = scales_of(self.module, roles)
+            for pool, scale, returns in itertools.product((True, False), scales, self._returned):
+                settings = AttentionSettings(pool, scale, self.impl)
+                yield Plan(roles, settings, returns, self._uses_arguments, self._even_only)
+
+    def learn(self) -> str:
+        block, x = self.module, self._input(2, 8, 8)
+        before = dict(block.__dict__)
+        try:
+            y = block(x, *[_Unused()] * unused_arguments(block))
+        except Exception:  # whatever code that was never seen may raise
+            y, self._uses_arguments = block(x), True
+        written = [name for name, value in block.__dict__.items() if not _is_same(value, before.get(name, _Unused))]
+        if written:
+            return f"its forward writes its attribute {written[0]}, which fastgan's would leave as it is"
+        try:
+            block(self._input(1, 7, 5))
+        except Exception:
+            self._even_only = True
+        second = y[1] if type(y) is tuple and len(y) == 2 and isinstance(y[0], Tensor) else _Unused
+        if isinstance(y, Tensor):
+            self._returned = RETURNS[:1]
+        elif second is None:
+            self._returned = RETURNS[1:2]
+        elif isinstance(second, Tensor) and second.ndim in (3, 4):
+            self._returned = RETURNS[2:4] if second.ndim == 3 else RETURNS[4:]
+        else:
+            return f"it returns a {type(y).__name__}, neither features nor a tuple of them and an attention map"
+        return ""
+
+    def tolerance(self) -> float:
+        return min(super().tolerance(), TOLERANCE[torch.float32])  # see run
+
+    def run(self) -> list[list[Tensor]]:
         block = self.module
-        parameters = [p for p in block.parameters() if p.requires_grad]
-        gamma: Any = block._parameters[self._roles.gamma]
-        with torch.no_grad():
-            gamma.fill_(0.7)
-        theta = conv_of(block, self._roles.theta)
+        if super().tolerance() > self.tolerance():
+            block.float()  # half precision would take one scale or role for another
+        with torch.no_grad():  # zeros, as gamma's or those of a last layer, would hide what is computed
+            for p in (p for p in block.parameters() if p.is_floating_point()):
+                p.copy_(torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5) if p.ndim > 1 else torch.rand_like(p) + 0.5)
         outputs, inputs = [], []
-        for training, shape in ((True, (2, 8, 8)), (False, (1, 6, 4))):
-            block.train(training)
-            batch, height, width = shape
-            x = torch.randn(batch, theta.in_channels, height, width).to(gamma).requires_grad_()
-            y = block(x, *[_Unused()] * unused_arguments(self._block))
-            if not isinstance(y, Tensor):
-                return "it returns its attention map beside the features" if isinstance(y, tuple) else "no tensor comes"
-            outputs.append(y)
-            inputs.append(x)
-        loss = torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum()
+        for training, shape in ((True, (2, 8, 8)), (False, (1, 6, 4)), (True, (1, 7, 5))):
+            if not self._even_only or shape[1] % 2 == 0:
+                block.train(training)
+                inputs.append(self._input(*shape))
+                outputs += [y for y in tree_leaves(block(inputs[-1])) if isinstance(y, Tensor)]
+        loss = torch.stack([(y * random_like(y)).sum() for y in outputs]).sum()
+        parameters = [p for p in block.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
-        return [[y.detach() for y in outputs], [g for g in gradients if g is not None]]
+        state = [b.detach().clone() for b in block.buffers() if b.is_floating_point()]
+        return [[y.detach() for y in outputs], [g for g in gradients if g is not None], state]
 
-    def _replace(self, variant: Any) -> None:
-        pool, scale = variant
-        self.module = AdoptedAttention2d.adopt(self._block, self._roles, pool=pool, scale=scale, impl=self.impl)
-        replace_everywhere(self._holder, self._block, self.module)
+    def _input(self, batch: int, height: int, width: int) -> Tensor:
+        channels = channels_of(self.module, self._roles[0])
+        like = next(p for p in self.module.parameters() if p.is_floating_point())
+        return torch.randn(batch, channels, height, width).to(like).requires_grad_()
+
+    def _replace(self, variant: Plan) -> None:
+        adopt(self.module, variant)
 
     def revert(self) -> None:
-        replace_everywhere(self._holder, self.module, self._block)
-        self.module = self._block
+        release(self.module)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
+
+
+def unused_arguments(block: nn.Module) -> int:
+    """Return how many arguments ``block`` takes after x."""
+    parameters = list(inspect.signature(block.forward).parameters.values())[1:]
+    return len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)])
 
 
 class _Unused:
@@ -245,36 +320,82 @@ class _Unused:
         raise TypeError("it uses arguments beyond x")
 
 
-def swaps_of(holder: nn.Module, impl: str) -> Iterator[Swap | Refusal]:
-    """Everything below ``holder``'s child ``model`` that may be swapped or looks like it: the norms first."""
-    named = list(holder.get_submodule("model").named_modules())
+def swaps_of(model: nn.Module, impl: str, names: tuple[Mapping[str, str], ...]) -> Iterator[Swap | Refusal]:
+    """Everything in ``model`` that may be swapped or looks like it: the norms first."""
+    named = list(model.named_modules())
     for path, module in named:
         yield from _norms(path, module, impl)
+    attention: list[AttentionSwap | Refusal] = []
     for path, module in named:
-        roles = None if isinstance(module, SelfAttention2d) else roles_of(module)
-        if roles is not None:
-            yield AttentionSwap(path, module, impl, holder, roles)
-        elif "attention" in type(module).__name__.lower() and not isinstance(module, SelfAttention2d):
-            yield Refusal(path, AttentionSwap.what, f"{type(module).__name__} has not the parts of a known block")
+        if isinstance(module, SelfAttention2d):
+            continue
+        roles, reason = candidates(module, names)
+        if not reason and roles and "forward" in module.__dict__:
+            roles, reason = [], "its forward was replaced on the object"
+        if roles:
+            attention.append(AttentionSwap(path, module, impl, roles))
+        elif reason:
+            attention.append(Refusal(path, AttentionSwap.what, reason))
+    paths = [found.path for found in attention]
+    for found in attention:  # of blocks within one another, the innermost
+        below = f"{found.path}." if found.path else ""
+        if isinstance(found, AttentionSwap) or not any(p != found.path and p.startswith(below) for p in paths):
+            yield found
 
 
 def _norms(path: str, module: nn.Module, impl: str) -> Iterator[Swap | Refusal]:
+    known = False
     for name in list(parametrizations(module)) if parametrize.is_parametrized(module) else ():
         norms = list(parametrizations(module)[name])
+        known = known or any(isinstance(norm, _SpectralNorm) for norm in norms)
         if not any(type(norm) is _SpectralNorm for norm in norms):
             continue
         if len(norms) == 1:
             yield ParametrizationSwap(path, module, impl, name)
         else:
             yield Refusal(path, ParametrizationSwap.what, f"{name} has further parametrizations")
-    for key, _ in older_hooks(module):
-        yield OlderSwap(path, module, impl, key)
+    for key, hook in module._forward_pre_hooks.items():
+        known = known or isinstance(hook, OlderHook)
+        if isinstance(hook, OlderHook) and not isinstance(hook, OlderNorm):
+            yield OlderSwap(path, module, impl, key)
     spelling = stored_spelling(module)
     if spelling is not None and spelling.method not in module.__dict__:
-        yield StoredVectorSwap(path, module, impl, spelling)
+        count = vectors_stored(module, spelling)
+        if count > 1:
+            reason = f"it keeps {count} singular vectors (num_SVs), of which fastgan's would renew one"
+            yield Refusal(path, f"spectral norm in {spelling.method} with {spelling.u}", reason)
+        else:
+            yield StoredVectorSwap(path, module, impl, spelling)
     names = wrapped(module)
     if names is not None and "forward" not in module.__dict__:
         yield WrapperSwap(path, module, impl, names)
+    if not known and spelling is None and names is None:
+        what = unknown_norm(module)
+        if what:
+            yield Refusal(path, "spectral norm", what)
+
+
+def unnormed_weights(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of weights without a spectral norm, if ``model`` has such norms at all."""
+    normed = {id(weight) for module in model.modules() for weight in _normed(module)}
+    if not normed:
+        return ()
+    found = ((name, p) for name, p in model.named_parameters() if p.ndim > 1 and p.numel() > 1)
+    return tuple(name for name, p in found if id(p) not in normed)
+
+
+def _normed(module: nn.Module) -> Iterator[Any]:
+    for name in list(parametrizations(module)) if parametrize.is_parametrized(module) else ():
+        if any(isinstance(norm, _SpectralNorm) for norm in parametrizations(module)[name]):
+            yield parametrizations(module)[name].original
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, OlderHook):
+            yield getattr(module, f"{hook.name}_orig")
+    if stored_spelling(module) is not None:
+        yield module.weight
+    names = wrapped(module)
+    if names is not None:
+        yield from (getattr(names[0], name) for name in names[1:])
 
 
 def release_norms(module: nn.Module) -> None:
@@ -286,15 +407,9 @@ def release_norms(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, OlderNorm):
             module._forward_pre_hooks[key] = hook.replaced
-    for name in [n for n, value in module.__dict__.items() if isinstance(value, StoredVectorNorm | WrapperNorm)]:
-        del module.__dict__[name]
-
-
-def replace_everywhere(holder: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(holder.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+    for name, value in list(module.__dict__.items()):
+        if isinstance(getattr(value, "__self__", value), StoredVectorNorm | WrapperNorm):
+            del module.__dict__[name]
 
 
 def _input_of(layer: Any, weight: Tensor) -> Tensor:

@@ -94,11 +94,6 @@ class Attention(nn.Module):
         return x + gamma * (out if o is None else o(out))
 
 
-class WithMap(Attention):
-    def forward(self, x):
-        return super().forward(x), None
-
-
 class UsesLabel(Attention):
     def forward(self, x, y):
         return super().forward(x) + y
@@ -152,7 +147,7 @@ def test_a_fused_model_trains_as_the_original_and_their_checkpoints_are_the_same
     original = critic(NORMS[norm])
     nn.init.constant_(original[2].gamma, 0.5)
     train(original, 1)  # so that there is history in plain attributes, which a plain deepcopy refuses
-    fused, report = fuse(original, images())
+    fused, report = fuse(original, images(), copy=True)
     assert not report.refused, str(report)
     assert len(report.swapped) == 7
     assert isinstance(fused[2], SelfAttention2d)
@@ -181,7 +176,7 @@ def test_a_fused_model_trains_as_the_original_and_their_checkpoints_are_the_same
 def test_gradient_penalty_through_a_fused_model(norm):
     original = critic(NORMS[norm]).double()
     nn.init.constant_(original[2].gamma, 0.5)
-    fused, _ = fuse(original)
+    fused, _ = fuse(original, copy=True)
     gradients = []
     for model in (original, fused):
         x = images().double().requires_grad_()
@@ -226,9 +221,9 @@ def test_one_grouped_update_a_forward(norm, monkeypatch):
 @pytest.mark.parametrize(("pool", "scaled", "bias"), [(True, False, False), (False, True, True)])
 def test_attention_blocks_by_structure(names, pool, scaled, bias):
     block = Attention(16, names, pool=pool, scaled=scaled, bias=bias)
-    fused, report = fuse(block)
+    fused, report = fuse(block, copy=True)
     assert isinstance(fused, SelfAttention2d), str(report)
-    assert fused.pool is pool
+    assert f"pool={pool}" in repr(fused)
     nn.init.constant_(getattr(block, names[-1]), 0.5)
     fused.load_state_dict(block.state_dict())
     x = torch.randn(2, 16, 6, 8)
@@ -237,17 +232,30 @@ def test_attention_blocks_by_structure(names, pool, scaled, bias):
 
 
 def test_blocks_that_are_something_else_are_left():
-    class Transposed(Attention):
-        """Softmax over the queries: the parts of a known block, but not its function."""
+    class Scattering(Attention):
+        """Softmax over the wrong axis: the parts of a known block, but not its function."""
 
         def forward(self, x):
             q, k, v = (getattr(self, n)(x).flatten(2) for n in self.names[:3])
-            return x + self.gamma * (v @ torch.softmax(k.transpose(1, 2) @ q, -1)).unflatten(2, x.shape[2:])
+            return x + self.gamma * (v @ torch.softmax(q.transpose(1, 2) @ k, -1)).unflatten(2, x.shape[2:])
+
+    class Remembering(Attention):
+        """Keeps what a fused block would not make."""
+
+        def forward(self, x):
+            y = super().forward(x)
+            self.last = y.detach()
+            return y
+
+    class Listing(Attention):
+        def forward(self, x):
+            return [super().forward(x), None]
 
     cases = {
-        "differ": Transposed(16, SIMPLE, pool=False),
-        "returns its attention map": WithMap(16, CANONICAL),
+        "differ": Scattering(16, SIMPLE, pool=False),
+        "returns a list": Listing(16, CANONICAL),
         "does not run alone": UsesLabel(16, CANONICAL),
+        "writes its attribute last": Remembering(16, CANONICAL),
     }
     for reason, block in cases.items():
         fused, report = fuse(nn.Sequential(block))
@@ -289,18 +297,18 @@ def test_norms_that_are_something_else_are_left():
     assert not fused._forward_pre_hooks
 
 
-def test_the_model_that_was_given_stays_as_it_was():
+def test_a_copy_leaves_the_model_as_it_was_and_the_default_fuses_it_in_place():
     model = critic(older_spectral_norm)
     before, state = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
     rng = torch.random.get_rng_state()
-    fuse(model, images())
+    fuse(model, images(), copy=True)
     assert [type(m) for m in model.modules()] == before
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     assert torch.equal(rng, torch.random.get_rng_state())
     parameters = list(model.parameters())
-    same, _ = fuse(model, images(), inplace=True)
+    same, _ = fuse(model, images())
     assert same is model
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))  # an optimiser's still
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))  # an optimizer's still
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     assert all(m.training for m in model.modules())
 
@@ -317,7 +325,7 @@ def test_the_whole_model_decides_where_an_example_is_given():
             return self.used(self.body(self.body(x)))
 
     model = Ends()
-    fused, report = fuse(model, torch.randn(2, 4))
+    fused, report = fuse(model, torch.randn(2, 4), copy=True)
     assert [part.path for part in report.refused] == ["idle"]
     assert "whole model" in report.refused[0].reason
     for _ in range(2):  # body is used twice and has two updates, as before
@@ -352,7 +360,8 @@ def test_older_norm_of_a_fused_model_can_be_removed():
 def test_fusing_twice_adds_what_is_new():
     fused, _ = fuse(critic(older_spectral_norm))
     fused.append(older_spectral_norm(nn.Conv2d(4, 2, 1)))
-    again, second = fuse(fused, inplace=True)
+    again, second = fuse(fused)
+    assert again is fused
     assert [part.path for part in second.parts] == ["4"]
     assert len(again._forward_pre_hooks) == 1
     again(images())
@@ -366,3 +375,26 @@ def test_bad_input():
         fuse(nn.Linear(2, 2), impl="fast")
     with pytest.raises(ValueError, match="example_input must be what model can be called with"):
         fuse(critic(older_spectral_norm), torch.randn(2, 4))
+
+
+def replicated(model):
+    """What ``nn.DataParallel`` makes of a model for one of its devices."""
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        for name, child in module._modules.items():
+            setattr(replicas[module], name, None if child is None else replicas[child])
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            setattr(replicas[module], name, None if value is None else value * 1)
+    return replicas[model]
+
+
+@pytest.mark.parametrize("norm", ["older", "stored", "wrapper"])
+def test_data_parallel_replicas_take_their_own_tensors(norm):
+    model, _ = fuse(critic(NORMS[norm]))
+    nn.init.constant_(model[2].gamma, 0.5)
+    expected, replica = copy.deepcopy(model)(images()), replicated(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.rand_like(p))  # a replica that read the original's weights would show it
+    torch.testing.assert_close(replica(images()), expected)
