@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,12 +174,16 @@ def plan_for(layouts: tuple[Layout, ...], device: torch.device, sizes: Tiles = T
         flat_tiles += [(i, block, 0) for block in range(-(-rows * columns // sizes.block_flat))]
         u_offset, v_offset = u_offset + rows, v_offset + columns
         s_partials, t_partials = s_partials + s_chunks * rows, t_partials + t_chunks * columns
+
+    def kept(rows: list[Any], dtype: torch.dtype) -> Tensor:
+        return _kept(torch.tensor(rows, dtype=dtype), device, for_all_streams=True)
+
     return Plan(
-        geometry=_kept(torch.tensor(rows_of_geometry, dtype=torch.int64), device),
-        s_tiles=_kept(torch.tensor(s_tiles, dtype=torch.int32), device),
-        t_tiles=_kept(torch.tensor(t_tiles, dtype=torch.int32), device),
-        tiles=_kept(torch.tensor(tiles, dtype=torch.int32), device),
-        flat_tiles=_kept(torch.tensor(flat_tiles, dtype=torch.int32), device),
+        geometry=kept(rows_of_geometry, torch.int64),
+        s_tiles=kept(s_tiles, torch.int32),
+        t_tiles=kept(t_tiles, torch.int32),
+        tiles=kept(tiles, torch.int32),
+        flat_tiles=kept(flat_tiles, torch.int32),
         partials=max(s_partials, t_partials),
         u_size=u_offset,
         v_size=v_offset,
@@ -198,26 +203,31 @@ class Table:
     aligned: bool  # all addresses are multiples of 16
 
 
-_tables: OrderedDict[tuple[torch.device, tuple[int, ...]], Table] = OrderedDict()
+_tables: OrderedDict[tuple[torch.device, tuple[int, ...], int], Table] = OrderedDict()
 _in_graphs: dict[int, Table | Tensor] = {}
 _TABLES = 512
 
 
 def table_of(*lists: Sequence[Tensor]) -> Table:
-    """The pointer table of these tensors, reused while their addresses are the same.
+    """The pointer table of these tensors, reused on one stream while their addresses are the same.
 
-    A CUDA graph that is being captured takes the table of earlier calls, which then stays for good. Where there is
-    none, the graph copies the table to memory of its own pool at each replay.
+    Each stream has tables of its own. So a table is copied, read, counted in and freed in the order of one stream, and
+    the programs of another never count in the same row. A CUDA graph that is being captured takes the table of earlier
+    calls away from them for good; the begin of a capture waits for all streams. If there is none, the graph copies the
+    table to memory of its own pool at each replay.
     """
     device = lists[0][0].device
     addresses = tuple([tensor.data_ptr() for tensors in lists for tensor in tensors])
-    key = (device, addresses)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
+    key = (device, addresses, _stream_of(device))
+    capturing = _is_capturing(device)
+    if capturing:  # on a stream of its own
+        key = next((other for other in reversed(_tables) if other[:2] == key[:2]), key)
+    table = _tables.pop(key, None)
     if table is not None:
-        _tables.move_to_end(key)
         if capturing:
             _in_graphs[id(table)] = table
+        else:
+            _tables[key] = table  # now the one used last
         return table
     rows = [*addresses, *[0] * len(lists[0])]
     source = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").view(-1, len(lists[0]))
@@ -231,15 +241,30 @@ def table_of(*lists: Sequence[Tensor]) -> Table:
     return table
 
 
-def _kept(source: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` outside the memory pools of CUDA graphs, which serve the thread that prepares a graph."""
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream_of(device: torch.device) -> int:
+    """The address of the current stream."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _kept(source: Tensor, device: torch.device, *, for_all_streams: bool = False) -> Tensor:
+    """A copy on ``device`` outside the memory pools of CUDA graphs, which serve the thread that prepares a graph.
+
+    With ``for_all_streams`` it is complete when this returns, unless a graph is captured.
+    """
     if device.type != "cuda":
         return source.to(device)
-    stream = torch.cuda.current_stream(device)
+    stream, waits = torch.cuda.current_stream(device), for_all_streams and not _is_capturing(device)
 
     def copy() -> Tensor:
         with torch.cuda.stream(stream):
-            return source.to(device, non_blocking=True)
+            copied = source.to(device, non_blocking=True)
+            if waits:
+                stream.synchronize()
+            return copied
 
     return _other_thread().submit(copy).result()
 

@@ -116,6 +116,24 @@ def test_captured_spectral_norm_outlives_the_tables_of_eager_calls(device, monke
             assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+def test_two_streams_normalize_the_same_weights(device):
+    """An evaluation beside a train step: same weights, same addresses, programs of both on the device at once."""
+    weights, dims = critic_weights(device)
+    us, vs = random_vectors(weights, dims)
+    expected = norm_kernels.update(weights, us, vs, dims, 0, 1e-12)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(norm_kernels.update(weights, us, vs, dims, 0, 1e-12))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["channels-last", "channels-first"])
 def test_captured_attention(layout, device):
     q, k, v = block_operands(2, 16 if device == "cuda" else 4, 64, torch.float32, layout, device)

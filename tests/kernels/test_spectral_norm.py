@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastgan.kernels.spectral_norm import launch as kernels
+from fastgan.kernels.spectral_norm import plan
 from fastgan.kernels.spectral_norm.plan import TILES, layout_of, plan_for, table_of
 from fastgan.reference import spectral_norm as reference
 from tests.kernels.vectors import assert_accurate, double, random_vectors
@@ -138,6 +139,29 @@ def test_pointer_table_is_reused_while_addresses_stay(device):
     a, b = torch.randn(3, device=device), torch.randn(4, device=device)
     assert table_of([a], [b]) is table_of([a], [b])
     assert table_of([a], [b]) is not table_of([b], [a])
+
+
+def test_each_stream_has_its_table_and_a_capture_takes_one_away(device, monkeypatch):
+    """The last row of a table counts programs: two streams that count in one row would add partial sums too early."""
+    a, b = torch.randn(3, device=device), torch.randn(4, device=device)
+    stream = 1
+    monkeypatch.setattr(plan, "_stream_of", lambda _: stream)
+    first = table_of([a], [b])
+    stream = 2
+    second = table_of([a], [b])
+    assert second is not first
+    assert second.pointers.data_ptr() != first.pointers.data_ptr()
+    stream = 1
+    assert table_of([a], [b]) is first
+    monkeypatch.setattr(plan, "_is_capturing", lambda _: True)
+    stream = 3
+    taken = table_of([a], [b])
+    assert taken is first  # the one used last
+    monkeypatch.setattr(plan, "_is_capturing", lambda _: False)
+    stream = 1
+    assert table_of([a], [b]) is not taken
+    stream = 2
+    assert table_of([a], [b]) is second
 
 
 def test_plan_is_reused_for_equal_layouts(device):
