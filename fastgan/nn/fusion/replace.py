@@ -104,6 +104,7 @@ def fuse(
             of the four, or ``names`` fit no block.
 
     Example:
+        >>> import torch
         >>> critic = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 1))
         >>> critic, report = fuse(critic, torch.randn(2, 4))
         >>> [part.path for part in report.swapped], report.unnormed
