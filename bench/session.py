@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +36,8 @@ class Session:
         seconds: about how long to time each workload.
         limit: no workload is begun after this many seconds.
         baseline: the implementation that ratios are against; None for the reference of each workload.
+        only: run the implementations alone whose name contains one of these; empty for all.
+        without: leave out the implementations whose name contains one of these. The reference always runs.
     """
 
     folder: Path
@@ -44,6 +46,8 @@ class Session:
     seconds: float
     limit: float = math.inf
     baseline: str | None = None
+    only: Sequence[str] = ()
+    without: Sequence[str] = ()
     console: Console = field(default_factory=Console)
     environment: dict[str, str] = field(init=False)
     start: float = field(init=False, default_factory=time.perf_counter)
@@ -59,7 +63,9 @@ class Session:
         start = time.perf_counter()
         path = self.folder / f"{suite}{'-quick' if self.quick else ''}.json"
         records: list[Record] = []
-        for workload in load(suite, self.quick, self.device):
+        for workload in map(self._chosen, load(suite, self.quick, self.device)):
+            if len(workload.implementations) == 1 and (self.only or self.without):
+                continue
             if time.perf_counter() - self.start > self.limit:
                 self.console.print(f"{suite}: left out after {self.limit:.0f} s: {workload.name}", highlight=False)
                 continue
@@ -72,6 +78,15 @@ class Session:
         self.console.print(f"{suite}: {written} ({time.perf_counter() - start:.0f} s)", highlight=False)
         return [f"{r.suite} / {r.workload} / {r.implementation}: {r.failure}" for r in _failed(records)]
 
+    def _chosen(self, workload: Workload) -> Workload:
+        """The workload with the reference and the implementations that are asked for."""
+
+        def is_chosen(name: str) -> bool:
+            is_wanted = not self.only or any(part in name for part in self.only)
+            return name == workload.reference or (is_wanted and not any(part in name for part in self.without))
+
+        return replace(workload, implementations={n: f for n, f in workload.implementations.items() if is_chosen(n)})
+
     def _print(self, records: list[Record]) -> None:
         self.console.print(_table(records, self.baseline))
         for record in records:
@@ -80,10 +95,12 @@ class Session:
 
 
 def _failed(records: list[Record]) -> list[Record]:
+    """References and implementations of fastgan's that failed, but for want of a package."""
     references: dict[str, Record] = {}
     for record in records:
         references.setdefault(record.workload, record)
-    return [r for r in records if r.failure and (r.own or r is references[r.workload])]
+    failed = [r for r in records if r.failure and not r.failure.startswith("No module named")]
+    return [r for r in failed if r.own or r is references[r.workload]]
 
 
 def _table(records: list[Record], baseline: str | None) -> Table:

@@ -38,6 +38,32 @@ def test_without_a_gpu_it_says_what_it_would_do(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize("part", ["1", "2", "3"])
+def test_each_part_builds_and_takes_nine_minutes(tmp_path, part):
+    done = gpu_script(tmp_path, "exit 1", PART=part)
+    assert done.returncode == 3
+    limits = dict(re.findall(r"^  (\w+) +(\d+) s  ", done.stdout, flags=re.MULTILINE))
+    assert "build" in limits
+    assert "report" in limits
+    assert 530 <= sum(map(int, limits.values())) <= 540
+
+
+def test_the_parts_have_all_steps(tmp_path):
+    found = set()
+    for part in ("1", "2", "3"):
+        (tmp_path / part).mkdir()
+        found |= set(
+            re.findall(r"^  (\w+) +\d+ s  ", gpu_script(tmp_path / part, "exit 1", PART=part).stdout, re.MULTILINE)
+        )
+    (tmp_path / "all").mkdir()
+    every = re.findall(r"^  (\w+) +\d+ s  ", gpu_script(tmp_path / "all", "exit 1").stdout, re.MULTILINE)
+    assert found == set(every)
+    (tmp_path / "four").mkdir()
+    refused = gpu_script(tmp_path / "four", "exit 1", PART="4")
+    assert refused.returncode == 2
+    assert "PART must be 1, 2 or 3, got '4'" in refused.stderr
+
+
 def test_time_that_is_over_stops_a_step(tmp_path):
     done = gpu_script(tmp_path, 'case "$*" in *pytest*) exec sleep 60;; esac', STEPS="test report", MINUTES="0")
     assert done.returncode == 1

@@ -1,11 +1,13 @@
-"""The suite of square roots where SciPy is missing, or is one whose sqrtm takes no ``disp``."""
+"""Suites without a package that a peer needs, and with some of their implementations only."""
 
 import sys
 
 import pytest
 
+from bench import session
 from bench.bench_sqrtm import QUICK_SIZE, rank_deficient
-from fastgan.bench.harness import check_all
+from fastgan.bench.harness import Workload, check_all
+from fastgan.bench.records import read_run
 
 pytest.importorskip("scipy.linalg")
 
@@ -25,3 +27,48 @@ def test_scipy_is_one_row_among_others(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.linalg", None)
     records = check_all("sqrtm", workload, "cpu")
     assert {name for name, record in records.items() if record.failure} == {"scipy.linalg.sqrtm"}
+
+
+def absent():
+    import no_such_package  # noqa: F401
+
+
+def broken():
+    raise RuntimeError("no such device")
+
+
+def workloads(quick, device):
+    def check(result, expected):
+        return abs(result - expected)
+
+    yield Workload(
+        "sums", {"eager": lambda: 1, "fastgan a": lambda: 1, "fastgan b": lambda: 1, "peer": lambda: 1}, "eager", check
+    )
+    yield Workload("photographs", {"fastgan fp32": absent, "fastgan bf16": absent}, "fastgan fp32", check)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, {"eager", "fastgan a", "fastgan b", "peer"}),
+        ({"only": ["fastgan"]}, {"eager", "fastgan a", "fastgan b"}),
+        ({"only": [" a", "peer"], "without": ["pee"]}, {"eager", "fastgan a"}),
+        ({"without": ["eager", "fastgan b"]}, {"eager", "fastgan a", "peer"}),
+    ],
+)
+def test_some_implementations_beside_the_reference(options, names, monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "load", lambda suite, quick, device: list(workloads(quick, device))[:1])
+    done = session.Session(folder=tmp_path, quick=True, device="cpu", seconds=0.01, **options).run_suite("sums")
+    assert done == []
+    assert {record.implementation for record in read_run(tmp_path / "sums-quick.json").records} == names
+
+
+def test_a_missing_package_is_no_failure_and_another_error_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "load", workloads_of)
+    made = session.Session(folder=tmp_path, quick=True, device="cpu", seconds=0.01)
+    assert made.run_suite("fid") == ["fid / broken / fastgan: no such device"]
+
+
+def workloads_of(suite, quick, device):
+    yield from workloads(quick, device)
+    yield Workload("broken", {"eager": lambda: 1, "fastgan": broken}, "eager", lambda result, expected: 0.0)
