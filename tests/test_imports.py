@@ -23,7 +23,7 @@ ALLOWED = {
     "_layout": set(),
     "backend": set(),
     "distributed": {"_checks"},
-    "reference": {"_layout"},
+    "reference": {"_dispatch", "_layout"},
     "kernels": {"_layout", "backend"},
     "ops": GROUND | {"reference", "kernels"},
     "nn": GROUND | {"reference", "ops"},

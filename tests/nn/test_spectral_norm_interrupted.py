@@ -99,7 +99,7 @@ def test_nothing_reads_a_weight_of_an_interrupted_forward(exception, read):
 def test_fused_networks_too():
     theirs = Critic()
     theirs.first, theirs.second = nn.utils.spectral_norm(theirs.first), nn.utils.spectral_norm(theirs.second)
-    ours, report = fuse(theirs)
+    ours, report = fuse(theirs, copy=True)
     assert len(report.swapped) == 2
     for exception in ENDS:
         ours.train()

@@ -119,7 +119,7 @@ def test_bad_override(assignment, match):
         ({"name": "x", "train": {"betas": [0.5, 1.0]}}, "betas must be two numbers"),
         ({"name": "x", "train": {"lr_generator": -1}}, "lr_generator must be positive"),
         ({"name": "x", "train": {"gradient_penalty": -1}}, "gradient_penalty must be at least 0"),
-        ({"name": "x", "train": {"precision": "fp16"}}, "precision must be one of 'fp32', 'bf16', got 'fp16'"),
+        ({"name": "x", "train": {"precision": "fp8"}}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ({"name": "x", "train": {"ema_decay": 1}}, r"ema_decay must be in \[0, 1\)"),
         ({"name": "x", "train": {"decay_from": 2}}, r"decay_from must be in \[0, 1\]"),
         ({"name": "x", "data": {"channels": 2}}, "channels must be 0, 1 or 3, got 2"),
