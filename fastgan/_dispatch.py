@@ -71,7 +71,8 @@ def is_exporting() -> bool:
     The graph may be run where there is no fastgan, so that it must consist of torch's own operators.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # The value that torch.compiler.is_exporting() returns, but for torch 2.11's dynamo, which takes that to be True.
+        return torch.compiler._is_exporting_flag
     return torch._C._get_tracing_state() is not None
 
 
