@@ -72,7 +72,7 @@ def is_exporting() -> bool:
     """
     if torch.compiler.is_compiling():
         # The value that torch.compiler.is_exporting() returns, but for torch 2.11's dynamo, which takes that to be True.
-        return torch.compiler._is_exporting_flag
+        return bool(torch.compiler._is_exporting_flag)  # type: ignore[attr-defined]
     return torch._C._get_tracing_state() is not None
 
 
