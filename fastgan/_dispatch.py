@@ -71,7 +71,7 @@ def is_exporting() -> bool:
     The graph may be run where there is no fastgan, so that it must consist of torch's own operators.
     """
     if torch.compiler.is_compiling():
-        # The value that torch.compiler.is_exporting() returns, but for torch 2.11's dynamo, which takes that to be True.
+        # What torch.compiler.is_exporting() returns, which the dynamo of torch 2.11 takes to be True in every graph.
         return bool(torch.compiler._is_exporting_flag)  # type: ignore[attr-defined]
     return torch._C._get_tracing_state() is not None
 
