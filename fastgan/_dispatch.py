@@ -72,7 +72,7 @@ def is_exporting() -> bool:
     """
     if torch.compiler.is_compiling():
         # What torch.compiler.is_exporting() returns, which the dynamo of torch 2.11 takes to be True in every graph.
-        return bool(torch.compiler._is_exporting_flag)  # type: ignore[attr-defined]
+        return bool(torch.compiler._is_exporting_flag)
     return torch._C._get_tracing_state() is not None
 
 
