@@ -15,12 +15,13 @@ import fastgan
 
 ROOT = Path(__file__).parents[1]
 
-GROUND = {"_checks", "_dispatch", "_files", "_layout", "backend", "distributed"}
+GROUND = {"_checks", "_dispatch", "_files", "_layout", "_random_state", "backend", "distributed"}
 ALLOWED = {
     "_checks": set(),
     "_dispatch": set(),
     "_files": set(),
     "_layout": set(),
+    "_random_state": set(),
     "backend": set(),
     "distributed": {"_checks"},
     "reference": {"_dispatch", "_layout"},

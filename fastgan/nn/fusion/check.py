@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastgan._random_state import GENERATORS, set_state, state_of
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", *sys.stdlib_module_names}
 _WHOLE_MODEL = 10  # times that, as differences grow through layers
@@ -32,6 +34,7 @@ class ModuleState:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, Tensor, bool]] = []
         self._generators: list[tuple[Any, Any]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._seen: set[int] = set()
         pending: list[Any] = [m.__dict__ for m in module.modules()]
         while pending:
@@ -45,17 +48,10 @@ class ModuleState:
         """Keep one value; the answer is what to look at below it."""
         if isinstance(value, Tensor):
             self._tensors.append((value, value.detach(), value.detach().clone(), value.requires_grad))
-        elif isinstance(value, torch.Generator):
-            self._generators.append((value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._generators.append((value.setstate, value.getstate()))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator
-            self._generators.append((lambda state: setattr(bits, "state", state), bits.state))
-        elif isinstance(value, np.random.RandomState):
-            self._generators.append((value.set_state, value.get_state(legacy=True)))
+        elif isinstance(value, GENERATORS):
+            self._generators.append((value, state_of(value)))
         elif isinstance(value, np.ndarray):
-            self._generators.append((lambda kept: value.__setitem__(..., kept), value.copy()))
+            self._arrays.append((value, value.copy()))
         elif isinstance(value, dict):
             self._containers.append((value, dict(value)))
             return list(value.values())
@@ -86,8 +82,10 @@ class ModuleState:
             if not torch.equal(memory, value):
                 with torch.no_grad():
                     tensor.copy_(value)
-        for put_back, state in self._generators:
-            put_back(state)
+        for generator, state in self._generators:
+            set_state(generator, state)
+        for array, entries in self._arrays:
+            array[...] = entries
         random.setstate(self._global[0])
         np.random.set_state(self._global[1])  # noqa: NPY002
 

@@ -6,7 +6,6 @@ A captured graph holds the Python values that it was traced with. :class:`Watch`
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 import sys
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastgan._random_state import GENERATORS, set_state, state_of
+
 LIMIT = 100_000
 _MISSING = object()
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, type)
 _SKIPPED = (types.ModuleType, torch.cuda.Stream)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Code of these packages is taken to be constant; what users hand to it is not.
 _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", "fastgan", *sys.stdlib_module_names}
 # Other updates' machinery, and what counts by itself.
@@ -101,7 +101,7 @@ class Reachable:
         if isinstance(value, np.ndarray):
             _put(self.arrays, path, value)
             return
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, GENERATORS):
             _put(self.generators, path, value)
             return
         if isinstance(value, type):
@@ -281,7 +281,7 @@ class Snapshot:
         self._arrays = {path: array.copy() for path, array in reached.arrays.items()}
         self._rng = rng
         self.random = _random_states(rng)
-        self.random |= {f"the state of {path}": _state_of(g) for path, g in reached.generators.items()}
+        self.random |= {f"the state of {path}": state_of(g) for path, g in reached.generators.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -315,7 +315,7 @@ class Snapshot:
                 array[...] = self._arrays[path]
         _set_random_states(self.random, self._rng)
         for path, generator in self._reached.generators.items():
-            _set_state(generator, self.random[f"the state of {path}"])
+            set_state(generator, self.random[f"the state of {path}"])
 
     def leaves(self) -> dict[str, Any]:
         """Map each path to the value there: a tensor, an array, or a plain Python value."""
@@ -454,23 +454,6 @@ def _set_random_states(states: dict[str, Any], rng: torch.Generator | None) -> N
         torch.cuda.set_rng_state(states["the state of the GPU's generator"])
     if rng is not None:
         rng.set_state(states["the state of rng"])
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return copy.deepcopy(generator.bit_generator.state)
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
 
 
 def _same_state(a: Any, b: Any) -> bool:
