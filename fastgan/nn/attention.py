@@ -177,7 +177,7 @@ class SelfAttention2d(nn.Module):
 
 def self_attention(x: Tensor, parts: AttentionParts, settings: AttentionSettings) -> Tensor:
     """Compute y (B, C, H, W) of a self-attention block for x of the same shape."""
-    if settings.impl == "eager" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    if _keeps_maps(settings):
         return _residual(x, attention_eager(*_queries_keys_values(x, parts, settings), settings.scale), parts)
     impl = resolve(settings.impl, x)
     if impl == "triton" and _is_fused(parts, settings):
@@ -190,7 +190,7 @@ def self_attention_and_map(x: Tensor, parts: AttentionParts, settings: Attention
     """Compute y and the map (B, N, M) whose rows sum to 1. The gradient of y does not need the map in memory."""
     q, k, v = _queries_keys_values(x, parts, settings)
     attention_map = torch.softmax(settings.scale * (q @ k.transpose(1, 2)), dim=-1)
-    if settings.impl == "eager" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    if _keeps_maps(settings):
         return _residual(x, attention_map @ v, parts), attention_map
     rows = attend(q, k, v, settings.scale, settings.impl, resolve(settings.impl, x))
     return _residual(x, rows, parts), attention_map
@@ -211,6 +211,11 @@ def pointwise_layer(module: nn.Module | None) -> nn.Conv2d | nn.Conv1d | nn.Line
         return pointwise_layer(module[0])
     inner = None if module is None else module._modules.get("module")
     return None if inner is None else pointwise_layer(inner)
+
+
+def _keeps_maps(settings: AttentionSettings) -> bool:
+    """Return whether attention is made of torch's own operators, as a graph of ONNX or TorchScript needs it."""
+    return settings.impl == "eager" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def _is_fused(parts: AttentionParts, settings: AttentionSettings) -> bool:

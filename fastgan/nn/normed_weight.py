@@ -155,6 +155,11 @@ def is_running(frame: FrameType) -> bool:
     return False
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Return whether ``nn.DataParallel`` made ``module`` for one forward, which dynamo does not trace."""
+    return not torch.compiler.is_dynamo_compiling() and "_is_replica" in module.__dict__
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Return whether ``weight`` is a DTensor, of which this process may hold a part only."""
     return type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "device_mesh")

@@ -23,6 +23,7 @@ from fastgan.nn.normed_weight import (
     Reading,
     Vectors,
     calling_frame,
+    is_replica,
     is_running,
     is_sharded,
     scale,
@@ -78,10 +79,10 @@ class SpectralNormGroup:
     def before_forward(self, root: nn.Module, _args: Any) -> None:
         frame = calling_frame()
         self._end_forwards(None)
-        is_replica = not torch.compiler.is_dynamo_compiling() and "_is_replica" in root.__dict__
+        for_replica = is_replica(root)
         self._leave_out_sharded(root)
-        entries = list(self._entries(_layers_of_replica(root) if is_replica else self.layers))
-        weights = self._normalized([reading for _, reading in entries], is_replica) if entries else []
+        entries = list(self._entries(_layers_of_replica(root) if for_replica else self.layers))
+        weights = self._normalized([reading for _, reading in entries], for_replica) if entries else []
         for (norm, reading), weight in zip(entries, weights, strict=True):
             norm.supply(weight, reading.weight, frame)
         self._forwards.setdefault(thread_key(), []).append((frame, [norm for norm, _ in entries]))
@@ -136,23 +137,23 @@ class SpectralNormGroup:
             else:
                 norm.leave_group()
 
-    def _normalized(self, readings: list[Reading], is_replica: bool) -> list[Tensor]:
+    def _normalized(self, readings: list[Reading], for_replica: bool) -> list[Tensor]:
         parts: dict[Any, list[int]] = {}
         for i, reading in enumerate(readings):
             key = (reading.weight.device, reading.weight.dtype, reading.settings)
             parts.setdefault(key, []).append(i)
         results: dict[int, Tensor] = {}
         for key, indices in parts.items():
-            part = self._part(key, [readings[i] for i in indices], is_replica)
+            part = self._part(key, [readings[i] for i in indices], for_replica)
             results.update(zip(indices, part, strict=True))
         return [results[i] for i in range(len(readings))]
 
-    def _part(self, key: Any, readings: list[Reading], is_replica: bool) -> list[Tensor]:
+    def _part(self, key: Any, readings: list[Reading], for_replica: bool) -> list[Tensor]:
         """Normalized weights of layers that agree in device, dtype and settings."""
         weights = [r.weight for r in readings]
         impl = resolve(readings[0].settings.impl, weights[0])
         sources = [*weights, *(r.u for r in readings), *(r.v for r in readings)]
-        kept = (not readings[0].settings.writes or self.updates == "step") and not is_replica
+        kept = (not readings[0].settings.writes or self.updates == "step") and not for_replica
         if not kept or not _can_be_remembered(sources):
             return scale(readings, update(readings, impl), impl)
         cached = self._cache.get(key)

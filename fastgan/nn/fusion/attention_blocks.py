@@ -6,17 +6,16 @@ forward computes the block's function; its attributes, methods, hooks and state-
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import types
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastgan.backend import warn_once
 from fastgan.nn.attention import (
     AttentionParts,
     AttentionSettings,
@@ -164,18 +163,13 @@ def _serves(plan: Plan, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     for name, expected in plan.constants:
         value = getattr(block, name, None)
         if (value if isinstance(value, _ATOMS) else type(value)) != expected:
-            _warn_once(f"{type(block).__name__} runs its own forward: its attribute {name} was changed after fuse()")
+            warn_once(f"{type(block).__name__} runs its own forward: its attribute {name} was changed after fuse()")
             return False
     for path in (plan.roles.theta, plan.roles.phi, plan.roles.g, plan.roles.o):
         if path is not None and pointwise_layer(_at(block, path)) is None:
-            _warn_once(f"{type(block).__name__} runs its own forward: {path} was replaced after fuse()")
+            warn_once(f"{type(block).__name__} runs its own forward: {path} was replaced after fuse()")
             return False
     return True
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
 
 
 def _parts(block: Any, roles: Roles) -> AttentionParts:

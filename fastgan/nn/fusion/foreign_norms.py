@@ -14,14 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgan.nn.normed_weight import NormedWeight, OlderHook, Reading, Settings, dtype_of, without_supply
+from fastgan.nn.normed_weight import NormedWeight, OlderHook, Reading, Settings, dtype_of, is_replica, without_supply
 
 _REPLICATE = "_replicate_for_data_parallel"
-
-
-def is_replica(module: Any) -> bool:
-    """Return whether ``nn.DataParallel`` made ``module`` for one forward."""
-    return bool(getattr(module, "_is_replica", False))
 
 
 class OlderNorm(NormedWeight, OlderHook):

@@ -124,6 +124,9 @@ class NormSwap(Swap):
             outputs.append(output.detach())
         return [outputs, gradients, [v.detach().clone() for v in self.vectors()]]
 
+    def revert(self) -> None:
+        release_norms(self.module)
+
 
 class ParametrizationSwap(NormSwap):
     what = "torch.nn.utils.parametrizations.spectral_norm"
@@ -144,9 +147,6 @@ class ParametrizationSwap(NormSwap):
 
     def _replace(self, _variant: Any) -> None:
         self.norm = adopted(self.module, self._name, self.impl, once=True)
-
-    def revert(self) -> None:
-        release_norms(self.module)
 
 
 class OlderSwap(NormSwap):
@@ -170,9 +170,6 @@ class OlderSwap(NormSwap):
     def _replace(self, _variant: Any) -> None:
         self.norm = self.module._forward_pre_hooks[self._key] = OlderNorm(self._hook, self.impl)
 
-    def revert(self) -> None:
-        release_norms(self.module)
-
 
 class StoredVectorSwap(NormSwap):
     def __init__(self, path: str, module: nn.Module, impl: str, spelling: Any) -> None:
@@ -191,9 +188,6 @@ class StoredVectorSwap(NormSwap):
 
     def _replace(self, _variant: Any) -> None:
         self.norm = StoredVectorNorm.put_on(self.module, self._spelling, self.impl)
-
-    def revert(self) -> None:
-        release_norms(self.module)
 
 
 class WrapperSwap(NormSwap):
@@ -218,9 +212,6 @@ class WrapperSwap(NormSwap):
 
     def _replace(self, _variant: Any) -> None:
         self.norm = WrapperNorm.put_on(self.module, self._names, self.impl)
-
-    def revert(self) -> None:
-        release_norms(self.module)
 
 
 class AttentionSwap(Swap):
