@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan._dispatch import dispatched_if_needed
-from fastgan.linalg._transforms import Derivatives, is_transforming, third_derivative
+from fastgan.linalg._transforms import Derivatives, third_derivative, transform_is_active
 
 IMPLS = ("auto", "extension", "reference")
 
@@ -59,7 +59,7 @@ def callable_anywhere(compute: Callable[..., Any], op: Any, transformed: Callabl
     untransformed = dispatched_if_needed(compute, op)
 
     def call(*args: Any) -> Any:
-        return transformed(*args) if is_transforming() else untransformed(*args)
+        return transformed(*args) if transform_is_active() else untransformed(*args)
 
     return call
 
@@ -86,7 +86,7 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Call
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        first = derivatives.gradients if is_transforming() else bwd
+        first = derivatives.gradients if transform_is_active() else bwd
         gradients = first(grad, *ctx.saved_tensors)
         return *(gradients if isinstance(gradients, tuple) else (gradients,)), *[None] * ctx.options
 
@@ -94,7 +94,7 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Call
         ctx.save_for_backward(*inputs)
 
     def backward_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
-        second = derivatives.second if is_transforming() else bwd_bwd
+        second = derivatives.second if transform_is_active() else bwd_bwd
         return second(*cotangents, *ctx.saved_tensors)
 
     def third(ctx: Any, *cotangents: Tensor) -> None:

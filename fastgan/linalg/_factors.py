@@ -19,7 +19,7 @@ from fastgan.linalg._symmetric import (
     symmetric_part,
     triangular_sandwich,
 )
-from fastgan.linalg._transforms import is_tracked, is_transforming, values_of
+from fastgan.linalg._transforms import is_tracked, transform_is_active, values_of
 
 _BLOCK = 256
 _CHUNK_ENTRIES = 2**23
@@ -129,7 +129,7 @@ def against_covariance(factor: Tensor, cov: Tensor, impl: str, bounds: bool) -> 
 
 
 def _is_differentiated(*tensors: Tensor) -> bool:
-    return is_differentiated(*tensors) or is_transforming()
+    return is_differentiated(*tensors) or transform_is_active()
 
 
 def _is_upper(matrix: Tensor) -> bool:

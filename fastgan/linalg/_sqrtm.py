@@ -13,7 +13,7 @@ from torch.library import custom_op
 from fastgan.linalg._checks import allowed_spectra, check_spectrum
 from fastgan.linalg._dispatch import by_products, callable_anywhere, nan_unless, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
-from fastgan.linalg._transforms import is_transforming, tangent_rule, untraced
+from fastgan.linalg._transforms import tangent_rule, transform_is_active, untraced
 
 METHODS = ("auto", "eigh", "newton_schulz")
 NEWTON_SCHULZ = (1.5, 0.5)
@@ -35,7 +35,9 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
         values, vectors = torch.linalg.eigh(flat)
         if not watched():
             check_spectrum("a", values, definite=inverse)
-        root = nan_unless(allowed_spectra(values, inverse), _root_of_eigenpairs(values, vectors, inverse))
+        root = _root_of_eigenpairs(values, vectors, inverse)
+        if watched():
+            root = nan_unless(allowed_spectra(values, inverse), root)
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     scale = scale[:, None, None].sqrt()
@@ -255,7 +257,7 @@ class _Lyapunov(Function):
 
 def _solve_lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     """Call ``fastgan::lyapunov`` so that the transform that is active, if any, can differentiate it."""
-    return _Lyapunov.apply(root, rhs) if is_transforming() else lyapunov(root, rhs)
+    return _Lyapunov.apply(root, rhs) if transform_is_active() else lyapunov(root, rhs)
 
 
 sqrtm.register_autograd(_backward, setup_context=_save_root)

@@ -17,7 +17,7 @@ from torch.autograd import Function, forward_ad
 _functorch = torch._C._functorch
 
 
-def is_transforming() -> bool:
+def transform_is_active() -> bool:
     """Return whether a transform of ``torch.func`` or forward-mode differentiation is active, also in a trace."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
