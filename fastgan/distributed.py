@@ -69,6 +69,10 @@ def launched_world(device: torch.device) -> Iterator[World]:
     if size == 1 or not dist.is_available() or dist.is_initialized():
         yield current_world()
         return
+    # Default arguments there are the process group of the time of the import, which torch.compile makes. Kept by them,
+    # gloo's threads would outlive destroy_process_group, and now and then abort the process as Python ends.
+    import torch.distributed.nn  # noqa: F401
+
     # torchrun ends all if one dies; one that takes long, as for a score, must not end the others.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:

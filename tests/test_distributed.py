@@ -35,6 +35,29 @@ def module_fed(real, fake):
     return metric
 
 
+THREADS = """
+import glob, torch
+from fastgan.distributed import launched_world
+with launched_world(torch.device("cpu")) as world:
+    import torch._dynamo
+    assert world.gather(world.rank) == [0, 1]
+names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+assert names
+print([name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc")
+def test_no_thread_of_a_process_group_outlives_it(tmp_path):
+    """One that needs the interpreter while it ends aborts the process."""
+    (tmp_path / "main.py").write_text(THREADS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "main.py")]
+    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
 BACKBONE = ("--backbone", "efficientnet_lite0")
 EVALUATE = ("evaluate", "--metrics", "fid,prdc", "-k", "1")
 MISTAKES = {"image": (), "option": ("--precision", "fp8"), "usage": ("--btach-size", "1")}
