@@ -223,13 +223,13 @@ class TrainStep:
         mean = ProcessMean(self.world, device=self.device) if self.world.size > 1 else None
         averages = [tensor for update in updates if update.ema for tensor in update.ema.tensors()]
         broadcast_([t for m in networks for t in (*m.parameters(), *m.buffers())] + averages, self.world)
-        for update in updates:
-            broadcast_optimizer_(update.optimizer, self.world)
-            if (scaler := _started(update.scaler, self.device)) is not None:
-                broadcast_([scaler._scale, scaler._growth_tracker], self.world)  # type: ignore[list-item]
         self._updates = {
             update.name: replace(update, mean=mean, scaler=_started(update.scaler, self.device)) for update in updates
         }
+        for update in self._updates.values():
+            broadcast_optimizer_(update.optimizer, self.world)
+            if (scaler := update.scaler) is not None:
+                broadcast_([scaler._scale, scaler._growth_tracker], self.world)  # type: ignore[list-item]
         self._shared = shared
         self._steps: dict[tuple[tuple[str, tuple[str, ...]], ...], _Step] = {}
         self.counts = dict.fromkeys(self._updates, 0)
