@@ -28,8 +28,7 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double sca
   const AttentionKernels& kernels = attention_kernels(element_of(q));
   Workspace workspace(q);
   AttentionForward x{s, view_of(q), view_of(k), view_of(v), view_of(o), stats.data_ptr(), {}, {}};
-  const int64_t keys = s.tiles() * kTile;
-  workspace.take(s.slices(), {{&x.kt, keys * s.d}, {&x.v_rows, keys * padded(s.e)}});
+  workspace.take(s.slices(), x.sizes());
   in_parallel(s.slices() * s.tiles(), kernels.forward_pack, x);
   in_parallel(s.slices() * s.strips(), kernels.forward, x, workspace.bytes(forward_room(s)));
 }
@@ -44,15 +43,7 @@ void attention_bwd(const Tensor& grad_o, const Tensor& q, const Tensor& k, const
   x.grad_o = view_of(grad_o), x.q = view_of(q), x.k = view_of(k), x.v = view_of(v), x.o = view_of(o);
   x.stats = stats.data_ptr();
   x.dq = view_of(dq), x.dk = view_of(dk), x.dv = view_of(dv);
-  const int64_t keys = s.tiles() * kTile, rows = s.padded_n();
-  workspace.take(s.slices(), {{&x.kt, keys * s.d},
-                              {&x.vt, keys * s.e},
-                              {&x.k_rows, keys * padded(s.d)},
-                              {&x.q_rows, rows * quads(s.d)},
-                              {&x.go_rows, rows * quads(s.e)},
-                              {&x.tops, rows},
-                              {&x.deltas, rows},
-                              {&x.dq_groups, s.groups() * rows * padded(s.d)}});
+  workspace.take(s.slices(), x.sizes());
   in_parallel(s.slices() * s.tiles(), kernels.backward_pack_keys, x);
   in_parallel(s.slices() * s.strips(), kernels.backward_pack_rows, x);
   in_parallel(s.slices() * s.groups(), kernels.backward, x, workspace.bytes(backward_room(s)));
@@ -71,19 +62,7 @@ void attention_bwd_bwd(const Tensor& ggq, const Tensor& ggk, const Tensor& ggv, 
   x.q = view_of(q), x.k = view_of(k), x.v = view_of(v);
   x.stats = stats.data_ptr();
   x.g_do = view_of(g_do), x.gq = view_of(gq), x.gk = view_of(gk), x.gv = view_of(gv);
-  const int64_t keys = s.tiles() * kTile, rows = s.padded_n();
-  workspace.take(s.slices(), {{&x.kt, keys * s.d},
-                              {&x.vt, keys * s.e},
-                              {&x.ggkt, keys * s.d},
-                              {&x.ggvt, keys * s.e},
-                              {&x.k_rows, keys * padded(s.d)},
-                              {&x.v_rows, keys * padded(s.e)},
-                              {&x.ggk_rows, keys * padded(s.d)},
-                              {&x.ggv_rows, keys * padded(s.e)},
-                              {&x.q_rows, rows * quads(s.d)},
-                              {&x.ggq_rows, rows * quads(s.d)},
-                              {&x.go_rows, rows * quads(s.e)},
-                              {&x.sums, rows * kRowSums}});
+  workspace.take(s.slices(), x.sizes());
   in_parallel(s.slices() * s.tiles(), kernels.backward2_pack_keys, x);
   in_parallel(s.slices() * s.strips(), kernels.backward2_rows, x, workspace.bytes(backward2_rows_room(s)));
   in_parallel(s.slices() * s.tiles(), kernels.backward2_keys, x, workspace.bytes(backward2_keys_room(s)));

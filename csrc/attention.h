@@ -6,6 +6,9 @@
 // shape alone, so that results do not depend on the number of threads.
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "variants.h"
 
 namespace fastgan {
@@ -43,17 +46,24 @@ struct AttentionShape {
   }
 };
 
-// Packed operands of all slices, in float or double.
+// A packed operand of all slices, in float or double.
 struct Packed {
   void* data;
   int64_t slice;  // elements of one
 };
+
+using Sizes = std::vector<std::pair<Packed*, int64_t>>;  // operands and the elements that a slice of each needs
 
 struct AttentionForward {
   AttentionShape shape;
   View q, k, v, o;
   void* stats;   // (slices, n, 2): the largest of q K^T, and 1 / the sum of exponentials relative to it
   Packed kt, v_rows;
+
+  Sizes sizes() {
+    const int64_t keys = shape.tiles() * kTile;
+    return {{&kt, keys * shape.d}, {&v_rows, keys * padded(shape.e)}};
+  }
 };
 
 struct AttentionBackward {
@@ -65,6 +75,18 @@ struct AttentionBackward {
   Packed q_rows, go_rows;     // queries; grad_o is divided by the sum of exponentials
   Packed tops, deltas;        // per query: stats[0], and rowsum(go_rows * o)
   Packed dq_groups;           // of each group of tiles
+
+  Sizes sizes() {
+    const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
+    return {{&kt, keys * d},
+            {&vt, keys * e},
+            {&k_rows, keys * padded(d)},
+            {&q_rows, rows * quads(d)},
+            {&go_rows, rows * quads(e)},
+            {&tops, rows},
+            {&deltas, rows},
+            {&dq_groups, shape.groups() * rows * padded(d)}};
+  }
 };
 
 struct AttentionBackward2 {
@@ -75,6 +97,22 @@ struct AttentionBackward2 {
   Packed kt, vt, ggkt, ggvt, k_rows, v_rows, ggk_rows, ggv_rows;
   Packed q_rows, ggq_rows, go_rows;
   Packed sums;  // kRowSums of each query
+
+  Sizes sizes() {
+    const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
+    return {{&kt, keys * d},
+            {&vt, keys * e},
+            {&ggkt, keys * d},
+            {&ggvt, keys * e},
+            {&k_rows, keys * padded(d)},
+            {&v_rows, keys * padded(e)},
+            {&ggk_rows, keys * padded(d)},
+            {&ggv_rows, keys * padded(e)},
+            {&q_rows, rows * quads(d)},
+            {&ggq_rows, rows * quads(d)},
+            {&go_rows, rows * quads(e)},
+            {&sums, rows * kRowSums}};
+  }
 };
 
 // Each takes a range of tasks and, where it says so, room of its thread's own, in elements.

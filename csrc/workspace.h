@@ -5,10 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
-#include <initializer_list>
 #include <memory>
 #include <stdexcept>
-#include <utility>
 
 #include "attention.h"
 
@@ -51,7 +49,7 @@ class Workspace {
   size_t bytes(int64_t elements) const { return size_t(elements * size_); }
 
   // Gives each operand room for `slices` times so many elements.
-  void take(int64_t slices, std::initializer_list<std::pair<Packed*, int64_t>> operands) {
+  void take(int64_t slices, const Sizes& operands) {
     int64_t total = kPadding;
     for (const auto& operand : operands) total += slices * padded(operand.second);
     memory_ = torch::stable::new_empty(like_, {total * size_}, torch::headeronly::ScalarType::Byte);
