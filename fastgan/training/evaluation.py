@@ -21,7 +21,7 @@ from fastgan.training.classifier import Accuracies, Classifier, train_classifier
 from fastgan.training.pictures import to_pixels
 from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
 from fastgan.training.sampling import sample
-from fastgan.training.scoring import SEED, random_part
+from fastgan.training.scoring import SEED, random_part, score_backbone
 
 MAX_SAMPLES = 10_000
 _SPLITS = 10
@@ -44,14 +44,15 @@ class RunSamples(ImageArray):
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         generator, step = load_generator(folder, device=device)
         self.n_classes = generator.n_classes
-        held_out = _part(self.data.held_out, MAX_SAMPLES)
+        held_out = random_part(self.data.held_out, MAX_SAMPLES)  # in the order of the training log's
         self.labels = held_out.labels.cpu()
         sketches = sketches_of(held_out, self.recipe.data.sketches) if generator.sketch_channels else None
         self.generated = sample(generator, self.labels, seed=SEED, sketches=sketches).cpu()
         super().__init__(to_pixels(self.generated), label=f"{folder} (samples after {step} steps)")
+        self.backbone = score_backbone(self.recipe)
         source = self.recipe.data.source
         self.reference = _real_images(held_out, f"{source} (held out)")
-        self.second_split = _real_images(_part(self.data.train, len(held_out)), f"{source} (trained on)")
+        self.second_split = _real_images(random_part(self.data.train, len(held_out)), f"{source} (trained on)")
 
     def name(self, index: int) -> str:
         return f"{self.folder} sample {index}"
