@@ -26,11 +26,17 @@ def train(
         list[str] | None, typer.Argument(metavar="key=value ...", help="Settings of the recipe to change.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="A name of `fastgan recipes`, or a YAML file.")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  [default: the recipe's]")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, cifar10 or a folder; with --resume a new place of the same files.  [default: the recipe's]"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of the run to go on with.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run that --out holds already.")] = False,
 ) -> None:
     """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how.
 
@@ -58,7 +64,7 @@ def train(
                 assert out is not None
                 # Under torchrun --max-restarts the same command comes again.
                 restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-                run = start_run(override(chosen, changes), out, restarted=restarted, **options)
+                run = start_run(override(chosen, changes), out, restarted=restarted, overwrite=overwrite, **options)
             received = run.train()
     if received is not None:
         echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")

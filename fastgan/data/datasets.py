@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from fastgan._checks import InputError
+from fastgan.data.fingerprint import fingerprint_files
 from fastgan.data.folders import has_sketches, image_folder, sketch_folder
+from fastgan.data.image_sources import find_images
 from fastgan.data.images import LabelledImages, stratified_split
 
 NAMED = ("digits", "cifar10")
@@ -17,10 +20,17 @@ NAMED = ("digits", "cifar10")
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Images to train on and images that no network sees in training, to score against."""
+    """Images to train on and images that no network sees in training, to score against.
+
+    Attributes:
+        files: CRC-32 of each file of a folder, by its path below it.
+        found: description of both parts together.
+    """
 
     train: LabelledImages
     held_out: LabelledImages
+    files: Mapping[str, str] = field(default_factory=dict)
+    found: str = ""
 
 
 def load_data(
@@ -45,7 +55,8 @@ def load_data(
     try:
         if str(source) == "digits":
             repeats = (1, 3 if channels == 3 else 1, 1, 1)
-            return DataSplit(*(replace(part, images=part.images.repeat(repeats)) for part in digits(resolution)))
+            train, test = (replace(part, images=part.images.repeat(repeats)) for part in digits(resolution))
+            return DataSplit(train, test)
         if str(source) == "cifar10":
             return _cifar10(resolution, channels)
     except ImportError as error:
@@ -58,7 +69,9 @@ def load_data(
     else:
         whole = image_folder(folder / "images" if has_sketches(folder) else folder, resolution, channels or 3)
     try:
-        return DataSplit(*stratified_split(whole, held_out=held_out))
+        files = fingerprint_files(folder, find_images(folder))
+        train, test = stratified_split(whole, held_out=held_out)
+        return DataSplit(train, test, files)
     except ValueError as error:
         raise InputError(f"{folder}: {error}") from error
 
@@ -117,4 +130,4 @@ def _cifar10(resolution: int, channels: int) -> DataSplit:
             images = torch.cat([resize(some, [resolution, resolution], antialias=True) for some in images.split(1000)])
         names = tuple(part.classes)
         sets.append(LabelledImages(images, torch.tensor(part.targets), n_classes=10, class_names=names))
-    return DataSplit(*sets)
+    return DataSplit(sets[0], sets[1])

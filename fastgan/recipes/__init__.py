@@ -31,6 +31,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+AUTO = "auto"
+"""What a recipe writes for a setting that follows from the data; None in Python."""
+
 
 def available() -> list[str]:
     """Names of the recipes that come with the package."""
@@ -111,8 +114,12 @@ def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:
-    """Nested mappings of plain values, with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """Nested mappings of plain values, with lists for tuples and "auto" for None."""
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for section in content.values():
+        if isinstance(section, dict):
+            section |= {name: AUTO for name, value in section.items() if value is None}
+    return content
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -146,15 +153,23 @@ def _build(cls: type[T], content: object, where: str) -> T:
 
 
 def _convert(value: object, to: Any, where: str) -> Any:
+    if type(None) in typing.get_args(to):
+        if value is None or value == AUTO:
+            return None
+        (to,) = (kind for kind in typing.get_args(to) if kind is not type(None))
     if dataclasses.is_dataclass(to):
         return _build(typing.cast(type, to), value, where)
     if typing.get_origin(to) is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} must be a list, got {value!r}")
         return tuple(_convert(v, typing.get_args(to)[0], where) for v in value)
-    if to is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if to in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
-            return float(value)  # also of a string: YAML 1.1 takes 1e-4, without a point, for one
+            number = float(value)  # also of a string: YAML 1.1 takes 1e-4, without a point, for one
+            if to is float:
+                return number
+            if number.is_integer():
+                return value if isinstance(value, int) else int(number)
     if not isinstance(value, to) or (isinstance(value, bool) and to is not bool):
         raise InputError(f"{where} must be of type {to.__name__}, got {value!r}")
     return value

@@ -22,7 +22,7 @@ class DataConfig:
             ``sketches``.
         channels: 1 for grey, 3 for RGB, 0 for those of the data (folders: 3).
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder.
-        flip: mirror half of the images.
+        flip: mirror half of the images. "auto": if most are in color; digits and letters are not symmetric.
         dequantise: add noise of one grey level.
         held_out: share of a folder's images that is scored against and not trained on.
         on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.
@@ -31,7 +31,7 @@ class DataConfig:
     source: str = "digits"
     channels: int = 0
     sketches: str = "none"
-    flip: bool = False
+    flip: bool | None = False
     dequantise: bool = False
     held_out: float = 0.1
     on_device: bool = True

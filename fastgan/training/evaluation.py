@@ -19,7 +19,7 @@ from fastgan.metrics._inception_score import InceptionScoreResult, inception_sco
 from fastgan.recipes import Recipe
 from fastgan.training.classifier import Accuracies, Classifier, train_classifier
 from fastgan.training.pictures import to_pixels
-from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
+from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
 from fastgan.training.sampling import sample
 from fastgan.training.scoring import SEED, random_part
 
@@ -40,7 +40,7 @@ class RunSamples(ImageArray):
     def __init__(self, folder: str | Path, *, device: torch.device | str | None = None) -> None:
         self.folder = Path(folder)
         self.recipe: Recipe = run_recipe(folder)
-        self.data = load_data_of(self.recipe)
+        self.data = load_run_data(folder, self.recipe)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         generator, step = load_generator(folder, device=device)
         self.n_classes = generator.n_classes

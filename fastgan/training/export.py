@@ -17,7 +17,7 @@ from fastgan.data.image_sources import find_images
 from fastgan.models import Generator
 from fastgan.training.pictures import grid_png, png_bytes, to_pixels
 from fastgan.training.reports import MAX_ROWS
-from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
+from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
 from fastgan.training.sampling import held_out_index, interpolate, sample
 
 
@@ -98,5 +98,5 @@ def _sketches(source: Path, generator: Generator, labels: Tensor, options: Sampl
     if not (source / CONFIG).is_file():
         raise InputError("--sketches must be given: this generator starts from sketches, and the folder is no run")
     recipe = run_recipe(source)
-    held_out = load_data_of(recipe).held_out
+    held_out = load_run_data(source, recipe).held_out
     return sketches_of(held_out, recipe.data.sketches)[held_out_index(held_out, labels)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import shlex
+import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 
 from fastgan import __version__
 from fastgan._checks import InputError
-from fastgan._files import write_bytes, write_text
+from fastgan._files import check_writable, write_bytes, write_text
 from fastgan.data import DataSplit, load_data
+from fastgan.data.datasets import NAMED
+from fastgan.data.images import mostly_color
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
 from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
+from fastgan.training.data_record import RECORD, DataRecord
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
 from fastgan.training.scoring import Score, Scorer
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
@@ -174,7 +178,7 @@ class Run:
     @property
     def _how_to_go_on(self) -> str:
         if self._saved_step is None:
-            return "No checkpoint had been written."
+            return "No checkpoint had been written; the same command starts the run over."
         return f"The checkpoint of step {self._saved_step} is kept: {self.resume_command}"
 
 
@@ -213,26 +217,76 @@ def start_run(
     tell: Callable[[str], None] = print,
     show_progress: bool = True,
     restarted: bool = False,
+    overwrite: bool = False,
 ) -> Run:
-    """Start a run: load the data, build everything, and write ``config.yaml``.
+    """Start a run: load the data, build everything, and write ``config.yaml`` and ``data.json``.
 
-    If a supervisor has ``restarted`` the program and ``out`` holds this very run, it is resumed from its last
-    checkpoint, or begun anew if it has none.
+    Settings that the recipe leaves to the data ("auto") are written as the data decides them. A run in ``out`` that
+    ended before its first checkpoint is started over.
+
+    Args:
+        recipe: the system.
+        out: folder of the run.
+        device: where to train.
+        tell: called with each line of news.
+        show_progress: draw a progress bar.
+        restarted: a supervisor has restarted the program: if ``out`` holds this very run, it is resumed.
+        overwrite: remove a run in ``out`` before the first step.
 
     Raises:
-        InputError: ``out`` holds a run already, or the recipe, the data and the networks do not fit.
+        InputError: ``out`` holds a run with checkpoints already or cannot be written to, or the recipe, the data and
+            the networks do not fit.
     """
     out, world = Path(out), current_world()
+    recipe = _with_absolute_source(recipe)
     exists = any(world.gather((out / CONFIG).exists()))  # before the first process writes it
-    if exists and restarted and not differences(run_recipe(out), recipe):
-        if Checkpoints(out / "checkpoints").exist():
+    begun = any(world.gather(Checkpoints(out / "checkpoints").exist()))
+    if exists and begun and not overwrite:
+        stored = run_recipe(out)
+        if restarted and not differences(stored, _without_auto(recipe, stored)):
             return resume_run(out, device=device, tell=tell, show_progress=show_progress)
-    elif exists:
-        raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another folder")
-    run = Run(recipe, out, load_data_of(recipe, world), device=device, tell=tell, show_progress=show_progress)
+        raise InputError(
+            f"{out} holds a run already: go on with --resume {out}, choose another folder, or add --overwrite"
+        )
+    with world.agreed():
+        if world.is_first:
+            check_writable(out)
+    data = load_data_of(recipe, world)
+    recipe = settle(recipe, data)
+    run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
     if world.is_first:
+        if exists:
+            _remove_run(out)
         write_text(out / CONFIG, dump_recipe(recipe))
+        DataRecord.of(data).write(out)
     return run
+
+
+def _remove_run(out: Path) -> None:
+    """Remove the files of a run, checkpoints last, and leave others in its folder alone."""
+    for name in (CONFIG, RECORD, METRICS, "curves.png", "classifier.json", "classifier.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("grids", "tensorboard", GENERATOR, "checkpoints"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _with_absolute_source(recipe: Recipe) -> Recipe:
+    """``recipe`` with the absolute path of its data, so that a run may be resumed from any folder."""
+    if recipe.data.source in NAMED:
+        return recipe
+    return replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).absolute())))
+
+
+def _without_auto(recipe: Recipe, stored: Recipe) -> Recipe:
+    """``recipe`` with the values of ``stored`` in place of its "auto"."""
+    data = {f.name: getattr(stored.data, f.name) for f in fields(recipe.data) if getattr(recipe.data, f.name) is None}
+    return replace(recipe, data=replace(recipe.data, **data))
+
+
+def settle(recipe: Recipe, data: DataSplit) -> Recipe:
+    """``recipe`` with what the data decides in place of "auto"."""
+    flip = mostly_color(data.train.images) if recipe.data.flip is None else recipe.data.flip
+    return replace(recipe, data=replace(recipe.data, flip=flip))
 
 
 def resume_run(
@@ -249,24 +303,35 @@ def resume_run(
     Args:
         out: the run's folder.
         recipe: expected configuration of the run; None takes it from the folder.
-        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change.
+        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
+            ``data.source`` where the same files are in a new place.
+        device, tell, show_progress: as in :func:`start_run`.
 
     Raises:
-        InputError: there is no run, no checkpoint that can be read, or the configuration differs (the keys are named).
+        InputError: there is no run, no checkpoint that can be read, the configuration differs (the keys are named), or
+            the images do (the files are named).
     """
     out, world = Path(out), current_world()
     stored = run_recipe(out)
     wanted = override(stored if recipe is None else recipe, overrides)
-    changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(_FREE)}
+    wanted = _without_auto(_with_absolute_source(wanted), stored)
+    free = (*_FREE, "data.source") if _may_have_moved(out, stored, wanted) else _FREE
+    changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(free)}
     if changed:
         listed = "; ".join(f"{key} is {old!r} in the run, {new!r} was asked for" for key, (old, new) in changed.items())
         raise InputError(f"{out} was begun with another configuration: {listed}")
     wanted = replace(wanted, name=stored.name, about=stored.about)
-    run = Run(wanted, out, load_data_of(wanted, world), device=device, tell=tell, show_progress=show_progress)
+    with world.agreed():
+        if world.is_first:
+            check_writable(out)
+    data = load_run_data(out, wanted, world)
+    run = Run(wanted, out, data, device=device, tell=tell, show_progress=show_progress)
     try:
         run.load_state_dict(run.checkpoints.load(tell, run.trainer.device))
-    except InputError:
-        raise
+    except InputError as error:
+        if run.checkpoints.exist():
+            raise
+        raise InputError(f"{error}; start the run again with --out {out}") from error
     except (ValueError, RuntimeError) as error:
         details = " ".join(str(error).split())
         raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
@@ -274,6 +339,12 @@ def resume_run(
     if world.is_first:
         write_text(out / CONFIG, dump_recipe(wanted))
     return run
+
+
+def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
+    """Whether both recipes take their data from folders, and the run recorded its files."""
+    record = DataRecord.read(out)
+    return record is not None and bool(record.files) and not {stored.data.source, wanted.data.source} & {*NAMED}
 
 
 def run_recipe(out: str | Path) -> Recipe:
@@ -316,6 +387,22 @@ def load_generator(
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold a generator: {' '.join(str(error).split())[:200]}") from error
     return generator.to(device).eval(), int(state["trainer"]["step"])
+
+
+def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -> DataSplit:
+    """Load the data of the run in ``out``, and compare its files with those recorded.
+
+    Raises:
+        InputError: as ``load_data``, or the files differ.
+    """
+    source = recipe.data.source
+    if source not in NAMED and not Path(source).exists():
+        raise InputError(f"{source}, the data of {out}, does not exist: say with --data where the same files are now")
+    data = load_data_of(recipe, world)
+    record = DataRecord.read(out)
+    if record is not None:
+        record.check(data, source, out)
+    return data
 
 
 def load_data_of(recipe: Recipe, world: World | None = None) -> DataSplit:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
+from fastgan.data.images import mostly_color
 from fastgan.data.loader import part_size
 from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
@@ -136,7 +137,7 @@ class Trainer:
                 data.to(self.device) if images.on_device else data,
                 config.batch_size,
                 seed=config.seed,
-                flip=images.flip,
+                flip=mostly_color(data.images) if images.flip is None else images.flip,
                 dequantise=images.dequantise,
                 sketches=images.sketches,
                 device=self.device,
