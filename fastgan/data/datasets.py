@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastgan.data.folders import has_sketches, image_folder, sketch_folder
 from fastgan.data.image_sources import find_images
 from fastgan.data.images import LabelledImages, stratified_split
 
+_log = logging.getLogger(__name__)
 NAMED = ("digits", "cifar10")
 
 
@@ -34,17 +36,27 @@ class DataSplit:
 
 
 def load_data(
-    source: str | Path, resolution: int, *, channels: int = 0, sketches: str = "none", held_out: float = 0.1
+    source: str | Path,
+    resolution: int,
+    *,
+    channels: int = 0,
+    sketches: str = "none",
+    held_out: float = 0.1,
+    skip_bad: bool = False,
+    tell: Callable[[str], None] = _log.warning,
 ) -> DataSplit:
-    """Load a data set of :data:`NAMED`, or a folder as :mod:`fastgan.data.folders` reads it.
+    """Load a data set of :data:`NAMED`, or a folder or file as :mod:`fastgan.data.folders` reads it.
 
     Args:
-        source: "digits", "cifar10" (downloaded once by torchvision into ``~/.cache/fastgan``), or a folder.
+        source: "digits", "cifar10" (downloaded once by torchvision into ``~/.cache/fastgan``), a folder, a zip file or
+            an npz, npy or pt of images.
         resolution: height and width wanted.
         channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
         sketches: as in :class:`fastgan.data.DeviceLoader`; "paired" and "unpaired" need a folder with sketches.
         held_out: the part of a folder's images to score against, of each class; digits hold out a third, CIFAR-10 its
             test images.
+        skip_bad: leave out images that cannot be read, rather than stop at the first.
+        tell: called with one line, with counts, if files were left out; by default it is logged.
 
     Raises:
         InputError: there is no such data, or it has not what is asked for.
@@ -65,11 +77,13 @@ def load_data(
     if not folder.exists():
         raise InputError(f"data must be one of {', '.join(NAMED)} or a folder; {folder} does not exist")
     if wants_sketches:
-        whole = sketch_folder(folder, resolution, channels or 3, paired=sketches == "paired")
+        paired = sketches == "paired"
+        whole = sketch_folder(folder, resolution, channels or 3, paired=paired, skip_bad=skip_bad, tell=tell)
     else:
-        whole = image_folder(folder / "images" if has_sketches(folder) else folder, resolution, channels or 3)
+        images = folder / "images" if has_sketches(folder) else folder
+        whole = image_folder(images, resolution, channels or 3, skip_bad=skip_bad, tell=tell)
     try:
-        files = fingerprint_files(folder, find_images(folder))
+        files = fingerprint_files(folder, find_images(folder)) if folder.is_dir() else {}
         train, test = stratified_split(whole, held_out=held_out)
         return DataSplit(train, test, files)
     except ValueError as error:

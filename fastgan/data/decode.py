@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-EXTENSIONS = frozenset(("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"))
-
-
-def is_image_name(name: str) -> bool:
-    """Whether ``name`` ends in one of :data:`EXTENSIONS`, in any case."""
-    return name.rpartition(".")[2].lower() in EXTENSIONS and "." in name
-
 
 def read_image(path: str | Path) -> np.ndarray:
     """Decode one file to uint8 RGB, (h, w, 3). Raises ``InputError`` naming the file."""

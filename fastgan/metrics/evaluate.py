@@ -140,6 +140,7 @@ class Evaluation:
             "paths": [side.label for side in self.sides],
             "n": [s.n for s in stats],
             "skipped": [side.skipped for side in self.sides],
+            "left_out": [side.left_out for side in self.sides],
             "fastgan_version": fastgan.__version__,
         }
 

@@ -90,6 +90,7 @@ class Measured:
         stats: mean and covariance of the features.
         features: the features (n, dim), float32 on the CPU, in the order of the images; None if not asked for.
         skipped: the names of the images that could not be read.
+        left_out: counts of the files that are not of the set, in words.
         checkpoint: this process's file of the pass, which :meth:`finish` removes.
     """
 
@@ -97,6 +98,7 @@ class Measured:
     stats: FeatureStats
     features: Tensor | None = None
     skipped: list[str] = field(default_factory=list)
+    left_out: str = ""
     checkpoint: Path | None = None
 
     def describe(self) -> str:
@@ -109,6 +111,7 @@ class Measured:
             f"precision {stats.precision or 'unknown'}",
         ]
         parts += [f"{len(self.skipped)} unreadable left out"] if self.skipped else []
+        parts += [f"left out: {self.left_out}"] if self.left_out else []
         return f"{self.label}: {', '.join(parts)}"
 
     def finish(self) -> None:
@@ -183,7 +186,7 @@ def collect(
     if features is not None:
         rows = gather_rows(torch.cat(features) if features else torch.zeros(0, stats.dim or 0), world)
     skipped = [name for names in world.gather(source.skipped) for name in names]
-    return Measured(source.label, stats, rows, skipped, path)
+    return Measured(source.label, stats, rows, skipped, source.left_out, path)
 
 
 def _checkpoint_path(
