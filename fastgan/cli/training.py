@@ -36,6 +36,9 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Folder of the run to go on with.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run that --out holds already.")] = False,
 ) -> None:
     """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how.
@@ -49,6 +52,7 @@ def train(
         from fastgan.training.run import resume_run, start_run
 
         changes = [*(overrides or []), *([f"data.source={data}"] if data is not None else [])]
+        changes += ["data.skip_bad=true"] if skip_bad else []
         if (resume is None) == (out is None):
             raise InputError("give either --out for a new run, or --resume for one to go on with")
         chosen = None if recipe is None else load_recipe(recipe)

@@ -16,23 +16,27 @@ from fastgan._checks import InputError
 from fastgan.recipes.schema import DataConfig, LogConfig, ModelConfig, Recipe, TrainConfig
 
 __all__ = [
+    "AUTO",
     "DataConfig",
     "LogConfig",
     "ModelConfig",
     "Recipe",
     "TrainConfig",
+    "automatic",
     "available",
     "differences",
     "dump_recipe",
     "load_recipe",
     "override",
+    "override_values",
     "parse_recipe",
 ]
 
 T = TypeVar("T")
 
 AUTO = "auto"
-"""What a recipe writes for a setting that follows from the data; None in Python."""
+"""What a recipe writes for a setting that follows from the data; None in Python, unless its values are strings."""
+_BY_DATA = ("data.", "model.")
 
 
 def available() -> list[str]:
@@ -105,6 +109,20 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         except yaml.YAMLError as error:
             raise InputError(f"{given} must have a YAML value, got {text!r}: {error}") from error
     return parse_recipe(content)
+
+
+def override_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with Python values in place of those at dotted keys."""
+    content = _content(recipe)
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (content[section] if section else content)[name] = value
+    return parse_recipe(content)
+
+
+def automatic(recipe: Recipe) -> list[str]:
+    """Dotted keys of the settings that follow from the data."""
+    return [key for key, value in _flat(recipe).items() if value is None or value == AUTO if key.startswith(_BY_DATA)]
 
 
 def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shlex
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +20,11 @@ from fastgan._checks import InputError
 from fastgan._files import check_writable, write_bytes, write_text
 from fastgan.data import DataSplit, load_data
 from fastgan.data.datasets import NAMED
+from fastgan.data.decode import Decoding
 from fastgan.data.images import mostly_color
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
-from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
+from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, load_recipe, override, override_values
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
 from fastgan.training.data_record import RECORD, DataRecord
@@ -30,6 +32,7 @@ from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_p
 from fastgan.training.scoring import Score, Scorer
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
+_log = logging.getLogger(__name__)
 CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
 
 # Settings that may change when a run is resumed: how far it goes, how its steps are run, what it reports, its names.
@@ -251,8 +254,14 @@ def start_run(
     with world.agreed():
         if world.is_first:
             check_writable(out)
-    data = load_data_of(recipe, world)
-    recipe = settle(recipe, data)
+    data = load_data_of(recipe, world, tell)
+    tell(data.found)
+    for note in data.notes:
+        tell(f"note: {note}")
+    settled = settle(recipe, data)
+    check_classes(settled, data)
+    tell(describe_use(settled, data))
+    recipe = settled
     run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
     if world.is_first:
         if exists:
@@ -279,14 +288,19 @@ def _with_absolute_source(recipe: Recipe) -> Recipe:
 
 def _without_auto(recipe: Recipe, stored: Recipe) -> Recipe:
     """``recipe`` with the values of ``stored`` in place of its "auto"."""
-    data = {f.name: getattr(stored.data, f.name) for f in fields(recipe.data) if getattr(recipe.data, f.name) is None}
-    return replace(recipe, data=replace(recipe.data, **data))
+    values = {key: now for key, (now, then) in differences(stored, recipe).items() if then in (None, AUTO)}
+    return override_values(recipe, values)
 
 
 def settle(recipe: Recipe, data: DataSplit) -> Recipe:
     """``recipe`` with what the data decides in place of "auto"."""
-    flip = mostly_color(data.train.images) if recipe.data.flip is None else recipe.data.flip
-    return replace(recipe, data=replace(recipe.data, flip=flip))
+    decided = {
+        "data.flip": mostly_color(data.train.images),
+        "data.sketches": data.sketches,
+        "model.resolution": data.train.images.shape[-1],
+        "model.sees_sketch": data.sketches in ("edges", "paired"),
+    }
+    return override_values(recipe, {key: decided[key] for key in automatic(recipe)})
 
 
 def resume_run(
@@ -405,7 +419,31 @@ def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -
     return data
 
 
-def load_data_of(recipe: Recipe, world: World | None = None) -> DataSplit:
+def check_classes(recipe: Recipe, data: DataSplit) -> None:
+    """Raise ``InputError`` for a conditional recipe on one class, except for one from sketches."""
+    model = recipe.model
+    if not model.conditional or model.architecture == "sketch" or data.train.n_classes > 1:
+        return
+    unconditional = "model.conditional=false" if model.head in ("plain", "projection") else "a recipe such as dcgan"
+    raise InputError(
+        f"recipe {recipe.name} needs at least two classes, {recipe.data.source} has one: make each class a folder, or "
+        f"take {unconditional} for images without classes" + "".join(f" ({note})" for note in data.notes)
+    )
+
+
+def describe_use(recipe: Recipe, data: DataSplit) -> str:
+    """Describe how the run uses its data, with everything that it decided by itself."""
+    size = recipe.model.resolution
+    parts = [f"{len(data.train)} to train on, {len(data.held_out)} held out, at {size}x{size}"]
+    parts += ["mirrored at random"] if recipe.data.flip else ["not mirrored"]
+    if recipe.model.architecture == "sketch":
+        sees = ", which the discriminator sees" if recipe.model.sees_sketch else ", which only the generator sees"
+        kind = {"edges": "edge maps as sketches", "paired": "each with its sketch", "unpaired": "sketches of the class"}
+        parts.append(kind.get(recipe.data.sketches, "no sketches") + sees)
+    return "; ".join(parts)
+
+
+def load_data_of(recipe: Recipe, world: World | None = None, tell: Callable[[str], None] = _log.warning) -> DataSplit:
     """Load the images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
 
     With several processes the first loads, and downloads if it must, before the others do.
@@ -415,6 +453,9 @@ def load_data_of(recipe: Recipe, world: World | None = None) -> DataSplit:
     for turn in (world.is_first, not world.is_first):
         with world.agreed():
             if turn:
-                how: dict[str, Any] = {"channels": data.channels, "sketches": data.sketches, "held_out": data.held_out}
-                loaded.append(load_data(data.source, recipe.model.resolution, **how))
+                how: dict[str, Any] = {
+                    name: getattr(data, name) for name in ("channels", "sketches", "held_out", "skip_bad", "fit")
+                }
+                decoding = Decoding(data.background, orient=True, value_range=data.value_range)
+                loaded.append(load_data(data.source, recipe.model.resolution, decoding=decoding, tell=tell, **how))
     return loaded[0]

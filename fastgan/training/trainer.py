@@ -115,6 +115,10 @@ class Trainer:
     ) -> None:
         self.world = current_world() if world is None else world
         if isinstance(data, LabelledImages):
+            if data.images.is_floating_point():
+                least, most = data.images.aminmax()
+                if not (least >= -1 and most <= 1):
+                    raise ValueError(f"images must be in [-1, 1], got [{float(least):.4g}, {float(most):.4g}]")
             for name, network in (("generator", generator), ("discriminator", discriminator)):
                 if network.n_classes not in (0, data.n_classes):
                     raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
@@ -131,6 +135,8 @@ class Trainer:
             raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
         if self.gan.sees_sketch and images.sketches == "unpaired":
             raise ValueError("sketches must be 'edges' or 'paired' for a discriminator that sees them, got 'unpaired'")
+        if config.pixel_weight and images.sketches == "unpaired":
+            raise ValueError("pixel_weight must be 0 for unpaired sketches, which belong to no image")
         self.loader: DeviceLoader | StreamLoader
         if isinstance(data, LabelledImages):
             self.loader = DeviceLoader(

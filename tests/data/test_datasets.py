@@ -86,7 +86,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="x.png is not a readable image"):
         image_folder(tmp_path / "bad", 16)
     write(tmp_path / "one" / "1.png", (0, 0, 0))
-    with pytest.raises(InputError, match="held_out must leave images in both parts of 1"):
+    with pytest.raises(InputError, match="there must be at least 4 images, there are 1"):
         load_data(tmp_path / "one", 16)
 
 

@@ -328,3 +328,12 @@ def test_rich_losses_captured(options):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize("worst", [1.01, -1.5, float("nan"), 255.0])
+def test_images_outside_their_range_are_refused(worst):
+    whole = data()
+    whole.images[3, 0, 2, 2] = worst
+    networks = trainer().generator, trainer().discriminator
+    with pytest.raises(ValueError, match=r"images must be in \[-1, 1\], got "):
+        Trainer(*networks, whole, TrainConfig(batch_size=4))
