@@ -89,11 +89,13 @@ def recipes() -> None:
 
 def sample(
     source: Annotated[Path, typer.Argument(help="A run's folder, or one written by save_pretrained.")],
-    out: Annotated[Path, typer.Option(help="The PNG to write; with -n the folder for PNG files.")],
+    out: Annotated[Path, typer.Option(help="The .png, .jpg or .webp to write; with -n the folder for PNG files.")],
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Write this many single images, all classes in turn.")
     ] = None,
-    label: Annotated[int | None, typer.Option("--class", help="This class alone.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="This class alone, by its name or number.")] = None,
+    by_class: Annotated[bool, typer.Option("--by-class", help="With -n: a folder per class.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With -n: remove the samples in --out first.")] = False,
     columns: Annotated[int, typer.Option(min=2, help="Images a row of the grid.")] = 8,
     truncation: Annotated[
         float | None, typer.Option(help="Cut the noise off at plus and minus this: less variety, fewer bad images.")
@@ -120,6 +122,8 @@ def sample(
             seed=seed,
             checkpoint=checkpoint,
             device=_device(device),
+            by_class=by_class,
+            overwrite=overwrite,
         )
         written = write_samples(source, out, options)
     typer.echo(written)

@@ -7,6 +7,7 @@ import logging
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastgan.data.decode import Decoding
 from fastgan.data.images import mostly_color
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
+from fastgan.models.base import RUN_FOLDER
 from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, load_recipe, override, override_values
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
@@ -33,7 +35,7 @@ from fastgan.training.scoring import Score, Scorer
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
 _log = logging.getLogger(__name__)
-CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
+CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", RUN_FOLDER
 
 # Settings that may change when a run is resumed: how far it goes, how its steps are run, what it reports, its names.
 _FREE = ("train.steps", "train.step_mode", "log.", "name", "about")
@@ -71,6 +73,8 @@ class Run:
         self._tell, self._show_progress = tell, show_progress
         torch.manual_seed(recipe.train.seed)
         generator, discriminator = build_networks(recipe.model, data.train.n_classes, data.train.images.shape[1])
+        if generator.n_classes:
+            generator.class_names = data.train.class_names
         try:
             self.trainer = Trainer(
                 generator, discriminator, data.train, recipe.train, images=recipe.data, device=device, world=self.world
@@ -103,14 +107,21 @@ class Run:
                 *([ProgressBar()] if self._show_progress else []),
                 self._metrics,
                 self._scores,
-                Every(log.grid_every, self._draw, at_end=True),
+                Every(log.grid_every, self._draw, at_end=True, early=True),
                 Every(log.checkpoint_every, self._save, at_end=True),
             ]
+        done, steps = self.trainer.step, self.recipe.train.steps
+        if done >= steps:
+            self._tell(f"{self.out} is finished, {done} of {steps} steps are done: steps={2 * done} would train on")
+        elif self.trainer.steps.mode != "eager":
+            self._tell("compiling the train steps, once: expect one to three minutes before the first step")
+            callbacks.append(FirstStep(self._tell))
         try:
+            if not done and self.world.is_first:
+                self._draw(self.trainer)
             self.trainer.run(callbacks=callbacks)
             if self.world.is_first:
                 self._save(self.trainer)
-                self.generator.save_pretrained(self.out / GENERATOR)
         except NonFiniteLossError as error:
             raise RunError(f"{error}. {self._how_to_go_on}") from error
         except OSError as error:
@@ -131,6 +142,7 @@ class Run:
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.step:
             self.checkpoints.save(self.state_dict())
+            self.generator.save_pretrained(self.out / GENERATOR)
             self._saved_step = trainer.step
 
     def _save_best(self) -> None:
@@ -183,6 +195,21 @@ class Run:
         if self._saved_step is None:
             return "No checkpoint had been written; the same command starts the run over."
         return f"The checkpoint of step {self._saved_step} is kept: {self.resume_command}"
+
+
+class FirstStep(Callback):
+    """Says how long the first step took, with what was compiled for it."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        self._began: float | None = time.perf_counter()
+
+    def on_step(self, trainer: Trainer) -> None:
+        if self._began is not None:
+            self._tell(f"compiled, with the first step, in {time.perf_counter() - self._began:.0f} s")
+            self._began = None
 
 
 class StopOnSignal(Callback):

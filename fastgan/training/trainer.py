@@ -367,7 +367,7 @@ class ProgressBar(Callback):
             )
             self._bar.start()
         assert self._bar is not None
-        self._task = self._bar.add_task("training", total=steps)
+        self._task = self._bar.add_task("training", total=trainer.step + steps, completed=trainer.step)
         self._clock = time.perf_counter()
 
     def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
@@ -388,17 +388,27 @@ class ProgressBar(Callback):
 
 
 class Every(Callback):
-    """Calls ``action(trainer)`` after every ``interval`` steps, and with ``at_end`` after the last one too."""
+    """Calls ``action(trainer)`` after every ``interval`` steps.
 
-    def __init__(self, interval: int, action: Callable[[Trainer], None], *, at_end: bool = False) -> None:
+    Args:
+        interval: in steps.
+        action: called with the trainer.
+        at_end: also after the last step.
+        early: also after a tenth of the first interval.
+    """
+
+    def __init__(
+        self, interval: int, action: Callable[[Trainer], None], *, at_end: bool = False, early: bool = False
+    ) -> None:
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.interval, self.action, self.at_end = interval, action, at_end
+        self._early = interval // 10 if early else None
         self._last: int | None = None
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
         self._last = trainer.step + steps if self.at_end else None
 
     def on_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.interval == 0 or trainer.step == self._last:
+        if trainer.step % self.interval == 0 or trainer.step in (self._early, self._last):
             self.action(trainer)

@@ -15,7 +15,7 @@ from fastgan.models import Generator
 from fastgan.recipes import available
 from fastgan.training import Callback, scoring
 from fastgan.training.checkpoint import Checkpoints, DiskFullError
-from fastgan.training.pictures import png_bytes
+from fastgan.training.pictures import encoded
 from fastgan.training.reports import make_writers
 from fastgan.training.run import RunError, load_generator, resume_run, start_run
 from tests.training.tiny_runs import PIXELS, assert_same, tiny
@@ -51,7 +51,7 @@ def test_every_recipe_trains_resumes_and_samples(name, tmp_path):
     assert run.trainer.step == 2
     assert len(run.scores) == 2
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "data.json", "metrics.jsonl", "curves.png", "grids/000002.png"}
+    expected = {"config.yaml", "data.json", "metrics.jsonl", "curves.png", "grids/000000.png", "grids/000002.png"}
     expected |= {"checkpoints/last.pt", "generator/config.json", "generator/model.safetensors"}
     assert expected <= names <= expected | {"checkpoints/best.pt"}
     again = resume(tmp_path)
@@ -304,7 +304,7 @@ def folder_of_images(folder, n=12):
     for i in range(n):
         path = folder / f"c{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png_bytes(torch.randint(0, 256, (3, 20, 20), generator=rng, dtype=torch.uint8)))
+        path.write_bytes(encoded(torch.randint(0, 256, (3, 20, 20), generator=rng, dtype=torch.uint8)))
     return folder
 
 
