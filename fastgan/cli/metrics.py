@@ -29,6 +29,7 @@ from fastgan.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from fastgan.data.image_sources import ImageSource
     from fastgan.metrics import FeatureStats
 
 stats_app = typer.Typer(
@@ -128,9 +129,14 @@ def evaluate(
         from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run
 
         register_opener(open_run)
-        sampling = {"truncation": truncation, "seed": sample_seed, "standing_batches": standing_statistics}
+        sampling: dict[str, Any] = {
+            "truncation": truncation,
+            "seed": sample_seed,
+            "standing_batches": standing_statistics,
+        }
         wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
+        images: ImageSource
         with world.agreed():
             if is_run(a):
                 images = RunSamples(a, device=options.device, needs_data=b is None, **sampling)

@@ -19,10 +19,17 @@ from fastgan.data.fingerprint import fingerprint_files
 from fastgan.data.folders import FOR_TRAINING, IMAGES, SKETCHES, are_paired, has_sketches, image_folder, sketch_folder
 from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.data.images import LabelledImages, stratified_split
+from fastgan.data.photographs import photos
 from fastgan.data.survey import Survey, survey
 
 _log = logging.getLogger(__name__)
-NAMED = ("digits", "cifar10")
+NAMED = ("digits", "photos", "cifar10")
+
+
+def is_named(source: str | Path) -> bool:
+    """Whether ``source`` is one of :data:`NAMED`, photos perhaps with their number as in "photos:5000"."""
+    name, _, number = str(source).partition(":")
+    return name in NAMED and (not number or (name == "photos" and number.isdecimal()))
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,14 @@ def load_data(
     """Load a data set of :data:`NAMED`, or a folder or file as :mod:`fastgan.data.folders` reads it.
 
     Args:
-        source: "digits", "cifar10" (downloaded once by torchvision into ``~/.cache/fastgan``), a folder, a zip file or
-            an npz, npy or pt of images.
+        source: "digits"; "photos", or "photos:5000" for so many training crops; "cifar10" (downloaded once by
+            torchvision into ``~/.cache/fastgan``); a folder, a zip file or an npz, npy or pt of images.
         resolution: height and width wanted; None for the power of two that the images fill, from 32 to 128.
         channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
         sketches: as in :class:`fastgan.data.DeviceLoader`; "paired" and "unpaired" need a folder with sketches. "auto"
             takes a folder's sketches, paired if each image has one of its name, and edge maps if there are none.
         held_out: the part of a folder's images to score against, of each class, but 2 at least; digits hold out a
-            third, CIFAR-10 its test images.
+            third, photos 10,000 crops, CIFAR-10 its test images.
         skip_bad: leave out images that cannot be read, rather than stop at the first.
         decoding: how files become RGB.
         fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
@@ -75,15 +82,18 @@ def load_data(
     Raises:
         InputError: there is no such data, or it has not what is asked for.
     """
-    name = str(source)
-    if name in NAMED:
+    if is_named(source):
+        name, _, number = str(source).partition(":")
         if sketches in ("paired", "unpaired"):
             raise InputError(f"data {source} has no sketches: sketches must be 'edges' or 'none', got {sketches!r}")
-        load = {"digits": _digits, "cifar10": _cifar10}[name]
+        size = 32 if resolution is None else resolution
         try:
-            split = load(resolution or _NATURAL[name], channels)
-        except ImportError as error:
-            raise InputError(str(error)) from error
+            if name == "photos":
+                split = _photos(size, channels, int(number or 20_000))
+            else:
+                split = {"digits": _digits, "cifar10": _cifar10}[name](size, channels)
+        except (ImportError, ValueError) as error:
+            raise error if isinstance(error, InputError) else InputError(str(error)) from error
         return replace(split, sketches="edges" if sketches == "auto" else sketches)
     root = Path(source)
     if not root.exists():
@@ -115,7 +125,6 @@ def load_data(
     return DataSplit(train, test, files, looked.describe() + describe_classes(whole), tuple(notes), sketches)
 
 
-_NATURAL = {"digits": 32, "cifar10": 32}
 _LEAST_HELD_OUT = 2
 _LISTED = 12  # classes in a line
 _SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst"}
@@ -238,6 +247,13 @@ def _digits(resolution: int, channels: int) -> DataSplit:
 def _described(kind: str, train: LabelledImages, test: LabelledImages) -> str:
     both = replace(train, images=torch.cat([train.images, test.images]), labels=torch.cat([train.labels, test.labels]))
     return f"{len(both)} images {kind}{describe_classes(both)}"
+
+
+def _photos(resolution: int, channels: int, n: int) -> DataSplit:
+    if channels == 1:
+        raise InputError("photos are in color: channels must be 0 or 3, got 1")
+    train, test = photos(resolution, n)
+    return DataSplit(train, test, found=_described(f"{resolution}x{resolution} RGB", train, test))
 
 
 def _cifar10(resolution: int, channels: int) -> DataSplit:

@@ -19,8 +19,8 @@ class DataConfig:
     """The images.
 
     Args:
-        source: "digits", "cifar10", or a folder: images alone, one subfolder per class, or ``images`` and
-            ``sketches``.
+        source: "digits", "photos", "cifar10", or a folder or zip file: images alone, one subfolder per class, or
+            ``images`` and ``sketches``.
         channels: 1 for grey, 3 for RGB, 0 for those of the data (folders: 3).
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder; or "auto", the
             folder's if it has any, paired if each image has one of its name, else "edges".

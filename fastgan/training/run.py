@@ -20,7 +20,7 @@ from fastgan import __version__
 from fastgan._checks import InputError
 from fastgan._files import check_writable, write_bytes, write_text
 from fastgan.data import DataSplit, load_data
-from fastgan.data.datasets import NAMED
+from fastgan.data.datasets import is_named
 from fastgan.data.decode import Decoding
 from fastgan.data.images import mostly_color
 from fastgan.distributed import World, current_world
@@ -308,7 +308,7 @@ def _remove_run(out: Path) -> None:
 
 def _with_absolute_source(recipe: Recipe) -> Recipe:
     """``recipe`` with the absolute path of its data, so that a run may be resumed from any folder."""
-    if recipe.data.source in NAMED:
+    if is_named(recipe.data.source):
         return recipe
     return replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).absolute())))
 
@@ -385,7 +385,9 @@ def resume_run(
 def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
     """Whether both recipes take their data from folders, and the run recorded its files."""
     record = DataRecord.read(out)
-    return record is not None and bool(record.files) and not {stored.data.source, wanted.data.source} & {*NAMED}
+    return (
+        record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))
+    )
 
 
 def run_recipe(out: str | Path) -> Recipe:
@@ -437,7 +439,7 @@ def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -
         InputError: as ``load_data``, or the files differ.
     """
     source = recipe.data.source
-    if source not in NAMED and not Path(source).exists():
+    if not is_named(source) and not Path(source).exists():
         raise InputError(f"{source}, the data of {out}, does not exist: say with --data where the same files are now")
     data = load_data_of(recipe, world)
     record = DataRecord.read(out)

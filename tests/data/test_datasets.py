@@ -66,7 +66,7 @@ def test_a_sketch_without_its_partner_is_named(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(InputError, match="data must be one of digits, cifar10 or a folder; .* does not exist"):
+    with pytest.raises(InputError, match="data must be one of digits, photos, cifar10 or a folder; .* does not exist"):
         load_data(tmp_path / "nowhere", 16)
     (tmp_path / "half" / "images").mkdir(parents=True)
     with pytest.raises(InputError, match="sketches is missing"):
