@@ -104,12 +104,17 @@ class ImageZip(ImageSource):
         return len(self.names)
 
     def read(self, index: int) -> np.ndarray:
+        return decode_image(self.content(index), self.name(index), self.decoding)
+
+    def content(self, index: int) -> bytes:
         try:
             with self._lock:  # one file handle for all threads
-                content = self._file.read(self.names[index])
+                return self._file.read(self.names[index])
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: a password is needed
             raise InputError(f"{self.name(index)} cannot be read: {error}") from error
-        return decode_image(content, self.name(index))
+
+    def key(self, index: int) -> str:
+        return self.names[index]
 
     def name(self, index: int) -> str:
         return f"{self.label}/{self.names[index]}"
