@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastgan.kernels.attention import double_backward
 from fastgan.kernels.attention import kernels as attention
 from fastgan.kernels.attention.config import TABLE_QK, Tile, entries, entries_of_heads, most_qk
-from fastgan.kernels.launch import Configuration
+from fastgan.kernels.launch import Configuration, Launch
 from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
 from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
 from fastgan.kernels.spectral_norm import kernels as spectral_norm
@@ -33,6 +34,14 @@ SHARED_PER_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_PER_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS_PER_MULTIPROCESSOR = 65536
 WARPS_PER_MULTIPROCESSOR = 64
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 _MMA = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
@@ -41,7 +50,7 @@ class AotCase:
     """One configuration that can be launched: signature and constexprs by argument name."""
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     config: Configuration
     label: str
@@ -81,13 +90,46 @@ class Report:
         return [f"{self.kernel} {self.label} sm_{self.capability}: {what}" for what in found]
 
 
-def compile_case(case: AotCase, capability: int) -> Report:
-    """Compile ``case`` for compute capability ``capability`` (80, 90, 100)."""
+def case_of(launch: Launch, label: str = "") -> AotCase:
+    """Return the specialization that Triton compiles for ``launch``: its divisibilities by 16 and its ones."""
+    signature: dict[str, Any] = {}
+    constexprs = dict(launch.constants)
+    divisible = []
+    for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):  # constants come after
+        if value is None:
+            constexprs[name] = None
+            continue
+        if isinstance(value, tuple):  # its entries as they are in the worst case
+            signature[name] = tuple(_POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for x in value)
+            multiple = False
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            multiple = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], multiple = "fp32", False
+        elif value == 1:
+            constexprs[name] = 1
+            continue
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            multiple = value % 16 == 0
+        if multiple:
+            divisible.append(name)
+    return AotCase(launch.kernel, signature, constexprs, launch.config, label or str(launch.config), tuple(divisible))
+
+
+def compile_for(case: AotCase, capability: int) -> Any:
+    """Compile ``case`` for compute capability ``capability`` (80, 90, 100): Triton's compiled kernel."""
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
     attributes = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attributes)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_case(case: AotCase, capability: int) -> Report:
+    """Compile ``case`` for compute capability ``capability`` (80, 90, 100) and report its resources."""
+    compiled = compile_for(case, capability)
     usage = resource_usage(compiled.asm["cubin"])
     local = usage["STACK"] + usage["LOCAL"]
     return Report(
@@ -100,19 +142,20 @@ def compile_case(case: AotCase, capability: int) -> Report:
         shared=compiled.metadata.shared,
         mma=tuple(name for name in _MMA if name in compiled.asm["ptx"]),
         num_warps=case.config.num_warps,
-        occupancy=_occupancy(usage["REG"], compiled.metadata.shared, case.config.num_warps, capability),
+        occupancy=resident(usage["REG"], compiled.metadata.shared, case.config.num_warps, capability)
+        * case.config.num_warps
+        / WARPS_PER_MULTIPROCESSOR,
     )
 
 
-def _occupancy(registers: int, shared: int, num_warps: int, capability: int) -> float:
-    """Share of a multiprocessor's warps that can be resident, limited by registers and shared memory."""
+def resident(registers: int, shared: int, num_warps: int, capability: int) -> int:
+    """Return how many programs a multiprocessor holds at once, limited by registers, shared memory and warps."""
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out to a warp in units of 256
-    blocks = min(
+    return min(
         REGISTERS_PER_MULTIPROCESSOR // (per_warp * num_warps),
         SHARED_PER_MULTIPROCESSOR[capability] // (shared + 1024),
         WARPS_PER_MULTIPROCESSOR // num_warps,
     )
-    return blocks * num_warps / WARPS_PER_MULTIPROCESSOR
 
 
 def cases(op: str, capability: int) -> list[AotCase]:
@@ -128,7 +171,6 @@ ATTENTION_KERNELS = {
     "bwd_bwd_keys": double_backward.attention_bwd_bwd_keys_kernel,
 }
 _BEYOND = ("heads", "mask", "sinks")  # arguments that are None for one unmasked head
-_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _CHANNEL_STRIDES = ("_sd", "_se")
 _ROW_STRIDES = ("_sn", "_sm")
 
@@ -183,15 +225,15 @@ def attention_case(
     floats: dict[str, Any] = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
     floats |= {
         "heads": ("i32",) * (2 + sum(name.endswith("_sb") for name in function.arg_names)),
-        "mask": (_POINTER[dtype], *("i32",) * 4),
+        "mask": (_POINTERS[dtype], *("i32",) * 4),
         "sinks": ("*fp32", "*fp32") if kernel == "bwd_bwd_rows" else "*fp32",
     }
     signature: dict[str, Any] = {
-        name: floats.get(name, _POINTER[dtype] if name.endswith("_ptr") else "i32")
+        name: floats.get(name, _POINTERS[dtype] if name.endswith("_ptr") else "i32")
         for name in function.arg_names
         if name not in constexprs
     }
-    label = f"{_POINTER[dtype][1:]} {precision} D={d} E={e} slab={tile.slab} {tile}"
+    label = f"{_POINTERS[dtype][1:]} {precision} D={d} E={e} slab={tile.slab} {tile}"
     label = " ".join([label, *(name for name, value in outputs.items() if value)])
     label += " channels-first" if unit_strides == _ROW_STRIDES else ""
     label += " heads" if heads else ""

@@ -6,9 +6,11 @@ any other, the first launch of each specialization looks at what was compiled.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -38,8 +40,32 @@ class Configuration(Protocol):
 
 C = TypeVar("C", bound=Configuration)
 
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: what :func:`launch` gives to Triton."""
+
+    kernel: Any
+    config: Configuration
+    grid: tuple[int, ...]
+    arguments: Sequence[Any]
+    constants: dict[str, Any]
+
+
 _seen: set[Any] = set()  # compiled kernels that were looked at
 _instead: dict[Any, dict[Hashable, Any]] = {}  # by kernel and by what it is specialized for: the configuration to take
+_record: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record the launches of this block in place of making them. What they would write stays unset."""
+    global _record
+    _record = []
+    try:
+        yield _record
+    finally:
+        _record = None
 
 
 def launch(
@@ -56,6 +82,9 @@ def launch(
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         return kernel[grid(config)](*arguments, **config.constants(), **constants, **options)
 
+    if _record is not None:
+        _record.append(Launch(kernel, given, grid(given), arguments, {**given.constants(), **constants}))
+        return
     config, others = given, _instead.get(kernel)
     if others:
         config = others.get(_specialization(given, arguments, constants), given)

@@ -1,4 +1,4 @@
-"""Read machine code: the registers and local memory of a kernel, and whether its loops go to local memory.
+"""Read machine code: the registers and local memory of a kernel, its loops, and whether they use local memory.
 
 Local memory is device memory that holds what has no register. A few bytes of it before or after a loop cost nothing;
 in a loop they are read and written at each turn.
@@ -9,9 +9,15 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import triton
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 # Bytes a thread may keep in local memory outside loops: what is set aside once costs less than a smaller tile.
 MOST_LOCAL = 32
@@ -23,15 +29,47 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in found}
 
 
+def disassemble(cubin: bytes) -> str:
+    """Return the kernel's instructions as nvdisasm prints them."""
+    return _output(cubin, "nvdisasm", "-c")
+
+
 def local_memory_in_loops(cubin: bytes) -> int:
     """Return how many instructions that read or write local memory stand in loops."""
-    return count_in_loops(_output(cubin, "nvdisasm", "-c"))
+    return count_in_loops(disassemble(cubin))
 
 
 def count_in_loops(assembly: str) -> int:
-    """Count loads and stores of local memory (LDL, STL) from which control can come back to them.
+    """Count loads and stores of local memory (LDL, STL) from which control can come back to them."""
+    return sum(re.search(r"\b(LDL|STL)\b", text) is not None for loop in loops(assembly) for text in loop.all())
 
-    Where they stand does not tell: loops that wait are moved behind the end of a kernel and branch back from there.
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions that control comes back to.
+
+    Attributes:
+        positions: their places among the kernel's instructions.
+        own: those of the loop itself.
+        inner: the loops within it.
+    """
+
+    positions: frozenset[int]
+    own: list[str]
+    inner: list[Loop]
+
+    def all(self) -> Iterator[str]:
+        """Yield the loop's own instructions and those of the loops within it."""
+        yield from self.own
+        for loop in self.inner:
+            yield from loop.all()
+
+
+def loops(assembly: str) -> list[Loop]:
+    """Return the outermost loops.
+
+    The order of the instructions does not tell: loops that wait are moved behind the end of a kernel and branch back
+    from there.
     """
     import networkx as nx
 
@@ -51,8 +89,22 @@ def count_in_loops(assembly: str) -> int:
         # A branch on a predicate names it before the opcode, or before the label.
         if not re.match(r"(BRA(\.\w+)*\s+`|EXIT|RET)", instruction):
             flow.add_edge(i, i + 1)
-    loops = [part for part in nx.strongly_connected_components(flow) if len(part) > 1]
-    return sum(re.search(r"\b(LDL|STL)\b", instructions[i]) is not None for part in loops for i in part)
+    return _loops_of(flow, instructions)
+
+
+def _loops_of(flow: nx.DiGraph, instructions: list[str]) -> list[Loop]:
+    import networkx as nx
+
+    found = []
+    for part in nx.strongly_connected_components(flow):
+        if len(part) == 1:
+            continue
+        # Every turn passes the instruction by which the loop is entered: without it, what still comes back is within.
+        entries = [i for i in part if any(j not in part for j in flow.predecessors(i))]
+        inner = _loops_of(flow.subgraph(part - {min(entries or part)}), instructions)
+        own = sorted(part.difference(*(loop.positions for loop in inner)))
+        found.append(Loop(frozenset(part), [instructions[i] for i in own], inner))
+    return sorted(found, key=lambda loop: min(loop.positions))
 
 
 def _output(cubin: bytes, tool: str, option: str) -> str:

@@ -3,6 +3,9 @@
 Compiles each ahead of time and prints registers, bytes of local memory and the instructions in loops that use it,
 shared memory, matrix instructions, and the share of a multiprocessor's warps that can be resident. The exit status is 1
 if a configuration must not be launched.
+
+``--model`` prints what the launches of attention would cost on an H100 in place of that: see
+:mod:`fastgan.kernels.cost_model`.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from fastgan.backend import interpreting
 from fastgan.kernels.aot import ARCHITECTURES, OPS, cases, compile_case
+from fastgan.kernels.cost_model import SHAPES, Cost, attention_launches, launch_cost
 
 
 def main() -> int:
@@ -24,6 +30,8 @@ def main() -> int:
     if interpreting():
         print("kernels cannot be compiled while TRITON_INTERPRET is set", file=sys.stderr)
         return 2
+    if arguments.model:
+        return _model(arguments)
     jobs = [(op, capability) for op in arguments.op or OPS for capability in arguments.capability]
     tasks = [(op, capability, i) for op, capability in jobs for i in range(len(cases(op, capability)))]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
@@ -42,6 +50,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--op", action="append", choices=list(OPS), help="may be repeated; all by default")
     parser.add_argument("--capability", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
+    parser.add_argument("--model", action="store_true", help="print modelled microseconds, floors and their ratios")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     return parser.parse_args()
 
@@ -51,6 +60,33 @@ def _compile(task: tuple[str, int, int]) -> tuple[dict[str, Any], list[str]]:
     case = cases(op, capability)[i]
     report = compile_case(case, capability)
     return {"op": op} | asdict(report), report.violations(case)
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    tasks = [(shape, dtype) for shape in SHAPES for dtype in ("bfloat16", "float32")]
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        rows = []
+        for (shape, dtype), costs in zip(tasks, pool.imap(_costs, tasks), strict=True):
+            rows += [{"shape": shape, "dtype": dtype, **asdict(cost), "ratio": cost.ratio} for cost in costs]
+            if not arguments.json:
+                print(f"{shape}, {dtype}: {_sums(costs)}", *(f"  {cost}" for cost in costs), sep="\n", flush=True)
+    if arguments.json:
+        print(json.dumps(rows))
+    return 0
+
+
+def _costs(task: tuple[str, str]) -> list[Cost]:
+    shape, dtype = task
+    launches = attention_launches(SHAPES[shape], getattr(torch, dtype))
+    return [launch_cost(launch, SHAPES[shape]) for launch in launches]
+
+
+def _sums(costs: list[Cost]) -> str:
+    """Return the microseconds of each pass, all its launches together."""
+    sums: dict[str, float] = {}
+    for cost in costs:
+        sums[cost.direction] = sums.get(cost.direction, 0.0) + cost.microseconds
+    return ", ".join(f"{direction} {microseconds:.0f} us" for direction, microseconds in sums.items())
 
 
 def _line(row: dict[str, Any]) -> str:

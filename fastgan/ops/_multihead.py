@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._dispatch import outside_autocast
+from fastgan._dispatch import differentiable, outside_autocast
 from fastgan._layout import empty_rows_like
 from fastgan.backend import implementation
 
@@ -114,7 +114,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward(ctx: Any, grad_o: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, d_sinks = multihead_bwd_op(grad_o, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.impl)
+    dq, dk, dv, d_sinks = _multihead_bwd(grad_o, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.impl)
     has_sinks = ctx.saved_tensors[4] is not None
     return dq, dk, dv, None, d_sinks if has_sinks else None, None, None, None
 
@@ -128,7 +128,7 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     grad_o, q, k, v, mask, sinks, o, stats = ctx.saved_tensors
     given = (q, k, v, _empty_sinks(q, None) if sinks is None else sinks)
     cotangents = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, given, strict=True)]
-    *outputs, g_sinks = multihead_bwd_bwd_op(
+    *outputs, g_sinks = _multihead_bwd_bwd(
         *cotangents, grad_o, q, k, v, mask, sinks, o, stats, ctx.is_causal, ctx.scale, ctx.impl
     )
     return (*outputs, None, None if sinks is None else g_sinks, None, None, None, None, None)
@@ -138,6 +138,6 @@ def _third_order(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     raise RuntimeError("attention has gradients to second order; use impl='eager' for those of higher order")
 
 
-multihead_op.register_autograd(_backward, setup_context=_save_forward)
-multihead_bwd_op.register_autograd(_backward_backward, setup_context=_save_backward)
-multihead_bwd_bwd_op.register_autograd(_third_order)
+multihead = differentiable(multihead_op, _backward, _save_forward)
+_multihead_bwd = differentiable(multihead_bwd_op, _backward_backward, _save_backward)
+_multihead_bwd_bwd = differentiable(multihead_bwd_bwd_op, _third_order)

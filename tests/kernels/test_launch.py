@@ -13,7 +13,7 @@ import triton
 from fastgan import backend
 from fastgan.kernels import launch as module
 from fastgan.kernels.attention.config import Tile
-from fastgan.kernels.launch import launch
+from fastgan.kernels.launch import launch, recorded
 from fastgan.kernels.projections import PixelTile
 from fastgan.kernels.spectral_norm.plan import TILES
 
@@ -68,6 +68,20 @@ def run(kernel, size=32, tile=TILE):
     launch(kernel, tile, lambda tile: (tile.rows, 7), (torch.zeros(4), size, 0.5), D=16)
     assert all(grid == (rows, 7) for grid, rows, _ in kernel.launches)
     return [(rows, keys) for _, rows, keys in kernel.launches[before:]]
+
+
+def test_a_recorded_launch_is_not_made():
+    kernel = Kernel(lambda *_: (9, 9))
+    tensor = torch.zeros(4)
+    with recorded() as made:
+        assert launch(kernel, TILE, lambda tile: (tile.rows, 7), (tensor, 32, 0.5), D=16) is None
+    assert kernel.launches == []
+    (one,) = made
+    assert (one.kernel, one.config, one.grid) == (kernel, TILE, (64, 7))
+    assert one.arguments[0] is tensor
+    assert one.arguments[1:] == (32, 0.5)
+    assert one.constants == {"R": 64, "C": 64, "SLAB": 64, "D": 16}
+    assert run(Kernel(lambda *_: (0, 0))) == [(64, 64)]  # made again, after the block
 
 
 def test_a_tile_that_spills_in_a_loop_gives_way_to_a_smaller_one(disassemblies):

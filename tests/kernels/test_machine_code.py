@@ -2,7 +2,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastgan.kernels.machine_code import count_in_loops
+from fastgan.kernels.machine_code import count_in_loops, loops
 
 # As nvdisasm prints it: a loop with another within it, from which a third, that waits, was moved behind the end.
 ASSEMBLY = """
@@ -42,3 +42,13 @@ ASSEMBLY = """
 )
 def test_local_memory_counts_where_control_comes_back(change, count):
     assert count_in_loops(ASSEMBLY.replace(*change)) == count
+
+
+def test_loops_hold_the_loops_within_them():
+    (outer,) = loops(ASSEMBLY)
+    # The outer loop is entered at .L_x_2's test of the predicate or falls into .L_x_1; one loop turns on itself within
+    # it, the one that waits does so behind the end.
+    assert sorted(len(loop.positions) for loop in outer.inner) == [2, 2]
+    assert [text.split()[0] for loop in outer.inner for text in loop.own] == ["STL", "BRA.U", "SYNCS", "@P1"]
+    assert set(outer.own) | {text for loop in outer.inner for text in loop.own} == set(outer.all())
+    assert len(list(outer.all())) == len(outer.positions)

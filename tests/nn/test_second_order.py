@@ -80,8 +80,8 @@ def test_penalties_equal_those_of_the_math_backend(make, penalty, is_training):
 @pytest.mark.parametrize("make", [timm_vit, Encoder])
 def test_every_attention_goes_through_it(make, monkeypatch):
     calls = []
-    right = attention_ops.multihead_op
-    monkeypatch.setattr(attention_ops, "multihead_op", lambda *x: calls.append(x[0].shape) or right(*x))
+    right = attention_ops.multihead
+    monkeypatch.setattr(attention_ops, "multihead", lambda *x: calls.append(x[0].shape) or right(*x))
     critic = make()
     for is_training in (True, False):
         critic.train(is_training)

@@ -1,0 +1,197 @@
+"""Model the time that an attention kernel takes on an H100, from its machine code; no GPU is needed.
+
+The model counts the instructions that the loops of the very specialization issue, and divides by what a
+multiprocessor's schedulers can issue with the warps that are resident: 0.25 instructions per clock for each warp, at
+most 0.7. Matrix instructions also take the time of the matrix units. Beside it stands the floor: the time of the
+arithmetic alone, on the padding-free sizes, or of the exponentials if those take longer.
+
+It is a model, not a measurement. It ranks launches of one kernel and finds what is many times off; it knows nothing
+of caches, of latency, or of the clock that a chip really holds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgan.kernels.aot import case_of, compile_for, resident
+from fastgan.kernels.launch import Launch, recorded
+from fastgan.kernels.machine_code import Loop, count_in_loops, disassemble, loops, resource_usage
+
+# An H100 SXM (NVIDIA H100 data sheet): multiprocessors, clocks per second under load, schedulers and the number of
+# exponentials and of floating-point operations by matrix instructions per clock and multiprocessor.
+MULTIPROCESSORS = 132
+CLOCK = 1.7e9
+SCHEDULERS = 4
+EXPONENTIALS = 16
+HALF_OPERATIONS = 4096
+TF32_OPERATIONS = 2048
+# Instructions per clock and scheduler: for each resident warp, and at most.
+ISSUE_PER_WARP = 0.25
+MOST_ISSUE = 0.7
+# A loop of fewer instructions waits for a barrier; it is passed once.
+LEAST_LOOP = 8
+
+# (B, N, M, d, e) of SelfAttention2d(C) on H x H images: C and H name the row.
+SHAPES = {
+    "C=64 H=64": (32, 4096, 1024, 8, 32),
+    "C=128 H=32": (32, 1024, 256, 16, 64),
+    "C=192 H=64": (32, 4096, 1024, 24, 96),
+    "C=256 H=64": (32, 4096, 1024, 32, 128),
+    "C=384 H=32": (32, 1024, 256, 48, 192),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The modelled time of one launch.
+
+    Attributes:
+        kernel: name of the kernel.
+        direction: "forward", "backward" or "double backward".
+        tile: the launch's configuration.
+        microseconds: modelled time.
+        floor: least time that the arithmetic takes, in microseconds.
+        registers: of each thread.
+        local_in_loops: instructions in loops that use local memory.
+        resident: programs that a multiprocessor holds at once.
+    """
+
+    kernel: str
+    direction: str
+    tile: str
+    microseconds: float
+    floor: float
+    registers: int
+    local_in_loops: int
+    resident: int
+
+    @property
+    def ratio(self) -> float:
+        """The modelled time over the floor."""
+        return self.microseconds / self.floor
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:<22} {self.tile:<13} {self.microseconds:7.1f} us, floor {self.floor:6.1f} us: "
+            f"{self.ratio:4.1f}x  registers {self.registers:>3}, {self.resident} resident"
+        )
+
+
+def attention_launches(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_first: bool = False
+) -> list[Launch]:
+    """Return the launches of a forward, a backward and a double backward pass for (B, N, M, d, e).
+
+    Keys and values are parts of one tensor, as the pooled projection makes them.
+    """
+    from fastgan.kernels.attention.launch import attention_bwd, attention_bwd_bwd, attention_fwd
+
+    b, n, m, d, e = shape
+
+    def rows(count: int, channels: int) -> Tensor:
+        if channels_first:
+            return torch.empty(b, channels, count, dtype=dtype, device="meta").mT
+        return torch.empty(b, count, channels, dtype=dtype, device="meta")
+
+    q = rows(n, d)
+    k, v = rows(m, d + e).split((d, e), 2)
+    with recorded() as made:
+        o, stats = attention_fwd(q, k, v, 1.0)
+        grad_o = torch.empty_like(o)
+        dq, dk, dv = attention_bwd(grad_o, q, k, v, o, stats, 1.0)
+        attention_bwd_bwd(dq, dk, dv, grad_o, q, k, v, o, stats, 1.0)
+    return made
+
+
+def launch_cost(launch: Launch, shape: tuple[int, int, int, int, int], capability: int = 90) -> Cost:
+    """Compile ``launch`` for ``capability`` (80, 90, 100) and return its modelled cost on an H100's multiprocessors."""
+    case = case_of(launch)
+    compiled = compile_for(case, capability)
+    cubin = compiled.asm["cubin"]
+    usage = resource_usage(cubin)
+    assembly = disassemble(cubin)
+    outer, inner = _turns(launch, shape)
+    issued = matrix_operations = 0.0
+    for loop, turns in _counted(loops(assembly), outer, inner):
+        issued += turns * len(loop.own)
+        matrix_operations += turns * sum(_operations(text) for text in loop.own)
+    programs = math.prod(launch.grid)
+    warps = launch.config.num_warps
+    busiest = -(-programs // MULTIPROCESSORS)  # programs of the fullest multiprocessor
+    held = resident(usage["REG"], compiled.metadata.shared, warps, capability)
+    rate = min(MOST_ISSUE, ISSUE_PER_WARP * max(1.0, min(held, busiest) * warps / SCHEDULERS))
+    issue_clocks = busiest * warps * issued / SCHEDULERS / rate
+    half = launch.arguments[0].element_size() == 2
+    matrix_clocks = busiest * warps * matrix_operations / (HALF_OPERATIONS if half else TF32_OPERATIONS)
+    return Cost(
+        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        direction=_direction(launch.kernel.__name__),
+        tile=" ".join([str(launch.config), *(name for name in ("QK", "V") if launch.constants.get(name))]),
+        microseconds=max(issue_clocks, matrix_clocks) / CLOCK * 1e6,
+        floor=floor(launch, shape) * 1e6,
+        registers=usage["REG"],
+        local_in_loops=count_in_loops(assembly),
+        resident=held,
+    )
+
+
+def floor(launch: Launch, shape: tuple[int, int, int, int, int]) -> float:
+    """Return the seconds that the products of a launch, or its exponentials, take at least on an H100."""
+    b, n, m, d, e = shape
+    name, qk, v = launch.kernel.__name__, launch.constants.get("QK", True), launch.constants.get("V", True)
+    maps = 1
+    if "bwd_bwd_rows" in name:  # the first walk over the keys gives sums that the second one needs
+        maps = 2 if qk else 1
+        channels = (2 * (3 * d + 2 * e) + 2 * d if qk else 3 * d) + (2 * e if v else 0)
+    elif "bwd_bwd_keys" in name:
+        channels = 3 * d + (2 * e + 2 * d if qk else 0) + (e if v else 0)
+    elif "bwd_keys" in name:
+        channels = d + (e + d if qk else 0) + (e if v else 0)
+    else:
+        channels = d + e if "fwd" in name else 2 * d + e
+    pairs = b * n * m
+    # A float32 product is three of TF32.
+    rate = HALF_OPERATIONS if launch.arguments[0].element_size() == 2 else TF32_OPERATIONS / 3
+    clocks = max(2 * pairs * channels / rate, pairs * maps / EXPONENTIALS)
+    return clocks / (MULTIPROCESSORS * CLOCK)
+
+
+def _turns(launch: Launch, shape: tuple[int, int, int, int, int]) -> tuple[int, int]:
+    """Return the turns of a kernel's loop over tiles, and of the loops within it over v's other slabs."""
+    _, n, m, _, e = shape
+    constants = launch.constants
+    over_rows = "keys" in launch.kernel.__name__
+    outer = -(-n // constants["R"]) if over_rows else -(-m // constants["C"])
+    channels = e if constants["PRECISION"] == "ieee" else constants.get("E", constants["SLAB"])
+    return outer, max(0, -(-channels // constants["SLAB"]) - 1)
+
+
+def _counted(found: Sequence[Loop], outer: int, inner: int) -> Iterator[tuple[Loop, int]]:
+    """Yield each loop that walks over tiles, and those within it, with the number of their turns."""
+    for loop in found:
+        if not any("MUFU.EX2" in text for text in loop.all()):
+            continue  # sums along rows, before the walk
+        yield loop, outer
+        for within in loop.inner:
+            yield within, outer * (inner if len(within.own) >= LEAST_LOOP else 1)
+
+
+def _operations(instruction: str) -> int:
+    """Return the floating-point operations that a matrix instruction makes for each of its warps."""
+    if found := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\b", instruction):  # by a group of four warps
+        m, n, k = (int(size) for size in found.groups())
+        return 2 * m * n * k // 4
+    if found := re.search(r"\bHMMA\.(16)(8)(\d+)\b", instruction):
+        m, n, k = (int(size) for size in found.groups())
+        return 2 * m * n * k
+    return 0
+
+
+def _direction(kernel: str) -> str:
+    return "double backward" if "bwd_bwd" in kernel else "backward" if "bwd" in kernel else "forward"

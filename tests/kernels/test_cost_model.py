@@ -1,0 +1,58 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastgan.kernels.aot import case_of
+from fastgan.kernels.attention.config import Tile
+from fastgan.kernels.cost_model import CLOCK, MULTIPROCESSORS, attention_launches, floor
+from fastgan.kernels.launch import Launch
+
+
+def test_launches_of_the_three_passes():
+    made = attention_launches((2, 4225, 1024, 24, 96), torch.bfloat16)
+    names = [launch.kernel.__name__ for launch in made]
+    assert names[:3] == ["attention_fwd_kernel", "attention_bwd_rows_kernel", "attention_bwd_keys_kernel"]
+    assert {name for name in names if "bwd_bwd" in name} == {
+        "attention_bwd_bwd_rows_kernel",
+        "attention_bwd_bwd_keys_kernel",
+    }
+    rows = -(-4225 // made[0].config.rows)
+    assert made[0].grid[0] == 2 * rows
+
+
+def test_the_specialization_is_that_of_the_operands():
+    (forward, *_) = attention_launches((2, 4225, 1024, 24, 96), torch.bfloat16)
+    case = case_of(forward)
+    assert {"q_ptr", "v_ptr", "M", "e", "o_sn"} <= set(case.divisible)
+    assert not {"d", "q_sn", "k_sm", "N"} & set(case.divisible)  # 24, 24, 24 + 96, 4225
+    assert case.constexprs["q_sd"] == case.constexprs["v_se"] == 1
+    assert case.signature["stats_ptr"] == "*fp32"
+    assert case.signature["scale"] == "fp32"
+    (first, *_) = attention_launches((2, 64, 64, 24, 96), torch.float32, channels_first=True)
+    case = case_of(first)
+    assert case.constexprs["q_sn"] == 1
+    assert "q_sd" in case.signature
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flags", "channels", "maps"),
+    [
+        ("attention_fwd_kernel", {}, 16 + 64, 1),
+        ("attention_bwd_rows_kernel", {}, 16 + 64 + 16, 1),
+        ("attention_bwd_keys_kernel", {"QK": True, "V": True}, 16 + 64 + 16 + 64, 1),
+        ("attention_bwd_keys_kernel", {"QK": False, "V": True}, 16 + 64, 1),
+        # Two walks of three products of d and two of e; two more of d in the second, and two of e for v.
+        ("attention_bwd_bwd_rows_kernel", {"QK": True, "V": True}, 8 * 16 + 6 * 64, 2),
+        ("attention_bwd_bwd_rows_kernel", {"QK": False, "V": True}, 3 * 16 + 2 * 64, 1),
+        ("attention_bwd_bwd_keys_kernel", {"QK": True, "V": True}, 5 * 16 + 3 * 64, 1),
+    ],
+)
+def test_the_floor_counts_products_and_exponentials(kernel, flags, channels, maps):
+    operand = torch.empty(1, dtype=torch.bfloat16)
+    launch = Launch(SimpleNamespace(__name__=kernel), Tile(64, 64, 64, 4), (1,), (operand,), flags)
+    pairs = 32 * 1024 * 256
+    clocks = max(2 * pairs * channels / 4096, maps * pairs / 16)
+    assert floor(launch, (32, 1024, 256, 16, 64)) == pytest.approx(clocks / (MULTIPROCESSORS * CLOCK))
