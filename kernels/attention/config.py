@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MAX_QK = 64
+MAX_QK = 128
+TABLE_QK = 64  # most channels of q and k that the table of unmasked single heads is for
 MAX_E = 256
 
 
@@ -100,6 +101,31 @@ _TABLE: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
     ),
     ("bwd_bwd_keys", 4, 80): (Tile(32, 32, 32, 8, 1, False, True), *(Tile(16, 16, 32, 8, 2, False, True),) * 2),
 }
+# (kernel, bytes of the dtype, most channels of q) -> tiles for v of up to 64, 128 and 256 channels, for operands with
+# heads and, past 64 channels of q, for single heads too. Each holds on all architectures under a mask and with
+# sinks; a mask and its pointers need registers of their own.
+_HEADS: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
+    ("fwd", 2, 64): (Tile(128, 32, 64, 8),) * 3,
+    ("fwd", 2, 128): (Tile(128, 32, 64, 8),) * 3,
+    ("fwd", 4, 64): (Tile(32, 32, 64, 4, 1),) * 3,
+    ("fwd", 4, 128): (Tile(32, 32, 64, 8, 1),) * 3,
+    ("bwd_rows", 2, 64): (Tile(64, 32, 64, 4), Tile(64, 32, 128, 8), Tile(64, 32, 32, 8)),
+    ("bwd_rows", 2, 128): (*(Tile(64, 32, 64, 8),) * 2, Tile(32, 32, 128, 8)),
+    ("bwd_rows", 4, 64): (*(Tile(32, 32, 64, 8, 1),) * 2, Tile(32, 32, 32, 8, 1)),
+    ("bwd_rows", 4, 128): (*(Tile(16, 16, 64, 4, 1),) * 2, Tile(16, 16, 32, 4, 1)),
+    ("bwd_keys", 2, 64): (Tile(32, 64, 64, 8),) * 3,
+    ("bwd_keys", 2, 128): (*(Tile(32, 64, 64, 8),) * 2, Tile(32, 64, 32, 8)),
+    ("bwd_keys", 4, 64): (*(Tile(32, 32, 64, 4, 1),) * 2, Tile(32, 32, 32, 8, 1)),
+    ("bwd_keys", 4, 128): (Tile(16, 32, 32, 8, 1), Tile(16, 16, 64, 4, 1), Tile(16, 32, 32, 8, 1)),
+    ("bwd_bwd_rows", 2, 64): (Tile(16, 16, 32, 8, 1),) * 3,
+    ("bwd_bwd_rows", 2, 128): (Tile(16, 16, 32, 8, 1),) * 3,
+    ("bwd_bwd_rows", 4, 64): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
+    ("bwd_bwd_rows", 4, 128): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
+    ("bwd_bwd_keys", 2, 64): (Tile(16, 16, 32, 8, 1),) * 3,
+    ("bwd_bwd_keys", 2, 128): (Tile(16, 16, 32, 8, 1),) * 3,
+    ("bwd_bwd_keys", 4, 64): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
+    ("bwd_bwd_keys", 4, 128): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
+}
 _E_CLASSES = (64, 128, 256)
 
 
@@ -118,12 +144,18 @@ def padded(channels: int) -> int:
 
 
 def tile_for(kernel: str, e: int, q: Tensor) -> Tile:
-    """Return the tile of ``kernel`` for values of ``e`` channels and operands like ``q``."""
-    return _tile(kernel, q.dtype.itemsize, _capability(q.device), q.shape[2], e)
+    """Return the tile of ``kernel`` for values of ``e`` channels and operands like ``q``, which has 4 dimensions if it
+    has heads."""
+    return _tile(kernel, q.dtype.itemsize, _capability(q.device), q.shape[-1], e, q.ndim == 4)
 
 
 @functools.cache
-def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int) -> Tile:
+def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> Tile:
+    if has_heads or d > TABLE_QK:
+        wide = next(most for most in (TABLE_QK, MAX_QK) if d <= most)
+        tiles = zip(_E_CLASSES, _HEADS[kernel, itemsize, wide], strict=True)
+        tile = next(tile for most, tile in tiles if e <= most)
+        return replace(tile, slab=min(tile.slab, padded(e)))
     channels = e if d <= most_qk(kernel, itemsize, e) else 4 * d
     tiles = zip(_E_CLASSES, _entries(kernel, itemsize, capability), strict=True)
     tile = next(tile for most, tile in tiles if channels <= most)
@@ -132,7 +164,7 @@ def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int) -> Tile:
 
 def most_qk(kernel: str, itemsize: int, e: int) -> int:
     """Return the most channels of q for which an entry for ``e`` channels of v holds."""
-    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else MAX_QK
+    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else TABLE_QK
 
 
 @functools.cache
@@ -145,6 +177,13 @@ def entries(capability: int) -> Iterator[tuple[str, int, Tile, torch.dtype]]:
     for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in _TABLE):
         for e, tile in zip(_E_CLASSES, _entries(kernel, itemsize, capability), strict=True):
             yield kernel, e, tile, torch.float16 if itemsize == 2 else torch.float32
+
+
+def entries_of_heads() -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
+    """Yield every entry for operands with heads: kernel, the most channels of q and of v, tile and dtype."""
+    for (kernel, itemsize, d), tiles in _HEADS.items():
+        for e, tile in zip(_E_CLASSES, tiles, strict=True):
+            yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
 
 
 def _entries(kernel: str, itemsize: int, capability: int) -> tuple[Tile, Tile, Tile]:
