@@ -220,7 +220,7 @@ def attention_case(
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
     constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
     beyond = [name for name in _BEYOND if name in function.arg_names and not heads]
-    constexprs |= {**dict.fromkeys(beyond), "CAUSAL": heads}
+    constexprs |= {**dict.fromkeys(beyond), "CAUSAL": heads, "UNIT": 1}
     floats: dict[str, Any] = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
     floats |= {
         "heads": ("i32",) * (2 + sum(name.endswith("_sb") for name in function.arg_names)),

@@ -15,6 +15,7 @@ from fastgan.kernels.attention.tiles import (
     first_row,
     load_tile,
     masked,
+    multiple,
     other_slabs,
     row_delta,
     row_stats,
@@ -33,8 +34,19 @@ def attention_bwd_bwd_rows_kernel(
     g_do_sb, g_do_sn, g_do_se, gq_sb, gq_sn, gq_sd,
     N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
+    d, e = multiple(d, UNIT), multiple(e, UNIT)
+    ggq_sb, ggq_sn = multiple(ggq_sb, UNIT), multiple(ggq_sn, UNIT)
+    ggk_sb, ggk_sm = multiple(ggk_sb, UNIT), multiple(ggk_sm, UNIT)
+    ggv_sb, ggv_sm = multiple(ggv_sb, UNIT), multiple(ggv_sm, UNIT)
+    do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
+    q_sb, q_sn = multiple(q_sb, UNIT), multiple(q_sn, UNIT)
+    k_sb, k_sm = multiple(k_sb, UNIT), multiple(k_sm, UNIT)
+    v_sb, v_sm = multiple(v_sb, UNIT), multiple(v_sm, UNIT)
+    o_sb, o_sn = multiple(o_sb, UNIT), multiple(o_sn, UNIT)
+    g_do_sb, g_do_sn = multiple(g_do_sb, UNIT), multiple(g_do_sn, UNIT)
+    gq_sb, gq_sn = multiple(gq_sb, UNIT), multiple(gq_sn, UNIT)
     blocks = tl.cdiv(N, R)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
@@ -153,8 +165,18 @@ def attention_bwd_bwd_keys_kernel(
     gk_sb, gk_sm, gk_sd, gv_sb, gv_sm, gv_se,
     N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
+    d, e = multiple(d, UNIT), multiple(e, UNIT)
+    ggq_sb, ggq_sn = multiple(ggq_sb, UNIT), multiple(ggq_sn, UNIT)
+    ggk_sb, ggk_sm = multiple(ggk_sb, UNIT), multiple(ggk_sm, UNIT)
+    ggv_sb, ggv_sm = multiple(ggv_sb, UNIT), multiple(ggv_sm, UNIT)
+    do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
+    q_sb, q_sn = multiple(q_sb, UNIT), multiple(q_sn, UNIT)
+    k_sb, k_sm = multiple(k_sb, UNIT), multiple(k_sm, UNIT)
+    v_sb, v_sm = multiple(v_sb, UNIT), multiple(v_sm, UNIT)
+    gk_sb, gk_sm = multiple(gk_sb, UNIT), multiple(gk_sm, UNIT)
+    gv_sb, gv_sm = multiple(gv_sb, UNIT), multiple(gv_sm, UNIT)
     blocks = tl.cdiv(M, C)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     keys = (tl.program_id(0) % blocks) * C + tl.arange(0, C)

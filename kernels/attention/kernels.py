@@ -24,6 +24,7 @@ from fastgan.kernels.attention.tiles import (
     first_row,
     load_tile,
     masked,
+    multiple,
     other_slabs,
     row_delta,
     row_stats,
@@ -39,8 +40,13 @@ def attention_fwd_kernel(
     q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se,
     N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr = False,
+    CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
+    d, e = multiple(d, UNIT), multiple(e, UNIT)
+    q_sb, q_sn = multiple(q_sb, UNIT), multiple(q_sn, UNIT)
+    k_sb, k_sm = multiple(k_sb, UNIT), multiple(k_sm, UNIT)
+    v_sb, v_sm = multiple(v_sb, UNIT), multiple(v_sm, UNIT)
+    o_sb, o_sn = multiple(o_sb, UNIT), multiple(o_sn, UNIT)
     blocks = tl.cdiv(N, R)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
@@ -97,8 +103,15 @@ def attention_bwd_rows_kernel(
     do_sb, do_sn, do_se, q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se, dq_sb, dq_sn, dq_sd,
     N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr = False,
+    CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
+    d, e = multiple(d, UNIT), multiple(e, UNIT)
+    do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
+    q_sb, q_sn = multiple(q_sb, UNIT), multiple(q_sn, UNIT)
+    k_sb, k_sm = multiple(k_sb, UNIT), multiple(k_sm, UNIT)
+    v_sb, v_sm = multiple(v_sb, UNIT), multiple(v_sm, UNIT)
+    o_sb, o_sn = multiple(o_sb, UNIT), multiple(o_sn, UNIT)
+    dq_sb, dq_sn = multiple(dq_sb, UNIT), multiple(dq_sn, UNIT)
     blocks = tl.cdiv(N, R)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
@@ -164,8 +177,15 @@ def attention_bwd_keys_kernel(
     dk_sb, dk_sm, dk_sd, dv_sb, dv_sm, dv_se,
     N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False,
+    QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
 ):  # fmt: skip
+    d, e = multiple(d, UNIT), multiple(e, UNIT)
+    do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
+    q_sb, q_sn = multiple(q_sb, UNIT), multiple(q_sn, UNIT)
+    k_sb, k_sm = multiple(k_sb, UNIT), multiple(k_sm, UNIT)
+    v_sb, v_sm = multiple(v_sb, UNIT), multiple(v_sm, UNIT)
+    dk_sb, dk_sm = multiple(dk_sb, UNIT), multiple(dk_sm, UNIT)
+    dv_sb, dv_sm = multiple(dv_sb, UNIT), multiple(dv_sm, UNIT)
     blocks = tl.cdiv(M, C)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     keys = (tl.program_id(0) % blocks) * C + tl.arange(0, C)

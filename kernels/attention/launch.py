@@ -63,6 +63,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, heads: Heads | 
             D=padded(d),
             PRECISION=input_precision(q.dtype),
             CAUSAL=heads is not None and heads.is_causal,
+            UNIT=_unit(q, k, v, o),
         )
     return o, stats
 
@@ -91,7 +92,7 @@ def attention_bwd(
     delta = stats.new_empty(b, n)
     sizes = (n, m, d, e, scale, b * n)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
-    constants["CAUSAL"] = heads is not None and heads.is_causal
+    constants |= {"CAUSAL": heads is not None and heads.is_causal, "UNIT": _unit(grad_o, q, k, v, o, dq, dk, dv)}
     sinks = None if heads is None else heads.sinks
     launch(
         attention_bwd_rows_kernel,
@@ -188,6 +189,7 @@ def bwd_bwd_and_sums(
     logits = input_precision(q.dtype)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
     constants["CAUSAL"] = heads is not None and heads.is_causal
+    constants["UNIT"] = _unit(ggq, ggk, ggv, grad_o, q, k, v, o, g_do, gq, gk, gv)
     tile = tile_for("bwd_bwd_rows", e, q)
     for outputs, slabs in tile.passes(e):
         launch(
@@ -228,6 +230,14 @@ def bwd_bwd_and_sums(
 def _programs(side: str, size: int, b: int, slabs: int) -> Callable[[Tile], tuple[int, int]]:
     """Return the grid for a tile: programs that own part of one ``side`` of the map, "rows" or "keys", times slabs."""
     return lambda tile: (triton.cdiv(size, getattr(tile, side)) * b, slabs)
+
+
+def _unit(*tensors: Tensor) -> int:
+    """Return the largest power of two, up to 16, that divides all channels and strides of rows whose channels lie side
+    by side; 1 for other layouts. So many channels can be loaded at once."""
+    if any(x.stride(-1) != 1 for x in tensors):
+        return 1
+    return math.gcd(16, *(size for x in tensors for size in (x.shape[-1], *x.stride()[:-1])))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
