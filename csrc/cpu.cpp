@@ -1,5 +1,5 @@
 // Schemas of the extension's operators, and those for CPU tensors: passes over matrices, pivoted Cholesky, small_trace.
-// Attention is in attention.cpp.
+// Attention and its projections are in attention.cpp and projections.cpp.
 // nuclear_norm and sqrtm are for CUDA tensors alone (cuda.cu): on a CPU their products leave C++ nothing to gain.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -254,6 +254,10 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def(
       "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_o, Tensor q, Tensor k, Tensor v, "
       "Tensor stats, float scale, Tensor(a!) g_do, Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv) -> ()");
+  m.def(
+      "pooled_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) q, Tensor(b!) kv, Tensor(c!) index) -> ()");
+  m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");
+  m.def("projection_residual(Tensor rows, Tensor weight, Tensor? bias, Tensor x, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {

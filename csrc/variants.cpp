@@ -3,18 +3,21 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "attention.h"
+#include "projections.h"
 
 namespace fastgan {
 namespace plain {
 extern const AttentionKernels attention[4];
+extern const ProjectionKernels projections[4];
 }
 #ifdef FASTGAN_X86_VARIANTS
 namespace avx2 {
 extern const AttentionKernels attention[4];
+extern const ProjectionKernels projections[4];
 }
 namespace avx512 {
 extern const AttentionKernels attention[4];
+extern const ProjectionKernels projections[4];
 }
 #endif
 
@@ -45,15 +48,14 @@ int64_t vector_bits() {
   return bits;
 }
 
-const AttentionKernels& attention_kernels(Element element) {
 #ifdef FASTGAN_X86_VARIANTS
-  const auto* table = vector_bits() == 512 ? avx512::attention
-                      : vector_bits() == 256 ? avx2::attention
-                                             : plain::attention;
+#define FASTGAN_CHOSEN(table) \
+  (vector_bits() == 512 ? avx512::table : vector_bits() == 256 ? avx2::table : plain::table)
 #else
-  const auto* table = plain::attention;
+#define FASTGAN_CHOSEN(table) plain::table
 #endif
-  return table[int(element)];
-}
+
+const AttentionKernels& attention_kernels(Element element) { return FASTGAN_CHOSEN(attention)[int(element)]; }
+const ProjectionKernels& projection_kernels(Element element) { return FASTGAN_CHOSEN(projections)[int(element)]; }
 
 }  // namespace fastgan

@@ -217,7 +217,7 @@ def resolve(impl: str, tensor: Tensor) -> str:
 
 # Launchers of kernels, imported when they are first asked for: Triton may be missing.
 _LAUNCHERS = {"attention": "attention.launch", "projections": "projections", "spectral_norm": "spectral_norm.launch"}
-_IN_EXTENSION = ("attention",)
+_IN_EXTENSION = ("attention", "projections")
 
 
 def implementation(op: str, impl: str) -> ModuleType:
