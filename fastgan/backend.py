@@ -217,12 +217,9 @@ def resolve(impl: str, tensor: Tensor) -> str:
 
 # Launchers of kernels, imported when they are first asked for: Triton may be missing.
 _LAUNCHERS = {"attention": "attention.launch", "projections": "projections", "spectral_norm": "spectral_norm.launch"}
-_IN_EXTENSION = ("attention", "projections")
 
 
 def implementation(op: str, impl: str) -> ModuleType:
     """Return the module that computes ``op``, given what :func:`resolve` chose: kernels' launchers, the extension's
     callers or plain PyTorch."""
-    if impl == "extension" and op not in _IN_EXTENSION:
-        impl = "reference"
     return importlib.import_module(f"fastgan.kernels.{_LAUNCHERS[op]}" if impl == "triton" else f"fastgan.{impl}.{op}")

@@ -229,7 +229,7 @@ def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings, impl: 
     dtype = autocast_dtype(x) or x.dtype
     weight, bias = _joined(parts.theta, parts.phi, parts.g)
     bias = None if bias is None else bias.to(dtype)
-    qk_channels = _weight_of(parts.theta).shape[0]
+    qk_channels = _outputs_of(parts.theta)
     q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, impl)
     k, v = kv.split((qk_channels, kv.shape[2] - qk_channels), dim=2)
     rows = attend(q, k, v, settings.scale, settings.impl, impl)
@@ -292,6 +292,11 @@ def _joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _weight_of(layer: Any) -> Tensor:
     return layer.weight.flatten(1)
+
+
+def _outputs_of(layer: Any) -> int:
+    """The rows of the weight, which a norm would compute anew, and update its vectors for, if it were read again."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _bias_of(layer: Any) -> Tensor | None:
