@@ -216,7 +216,12 @@ def resolve(impl: str, tensor: Tensor) -> str:
 
 
 # Launchers of kernels, imported when they are first asked for: Triton may be missing.
-_LAUNCHERS = {"attention": "attention.launch", "projections": "projections", "spectral_norm": "spectral_norm.launch"}
+_LAUNCHERS = {
+    "attention": "attention.launch",
+    "multihead": "attention.multihead",
+    "projections": "projections",
+    "spectral_norm": "spectral_norm.launch",
+}
 
 
 def implementation(op: str, impl: str) -> ModuleType:
