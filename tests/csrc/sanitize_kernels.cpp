@@ -1,4 +1,4 @@
-// The passes of attention and its projections on plain buffers of just the size that they ask for, with no torch: for AddressSanitizer and
+// The passes of attention, its projections and spectral norms on plain buffers of just the size that they ask for, with no torch: for AddressSanitizer and
 // UBSan (`make sanitize`). Checked against the textbook formula, and the double backward against differences of it.
 #include <cmath>
 #include <cstdio>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "projections.h"
+#include "spectral_norm.h"
 
 namespace {
 
@@ -240,6 +241,48 @@ void test_projections(int64_t channels, int64_t height, int64_t width, int64_t o
   expect("projection with residual", y, true_y);
 }
 
+void test_spectral_norm(const Lines& shape) {
+  const int64_t size = shape.lines() * shape.length;
+  Values w = random_values(size), g = random_values(size), h = random_values(size);
+  Values u = random_values(shape.rows), v = random_values(shape.columns());
+  Values wv(shape.rows), wu(shape.columns()), out(size), true_wv(shape.rows), true_wu(shape.columns()), true_out(size);
+  double gw = 0, hg = 0, huv = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t line = i / shape.length, r = line % shape.rows;
+    const int64_t c = line / shape.rows * shape.length + i % shape.length;
+    true_wv[r] += w[i] * v[c];
+    true_wu[c] += w[i] * u[r];
+    gw += g[i] * w[i], hg += h[i] * g[i], huv += h[i] * u[r] * v[c];
+    true_out[i] = g[i] / 1.5 + 0.3 * h[i] + 0.7 * u[r] * v[c];
+  }
+  const SpectralNormKernels& kernels = spectral_norm_kernels(true);
+  const auto tagged = [](Values& x) { return Tagged{x.data(), Element::kDouble}; };
+
+  Pass<Product> rows, columns;
+  rows.operands.push_back({shape, tagged(w), v.data(), wv.data()});
+  rows.cut(shape.rows, shape.columns());
+  kernels.rows(rows.operands.data(), rows.parts.data(), 0, int64_t(rows.parts.size()));
+  columns.operands.push_back({shape, tagged(w), u.data(), wu.data()});
+  columns.cut(shape.columns(), shape.rows, 3);
+  kernels.columns(columns.operands.data(), columns.parts.data(), 0, int64_t(columns.parts.size()));
+  expect("spectral norm, W v", wv, true_wv);
+  expect("spectral norm, W^T u", wu, true_wu);
+
+  Pass<Dots> dots;
+  dots.operands.push_back({shape, tagged(w), tagged(g), tagged(h), u.data(), v.data()});
+  dots.cut(shape.lines(), shape.length);
+  Values sums(3 * dots.parts.size()), totals(3);
+  kernels.dots(dots.operands.data(), dots.parts.data(), 0, int64_t(dots.parts.size()), sums.data());
+  for (size_t i = 0; i < sums.size(); ++i) totals[i % 3] += sums[i];
+  expect("spectral norm, inner products", totals, {gw, hg, huv});
+
+  Pass<Combination> sum;
+  sum.operands.push_back({shape, tagged(g), tagged(h), tagged(out), 1.5, 0.3, 0.7, u.data(), v.data()});
+  sum.cut(shape.lines(), shape.length);
+  kernels.combine(sum.operands.data(), sum.parts.data(), 0, int64_t(sum.parts.size()));
+  expect("spectral norm, gradient", out, true_out);
+}
+
 }  // namespace
 
 int main() {
@@ -255,6 +298,8 @@ int main() {
     test_projections(1, 5, 3, 2, 1, last);
     test_projections(20, 7, 37, 37, 5, last);
   }
+  for (const Lines& shape : {Lines{1, 1, 1}, Lines{1, 70, 300}, Lines{9, 5, 16}, Lines{40, 30, 1}})
+    test_spectral_norm(shape);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
