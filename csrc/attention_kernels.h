@@ -114,7 +114,9 @@ void attention_forward(const AttentionForward& x, int64_t begin, int64_t end, vo
     for (int64_t r = 0; r < rows; ++r) softmax_row(map + r * stride, s.m, scale, stats + 2 * r);
     product<false>(map, stride, v, width, s.m, computed, s.e, sums, width, false);
     const auto o = slice_of<T>(x.o, s, slice);
-    for (int64_t r = 0; r < rows; ++r) unpack<T>(sums + r * width, width, 1, o, first + r, 1, s.e, stats[2 * r + 1]);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < width; ++j) sums[r * width + j] *= stats[2 * r + 1];
+    unpack<T>(sums, width, 1, o, first, rows, s.e, W(1));
   }
 }
 

@@ -1,5 +1,6 @@
 // Schemas of the extension's operators, and those for CPU tensors: passes over matrices, pivoted Cholesky, small_trace.
-// Attention is in attention.cpp.
+// Attention, its
+// projections and spectral norms are in files of their names.
 // nuclear_norm and sqrtm are for CUDA tensors alone (cuda.cu): on a CPU their products leave C++ nothing to gain.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -254,6 +255,20 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def(
       "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_o, Tensor q, Tensor k, Tensor v, "
       "Tensor stats, float scale, Tensor(a!) g_do, Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv) -> ()");
+  m.def(
+      "pooled_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) q, Tensor(b!) kv, Tensor(c!) index) -> ()");
+  m.def(
+      "spectral_norm_update(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, int[] dims, int iterations, float eps, "
+      "bool v_first, Tensor(c!) u, Tensor(d!) v, Tensor(e!) sigma) -> ()");
+  m.def("spectral_norm_scale(Tensor[] weights, Tensor u, Tensor v, Tensor sigma, int[] dims, Tensor(a!)[] out) -> ()");
+  m.def(
+      "spectral_norm_scale_bwd(Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, Tensor sigma, int[] dims, "
+      "Tensor(a!)[] out) -> ()");
+  m.def(
+      "spectral_norm_scale_bwd_bwd(Tensor[] grad_grads, Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, "
+      "Tensor sigma, int[] dims, Tensor(a!)[] d_grads, Tensor(b!)[] d_weights) -> ()");
+  m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");
+  m.def("projection_residual(Tensor rows, Tensor weight, Tensor? bias, Tensor x, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {

@@ -1,5 +1,6 @@
 // The CPU kernels for whatever the compiler makes of plain C++: x86-64's baseline, or NEON on aarch64.
-#include "attention.h"
+#include "projections.h"
+#include "spectral_norm.h"
 
 #define FASTGAN_VARIANT plain
 #define FASTGAN_VECTOR_BYTES 16

@@ -1,5 +1,6 @@
 // The kernels of one instruction set. A file that includes this has set the target and defined FASTGAN_VARIANT,
-// FASTGAN_VECTOR_BYTES and FASTGAN_BLOCK_ROWS, and has included attention.h.
+// FASTGAN_VECTOR_BYTES and FASTGAN_BLOCK_ROWS, and has included projections.h
+// and spectral_norm.h.
 #define FASTGAN_INLINE inline __attribute__((always_inline))
 
 namespace fastgan {
@@ -14,10 +15,19 @@ constexpr int64_t kLeastRows = 4;
 
 #include "attention_kernels.h"
 
+#include "projections_kernels.h"
+
+#include "spectral_norm_kernels.h"
+
 }  // namespace
 
 extern const AttentionKernels attention[4] = {attention_table<float>(), attention_table<double>(),
                                               attention_table<BFloat16>(), attention_table<Half>()};
+
+extern const ProjectionKernels projections[4] = {projection_table<float>(), projection_table<double>(),
+                                                projection_table<BFloat16>(), projection_table<Half>()};
+
+extern const SpectralNormKernels spectral_norms[2] = {spectral_norm_table<float>(), spectral_norm_table<double>()};
 
 }  // namespace FASTGAN_VARIANT
 }  // namespace fastgan

@@ -1,5 +1,6 @@
 // The CPU kernels for x86-64-v4; elsewhere this file is empty.
-#include "attention.h"
+#include "projections.h"
+#include "spectral_norm.h"
 
 #ifdef FASTGAN_X86_VARIANTS
 #ifdef __clang__

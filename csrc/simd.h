@@ -127,6 +127,8 @@ FASTGAN_INLINE float widen(Half x) {
 
 FASTGAN_INLINE void narrow(float x, float* to) { *to = x; }
 FASTGAN_INLINE void narrow(double x, double* to) { *to = x; }
+FASTGAN_INLINE void narrow(double x, float* to) { *to = float(x); }
+FASTGAN_INLINE void narrow(float x, double* to) { *to = x; }
 FASTGAN_INLINE void narrow(float x, BFloat16* to) {
   const uint32_t bits = bits_as<uint32_t>(x);
   to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
@@ -160,6 +162,7 @@ FASTGAN_INLINE void convert_strided(const From* in, int64_t in_row, int64_t in_c
       narrow(factor * widen(in[i * in_row + j * in_column]), &out[i * out_row + j * out_column]);
 }
 
+// The loops follow whichever strides are 1: columns inmost if they are on both sides, else rows.
 template <typename From, typename To, typename Factor>
 void convert(const From* in, int64_t in_row, int64_t in_column, To* out, int64_t out_row, int64_t out_column,
              int64_t rows, int64_t columns, Factor factor) {
@@ -167,10 +170,12 @@ void convert(const From* in, int64_t in_row, int64_t in_column, To* out, int64_t
     convert_strided(in, in_row, 1, out, out_row, 1, rows, columns, factor);
   else if (in_row == 1 && out_row == 1)
     convert_strided(in, in_column, 1, out, out_column, 1, columns, rows, factor);
-  else if (out_column == 1)
-    convert_strided(in, in_row, in_column, out, out_row, 1, rows, columns, factor);
+  else if (in_row == 1)
+    convert_strided(in, in_column, 1, out, out_column, out_row, columns, rows, factor);
+  else if (out_row == 1)
+    convert_strided(in, in_column, in_row, out, out_column, 1, columns, rows, factor);
   else
-    convert_strided(in, in_column, in_row, out, out_column, out_row, columns, rows, factor);
+    convert_strided(in, in_row, in_column, out, out_row, out_column, rows, columns, factor);
 }
 
 // Sums of kBlockRows x (kVectors vectors) in registers: out <- a b or out + a b over `depth`.

@@ -3,18 +3,25 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "attention.h"
+#include "projections.h"
+#include "spectral_norm.h"
 
 namespace fastgan {
 namespace plain {
 extern const AttentionKernels attention[4];
+extern const ProjectionKernels projections[4];
+extern const SpectralNormKernels spectral_norms[2];
 }
 #ifdef FASTGAN_X86_VARIANTS
 namespace avx2 {
 extern const AttentionKernels attention[4];
+extern const ProjectionKernels projections[4];
+extern const SpectralNormKernels spectral_norms[2];
 }
 namespace avx512 {
 extern const AttentionKernels attention[4];
+extern const ProjectionKernels projections[4];
+extern const SpectralNormKernels spectral_norms[2];
 }
 #endif
 
@@ -45,15 +52,15 @@ int64_t vector_bits() {
   return bits;
 }
 
-const AttentionKernels& attention_kernels(Element element) {
 #ifdef FASTGAN_X86_VARIANTS
-  const auto* table = vector_bits() == 512 ? avx512::attention
-                      : vector_bits() == 256 ? avx2::attention
-                                             : plain::attention;
+#define FASTGAN_CHOSEN(table) \
+  (vector_bits() == 512 ? avx512::table : vector_bits() == 256 ? avx2::table : plain::table)
 #else
-  const auto* table = plain::attention;
+#define FASTGAN_CHOSEN(table) plain::table
 #endif
-  return table[int(element)];
-}
+
+const AttentionKernels& attention_kernels(Element element) { return FASTGAN_CHOSEN(attention)[int(element)]; }
+const ProjectionKernels& projection_kernels(Element element) { return FASTGAN_CHOSEN(projections)[int(element)]; }
+const SpectralNormKernels& spectral_norm_kernels(bool is_double) { return FASTGAN_CHOSEN(spectral_norms)[is_double]; }
 
 }  // namespace fastgan

@@ -222,12 +222,9 @@ _LAUNCHERS = {
     "projections": "projections",
     "spectral_norm": "spectral_norm.launch",
 }
-_IN_EXTENSION = ("attention",)
 
 
 def implementation(op: str, impl: str) -> ModuleType:
     """Return the module that computes ``op``, given what :func:`resolve` chose: kernels' launchers, the extension's
     callers or plain PyTorch."""
-    if impl == "extension" and op not in _IN_EXTENSION:
-        impl = "reference"
     return importlib.import_module(f"fastgan.kernels.{_LAUNCHERS[op]}" if impl == "triton" else f"fastgan.{impl}.{op}")

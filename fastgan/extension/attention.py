@@ -19,15 +19,15 @@ _bwd_bwd = torch.ops.fastgan_C.attention_bwd_bwd.default
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output (B, N, e) in q's dtype and layout, and the rows' statistics."""
-    o, stats = empty_rows_like(q, v.shape[2]), empty_stats(q)
+    """Return the output (B, N, e) or (B, H, N, e) in q's dtype and layout, and the rows' statistics."""
+    o, stats = empty_rows_like(q, v.shape[-1]), empty_stats(q)
     _fwd(q, k, v, scale, o, stats)
     return o, stats
 
 
 def empty_stats(q: Tensor) -> Tensor:
-    """Return an uninitialised (B, N, 2): each row's largest q k^T, and 1 / the sum of exponentials relative to it."""
-    return q.new_empty(*q.shape[:2], 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    """Return an uninitialised (.., N, 2): each row's largest q k^T, and 1 / the sum of exponentials relative to it."""
+    return q.new_empty(*q.shape[:-1], 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def attention_bwd(

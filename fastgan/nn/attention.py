@@ -18,8 +18,8 @@ three passes and x read with it; drawing o into its epilogue would save 1, but a
 at most 256 channels of v, and o's weight would not fit beside them. The gradients of both projections are made of
 library products, exact to every order.
 
-Elsewhere (and where a hook on a convolution must run) theta is one convolution, phi and g another, pooled together,
-and gamma is folded into o's weight: 8.8 B C N in 10 launches.
+The C++ extension does the same on a CPU. Elsewhere, and where a hook on a convolution must run, theta is one
+convolution, phi and g another, pooled together, and gamma is folded into o's weight: 8.8 B C N in 10 launches.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def self_attention(x: Tensor, parts: AttentionParts, settings: AttentionSettings
     if _keeps_maps(settings):
         return _residual(x, attention_eager(*_queries_keys_values(x, parts, settings), settings.scale), parts)
     impl = resolve(settings.impl, x)
-    if impl == "triton" and _is_fused(parts, settings):
-        return _fused(x, parts, settings)
+    if impl != "reference" and _is_fused(parts, settings):
+        return _fused(x, parts, settings, impl)
     rows = attend(*_queries_keys_values(x, parts, settings), settings.scale, settings.impl, impl)
     return _residual(x, rows, parts)
 
@@ -224,18 +224,18 @@ def _is_fused(parts: AttentionParts, settings: AttentionSettings) -> bool:
     return not _called_as_modules(parts.theta, parts.phi, parts.g, parts.o)
 
 
-def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings) -> Tensor:
+def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings, impl: str) -> Tensor:
     h = x if parts.norm is None else parts.norm(x)
     dtype = autocast_dtype(x) or x.dtype
     weight, bias = _joined(parts.theta, parts.phi, parts.g)
     bias = None if bias is None else bias.to(dtype)
-    qk_channels = _weight_of(parts.theta).shape[0]
-    q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, "triton")
+    qk_channels = _outputs_of(parts.theta)
+    q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, impl)
     k, v = kv.split((qk_channels, kv.shape[2] - qk_channels), dim=2)
-    rows = attend(q, k, v, settings.scale, settings.impl, "triton")
+    rows = attend(q, k, v, settings.scale, settings.impl, impl)
     weight, bias = _scaled_output(parts)
     bias = None if bias is None else bias.to(dtype)
-    return project_and_add(rows, weight.to(dtype), bias, x, "triton")
+    return project_and_add(rows, weight.to(dtype), bias, x, impl)
 
 
 def _queries_keys_values(
@@ -292,6 +292,11 @@ def _joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _weight_of(layer: Any) -> Tensor:
     return layer.weight.flatten(1)
+
+
+def _outputs_of(layer: Any) -> int:
+    """The rows of the weight, which a norm would compute anew, and update its vectors for, if it were read again."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _bias_of(layer: Any) -> Tensor | None:

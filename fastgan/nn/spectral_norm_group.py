@@ -281,7 +281,8 @@ def group_spectral_norm(
             weights have changed, so that all forwards between two optimizer steps see the same vectors. A compiled or
             captured graph, or a replica of :class:`torch.nn.DataParallel`, cannot tell steps apart and makes an update
             at each forward.
-        impl: "auto", "triton" or "reference", likewise for the layers that get their norm here or from torch.
+        impl: "auto", "triton", "extension" or "reference", likewise for the layers that get their norm here or from
+            torch.
 
     Returns:
         ``root``.

@@ -120,7 +120,7 @@ def spectral_norm(
         n_power_iterations: power iterations at each access of the weight in training mode.
         eps: lower bound of the norms that are divided by.
         dim: dimension of the outputs; None means 1 for transposed convolutions and 0 for all else.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "extension" or "reference".
 
     Returns:
         ``module``. Under autocast, linear and convolution layers get their weight in the autocast dtype.

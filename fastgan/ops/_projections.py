@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_alike, check_tensor
-from fastgan._dispatch import differentiable, outside_autocast
+from fastgan._dispatch import differentiable, needs_no_dispatch, outside_autocast
 from fastgan._layout import image_like
 from fastgan.backend import implementation, resolve
 from fastgan.reference.projections import pooled_projection_bwd, projection_residual_bwd
@@ -25,12 +25,12 @@ def pooled_projection(
     """1x1 convolution of x, of which all outputs but the first ``qk_channels`` are 2x2 max-pooled.
 
     Args:
-        x: feature map (B, C, H, W), H and W at least 2; float32, bfloat16 or float16 (float64 on the reference path),
+        x: feature map (B, C, H, W), H and W at least 2; float32, bfloat16 or float16 (float64 not by Triton),
             any memory format. Its dtype may differ from the weight's, as under autocast.
         weight: (qk_channels + c, C): theta over phi over g.
         bias: (qk_channels + c) in the weight's dtype, or None.
         qk_channels: d, the outputs that are not pooled.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "extension" or "reference".
 
     Returns:
         q (B, H W, d) and kv (B, (H//2) (W//2), c), in the weight's dtype. Gradients exist to every order.
@@ -64,11 +64,11 @@ def projection_residual(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Te
     """x + rows weight^T + bias, the rows taken as the pixels of a feature map.
 
     Args:
-        rows: (B, H W, e); float32, bfloat16 or float16 (float64 on the reference path), any strides.
+        rows: (B, H W, e); float32, bfloat16 or float16 (float64 not by Triton), any strides.
         weight: (C, e), dtype of rows.
         bias: (C), dtype of rows, or None.
         x: feature map (B, C, H, W), any memory format; its dtype may differ, as under autocast.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "extension" or "reference".
 
     Returns:
         (B, C, H, W) in x's dtype and memory format. Gradients exist to every order.
@@ -118,7 +118,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, d: int, impl: str) -> tupl
 
 
 def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _ = inputs
+    x, weight, bias, _, ctx.impl = inputs
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(x, weight, output[2])
@@ -126,7 +126,10 @@ def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _pooled_backward(ctx: Any, grad_q: Tensor, grad_kv: Tensor, _grad_index: Tensor | None) -> tuple[Any, ...]:
     x, weight, index = ctx.saved_tensors
-    dx, dweight, dbias = pooled_projection_bwd(grad_q, grad_kv, index, x, weight)
+    bwd = pooled_projection_bwd
+    if ctx.impl == "extension" and needs_no_dispatch(grad_q, grad_kv, x, weight):
+        bwd = implementation("projections", ctx.impl).pooled_projection_bwd
+    dx, dweight, dbias = bwd(grad_q, grad_kv, index, x, weight)
     return dx, dweight, dbias if ctx.has_bias else None, None, None
 
 

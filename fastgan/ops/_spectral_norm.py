@@ -42,14 +42,14 @@ def spectral_norm_update(
     """Run ``n_power_iterations`` of the power method on every weight; ``us`` and ``vs`` are updated in place.
 
     Args:
-        weights: tensors of rank 2 or more, of one dtype (float64 on the reference path, float32, bfloat16, float16) and
+        weights: tensors of rank 2 or more, of one dtype (float64 not by Triton, float32, bfloat16, float16) and
             device, any strides. Each is read as a matrix of ``weight.shape[dim]`` rows and the rest as columns.
         us: left vectors, one of ``rows`` entries for each weight.
         vs: right vectors, one of ``columns`` entries for each weight.
         dims: the dimension of each weight that gives its rows; 0 for all if None.
         n_power_iterations: 0 only computes sigma for the given vectors.
         eps: lower bound of the norms that are divided by.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "extension" or "reference".
         v_first: an iteration is v = W^T u / |W^T u|, then u = W v / |W v|, as in torch's older hook, Miyato's and
             BigGAN's code; otherwise u is renewed before v, as in torch's parametrization.
 
@@ -119,7 +119,7 @@ def spectral_norm_scale(
         u, v, sigma: what :func:`spectral_norm_update` returned for these weights.
         dims: as in :func:`spectral_norm_update`.
         dtype: of the results; if None, the autocast dtype where autocast is active, else that of the weights.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "extension" or "reference".
 
     Returns:
         One tensor a weight, in its shape and layout. Differentiable twice with respect to the weights, with u and v

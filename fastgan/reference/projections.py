@@ -36,6 +36,11 @@ def pooled_projection_bwd(
     full = full.reshape(b, height // 2 * 2, width // 2 * 2, c)
     full = F.pad(full, (0, 0, 0, width % 2, 0, height % 2)).reshape(b, height * width, c)
     grad = torch.cat((grad_q, full), dim=2)  # (B, N, d + c)
+    return gradients_of_projection(grad, x, weight)
+
+
+def gradients_of_projection(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dweight, dbias) of the rows x weight^T + bias for their gradients ``grad`` (B, H W, outputs)."""
     rows = rows_of(x)
     if is_channels_first(rows):
         dx = (weight.mT @ grad.mT).unflatten(2, x.shape[2:])

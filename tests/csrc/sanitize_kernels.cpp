@@ -1,4 +1,4 @@
-// The passes of attention on plain buffers of just the size that they ask for, with no torch: for AddressSanitizer and
+// The passes of attention, its projections and spectral norms on plain buffers of just the size that they ask for, with no torch: for AddressSanitizer and
 // UBSan (`make sanitize`). Checked against the textbook formula, and the double backward against differences of it.
 #include <cmath>
 #include <cstdio>
@@ -6,7 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "attention.h"
+#include "projections.h"
+#include "spectral_norm.h"
 
 namespace {
 
@@ -80,7 +81,7 @@ class Memory {
 
   template <typename Pass>
   void give(Pass& x) {
-    for (const auto& [packed, elements] : x.sizes()) *packed = {room(elements * x.shape.slices()), elements};
+    for (const auto& [packed, elements] : x.sizes()) *packed = {room(elements), elements};
   }
 
  private:
@@ -180,6 +181,108 @@ void test(const AttentionShape& s) {
   std::printf("%-4s %-40s relative error %.1e\n", good ? "ok" : "FAIL", "attention, second gradients", error);
 }
 
+// x (1, c, h, w), channels first or last.
+Image image(std::vector<double>& x, int64_t channels, int64_t height, int64_t width, bool last) {
+  const int64_t pixels = height * width;
+  return {x.data(), Element::kDouble, pixels * channels, last ? 1 : pixels, width * (last ? channels : 1),
+          last ? channels : 1};
+}
+
+void test_projections(int64_t channels, int64_t height, int64_t width, int64_t outputs, int64_t d, bool last) {
+  const int64_t pixels = height * width, pooled = height / 2 * (width / 2), e = outputs - d;
+  Values x = random_values(channels * pixels), weight = random_values(outputs * channels), bias = random_values(outputs);
+  Values q(pixels * d), kv(pooled * e);
+  std::vector<int8_t> index(pooled * e);
+  const ProjectionKernels& kernels = projection_kernels(Element::kDouble);
+  Memory memory(sizeof(double));
+
+  PooledProjection p{};
+  p.batches = 1, p.channels = channels, p.height = height, p.width = width, p.outputs = outputs, p.d = d;
+  p.x = image(x, channels, height, width, last);
+  p.weight = view(weight, outputs, channels), p.bias = view(bias, outputs, 1);
+  p.q = view(q, pixels, d), p.kv = view(kv, pooled, e), p.index = index.data();
+  memory.give(p);
+  kernels.pooled_pack(p, 0, channels);
+  kernels.pooled(p, 0, p.tiles(), memory.room(p.room()));
+
+  Values all(pixels * outputs, 0), true_q, true_kv;
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t o = 0; o < outputs; ++o) {
+      all[i * outputs + o] = bias[o];
+      for (int64_t c = 0; c < channels; ++c)
+        all[i * outputs + o] += weight[o * channels + c] * x[last ? i * channels + c : c * pixels + i];
+      if (o < d) true_q.push_back(all[i * outputs + o]);
+    }
+  for (int64_t i = 0; i < height / 2; ++i)
+    for (int64_t j = 0; j < width / 2; ++j)
+      for (int64_t o = d; o < outputs; ++o) {
+        const double* corner = &all[(2 * i * width + 2 * j) * outputs + o];
+        true_kv.push_back(std::max(std::max(corner[0], corner[outputs]),
+                                   std::max(corner[width * outputs], corner[(width + 1) * outputs])));
+      }
+  expect("projection", q, true_q);
+  expect("projection, pooled", kv, true_kv);
+
+  Values y(channels * pixels), back = random_values(channels * d), shift = random_values(channels);
+  ProjectionResidual r{};
+  r.batches = 1, r.pixels = pixels, r.channels = channels, r.e = d;
+  r.rows = p.q, r.weight = view(back, channels, d), r.bias = view(shift, channels, 1);
+  r.x = p.x, r.y = image(y, channels, height, width, last);
+  memory.give(r);
+  kernels.residual_pack(r, 0, channels);
+  kernels.residual(r, 0, r.tiles(), memory.room(r.room()));
+  Values true_y = x;
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t c = 0; c < channels; ++c) {
+      double& sum = true_y[last ? i * channels + c : c * pixels + i];
+      sum += shift[c];
+      for (int64_t j = 0; j < d; ++j) sum += back[c * d + j] * q[i * d + j];
+    }
+  expect("projection with residual", y, true_y);
+}
+
+void test_spectral_norm(const Lines& shape) {
+  const int64_t size = shape.lines() * shape.length;
+  Values w = random_values(size), g = random_values(size), h = random_values(size);
+  Values u = random_values(shape.rows), v = random_values(shape.columns());
+  Values wv(shape.rows), wu(shape.columns()), out(size), true_wv(shape.rows), true_wu(shape.columns()), true_out(size);
+  double gw = 0, hg = 0, huv = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t line = i / shape.length, r = line % shape.rows;
+    const int64_t c = line / shape.rows * shape.length + i % shape.length;
+    true_wv[r] += w[i] * v[c];
+    true_wu[c] += w[i] * u[r];
+    gw += g[i] * w[i], hg += h[i] * g[i], huv += h[i] * u[r] * v[c];
+    true_out[i] = g[i] / 1.5 + 0.3 * h[i] + 0.7 * u[r] * v[c];
+  }
+  const SpectralNormKernels& kernels = spectral_norm_kernels(true);
+  const auto tagged = [](Values& x) { return Tagged{x.data(), Element::kDouble}; };
+
+  Pass<Product> rows, columns;
+  rows.operands.push_back({shape, tagged(w), v.data(), wv.data()});
+  rows.cut(shape.rows, shape.columns());
+  kernels.rows(rows.operands.data(), rows.parts.data(), 0, int64_t(rows.parts.size()));
+  columns.operands.push_back({shape, tagged(w), u.data(), wu.data()});
+  columns.cut(shape.columns(), shape.rows, 3);
+  kernels.columns(columns.operands.data(), columns.parts.data(), 0, int64_t(columns.parts.size()));
+  expect("spectral norm, W v", wv, true_wv);
+  expect("spectral norm, W^T u", wu, true_wu);
+
+  Pass<Dots> dots;
+  dots.operands.push_back({shape, tagged(w), tagged(g), tagged(h), u.data(), v.data()});
+  dots.cut(shape.lines(), shape.length);
+  Values sums(3 * dots.parts.size()), totals(3);
+  kernels.dots(dots.operands.data(), dots.parts.data(), 0, int64_t(dots.parts.size()), sums.data());
+  for (size_t i = 0; i < sums.size(); ++i) totals[i % 3] += sums[i];
+  expect("spectral norm, inner products", totals, {gw, hg, huv});
+
+  Pass<Combination> sum;
+  sum.operands.push_back({shape, tagged(g), tagged(h), tagged(out), 1.5, 0.3, 0.7, u.data(), v.data()});
+  sum.cut(shape.lines(), shape.length);
+  kernels.combine(sum.operands.data(), sum.parts.data(), 0, int64_t(sum.parts.size()));
+  expect("spectral norm, gradient", out, true_out);
+}
+
 }  // namespace
 
 int main() {
@@ -190,6 +293,13 @@ int main() {
     test<float>(s);
     test<double>(s);
   }
+  for (const bool last : {false, true}) {
+    test_projections(3, 4, 6, 7, 3, last);
+    test_projections(1, 5, 3, 2, 1, last);
+    test_projections(20, 7, 37, 37, 5, last);
+  }
+  for (const Lines& shape : {Lines{1, 1, 1}, Lines{1, 70, 300}, Lines{9, 5, 16}, Lines{40, 30, 1}})
+    test_spectral_norm(shape);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

