@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from fastgan.ops import attention, scaled_dot_product_attention
+from fastgan.ops import attention, scaled_dot_product_attention, squared_distance_attention
 from fastgan.ops._multihead import multihead_bwd_bwd_op, multihead_bwd_op, multihead_op
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
@@ -204,3 +204,18 @@ def test_torchs_function_with_what_cannot_be_computed():
         scaled_dot_product_attention(q, q, q, torch.ones(3, 3) > 0, is_causal=True)
     with pytest.raises(RuntimeError):
         scaled_dot_product_attention(q, torch.ones(1, 3, 3, 4), q)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_attention_by_squared_distances(impl):
+    q, k, v, _ = head_operands(2, 4, 2, 7, 6, 3, 2)
+    keep = torch.rand(2, 6) < 0.7
+
+    def plain(q, k, v):
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        logits = -1.3 * (q[:, :, :, None] - k[:, :, None]).square().sum(-1)
+        return torch.softmax(logits.masked_fill(~keep[:, None, None], float("-inf")), dim=-1) @ v
+
+    fast = three_orders(lambda *x: squared_distance_attention(*x, 1.3, impl, mask=keep), q, k, v)
+    for a, e in zip(fast, three_orders(plain, q, k, v), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
