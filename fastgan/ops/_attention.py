@@ -41,17 +41,19 @@ def attention(
     """Attention with true reverse-over-reverse gradients in O(N) memory.
 
     Args:
-        q: queries (B, N, d) or, of several heads, (B, H, N, d); float64 (reference path), float32, bfloat16 or float16;
+        q: queries (B, N, d) or, of several heads, (B, H, N, d); float64 (not by Triton), float32, bfloat16 or float16;
             any strides.
         k: keys (B, M, d) or (B, H, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q. Of
             fewer heads than q's, which they must divide, each serves as many of q's in turn (grouped queries).
         v: values (B, M, e) or (B, H, M, e), with the heads of k.
         scale: a finite number that multiplies the logits. **1.0, as in SAGAN**: for the 1/sqrt(d) of transformers
             pass ``d**-0.5`` or call :func:`scaled_dot_product_attention`.
-        impl: "auto", "triton", "reference" or "eager". "eager" is the textbook formula, with the maps in memory. On a
-            CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and is "reference" above; so it is, with one
-            warning, for more channels than the kernels take (d 128, e 256). Within transforms of ``torch.func`` and
-            forward-mode differentiation, which know no such op, maps of any size are kept, whatever ``impl`` says.
+        impl: "auto", "triton", "extension", "reference" or "eager". "eager" is the textbook formula, with the maps in
+            memory. "auto" is "extension" on a CPU and "triton" on a GPU. If the extension is not built, and under masks
+            and with sinks, which it does not know, it keeps maps of up to 16 MB, as "eager", and is "reference" above;
+            so it is, with one warning, for more channels than Triton's kernels take (d 128, e 256). Within transforms
+            of ``torch.func`` and forward-mode differentiation, which know no such op, maps of any size are kept,
+            whatever ``impl`` says.
         is_causal: the i-th query sees the keys up to the i-th alone.
         mask: boolean, True where a query may see a key: (B, M) for keys alone, or broadcastable to (B, N, M) or
             (B, H, N, M). Or floating-point, added to the scaled logits, of the latter shapes. It is read tile by tile
@@ -104,7 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if impl == "eager" or is_transforming() or (asked == "auto" and _maps_are_small(q, k)):
+    if impl == "eager" or is_transforming() or (asked == "auto" and impl == "reference" and _maps_are_small(q, k)):
         return attention_eager(q, k, v, scale)
     batch = next(iter(_batches(q, k, v)), 1)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
@@ -125,6 +127,10 @@ def _attend_heads(
 ) -> Tensor:
     """As :func:`attend`, of (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
     impl = asked if asked == "eager" else _able(resolve(asked, q), asked, q, v)
+    if impl == "extension":
+        if mask is None and sinks is None and not is_causal:
+            return _attend_folded(q, k, v, scale, asked)
+        impl = "reference"
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -138,6 +144,14 @@ def _attend_heads(
     if scale <= 0:  # as in attend
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
     return cast(Tensor, multihead(q, k, v, mask, sinks, is_causal, float(scale), impl)[0])
+
+
+def _attend_folded(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str) -> Tensor:
+    """Unmasked heads as samples of a batch, for the extension."""
+    batch, heads = next(iter(_batches(q, k, v)), 1), q.shape[1]
+    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.expand(batch, -1, -1, -1).flatten(0, 1) for x in (q, k, v))
+    return attend(q, k, v, scale, asked, "extension").unflatten(0, (batch, heads))
 
 
 def _able(impl: str, asked: str, q: Tensor, v: Tensor) -> str:
