@@ -17,7 +17,7 @@ from fastgan._checks import FLOATS, check_alike, check_tensor
 from fastgan._dispatch import autocast_dtype, differentiable, is_differentiated, is_transforming, outside_autocast
 from fastgan._layout import empty_rows_like
 from fastgan.backend import IMPLS, implementation, resolve, warn_once
-from fastgan.kernels.attention.config import unsupported
+from fastgan.kernels.attention.config import SINGLE_QK, unsupported
 from fastgan.ops._multihead import multihead
 from fastgan.reference.attention import attention_eager
 
@@ -103,6 +103,8 @@ def check_attention_impl(impl: str) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str) -> Tensor:
     """Compute :func:`attention` of operands that fit one another; ``asked`` was resolved to ``impl`` for them."""
     impl = _able(impl, asked, q, v)
+    if impl == "triton" and q.shape[2] > SINGLE_QK:
+        return _attend_heads(q[:, None], k[:, None], v[:, None], scale, asked, None, None, False)[:, 0]
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_QK = 128
-TABLE_QK = 64  # most channels of q and k that the table of unmasked single heads is for
+SINGLE_QK = 64  # those of one unmasked head; more are launched as one of several
 MAX_E = 256
 
 
@@ -102,8 +102,7 @@ _TABLE: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
     ("bwd_bwd_keys", 4, 80): (Tile(32, 32, 32, 8, 1, False, True), *(Tile(16, 16, 32, 8, 2, False, True),) * 2),
 }
 # (kernel, bytes of the dtype, most channels of q) -> tiles for v of up to 64, 128 and 256 channels, for operands with
-# heads and, past 64 channels of q, for single heads too. Each holds on all architectures under a mask and with
-# sinks; a mask and its pointers need registers of their own.
+# heads. Each holds on all architectures under a mask and with sinks; a mask and its pointers take registers too.
 _HEADS: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
     ("fwd", 2, 64): (Tile(128, 32, 64, 8),) * 3,
     ("fwd", 2, 128): (Tile(128, 32, 64, 8),) * 3,
@@ -118,13 +117,13 @@ _HEADS: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
     ("bwd_keys", 4, 64): (*(Tile(32, 32, 64, 4, 1),) * 2, Tile(32, 32, 32, 8, 1)),
     ("bwd_keys", 4, 128): (Tile(16, 32, 32, 8, 1), Tile(16, 16, 64, 4, 1), Tile(16, 32, 32, 8, 1)),
     ("bwd_bwd_rows", 2, 64): (Tile(32, 16, 64, 4, 1), *(Tile(32, 32, 32, 8, 1),) * 2),
-    ("bwd_bwd_rows", 2, 128): (Tile(16, 16, 64, 4, 1), Tile(16, 16, 64, 8, 1), Tile(16, 16, 32, 8, 1)),
+    ("bwd_bwd_rows", 2, 128): (Tile(16, 16, 64, 4, 1), Tile(16, 16, 64, 8, 1), Tile(16, 16, 32, 4, 1)),
     ("bwd_bwd_rows", 4, 64): (Tile(16, 16, 64, 8, 1, True, True),) * 3,
-    ("bwd_bwd_rows", 4, 128): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
-    ("bwd_bwd_keys", 2, 64): (Tile(16, 16, 32, 8, 1),) * 3,
-    ("bwd_bwd_keys", 2, 128): (Tile(16, 16, 32, 8, 1),) * 3,
-    ("bwd_bwd_keys", 4, 64): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
-    ("bwd_bwd_keys", 4, 128): (Tile(16, 16, 32, 8, 1, True, True),) * 3,
+    ("bwd_bwd_rows", 4, 128): (Tile(16, 16, 64, 8, 1, True, True),) * 3,
+    ("bwd_bwd_keys", 2, 64): (Tile(32, 32, 64, 4, 1), *(Tile(16, 32, 64, 4, 1),) * 2),
+    ("bwd_bwd_keys", 2, 128): (Tile(16, 16, 64, 4, 1),) * 3,
+    ("bwd_bwd_keys", 4, 64): (Tile(16, 16, 64, 8, 1, True, True),) * 3,
+    ("bwd_bwd_keys", 4, 128): (Tile(16, 16, 64, 8, 1, True, True), *(Tile(16, 16, 32, 8, 2, True, True),) * 2),
 }
 _E_CLASSES = (64, 128, 256)
 
@@ -151,8 +150,8 @@ def tile_for(kernel: str, e: int, q: Tensor) -> Tile:
 
 @functools.cache
 def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> Tile:
-    if has_heads or d > TABLE_QK:
-        wide = next(most for most in (TABLE_QK, MAX_QK) if d <= most)
+    if has_heads:
+        wide = next(most for most in (SINGLE_QK, MAX_QK) if d <= most)
         tiles = zip(_E_CLASSES, _HEADS[kernel, itemsize, wide], strict=True)
         tile = next(tile for most, tile in tiles if e <= most)
         return replace(tile, slab=min(tile.slab, padded(e)))
@@ -164,7 +163,7 @@ def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads
 
 def most_qk(kernel: str, itemsize: int, e: int) -> int:
     """Return the most channels of q for which an entry for ``e`` channels of v holds."""
-    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else TABLE_QK
+    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else SINGLE_QK
 
 
 @functools.cache
