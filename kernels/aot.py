@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from fastgan.kernels.attention import double_backward
 from fastgan.kernels.attention import kernels as attention
-from fastgan.kernels.attention.config import Tile, entries, entries_of_heads, most_qk
+from fastgan.kernels.attention.config import Tile, entries, entries_of_heads
 from fastgan.kernels.launch import Configuration, Launch
 from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
 from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
@@ -182,10 +182,9 @@ def _attention(capability: int) -> Iterator[AotCase]:
     Operands are contiguous along channels; on sm_90 also along rows, as channels-first models have them.
     """
     layouts = (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 else (_CHANNEL_STRIDES,)
-    for kernel, e, tile, dtype in entries(capability):
+    for kernel, d, e, tile, dtype in entries(capability):
         flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]
         for outputs, units in itertools.product(flags, layouts):
-            d = most_qk(kernel, dtype.itemsize, e)
             yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), units)
     for kernel, d, e, tile, dtype in entries_of_heads():
         flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]

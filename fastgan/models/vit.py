@@ -99,7 +99,7 @@ class ViTDiscriminator(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = make_head(head, width, n_classes)
         init_weights(self)
-        self.position = nn.Parameter(0.02 * torch.randn((resolution // patch) ** 2, width))
+        self.position = nn.Parameter(0.2 * torch.randn((resolution // patch) ** 2, width))
         if spectral_norm:
             group_spectral_norm(self)
 

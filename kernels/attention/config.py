@@ -1,12 +1,15 @@
 """Launch configurations of the attention kernels: a small frozen table.
 
-Each entry is the largest tile that compiles without local memory in its loops at 64 channels of q and k, on all
-architectures of its family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a
-program keeps its own operands and its float32 sums, and of each tile up to five maps. On sm_90 and later the tensor
-cores want 64 rows of the program's own side; where that leaves too few registers for the sums as wide as v, v is cut
-into slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their
-tiles are smaller. Their double backward has registers for the parts only where q and k have few channels; its entries
-hold for up to a quarter of the channels of v, and are chosen by d too. The others multiply in float32 proper.
+Each entry compiles without local memory in its loops at the most channels that it is for, on all architectures of its
+family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a program keeps its
+own operands and its float32 sums, and of each tile up to five maps. The tensor cores of sm_90 and later want 64 rows of
+the program's own side; if that leaves too few registers for the sums as wide as v, v is cut into slabs rather than the
+tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles are smaller. A
+double backward that has no registers for the parts multiplies in float32 proper.
+
+Among the tiles that compile, sm_90's are those that ``python -m fastgan.kernels.report --model`` ranks first: four
+warps on 64 rows, since eight warps are two groups that share the narrow side of the product, and a single pipeline
+stage only if two would halve the programs that a multiprocessor holds.
 """
 
 from __future__ import annotations
@@ -65,67 +68,184 @@ class Tile:
         return [({"QK": True, "V": False}, 1), ({"QK": False, "V": True}, -(-e // self.slab))]
 
 
-# (kernel, bytes of the dtype, oldest capability) -> tiles for v of up to 64, 128 and 256 channels.
-_TABLE: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
-    ("fwd", 2, 90): (Tile(128, 64, 64, 8), Tile(128, 64, 128, 8), Tile(128, 64, 256, 8)),
-    ("fwd", 4, 90): (Tile(128, 32, 64, 8), *(Tile(64, 32, 64, 4),) * 2),
-    ("fwd", 2, 80): (Tile(128, 64, 64, 8), *(Tile(128, 64, 128, 8),) * 2),
-    ("fwd", 4, 80): (Tile(64, 32, 64, 4), Tile(64, 32, 64, 4), Tile(64, 32, 64, 4)),
-    ("bwd_rows", 2, 90): (Tile(64, 64, 64, 4), Tile(64, 64, 128, 4), Tile(64, 64, 256, 4)),
-    ("bwd_rows", 4, 90): (Tile(64, 32, 64, 8), Tile(64, 32, 64, 8), Tile(32, 16, 32, 4)),
-    ("bwd_rows", 2, 80): (Tile(64, 64, 64, 4), Tile(64, 64, 128, 4), Tile(64, 64, 256, 4)),
-    ("bwd_rows", 4, 80): (Tile(32, 32, 64, 4), *(Tile(32, 16, 32, 4),) * 2),
-    ("bwd_keys", 2, 90): (Tile(64, 64, 64, 4), Tile(32, 64, 128, 4), Tile(64, 64, 128, 8)),
-    ("bwd_keys", 4, 90): (*(Tile(16, 64, 64, 8),) * 2, Tile(16, 32, 32, 4)),
-    ("bwd_keys", 2, 80): (Tile(32, 64, 64, 4), Tile(32, 64, 128, 4), Tile(64, 64, 128, 4)),
-    ("bwd_keys", 4, 80): (Tile(32, 32, 64, 4), Tile(16, 32, 64, 4), Tile(16, 32, 64, 4)),
-    ("bwd_bwd_rows", 2, 90): (Tile(64, 32, 64, 4), Tile(64, 32, 128, 8), Tile(64, 32, 128, 8)),
-    ("bwd_bwd_rows", 4, 90): (*(Tile(64, 16, 32, 4, 1, False),) * 2, Tile(16, 16, 32, 8, 2, False, True)),
-    ("bwd_bwd_rows", 2, 80): (Tile(32, 32, 64, 4, 2, False), *(Tile(32, 32, 64, 8, 2, False),) * 2),
-    ("bwd_bwd_rows", 4, 80): (*(Tile(32, 16, 32, 8, 1, False, True),) * 2, Tile(16, 16, 32, 8, 1, False, True)),
+# (kernel, bytes of the dtype, oldest capability) -> the most channels of q and of v that a tile is for, and the tile.
+# The first that is wide enough is taken.
+_TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
+    ("fwd", 2, 90): (
+        (64, 64, Tile(128, 64, 64, 8)),
+        (32, 128, Tile(64, 64, 128, 4)),
+        (64, 256, Tile(128, 64, 256, 8)),
+    ),
+    ("fwd", 4, 90): (
+        (64, 32, Tile(128, 32, 32, 8, 1)),
+        (16, 64, Tile(64, 32, 64, 4)),
+        (64, 64, Tile(128, 32, 64, 8)),
+        (64, 256, Tile(128, 32, 128, 8)),
+    ),
+    ("fwd", 4, 100): (
+        (64, 64, Tile(128, 32, 64, 8)),
+        (64, 256, Tile(64, 32, 64, 4)),
+    ),
+    ("fwd", 2, 80): (
+        (64, 64, Tile(128, 64, 64, 8)),
+        (64, 256, Tile(128, 64, 128, 8)),
+    ),
+    ("fwd", 4, 80): ((64, 256, Tile(64, 32, 64, 4)),),
+    ("bwd_rows", 2, 90): (
+        (64, 64, Tile(64, 64, 64, 4)),
+        (32, 128, Tile(64, 64, 128, 4)),
+        (64, 256, Tile(128, 64, 128, 8)),
+    ),
+    ("bwd_rows", 4, 90): (
+        (16, 64, Tile(64, 32, 32, 4)),
+        (32, 128, Tile(64, 32, 64, 4, 1)),
+        (64, 256, Tile(64, 32, 32, 4)),
+    ),
+    ("bwd_rows", 4, 100): (
+        (64, 128, Tile(64, 32, 64, 8)),
+        (64, 256, Tile(32, 16, 32, 4)),
+    ),
+    ("bwd_rows", 2, 80): (
+        (64, 64, Tile(64, 64, 64, 4)),
+        (64, 128, Tile(64, 64, 128, 4)),
+        (64, 256, Tile(64, 64, 256, 4)),
+    ),
+    ("bwd_rows", 4, 80): (
+        (64, 64, Tile(32, 32, 64, 4)),
+        (64, 256, Tile(32, 16, 32, 4)),
+    ),
+    ("bwd_keys", 2, 90): (
+        (16, 64, Tile(64, 64, 64, 4)),
+        (32, 128, Tile(32, 64, 128, 4, 1)),
+        (64, 256, Tile(64, 64, 128, 8)),
+    ),
+    ("bwd_keys", 4, 90): (
+        (16, 32, Tile(16, 64, 32, 4, 1)),
+        (16, 64, Tile(32, 64, 64, 4)),
+        (32, 128, Tile(32, 64, 64, 4, 1, False)),
+        (64, 256, Tile(32, 64, 32, 4, 2, False)),
+    ),
+    ("bwd_keys", 4, 100): (
+        (64, 128, Tile(16, 64, 64, 8)),
+        (64, 256, Tile(16, 32, 32, 4)),
+    ),
+    ("bwd_keys", 2, 80): (
+        (64, 64, Tile(32, 64, 64, 4)),
+        (64, 128, Tile(32, 64, 128, 4)),
+        (64, 256, Tile(64, 64, 128, 4)),
+    ),
+    ("bwd_keys", 4, 80): (
+        (64, 64, Tile(32, 32, 64, 4)),
+        (64, 256, Tile(16, 32, 64, 4)),
+    ),
+    ("bwd_bwd_rows", 2, 90): (
+        (64, 64, Tile(64, 32, 64, 4)),
+        (64, 256, Tile(64, 32, 128, 8)),
+    ),
+    ("bwd_bwd_rows", 4, 90): (
+        (32, 128, Tile(64, 16, 32, 4, 1, False)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+    ),
+    ("bwd_bwd_rows", 2, 80): (
+        (64, 64, Tile(32, 32, 64, 4, 2, False)),
+        (64, 256, Tile(32, 32, 64, 8, 2, False)),
+    ),
+    ("bwd_bwd_rows", 4, 80): (
+        (32, 128, Tile(32, 16, 32, 8, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 1, False, True)),
+    ),
     ("bwd_bwd_rows", 4, 100): (
-        Tile(64, 16, 32, 4, 1, False),
-        Tile(32, 16, 32, 8, 1, False, True),
-        Tile(16, 16, 32, 8, 2, False, True),
+        (16, 64, Tile(64, 16, 32, 4, 1, False)),
+        (32, 128, Tile(32, 16, 32, 8, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
-    ("bwd_bwd_keys", 2, 90): (Tile(32, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 8)),
+    ("bwd_bwd_keys", 2, 90): (
+        (64, 128, Tile(32, 64, 64, 4)),
+        (64, 256, Tile(16, 64, 64, 8)),
+    ),
     ("bwd_bwd_keys", 4, 90): (
-        Tile(16, 64, 32, 4, 1, False),
-        Tile(16, 16, 32, 4, 1, False, True),
-        Tile(16, 16, 32, 8, 2, False, True),
+        (16, 64, Tile(16, 64, 32, 4, 1, False)),
+        (32, 128, Tile(16, 16, 32, 4, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
-    ("bwd_bwd_keys", 2, 80): (Tile(32, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 32, 64, 4, 2, False)),
+    ("bwd_bwd_keys", 2, 80): (
+        (64, 128, Tile(32, 64, 64, 4)),
+        (64, 256, Tile(16, 32, 64, 4, 2, False)),
+    ),
     ("bwd_bwd_keys", 4, 100): (
-        *(Tile(16, 16, 32, 4, 1, False, True),) * 2,
-        Tile(16, 16, 32, 8, 2, False, True),
+        (32, 128, Tile(16, 16, 32, 4, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
-    ("bwd_bwd_keys", 4, 80): (Tile(32, 32, 32, 8, 1, False, True), *(Tile(16, 16, 32, 8, 2, False, True),) * 2),
+    ("bwd_bwd_keys", 4, 80): (
+        (16, 64, Tile(32, 32, 32, 8, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+    ),
 }
-# (kernel, bytes of the dtype, most channels of q) -> tiles for v of up to 64, 128 and 256 channels, for operands with
-# heads. Each holds on all architectures under a mask and with sinks; a mask and its pointers take registers too.
-_HEADS: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
-    ("fwd", 2, 64): (Tile(128, 32, 64, 8),) * 3,
-    ("fwd", 2, 128): (Tile(128, 32, 64, 8),) * 3,
-    ("fwd", 4, 64): (Tile(32, 32, 64, 4, 1),) * 3,
-    ("fwd", 4, 128): (Tile(32, 32, 64, 8, 1),) * 3,
-    ("bwd_rows", 2, 64): (Tile(64, 32, 64, 4), Tile(64, 32, 128, 8), Tile(64, 32, 32, 8)),
-    ("bwd_rows", 2, 128): (*(Tile(64, 32, 64, 8),) * 2, Tile(32, 32, 128, 8)),
-    ("bwd_rows", 4, 64): (*(Tile(32, 32, 64, 8, 1),) * 2, Tile(32, 32, 32, 8, 1)),
-    ("bwd_rows", 4, 128): (*(Tile(16, 16, 64, 4, 1),) * 2, Tile(16, 16, 32, 4, 1)),
-    ("bwd_keys", 2, 64): (Tile(32, 64, 64, 8),) * 3,
-    ("bwd_keys", 2, 128): (*(Tile(32, 64, 64, 8),) * 2, Tile(32, 64, 32, 8)),
-    ("bwd_keys", 4, 64): (*(Tile(32, 32, 64, 4, 1),) * 2, Tile(32, 32, 32, 8, 1)),
-    ("bwd_keys", 4, 128): (Tile(16, 32, 32, 8, 1), Tile(16, 16, 64, 4, 1), Tile(16, 32, 32, 8, 1)),
-    ("bwd_bwd_rows", 2, 64): (Tile(32, 16, 64, 4, 1), *(Tile(32, 32, 32, 8, 1),) * 2),
-    ("bwd_bwd_rows", 2, 128): (Tile(16, 16, 64, 4, 1), Tile(16, 16, 64, 8, 1), Tile(16, 16, 32, 4, 1)),
-    ("bwd_bwd_rows", 4, 64): (Tile(16, 16, 64, 8, 1, True, True),) * 3,
-    ("bwd_bwd_rows", 4, 128): (Tile(16, 16, 64, 8, 1, True, True),) * 3,
-    ("bwd_bwd_keys", 2, 64): (Tile(32, 32, 64, 4, 1), *(Tile(16, 32, 64, 4, 1),) * 2),
-    ("bwd_bwd_keys", 2, 128): (Tile(16, 16, 64, 4, 1),) * 3,
-    ("bwd_bwd_keys", 4, 64): (Tile(16, 16, 64, 8, 1, True, True),) * 3,
-    ("bwd_bwd_keys", 4, 128): (Tile(16, 16, 64, 8, 1, True, True), *(Tile(16, 16, 32, 8, 2, True, True),) * 2),
+# The same by kernel and bytes of the dtype, for operands with heads. Each holds on all architectures under a mask and
+# with sinks. An entry ends where v no longer fits one slab, as other launches follow.
+_HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
+    ("fwd", 2): (
+        (64, 256, Tile(128, 32, 64, 8)),
+        (128, 256, Tile(128, 32, 64, 8)),
+    ),
+    ("fwd", 4): (
+        (64, 256, Tile(32, 32, 64, 4, 1)),
+        (128, 256, Tile(32, 32, 64, 8, 1)),
+    ),
+    ("bwd_rows", 2): (
+        (64, 64, Tile(64, 32, 64, 4)),
+        (64, 128, Tile(64, 32, 128, 8)),
+        (64, 256, Tile(64, 32, 32, 8)),
+        (128, 128, Tile(64, 32, 64, 8)),
+        (128, 256, Tile(32, 32, 128, 8)),
+    ),
+    ("bwd_rows", 4): (
+        (64, 128, Tile(32, 32, 64, 8, 1)),
+        (64, 256, Tile(32, 32, 32, 8, 1)),
+        (128, 128, Tile(16, 16, 64, 4, 1)),
+        (128, 256, Tile(16, 16, 32, 4, 1)),
+    ),
+    ("bwd_keys", 2): (
+        (64, 64, Tile(32, 64, 64, 8)),
+        (64, 256, Tile(32, 64, 64, 8)),
+        (128, 64, Tile(32, 64, 64, 8)),
+        (128, 128, Tile(32, 64, 64, 8)),
+        (128, 256, Tile(32, 64, 32, 8)),
+    ),
+    ("bwd_keys", 4): (
+        (64, 64, Tile(32, 32, 64, 4, 1)),
+        (64, 128, Tile(32, 32, 64, 4, 1)),
+        (64, 256, Tile(32, 32, 32, 8, 1)),
+        (128, 64, Tile(16, 32, 32, 8, 1)),
+        (128, 128, Tile(16, 16, 64, 4, 1)),
+        (128, 256, Tile(16, 32, 32, 8, 1)),
+    ),
+    ("bwd_bwd_rows", 2): (
+        (64, 64, Tile(32, 16, 64, 4, 1)),
+        (64, 256, Tile(32, 32, 32, 8, 1)),
+        (128, 64, Tile(16, 16, 64, 4, 1)),
+        (128, 128, Tile(16, 16, 64, 8, 1)),
+        (128, 256, Tile(16, 16, 32, 4, 1)),
+    ),
+    ("bwd_bwd_rows", 4): (
+        (64, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 256, Tile(16, 16, 64, 8, 1, True, True)),
+    ),
+    ("bwd_bwd_keys", 2): (
+        (64, 64, Tile(32, 32, 64, 4, 1)),
+        (64, 256, Tile(16, 32, 64, 4, 1)),
+        (128, 64, Tile(16, 16, 64, 4, 1)),
+        (128, 256, Tile(16, 16, 64, 4, 1)),
+    ),
+    ("bwd_bwd_keys", 4): (
+        (64, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 256, Tile(16, 16, 32, 8, 2, True, True)),
+    ),
 }
-_E_CLASSES = (64, 128, 256)
 
 
 def unsupported(d: int, e: int) -> str:
@@ -150,20 +270,9 @@ def tile_for(kernel: str, e: int, q: Tensor) -> Tile:
 
 @functools.cache
 def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> Tile:
-    if has_heads:
-        wide = next(most for most in (SINGLE_QK, MAX_QK) if d <= most)
-        tiles = zip(_E_CLASSES, _HEADS[kernel, itemsize, wide], strict=True)
-        tile = next(tile for most, tile in tiles if e <= most)
-        return replace(tile, slab=min(tile.slab, padded(e)))
-    channels = e if d <= most_qk(kernel, itemsize, e) else 4 * d
-    tiles = zip(_E_CLASSES, _entries(kernel, itemsize, capability), strict=True)
-    tile = next(tile for most, tile in tiles if channels <= most)
+    entries = _HEADS[kernel, itemsize] if has_heads else _entries(kernel, itemsize, capability)
+    tile = next(tile for most_d, most_e, tile in entries if d <= most_d and e <= most_e)
     return replace(tile, slab=min(tile.slab, padded(e)))
-
-
-def most_qk(kernel: str, itemsize: int, e: int) -> int:
-    """Return the most channels of q for which an entry for ``e`` channels of v holds."""
-    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else SINGLE_QK
 
 
 @functools.cache
@@ -171,21 +280,21 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] * 10 if device.type == "cuda" else 90
 
 
-def entries(capability: int) -> Iterator[tuple[str, int, Tile, torch.dtype]]:
-    """Yield every entry for ``capability``: kernel, the most channels of v that it serves, tile and dtype."""
+def entries(capability: int) -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
+    """Yield every entry for ``capability``: kernel, the most channels of q and of v that it serves, tile and dtype."""
     for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in _TABLE):
-        for e, tile in zip(_E_CLASSES, _entries(kernel, itemsize, capability), strict=True):
-            yield kernel, e, tile, torch.float16 if itemsize == 2 else torch.float32
-
-
-def entries_of_heads() -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
-    """Yield every entry for operands with heads: kernel, the most channels of q and of v, tile and dtype."""
-    for (kernel, itemsize, d), tiles in _HEADS.items():
-        for e, tile in zip(_E_CLASSES, tiles, strict=True):
+        for d, e, tile in _entries(kernel, itemsize, capability):
             yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
 
 
-def _entries(kernel: str, itemsize: int, capability: int) -> tuple[Tile, Tile, Tile]:
+def entries_of_heads() -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
+    """Yield every entry for operands with heads, as :func:`entries` does."""
+    for (kernel, itemsize), tiles in _HEADS.items():
+        for d, e, tile in tiles:
+            yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
+
+
+def _entries(kernel: str, itemsize: int, capability: int) -> tuple[tuple[int, int, Tile], ...]:
     """Those of the newest family up to ``capability``: tcgen05 leaves other registers free than wgmma."""
     families = (family for family in (100, 90, 80) if family <= max(capability, 80))
     return next(_TABLE[kernel, itemsize, family] for family in families if (kernel, itemsize, family) in _TABLE)
