@@ -203,8 +203,20 @@ def test_torchs_function_with_what_cannot_be_computed():
         scaled_dot_product_attention(q, q, q, dropout_p=0.1)
     with pytest.raises(ValueError, match="attn_mask must be None where is_causal"):
         scaled_dot_product_attention(q, q, q, torch.ones(3, 3) > 0, is_causal=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="query, key and value must have leading dimensions that broadcast"):
         scaled_dot_product_attention(q, torch.ones(1, 3, 3, 4), q)
+    with pytest.raises(ValueError, match=r"attn_mask must be broadcastable to \(1, 2, 3, 3\), got \(2, 3\)"):
+        scaled_dot_product_attention(q, q, q, torch.ones(2, 3) > 0)
+    with pytest.raises(ValueError, match="attn_mask must have dtype bool, float32"):
+        scaled_dot_product_attention(q, q, q, torch.ones(3, 3, dtype=torch.int64))
+
+
+def test_torchs_function_under_autocast_takes_several_dtypes():
+    q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.skipif(bool(extension_missing()), reason="the C++ extension is not built")
