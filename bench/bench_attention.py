@@ -1,7 +1,7 @@
-"""Attention forward, backward and under a gradient penalty, for the shapes of SAGAN and BigGAN.
+"""Attention forward, backward and under a gradient penalty, for the shapes of SAGAN, BigGAN and vision transformers.
 
 ``core`` workloads time softmax(Q K^T) V alone, ``block`` ones the whole layer, projections, pooling and residual
-included.
+included, and ``heads`` ones a transformer's several heads, as they come out of a joint projection.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch.nn.attention.flex_attention import flex_attention
 from bench.eager_attention import EagerAttention
 from fastgan.bench import Workload, largest_relative_norm
 from fastgan.nn import SelfAttention2d
-from fastgan.ops import attention
+from fastgan.ops import attention, scaled_dot_product_attention
 from fastgan.reference.attention import attention_eager
 
 TYPICAL, LARGER = (128, 32), (64, 64)  # channels, height
 OTHERS = ((256, 16), (256, 32), (96, 64), (128, 64), (192, 64), (384, 64))
 SHAPES_ON_A_CPU = ((256, 16), TYPICAL, LARGER)
 PASSES = ("forward", "backward", "penalty")
+TOKENS = {"cuda": (1024, 4096), "cpu": (1024,)}
 # What one H100 can do: exponentials and float16 products a second, bytes of device memory a second.
 EXPONENTIALS, PRODUCTS, BYTES = 4e12, 8e14, 3.0e12
 
@@ -45,6 +46,9 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
             compiled = mode != "penalty" or (not quick and (channels, height) == TYPICAL)
             yield _core(*size, compiled=compiled, flex=compiled and (cuda or not quick))
             yield _block(*size, compiled=compiled and (cuda or not quick))
+    for tokens in TOKENS[device][: 1 if quick else None]:
+        for mode in PASSES:
+            yield _heads(8 if cuda else 1, tokens, torch.bfloat16 if cuda else torch.float32, device, mode)
 
 
 def _sizes(quick: bool, cuda: bool) -> list[tuple[int, int, torch.dtype]]:
@@ -88,6 +92,44 @@ def _core(
         parameters=_parameters(batch, channels, height, dtype, mode),
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         floor=_floor(batch, n, m, d, e, dtype, mode) if device == "cuda" else None,
+    )
+
+
+def _heads(batch: int, tokens: int, dtype: torch.dtype, device: str, mode: str) -> Workload:
+    """8 heads of 64 channels; on a CPU 4 of 32."""
+    heads, d = (8, 64) if device == "cuda" else (4, 32)
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, tokens, 3, heads, d)
+    qkv = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind())
+
+    def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = torch.einsum("bhnd,bhmd->bhnm", q, k) * d**-0.5
+        return torch.einsum("bhnm,bhmd->bhnd", torch.softmax(maps, dim=-1), v)
+
+    def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "eager": einsum,
+        "fastgan": scaled_dot_product_attention,
+        "sdpa math": sdpa(SDPBackend.MATH),
+        "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    }
+    if mode != "penalty":  # which torch.compile refuses
+        functions["compile"] = torch.compile(einsum, dynamic=False)
+    return Workload(
+        name=f"heads {mode}, N={tokens} H={heads} d={d} B={batch} {_short(dtype)}",
+        implementations={name: _passes(f, (q, k, v), mode) for name, f in functions.items()},
+        reference="eager",
+        check=largest_relative_norm,
+        parameters={"batch": batch, "tokens": tokens, "heads": heads, "d": d, "dtype": _short(dtype), "mode": mode},
+        tolerance=1e-4 if dtype == torch.float32 else 5e-2,
+        floor=_floor(batch * heads, tokens, tokens, d, d, dtype, mode) if device == "cuda" else None,
     )
 
 

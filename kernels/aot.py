@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from fastgan.kernels.attention import double_backward
 from fastgan.kernels.attention import kernels as attention
-from fastgan.kernels.attention.config import TABLE_QK, Tile, entries, entries_of_heads
+from fastgan.kernels.attention.config import Tile, entries, entries_of_heads
 from fastgan.kernels.launch import Configuration, Launch
 from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
 from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
@@ -38,6 +38,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.bool: "*i1",
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -187,8 +188,8 @@ def _attention(capability: int) -> Iterator[AotCase]:
             yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), units)
     for kernel, d, e, tile, dtype in entries_of_heads():
         flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]
-        for outputs, heads in itertools.product(flags, (True, False) if d > TABLE_QK else (True,)):
-            yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), heads=heads)
+        for outputs in flags:
+            yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), heads=True)
 
 
 def _takes_flags(kernel: str) -> bool:

@@ -24,7 +24,8 @@ from fastgan.models.base import (
     recorded,
 )
 from fastgan.models.blocks import DownBlock, UpBlock, batch_norm, init_weights, make_head
-from fastgan.nn import SelfAttention2d, group_spectral_norm
+from fastgan.nn import SelfAttention2d, TokenAttention2d, group_spectral_norm
+from fastgan.nn.multihead_self_attention import LOGITS
 
 BASE_RESOLUTION = 4
 
@@ -43,6 +44,8 @@ class ResNetGenerator(Generator):
         width: channels at full resolution, a multiple of 8; doubled at each halving of the resolution.
         max_multiplier: the channels never exceed ``width * max_multiplier``.
         attention_resolution: a power of two from 8 to ``resolution / 2``; None for no attention.
+        attention: "sagan", or the logits of a :class:`fastgan.nn.TokenAttention2d` with 8 channels or more per head:
+            "product", "cosine" (with learned sinks) or "distance".
         spectral_norm: normalise every weight of the network by its largest singular value.
 
     Raises:
@@ -59,6 +62,7 @@ class ResNetGenerator(Generator):
         width: int = 64,
         max_multiplier: int = 4,
         attention_resolution: int | None = None,
+        attention: str = "sagan",
         spectral_norm: bool = False,
     ) -> None:
         config = recorded(locals())
@@ -81,7 +85,7 @@ class ResNetGenerator(Generator):
         self.blocks = nn.ModuleList(UpBlock(c_in, c_out, n_classes) for c_in, c_out in pairwise(channels))
         self.attention_after = attention_index(BASE_RESOLUTION, attention_resolution)
         if self.attention_after >= 0:
-            self.attention = SelfAttention2d(channels[self.attention_after + 1])
+            self.attention = make_attention(attention, channels[self.attention_after + 1])
         self.norm = batch_norm(channels[-1], n_classes)
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
         init_weights(self)
@@ -134,6 +138,7 @@ class ResNetDiscriminator(nn.Module):
         width: int = 64,
         max_multiplier: int = 4,
         attention_resolution: int | None = None,
+        attention: str = "sagan",
         spectral_norm: bool = False,
         head: str = "plain",
     ) -> None:
@@ -155,7 +160,7 @@ class ResNetDiscriminator(nn.Module):
         self.blocks = nn.ModuleList(DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise(channels)))
         self.attention_after = attention_index(resolution, attention_resolution)
         if self.attention_after >= 0:
-            self.attention = SelfAttention2d(channels[self.attention_after + 1])
+            self.attention = make_attention(attention, channels[self.attention_after + 1])
         self.last_block = DownBlock(channels[-1], channels[-1], downsample=False)
         self.head = make_head(head, channels[-1], n_classes)
         init_weights(self)
@@ -217,6 +222,7 @@ class SAGANGenerator(ResNetGenerator):
         attention_resolution: int = 16,
         spectral_norm: bool = True,
     ) -> None:
+        config = recorded(locals())
         _check_conditional(n_classes)
         super().__init__(
             n_classes,
@@ -228,6 +234,7 @@ class SAGANGenerator(ResNetGenerator):
             attention_resolution=attention_resolution,
             spectral_norm=spectral_norm,
         )
+        self.record(config)
 
 
 class SAGANDiscriminator(ResNetDiscriminator):
@@ -258,6 +265,20 @@ class SAGANDiscriminator(ResNetDiscriminator):
             spectral_norm=spectral_norm,
             head="projection",
         )
+
+
+def make_attention(kind: str, channels: int) -> nn.Module:
+    """A residual block of attention over maps (n, channels, h, w): SAGAN's, or of several heads with such logits.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if kind == "sagan":
+        return SelfAttention2d(channels)
+    if kind not in LOGITS:
+        raise ValueError(f"attention must be one of {', '.join(map(repr, ('sagan', *LOGITS)))}, got {kind!r}")
+    heads = max(n for n in (1, 2, 4, 8) if channels % n == 0 and channels // n >= 8)
+    return TokenAttention2d(channels, heads, logits=kind, sinks=kind == "cosine")
 
 
 def _check_conditional(n_classes: int) -> None:

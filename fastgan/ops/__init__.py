@@ -4,6 +4,7 @@ from fastgan.ops._attention import attention
 from fastgan.ops._projections import pooled_projection, projection_residual
 from fastgan.ops._scaled_dot_product_attention import scaled_dot_product_attention
 from fastgan.ops._spectral_norm import spectral_norm_scale, spectral_norm_update
+from fastgan.ops._squared_distance_attention import squared_distance_attention
 
 __all__ = [
     "attention",
@@ -12,4 +13,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "spectral_norm_scale",
     "spectral_norm_update",
+    "squared_distance_attention",
 ]

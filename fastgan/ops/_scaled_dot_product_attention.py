@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan._checks import check_tensor
+from fastgan._checks import FLOATS, check_tensor
+from fastgan._dispatch import autocast_dtype
 from fastgan.ops._attention import attention
 
 
@@ -53,13 +54,27 @@ def scaled_dot_product_attention(
         check_tensor(name, x)
         if x.ndim < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
-    if not enable_gqa or query.ndim < 3 or key.ndim < 3:
-        leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+    dtype = autocast_dtype(query)
+    if dtype is not None:  # as torch's, which takes operands of several dtypes under autocast
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    if not (enable_gqa and query.ndim >= 3):
+        shapes = [tuple(x.shape[:-2]) for x in (query, key, value)]
+        try:
+            leading = torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            got = ", ".join(map(str, shapes))
+            raise ValueError(f"query, key and value must have leading dimensions that broadcast, got {got}") from None
         query, key, value = (x.expand(*leading, -1, -1) for x in (query, key, value))
     shape = query.shape[:-2]
     q, k, v = (_as_heads(x) for x in (query, key, value))
     if attn_mask is not None:
-        attn_mask = _as_heads(attn_mask.expand(*shape, query.shape[-2], key.shape[-2]))
+        check_tensor("attn_mask", attn_mask, dtypes=(torch.bool, *FLOATS))
+        full = (*shape, query.shape[-2], key.shape[-2])
+        try:
+            attn_mask = _as_heads(attn_mask.expand(full))
+        except RuntimeError:
+            given = tuple(attn_mask.shape)
+            raise ValueError(f"attn_mask must be broadcastable to {tuple(full)}, got {given}") from None
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     o = attention(q, k, v, scale, impl, is_causal=is_causal, mask=attn_mask)
     return o if query.ndim == 4 else o.reshape(*shape, *o.shape[-2:])

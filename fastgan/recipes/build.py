@@ -16,12 +16,18 @@ from fastgan.models import (
     ResNetGenerator,
     SketchDiscriminator,
     SketchGenerator,
+    ViTDiscriminator,
 )
 from fastgan.recipes.schema import ModelConfig
 
 _SHARED = {"architecture", "conditional", "resolution", "generator_width", "discriminator_width", "max_multiplier"}
 _FROM_NOISE = _SHARED | {"dim_z", "attention_resolution", "generator_spectral_norm", "discriminator_norm", "head"}
-USED = {"resnet": _FROM_NOISE, "dcgan": _FROM_NOISE, "sketch": _SHARED | {"label_channels", "sees_sketch"}}
+USED = {
+    "resnet": _FROM_NOISE | {"attention"},
+    "dcgan": _FROM_NOISE,
+    "sketch": _SHARED | {"label_channels", "sees_sketch"},
+    "vit": _FROM_NOISE | {"attention", "depth", "num_heads"},
+}
 """Fields of :class:`ModelConfig` that each architecture uses."""
 
 
@@ -61,7 +67,11 @@ def _build(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Gen
     norm = model.discriminator_norm
     if model.architecture == "dcgan":
         return DCGANGenerator(n_classes, **g), DCGANDiscriminator(n_classes, norm=norm, **d)
-    resnet = ResNetGenerator(n_classes, **g)
+    resnet = ResNetGenerator(n_classes, attention=model.attention, **g)
     if norm not in ("none", "spectral"):
         raise ValueError(f"discriminator_norm must be 'none' or 'spectral', got {norm!r}")
-    return resnet, ResNetDiscriminator(n_classes, spectral_norm=norm == "spectral", **d)
+    d |= {"attention": model.attention, "spectral_norm": norm == "spectral"}
+    if model.architecture == "resnet":
+        return resnet, ResNetDiscriminator(n_classes, **d)
+    del d["attention_resolution"], d["max_multiplier"]
+    return resnet, ViTDiscriminator(n_classes, depth=model.depth, num_heads=model.num_heads, **d)

@@ -61,13 +61,19 @@ class ModelConfig:
     """The networks; fields that an architecture does not use must keep their defaults.
 
     Args:
-        architecture: "resnet", "dcgan" or "sketch".
+        architecture: "resnet", "dcgan", "sketch", or "vit": a residual generator and a vision transformer that
+            discriminates.
         conditional: the networks are told the classes.
         resolution: height and width of the images, a power of two; "auto": that which the images fill, 32 to 128.
         dim_z: length of the noise.
         generator_width, discriminator_width: channels where the maps are largest.
         max_multiplier: no layer has more channels than the width times this.
-        attention_resolution: width of the maps that self-attention works on; 0 for no attention.
+        attention_resolution: width of the maps that self-attention works on; 0 for no attention. Not of the vision
+            transformer, whose tokens are 8 x 8 patches.
+        attention: of residual networks "sagan", "product", "cosine" (with learned sinks) or "distance"; of "vit" one of
+            the last three, for both networks.
+        depth: blocks of the vision transformer.
+        num_heads: heads of each of them.
         generator_spectral_norm: normalise the generator's weights.
         discriminator_norm: "none", "batch", "instance" or "spectral".
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
@@ -83,6 +89,9 @@ class ModelConfig:
     discriminator_width: int = 64
     max_multiplier: int = 4
     attention_resolution: int = 0
+    attention: str = "sagan"
+    depth: int = 4
+    num_heads: int = 4
     generator_spectral_norm: bool = False
     discriminator_norm: str = "none"
     head: str = "plain"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 MAX_QK = 128
-TABLE_QK = 64  # most channels of q and k that the table of unmasked single heads is for
+SINGLE_QK = 64  # those of one unmasked head; more are launched as one of several
 MAX_E = 256
 
 
@@ -181,8 +181,8 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
 }
-# The same by kernel and bytes of the dtype, for operands with heads and, past 64 channels of q, for single heads too.
-# Each holds on all architectures under a mask and with sinks; a mask and its pointers need registers of their own.
+# The same by kernel and bytes of the dtype, for operands with heads. Each holds on all architectures under a mask and
+# with sinks. An entry ends where v no longer fits one slab, as other launches follow.
 _HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
     ("fwd", 2): (
         (64, 256, Tile(128, 32, 64, 8)),
@@ -206,11 +206,14 @@ _HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
         (128, 256, Tile(16, 16, 32, 4, 1)),
     ),
     ("bwd_keys", 2): (
+        (64, 64, Tile(32, 64, 64, 8)),
         (64, 256, Tile(32, 64, 64, 8)),
+        (128, 64, Tile(32, 64, 64, 8)),
         (128, 128, Tile(32, 64, 64, 8)),
         (128, 256, Tile(32, 64, 32, 8)),
     ),
     ("bwd_keys", 4): (
+        (64, 64, Tile(32, 32, 64, 4, 1)),
         (64, 128, Tile(32, 32, 64, 4, 1)),
         (64, 256, Tile(32, 32, 32, 8, 1)),
         (128, 64, Tile(16, 32, 32, 8, 1)),
@@ -218,20 +221,29 @@ _HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
         (128, 256, Tile(16, 32, 32, 8, 1)),
     ),
     ("bwd_bwd_rows", 2): (
-        (64, 256, Tile(16, 16, 32, 8, 1)),
-        (128, 256, Tile(16, 16, 32, 8, 1)),
+        (64, 64, Tile(32, 16, 64, 4, 1)),
+        (64, 256, Tile(32, 32, 32, 8, 1)),
+        (128, 64, Tile(16, 16, 64, 4, 1)),
+        (128, 128, Tile(16, 16, 64, 8, 1)),
+        (128, 256, Tile(16, 16, 32, 4, 1)),
     ),
     ("bwd_bwd_rows", 4): (
-        (64, 256, Tile(16, 16, 32, 8, 1, True, True)),
-        (128, 256, Tile(16, 16, 32, 8, 1, True, True)),
+        (64, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 256, Tile(16, 16, 64, 8, 1, True, True)),
     ),
     ("bwd_bwd_keys", 2): (
-        (64, 256, Tile(16, 16, 32, 8, 1)),
-        (128, 256, Tile(16, 16, 32, 8, 1)),
+        (64, 64, Tile(32, 32, 64, 4, 1)),
+        (64, 256, Tile(16, 32, 64, 4, 1)),
+        (128, 64, Tile(16, 16, 64, 4, 1)),
+        (128, 256, Tile(16, 16, 64, 4, 1)),
     ),
     ("bwd_bwd_keys", 4): (
-        (64, 256, Tile(16, 16, 32, 8, 1, True, True)),
-        (128, 256, Tile(16, 16, 32, 8, 1, True, True)),
+        (64, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 256, Tile(16, 16, 32, 8, 2, True, True)),
     ),
 }
 
@@ -258,8 +270,7 @@ def tile_for(kernel: str, e: int, q: Tensor) -> Tile:
 
 @functools.cache
 def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> Tile:
-    of_heads = has_heads or d > TABLE_QK
-    entries = _HEADS[kernel, itemsize] if of_heads else _entries(kernel, itemsize, capability)
+    entries = _HEADS[kernel, itemsize] if has_heads else _entries(kernel, itemsize, capability)
     tile = next(tile for most_d, most_e, tile in entries if d <= most_d and e <= most_e)
     return replace(tile, slab=min(tile.slab, padded(e)))
 

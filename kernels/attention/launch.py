@@ -263,4 +263,4 @@ def _empty_per_head(x: Tensor, heads: Heads | None) -> Tensor:
 def _summed_per_group(gradient: Tensor, x: Tensor, heads: Heads | None) -> Tensor:
     if heads is None or heads.group == 1:
         return gradient
-    return gradient.unflatten(1, (-1, heads.group)).sum(2).to(x.dtype)
+    return torch.empty_like(x).copy_(gradient.unflatten(1, (-1, heads.group)).sum(2))

@@ -76,6 +76,13 @@ def test_the_layout_of_transformers_and_strided_masks(device):
     assert_passes_match([q, k, v], {"mask": mask}, {"mask": mask.expand(2, 3, 35, 35)})
 
 
+def test_gradients_of_grouped_heads_have_the_layout_of_the_keys(device):
+    q, k = (torch.randn(2, 9, heads, 8, device=device).transpose(1, 2).requires_grad_() for heads in (4, 2))
+    (gradient,) = torch.autograd.grad(attention(q, k, k, impl="triton").sum(), k)
+    assert gradient.shape == k.shape
+    assert gradient.stride() == k.stride()
+
+
 def test_a_row_that_sees_no_key_is_zero_and_has_no_gradient(device):
     q, k, v, sinks = (x.to(device) for x in head_operands(1, 2, 2, 20, 33, 4, 5, torch.float32))
     mask = torch.rand(1, 1, 20, 33, device=device) < 0.7

@@ -80,8 +80,8 @@ def test_penalties_equal_those_of_the_math_backend(make, penalty, is_training):
 @pytest.mark.parametrize("make", [timm_vit, Encoder])
 def test_every_attention_goes_through_it(make, monkeypatch):
     calls = []
-    right = attention_ops.multihead
-    monkeypatch.setattr(attention_ops, "multihead", lambda *x: calls.append(x[0].shape) or right(*x))
+    right = attention_ops._attend_heads
+    monkeypatch.setattr(attention_ops, "_attend_heads", lambda *x: calls.append(x[0].shape) or right(*x))
     critic = make()
     for is_training in (True, False):
         critic.train(is_training)
@@ -115,7 +115,7 @@ def test_compiled_as_one_graph(make, entered):
     actual = function(x) if actual is None else actual
     torch.testing.assert_close(actual, expected)
     targets = [str(node.target) for node in graphs[0].graph.nodes]
-    assert sum("fastgan.multihead_attention" in target for target in targets) == 2
+    assert sum(target.startswith("fastgan.") for target in targets) == 2
     assert not any("scaled_dot_product" in target for target in targets)
 
 

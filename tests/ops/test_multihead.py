@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from fastgan.ops import attention, scaled_dot_product_attention
+from fastgan.backend import extension_missing
+from fastgan.ops import attention, scaled_dot_product_attention, squared_distance_attention
 from fastgan.ops._multihead import multihead_bwd_bwd_op, multihead_bwd_op, multihead_op
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
@@ -202,5 +203,46 @@ def test_torchs_function_with_what_cannot_be_computed():
         scaled_dot_product_attention(q, q, q, dropout_p=0.1)
     with pytest.raises(ValueError, match="attn_mask must be None where is_causal"):
         scaled_dot_product_attention(q, q, q, torch.ones(3, 3) > 0, is_causal=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="query, key and value must have leading dimensions that broadcast"):
         scaled_dot_product_attention(q, torch.ones(1, 3, 3, 4), q)
+    with pytest.raises(ValueError, match=r"attn_mask must be broadcastable to \(1, 2, 3, 3\), got \(2, 3\)"):
+        scaled_dot_product_attention(q, q, q, torch.ones(2, 3) > 0)
+    with pytest.raises(ValueError, match="attn_mask must have dtype bool, float32"):
+        scaled_dot_product_attention(q, q, q, torch.ones(3, 3, dtype=torch.int64))
+
+
+def test_torchs_function_under_autocast_takes_several_dtypes():
+    q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(bool(extension_missing()), reason="the C++ extension is not built")
+@pytest.mark.parametrize("case", ["none", "causal", "keys"])
+def test_the_extension_or_what_stands_in_for_it(case):
+    options, full = masks(case, 3, 4, 33, 20)
+    inputs = head_operands(3, 4, 2, 33, 20, 16, 8)[: 3 if case == "none" else 4]
+    inputs[1] = inputs[1].detach()[:1].requires_grad_()
+    fast = three_orders(
+        lambda q, k, v, sinks=None: attention(q, k, v, 0.7, "extension", sinks=sinks, **options), *inputs
+    )
+    slow = three_orders(functools.partial(plain, scale=0.7, **full), *inputs)
+    for a, e in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_attention_by_squared_distances(impl):
+    q, k, v, _ = head_operands(2, 4, 2, 7, 6, 3, 2)
+    keep = torch.rand(2, 6) < 0.7
+
+    def plain(q, k, v):
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        logits = -1.3 * (q[:, :, :, None] - k[:, :, None]).square().sum(-1)
+        return torch.softmax(logits.masked_fill(~keep[:, None, None], float("-inf")), dim=-1) @ v
+
+    fast = three_orders(lambda *x: squared_distance_attention(*x, 1.3, impl, mask=keep), q, k, v)
+    for a, e in zip(fast, three_orders(plain, q, k, v), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)

@@ -169,7 +169,14 @@ def test_unknown_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        ({"architecture": "vit"}, "model.architecture must be one of 'resnet', 'dcgan', 'sketch', got 'vit'"),
+        ({"architecture": "gru"}, "model.architecture must be one of 'resnet', 'dcgan', 'sketch', 'vit', got 'gru'"),
+        ({"architecture": "dcgan", "attention": "cosine"}, "model.attention has no meaning for architecture 'dcgan'"),
+        ({"architecture": "vit"}, "model: logits must be one of 'product', 'cosine', 'distance', got 'sagan'"),
+        (
+            {"attention": "cos", "attention_resolution": 8},
+            "attention must be one of 'sagan', 'product', 'cosine', 'dist",
+        ),
+        ({"architecture": "vit", "attention": "cosine", "depth": 0}, "model: depth must be at least 1, got 0"),
         ({"architecture": "resnet", "sees_sketch": True}, "model.sees_sketch has no meaning for architecture 'resnet'"),
         ({"architecture": "sketch", "dim_z": 3}, "model.dim_z has no meaning for architecture 'sketch'"),
         ({"resolution": 48}, "model: resolution must be a power of two, at least 16, got 48"),

@@ -39,6 +39,10 @@ def test_five_captured_steps_equal_eager_ones(name):
         assert set(layout_copies(graph)) <= {smallest}
 
 
+def test_five_captured_steps_of_a_vision_transformer_equal_eager_ones():
+    assert_equal_after_steps("vit-digits", "eager", TOLERANCE["eager"])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     "FASTGAN_TEST_INDUCTOR" not in os.environ, reason="minutes of C++ compilation: FASTGAN_TEST_INDUCTOR=1"
