@@ -117,6 +117,17 @@ def least_for_infinity(dim: int) -> int:
     return max(LEAST, LEAST_PER_FEATURE * dim)
 
 
+def distance_influences(features: Tensor, stats: FeatureStats, reference: FeatureStats) -> Tensor:
+    """The first-order influence of each vector of ``features`` (n, dim), whose statistics are ``stats``, on the Frechet
+    distance to ``reference``, (n,) float64 of mean 0: their standard deviation over sqrt(n) is its standard error."""
+    mean, cov = stats.mean, stats.cov
+    rows = features.to(mean) - mean
+    cov_pull = _covariance_gradient(cov, reference.cov.to(mean.device))
+    pulled = rows @ cov_pull
+    influences = 2 * (rows @ (mean - reference.mean.to(mean.device))) + (pulled * rows).sum(1)
+    return influences - influences.mean()
+
+
 def _random_order(features: Tensor, seed: int) -> Tensor:
     return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
 

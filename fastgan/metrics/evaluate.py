@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fastgan
 from fastgan._checks import InputError
-from fastgan.data.archives import open_images
+from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World
 from fastgan.metrics._fid_infinity import (
@@ -29,11 +31,11 @@ from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.features import Measured, collect, empty_stats
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.kid import KernelDistance, kernel_distance
-from fastgan.metrics.moments import float64_device
+from fastgan.metrics.moments import as_features, float64_device
 from fastgan.metrics.options import FeatureOptions
 from fastgan.metrics.prdc import Neighbourhoods, precision_recall
 from fastgan.metrics.stats import FeatureStats, check_comparable, joint_precision
-from fastgan.metrics.stats_file import holds_statistics
+from fastgan.metrics.stats_file import FEATURES, holds_statistics, write_npz
 
 METRICS = ("fid", "fid-infinity", "kid", "is", "prdc")
 INCEPTION_DIM = 2048
@@ -222,9 +224,18 @@ def evaluate(
 
 
 def save_stats(
-    images: Path, output: Path, options: FeatureOptions, world: World | None = None, *, root: bool = False
+    images: Path,
+    output: Path,
+    options: FeatureOptions,
+    world: World | None = None,
+    *,
+    root: bool = False,
+    features: bool = False,
 ) -> Measured:
     """Write the statistics of ``images`` to ``output``, an .npz file; ``root`` as in :meth:`FeatureStats.save`.
+
+    ``features`` writes them too, (n, dim) float32: such a file stands for the images in every metric but the inception
+    score.
 
     Raises:
         InputError: a path or an option cannot be used; ``output`` is then as it was.
@@ -236,10 +247,13 @@ def save_stats(
         raise InputError(f"cannot write {output}: its folder does not exist")
     with world.agreed():
         source = open_images(images, skip_bad=options.skip_bad)
-    (side,), _ = measure([source], options, world, keep_features=[False])
+    (side,), _ = measure([source], options, world, keep_features=[features])
     with world.agreed():
         if world.is_first:
-            side.stats.save(output, root=root)
+            arrays = side.stats.to_arrays(root=root)
+            if side.features is not None:
+                arrays[FEATURES] = side.features.numpy()
+            write_npz(output, arrays)
     return side
 
 
@@ -256,17 +270,35 @@ def merge_files(files: Sequence[Path]) -> FeatureStats:
 
 
 def open_source(source: Path | ImageSource, options: FeatureOptions) -> ImageSource | Measured:
-    """Open a path: a file of statistics is read, images are not yet."""
+    """Open a path: a file of statistics or features is read, images are not yet."""
     if isinstance(source, ImageSource):
         return source
-    if source.suffix.lower() != ".npz" or source.is_dir() or not holds_statistics(source):
+    features, suffix = None, source.suffix.lower()
+    if suffix == ".npy" and source.is_file() and _holds_features(source):
+        features = as_features(str(source), np.load(source, allow_pickle=False))
+        stats = FeatureStats(backbone=options.backbone).update(features)
+    elif suffix != ".npz" or source.is_dir() or not holds_statistics(source):
         return open_images(source, skip_bad=options.skip_bad)
-    stats = FeatureStats.load(source)
+    else:
+        arrays = read_npz(source)
+        features = as_features(str(source), arrays[FEATURES]) if FEATURES in arrays else None
+        if features is not None and "mu" not in arrays:
+            stats = FeatureStats(backbone=options.backbone).update(features)
+        else:
+            stats = FeatureStats.from_arrays(source, arrays)
     named = options.backbone is not None or options.weights is not None  # then the file's is taken for the same
     if stats.backbone is None and not named and stats.dim == INCEPTION_DIM:  # as pytorch-fid's and clean-fid's files
         options.note(f"{source} does not name its backbone; its {stats.dim} features are taken for inception's")
         stats.backbone = "inception"
-    return Measured(str(source), stats)
+    return Measured(str(source), stats, features)
+
+
+def _holds_features(path: Path) -> bool:
+    """Whether an npy file holds vectors (n, dim) and not images."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).ndim == 2
+    except (OSError, ValueError, EOFError):
+        return False  # as images it is read again, and then the error says what is wrong
 
 
 def _references(
@@ -285,7 +317,7 @@ def _references(
         raise InputError(f"{fakes.label} names no reference to compare it with: give a second set of images")
     reference = open_source(given, options)
     needing = [metric for metric in what.metrics if metric in _NEED_BOTH]
-    if isinstance(reference, Measured) and needing:
+    if isinstance(reference, Measured) and reference.features is None and needing:
         raise InputError(
             f"--metrics {','.join(needing)} needs images on both sides, {reference.label} holds statistics"
         )
@@ -302,14 +334,16 @@ def _check_images(
     """Raise ``InputError`` unless there are as many images as each metric needs."""
     if tuple(what.metrics) == ("fid",) and what.plot is None:  # statistics do; two images are needed for any
         return
-    if isinstance(fakes, Measured):
-        raise InputError(f"--metrics {','.join(what.metrics)} needs images, {fakes.label} holds statistics")
+    if isinstance(fakes, Measured) and (fakes.features is None or "is" in what.metrics):
+        held = "statistics" if fakes.features is None else "features"
+        raise InputError(f"--metrics {','.join(what.metrics)} needs images, {fakes.label} holds {held}")
     least = {"fid-infinity": LEAST, "is": what.splits, "prdc": what.k + 1}
     for metric in what.metrics:
         needed = least.get(metric, 2)
         for source in (fakes, reference) if metric in _NEED_BOTH else (fakes,):
-            if isinstance(source, ImageSource) and len(source) < needed:
-                held = f"{source.label} holds {len(source)}"
+            n = len(source) if isinstance(source, ImageSource) else source.stats.n if source is not None else None
+            if source is not None and n is not None and n < needed:
+                held = f"{source.label} holds {n}"
                 raise InputError(f"--metrics {metric} needs at least {needed} images, {held}")
 
 
