@@ -43,7 +43,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _to_rgb(image)
+            return pillow_to_rgb(image)
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{name} is not a readable image ({len(content)} bytes)") from error
     except (
@@ -59,7 +59,8 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         raise InputError(f"{name} cannot be read as an image: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def pillow_to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 RGB (h, w, 3) of a Pillow image, as this module says. Raises ``InputError`` for modes that have none."""
     if image.mode == "F":
         raise InputError("floating-point images are not supported")
     if image.mode.startswith("I"):
