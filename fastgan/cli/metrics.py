@@ -126,8 +126,8 @@ def evaluate(
     with feature_options(given) as (options, world, echo):
         from fastgan._checks import InputError
         from fastgan._files import write_text
-        from fastgan.data.archives import open_images, register_opener
-        from fastgan.metrics.evaluate import METRICS, EvaluateOptions
+        from fastgan.data.archives import register_opener
+        from fastgan.metrics.evaluate import METRICS, EvaluateOptions, open_source
         from fastgan.metrics.evaluate import evaluate as measure
         from fastgan.training.evaluation import RunSamples, classify_run, open_run
 
@@ -165,9 +165,9 @@ def evaluate(
         if csv is not None or latex is not None:
             raise InputError("--csv and --latex go with --against")
         a, b = sets[0], sets[1] if len(sets) > 1 else None
-        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
+        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
         with world.agreed():
-            images = open_images(a, skip_bad=options.skip_bad)
+            images = open_source(a, options)
         result = measure(images, b, options, what, floor=floor, world=world)
         with world.agreed():
             if plot is not None and world.is_first:

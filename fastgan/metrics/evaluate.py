@@ -24,6 +24,7 @@ from fastgan.metrics._fid_infinity import (
     bias_curve,
     check_plot_path,
     fid_infinity,
+    least_for_infinity,
     plot_bias,
 )
 from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
@@ -55,6 +56,8 @@ class EvaluateOptions:
     k: int = 5
     seed: int = 0
     plot: Path | None = None
+    skip_unmet: bool = False
+    """Leave out, with a note, a metric that the images are too few for or the backbone has no scores for."""
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -166,7 +169,7 @@ class Evaluation:
 
 
 def evaluate(
-    a: Path | ImageSource,
+    a: Path | ImageSource | Measured,
     b: Path | ImageSource | None,
     options: FeatureOptions,
     what: EvaluateOptions,
@@ -194,7 +197,23 @@ def evaluate(
         _check_images(fakes, reals, what)
     sources = [source for source in (fakes, reals, split) if source is not None]
     keep = [what.plot is not None or metrics != {"fid"}, bool(_NEED_BOTH & metrics), False][: len(sources)]
-    sides, network = measure(sources, options, world, keep_features=keep, class_scores="is" in metrics)
+
+    def check(network: Backbone | None, dim: int) -> None:
+        """Leave out of ``metrics`` what cannot be had, or raise ``InputError``, before any feature is computed."""
+        unmet = {}
+        n, needed = _number_of(fakes), least_for_infinity(dim)
+        if "fid-infinity" in metrics and n is not None and n < needed:
+            unmet["fid-infinity"] = f"needs at least {needed} images for {dim} features, {fakes.label} holds {n}"
+        if "is" in metrics and network is not None and network.head is None:
+            unmet["is"] = f"needs a backbone with class scores, {network.name} ({dim}) has none"
+        for metric, reason in unmet.items():
+            if not what.skip_unmet:
+                raise InputError(f"--metrics {metric} {reason}")
+            metrics.discard(metric)
+            if world.is_first:
+                options.note(f"{metric} is left out: it {reason}")
+
+    sides, network = measure(sources, options, world, keep_features=keep, check=check)
 
     fake, *others = sides
     features, found = fake.features, dict[str, Any]()
@@ -269,9 +288,9 @@ def merge_files(files: Sequence[Path]) -> FeatureStats:
     return merged
 
 
-def open_source(source: Path | ImageSource, options: FeatureOptions) -> ImageSource | Measured:
+def open_source(source: Path | ImageSource | Measured, options: FeatureOptions) -> ImageSource | Measured:
     """Open a path: a file of statistics or features is read, images are not yet."""
-    if isinstance(source, ImageSource):
+    if isinstance(source, ImageSource | Measured):
         return source
     features, suffix = None, source.suffix.lower()
     if suffix == ".npy" and source.is_file() and _holds_features(source):
@@ -341,10 +360,17 @@ def _check_images(
     for metric in what.metrics:
         needed = least.get(metric, 2)
         for source in (fakes, reference) if metric in _NEED_BOTH else (fakes,):
-            n = len(source) if isinstance(source, ImageSource) else source.stats.n if source is not None else None
+            n = _number_of(source)
             if source is not None and n is not None and n < needed:
                 held = f"{source.label} holds {n}"
                 raise InputError(f"--metrics {metric} needs at least {needed} images, {held}")
+
+
+def _number_of(source: ImageSource | Measured | None) -> int | None:
+    """Images of a source, as far as known."""
+    if isinstance(source, ImageSource):
+        return len(source)
+    return None if source is None else source.stats.n
 
 
 def measure(
@@ -353,14 +379,17 @@ def measure(
     world: World,
     *,
     keep_features: Sequence[bool],
-    class_scores: bool = False,
+    check: Callable[[Backbone | None, int], None] | None = None,
 ) -> tuple[list[Measured], Backbone | None]:
     """Statistics of each source, and features where ``keep_features`` says so, and the one network that computes them;
     None where all sources are statistics.
 
+    Args:
+        check: called with the network and the number of features before any is computed.
+
     Raises:
-        InputError: the sources or the options do not fit each other, a set has fewer than two images, an image cannot
-            be read, or the network has no ``class_scores``.
+        InputError: the sources or the options do not fit each other, a set has fewer than two images, or an image
+            cannot be read.
     """
     loaded = [source.stats for source in sources if isinstance(source, Measured)]
     images = [source for source in sources if isinstance(source, ImageSource)]
@@ -374,10 +403,12 @@ def measure(
             stats.backbone = stats.backbone or options.backbone
         if options.dims not in (None, loaded[0].dim):
             raise InputError(f"--dims must be {loaded[0].dim} for these statistics, got {options.dims}")
+        if check is not None and loaded[0].dim is not None:
+            check(None, loaded[0].dim)
         return [source for source in sources if isinstance(source, Measured)], None
     network = options.network(loaded, world, next((source.backbone for source in images if source.backbone), None))
-    if class_scores and network.head is None:
-        raise InputError(f"--metrics is needs a backbone with class scores, {network.name} ({network.dim}) has none")
+    if check is not None and network.dim is not None:
+        check(network, network.dim)
     protocol = options.chosen_protocol(loaded, network)
     if sum(map(len, images)) >= network.compile_from * world.size:
         network.compile()
