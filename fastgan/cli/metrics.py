@@ -30,7 +30,9 @@ from fastgan.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from fastgan.data.image_sources import ImageSource
     from fastgan.metrics import FeatureStats
+    from fastgan.metrics.features import Measured
 
 stats_app = typer.Typer(
     help="Write, look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
@@ -106,6 +108,14 @@ def evaluate(
         bool,
         typer.Option(help="Of a training run with classes: let a classifier of its real images judge its samples."),
     ] = True,
+    truncation: Annotated[
+        float | None, typer.Option(help="Of a training run: cut the noise of its samples off at plus and minus this.")
+    ] = None,
+    sample_seed: Annotated[int, typer.Option(help="Of a training run: seed of its samples' noise.")] = 1,
+    standing_statistics: Annotated[
+        int,
+        typer.Option(min=0, help="Of a training run: take batch norm's statistics anew over this many batches of 64."),
+    ] = 0,
     k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     as_json: AsJson = False,
@@ -129,15 +139,22 @@ def evaluate(
         from fastgan.data.archives import register_opener
         from fastgan.metrics.evaluate import METRICS, EvaluateOptions, open_source
         from fastgan.metrics.evaluate import evaluate as measure
-        from fastgan.training.evaluation import RunSamples, classify_run, open_run
+        from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run
 
         register_opener(open_run)
+        sampling: dict[str, Any] = {
+            "truncation": truncation,
+            "seed": sample_seed,
+            "standing_batches": standing_statistics,
+        }
         wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
         if against is not None:
             from fastgan.metrics import compare as comparing
 
             if floor is not None:
                 raise InputError("--floor goes without --against")
+            if truncation is not None or standing_statistics:
+                raise InputError("--truncation and --standing-statistics go without --against")
             for output in filter(None, (csv, latex, plot)):
                 if not output.parent.is_dir():
                     raise InputError(f"cannot write {output}: its folder does not exist")
@@ -166,16 +183,26 @@ def evaluate(
             raise InputError("--csv and --latex go with --against")
         a, b = sets[0], sets[1] if len(sets) > 1 else None
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
+        images: ImageSource | Measured
         with world.agreed():
-            images = open_source(a, options)
+            if is_run(a):
+                images = RunSamples(a, device=options.device, needs_data=b is None, **sampling)
+            elif truncation is not None or standing_statistics:
+                raise InputError(f"--truncation and --standing-statistics need a training run, {a} is none")
+            else:
+                images = open_source(a, options)
         result = measure(images, b, options, what, floor=floor, world=world)
         with world.agreed():
             if plot is not None and world.is_first:
                 result.plot(plot)
         lines, content = result.lines(), result.as_dict()
-        if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
-            judged = classify_run(images, device=options.device, tell=warn)
-            lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
+        if classify and world.is_first and isinstance(images, RunSamples) and images.has_classes:
+            try:
+                judged = classify_run(images, device=options.device, tell=warn)
+                lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
+            except InputError as error:
+                warn(f"no judgment by a classifier: {error}")
+        world.gather(None)  # until the first has judged: those that leave earlier close its connections
         echo(report(lines, content, as_json=as_json))
         result.finish()
 

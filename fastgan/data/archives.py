@@ -126,12 +126,17 @@ class ImageZip(ImageSource):
         return len(self.names)
 
     def read(self, index: int) -> np.ndarray:
+        return decode_image(self.content(index), self.name(index), self.decoding)
+
+    def content(self, index: int) -> bytes:
         try:
             with self._lock:  # one file handle for all threads
-                content = self._file.read(self.names[index])
+                return self._file.read(self.names[index])
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: a password is needed
             raise InputError(f"{self.name(index)} cannot be read: {error}") from error
-        return decode_image(content, self.name(index))
+
+    def key(self, index: int) -> str:
+        return self.names[index]
 
     def name(self, index: int) -> str:
         return f"{self.label}/{self.names[index]}"
@@ -259,7 +264,7 @@ class ImageDataset(ImageSource):
     def read(self, index: int) -> np.ndarray:
         item = self._item(index)[0]
         if hasattr(item, "getbands"):  # Pillow's
-            return pillow_to_rgb(item)
+            return pillow_to_rgb(item, self.decoding)
         if not isinstance(item, np.ndarray | Tensor) or item.ndim != 3:
             raise InputError(f"{self.name(index)} must be a Pillow image, an array (h, w, c) or a tensor (c, h, w)")
         return ImageArray(item[None], label=self.name(index)).read(0)

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from fastgan._checks import InputError
 from fastgan.data.archives import open_images
-from fastgan.data.decode import load_ahead, read_image
+from fastgan.data.decode import Decoding, load_ahead, read_image
 from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.data.images import LabelledImages
 
 IMAGES, SKETCHES = "images", "sketches"
+FITS = ("crop", "pad", "stretch")
+WHITE = (255, 255, 255)
+FOR_TRAINING = Decoding(background=WHITE, orient=True)
 _log = logging.getLogger(__name__)
 _NAMED = 5  # files listed in a message
 
@@ -32,6 +35,8 @@ def image_folder(
     channels: int = 3,
     *,
     skip_bad: bool = False,
+    decoding: Decoding = FOR_TRAINING,
+    fit: str = "crop",
     tell: Callable[[str], None] = _log.warning,
 ) -> LabelledImages:
     """The images of ``source``, labelled by :meth:`fastgan.data.image_sources.ImageSource.classes`: in a folder or an
@@ -42,14 +47,17 @@ def image_folder(
         resolution: height and width to crop and resize to.
         channels: 3 for RGB, 1 for grey.
         skip_bad: leave out images that cannot be read, rather than stop at the first.
+        decoding: how files become RGB: by default composited on white and turned as their EXIF orientation says.
+        fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
         tell: called with one line if anything was left out, with counts.
 
     Raises:
         InputError: no such source, no images in it or in one of its classes, or a file that cannot be read.
     """
     images = open_images(source, skip_bad=skip_bad)
+    images.decoding = decoding
     names, labels = images.classes()
-    pixels, kept = read_source(images, resolution, channels)
+    pixels, kept = read_source(images, resolution, channels, fit=fit)
     _tell_left_out(images, tell)
     return LabelledImages(pixels[kept], torch.tensor(labels)[kept], n_classes=max(len(names), 1), class_names=names)
 
@@ -61,6 +69,8 @@ def sketch_folder(
     *,
     paired: bool,
     skip_bad: bool = False,
+    decoding: Decoding = FOR_TRAINING,
+    fit: str = "crop",
     tell: Callable[[str], None] = _log.warning,
 ) -> LabelledImages:
     """Images and their sketches: ``folder/images`` and ``folder/sketches``, each a heap or one folder a class.
@@ -72,7 +82,7 @@ def sketch_folder(
         paired: sketch ``sketches/a/7.png`` belongs to image ``images/a/7.jpg``, and each has its partner. Unpaired
             sketches are matched to images by class alone.
         skip_bad: leave out files that cannot be read, of pairs both, rather than stop at the first.
-        tell: as for :func:`image_folder`.
+        decoding, fit, tell: as for :func:`image_folder`.
 
     Raises:
         InputError: a folder is missing or empty, an image or a sketch has no partner (it is named), or the two sides
@@ -83,6 +93,7 @@ def sketch_folder(
         if not (root / part).is_dir():
             raise InputError(f"{root} must hold the folders {IMAGES} and {SKETCHES}, {part} is missing")
     images, sketches = (ImageFolder(root / part, skip_bad=skip_bad) for part in (IMAGES, SKETCHES))
+    images.decoding = sketches.decoding = decoding
     (names, labels), (sketch_names, sketch_labels) = images.classes(), sketches.classes()
     if names != sketch_names:
         raise InputError(
@@ -90,8 +101,8 @@ def sketch_folder(
             f"{', '.join(names) or 'none'}, got {', '.join(sketch_names) or 'none'}"
         )
     order = _partners(root, images, sketches) if paired else range(len(sketches))
-    pixels, kept = read_source(images, resolution, channels)
-    drawn, sketches_kept = read_source(sketches, resolution, 1, order)
+    pixels, kept = read_source(images, resolution, channels, fit=fit)
+    drawn, sketches_kept = read_source(sketches, resolution, 1, order, fit=fit)
     if paired:
         kept = sketches_kept = kept & sketches_kept
     for source in (images, sketches):
@@ -117,11 +128,16 @@ def read_images(paths: Sequence[Path], resolution: int, channels: int) -> Tensor
     Raises:
         InputError: a file cannot be read; it is named.
     """
-    return _read(lambda i: read_image(paths[i]), len(paths), resolution, channels, False)[0]
+    return _read(lambda i: read_image(paths[i], FOR_TRAINING), len(paths), resolution, channels, False)[0]
 
 
 def read_source(
-    source: ImageSource, resolution: int, channels: int, order: Sequence[int] | None = None
+    source: ImageSource,
+    resolution: int,
+    channels: int,
+    order: Sequence[int] | None = None,
+    *,
+    fit: str = "crop",
 ) -> tuple[Tensor, Tensor]:
     """The images of ``source`` as of :func:`read_images`, by ``order`` if given, and which of them could be read,
     bool (n,). The names of the others are added to ``source.skipped``.
@@ -130,7 +146,15 @@ def read_source(
         InputError: an image cannot be read, unless the source skips bad ones, or none can.
     """
     order = range(len(source)) if order is None else order
-    pixels, bad = _read(lambda i: source.read(order[i]), len(order), resolution, channels, source.skip_bad)
+    pixels, bad = _read(
+        lambda i: source.read(order[i]),
+        len(order),
+        resolution,
+        channels,
+        source.skip_bad,
+        fit,
+        source.decoding.background or WHITE,
+    )
     source.skipped += [source.name(order[i]) for i in bad]
     kept = torch.ones(len(order), dtype=torch.bool)
     kept[bad] = False
@@ -140,20 +164,33 @@ def read_source(
 
 
 def _read(
-    read: Callable[[int], np.ndarray], n: int, resolution: int, channels: int, skip_bad: bool
+    read: Callable[[int], np.ndarray],
+    n: int,
+    resolution: int,
+    channels: int,
+    skip_bad: bool,
+    fit: str = "crop",
+    background: tuple[int, ...] = WHITE,
 ) -> tuple[Tensor, list[int]]:
     from PIL import Image, ImageOps
 
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(map(repr, FITS))}, got {fit!r}")
     images = torch.zeros(n, channels, resolution, resolution, dtype=torch.uint8)
+    size, bicubic = (resolution, resolution), Image.Resampling.BICUBIC
 
     def load(i: int) -> None:
         pixels = read(i)
         image = Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels.round().astype(np.uint8))
-        if channels == 1:
-            image = image.convert("L")
-        square = np.array(ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.BICUBIC))
+        if fit == "crop":
+            image = ImageOps.fit(image, size, method=bicubic)
+        elif fit == "pad":
+            image = ImageOps.pad(image, size, method=bicubic, color=background)
+        else:
+            image = image.resize(size, bicubic)
+        square = np.array(image.convert("L") if channels == 1 else image)
         images[i] = torch.from_numpy(square[None] if channels == 1 else square.transpose(2, 0, 1))
 
     bad = []
@@ -170,6 +207,15 @@ def _read(
 def _tell_left_out(source: ImageSource, tell: Callable[[str], None]) -> None:
     if line := source.left_out_line():
         tell(f"{source.label}: left out {line}")
+
+
+def are_paired(folder: str | Path) -> bool:
+    """Whether each image of ``folder/images`` has a sketch of the same name in ``folder/sketches``, and conversely."""
+    stems = [
+        {path.with_suffix("") for path in ImageFolder(Path(folder) / part).relative_paths}
+        for part in (IMAGES, SKETCHES)
+    ]
+    return stems[0] == stems[1]
 
 
 def _partners(root: Path, images: ImageFolder, sketches: ImageFolder) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.decode import load_ahead, read_image
+from fastgan.data.decode import AS_METRICS, load_ahead, read_image
 from fastgan.data.find import find_images as find_images
 from fastgan.data.find import search_folder, why_left_out
 from fastgan.data.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
@@ -35,6 +35,7 @@ class ImageSource(ABC):
     Attributes:
         reference: what ``fastgan evaluate`` compares this set with where it is given nothing else: another source, or
             the path of one. None for most; the samples of a training run have the run's held-out images.
+        decoding: how files become RGB, by default as the metrics have it.
         left_out: counts of the entries that are not of the set, in words; empty if there are none.
         backbone: the network that scores this set where no other is asked for; a training run has one.
         second_split: other images of the same data, whose distance to the reference is then told as the floor; those
@@ -46,6 +47,7 @@ class ImageSource(ABC):
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
         self.left_out = ""
+        self.decoding = AS_METRICS
         self.reference: Path | ImageSource | None = None
         self.backbone: str | None = None
         self.second_split: ImageSource | None = None
@@ -65,6 +67,14 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a message calls image ``index``."""
+
+    def content(self, index: int) -> bytes | None:
+        """The bytes of the file of image ``index``; None if it has no file of its own. Raises as :meth:`read`."""
+        return None
+
+    def key(self, index: int) -> str:
+        """Path of image ``index`` below the root of the set."""
+        return str(index)
 
     def classes(self) -> tuple[tuple[str, ...], list[int]]:
         """The names of the classes and the class of each image. In folders and archives the top folders are classes, in
@@ -170,7 +180,13 @@ class ImageFolder(ImageSource):
         return len(self.paths)
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.decoding)
+
+    def content(self, index: int) -> bytes:
+        return self.paths[index].read_bytes()
+
+    def key(self, index: int) -> str:
+        return self.relative_paths[index].as_posix()
 
     def name(self, index: int) -> str:
         return str(self.paths[index])

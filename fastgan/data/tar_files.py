@@ -54,14 +54,19 @@ class ImageTar(ImageSource):
         return len(self._members)
 
     def read(self, index: int) -> np.ndarray:
+        return decode_image(self.content(index), self.name(index), self.decoding)
+
+    def content(self, index: int) -> bytes:
         shard, member = self._members[index]
         try:
             with self._lock:  # one file handle for all threads
                 content = self._files[shard].extractfile(member)
-                data = b"" if content is None else content.read()
+                return b"" if content is None else content.read()
         except (OSError, EOFError, tarfile.TarError) as error:
             raise InputError(f"{self.name(index)} cannot be read: {error}") from error
-        return decode_image(data, self.name(index))
+
+    def key(self, index: int) -> str:
+        return self._members[index][1].name
 
     def name(self, index: int) -> str:
         shard, member = self._members[index]

@@ -11,9 +11,12 @@ from fastgan.data.archives import open_images, register_opener
 from fastgan.metrics.evaluate import EvaluateOptions, evaluate
 from fastgan.metrics.options import FeatureOptions
 from fastgan.recipes import load_recipe, override
+from fastgan.training import sample, standing_statistics_
 from fastgan.training.classifier import Classifier, train_classifier
+from fastgan.training.data_record import DataRecord
 from fastgan.training.evaluation import RunSamples, classify_run, open_run
 from fastgan.training.run import load_generator, start_run
+from fastgan.training.sampling import noise
 from fastgan.training.scoring import Scorer, random_part, score_backbone
 
 pytest.importorskip("sklearn")
@@ -101,3 +104,39 @@ def test_a_run_is_judged_by_the_classifier_in_its_folder(run):
 def test_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         RunSamples(tmp_path)
+
+
+def test_options_of_the_samples(run):
+    plain, again = RunSamples(run.out), RunSamples(run.out)
+    assert torch.equal(plain.generated, again.generated)
+    generator = load_generator(run.out)[0]
+    close = sample(generator, plain.labels, seed=4, truncation=0.1)
+    assert torch.equal(RunSamples(run.out, seed=4, truncation=0.1).generated, close)
+    standing_statistics_(
+        generator,
+        ((noise((128, generator.dim_z), 2)[i : i + 64], plain.labels[torch.arange(i, i + 64)]) for i in (0, 64)),
+    )
+    expected = sample(generator, plain.labels, seed=1)
+    torch.testing.assert_close(RunSamples(run.out, standing_batches=2).generated, expected)
+    assert not torch.allclose(expected, plain.generated)
+    with pytest.raises(InputError, match="truncation must be positive"):
+        RunSamples(run.out, truncation=-1)
+
+
+def test_a_run_without_its_data_can_still_be_sampled(run, monkeypatch):
+    record = DataRecord.of(run.data)
+    record.write(run.out)
+    whole = RunSamples(run.out)
+
+    def gone(*_):
+        raise InputError("the data is gone")
+
+    monkeypatch.setattr("fastgan.training.evaluation.load_run_data", gone)
+    with pytest.raises(InputError, match="the data is gone"):
+        RunSamples(run.out)
+    samples = RunSamples(run.out, needs_data=False)
+    assert torch.equal(samples.labels.bincount(), whole.labels.bincount())
+    assert samples.reference is None
+    assert not samples.has_classes
+    with pytest.raises(InputError, match="a classifier needs the data of the run"):
+        classify_run(samples)
