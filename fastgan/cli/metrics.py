@@ -100,6 +100,10 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the distance over the number of images into this .png, .svg or .pdf.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one self-contained page of the result, with pictures, to this file."),
+    ] = None,
     floor: Floor = None,
     subsets: Annotated[int, typer.Option(help="Number of KID subsets.")] = 100,
     subset_size: Annotated[int, typer.Option(help="Images per KID subset, or all if there are fewer.")] = 1000,
@@ -137,6 +141,7 @@ def evaluate(
         from fastgan._checks import InputError
         from fastgan._files import write_text
         from fastgan.data.archives import register_opener
+        from fastgan.data.image_sources import ImageSource
         from fastgan.metrics.evaluate import METRICS, EvaluateOptions, open_source
         from fastgan.metrics.evaluate import evaluate as measure
         from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run
@@ -151,8 +156,8 @@ def evaluate(
         if against is not None:
             from fastgan.metrics import compare as comparing
 
-            if floor is not None:
-                raise InputError("--floor goes without --against")
+            if floor is not None or html is not None:
+                raise InputError("--floor and --html go without --against")
             if truncation is not None or standing_statistics:
                 raise InputError("--truncation and --standing-statistics go without --against")
             for output in filter(None, (csv, latex, plot)):
@@ -181,6 +186,8 @@ def evaluate(
             raise InputError(f"{len(sets)} sets are compared with --against REAL; without it give one or two")
         if csv is not None or latex is not None:
             raise InputError("--csv and --latex go with --against")
+        if html is not None and not html.parent.is_dir():
+            raise InputError(f"cannot write {html}: its folder does not exist")
         a, b = sets[0], sets[1] if len(sets) > 1 else None
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
         images: ImageSource | Measured
@@ -195,6 +202,13 @@ def evaluate(
         with world.agreed():
             if plot is not None and world.is_first:
                 result.plot(plot)
+            if html is not None and world.is_first:
+                from fastgan.metrics.html_report import write_report
+
+                given_reals = b if b is not None else images.reference if isinstance(images, ImageSource) else None
+                reals = None if given_reals is None else open_source(given_reals, options)
+                pictures = [source if isinstance(source, ImageSource) else None for source in (images, reals)]
+                write_report(result, html, fake=pictures[0], real=pictures[1])
         lines, content = result.lines(), result.as_dict()
         if classify and world.is_first and isinstance(images, RunSamples) and images.has_classes:
             try:

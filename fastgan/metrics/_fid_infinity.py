@@ -25,6 +25,7 @@ from fastgan.metrics.stats import FeatureStats
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from matplotlib.figure import Figure
 
 GROUPS = 12
 LEAST = 2 * GROUPS
@@ -199,9 +200,19 @@ def plot_bias(
     Raises:
         InputError: the file cannot be written, or matplotlib knows no such format.
     """
+    check_plot_path(path)
+    figure = draw_bias(curve, label=label, floor=floor, limit=limit)
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def draw_bias(curve: BiasCurve, *, label: str, floor: float | None = None, limit: float | None = None) -> Figure:
+    """The figure that :func:`plot_bias` writes."""
     from matplotlib.figure import Figure
 
-    check_plot_path(path)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(curve.sizes, curve.distances, "o-")
@@ -210,11 +221,7 @@ def plot_bias(
             axes.axhline(value, linestyle="--", color="tab:grey")
             axes.annotate(name, (curve.sizes[0], value), va="bottom")
     axes.set(xscale="log", xlabel="images", ylabel=label, title="The same images, more and more of them")
-    if min(curve.distances) > 0:
+    if min(curve.distances) > 0 and limit != 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    return figure

@@ -1,6 +1,9 @@
 """``fastgan evaluate``, resumed statistics and the floor."""
 
+import base64
+import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -171,6 +174,22 @@ def test_all_says_what_it_leaves_out(sets, tmp_path):
     refused = run("evaluate", tmp_path / "some.npz", sets[1], "--metrics", "fid-infinity")
     assert_one_line_error(refused, f"--metrics fid-infinity {needed}")
     assert Pooled.calls == computed
+
+
+def test_a_page_of_the_result(sets, tmp_path):
+    page, plot = tmp_path / "report.html", tmp_path / "bias.png"
+    options = ("--metrics", "all", "--subset-size", 20, "--splits", 2, "--html", page, "--plot", plot)
+    lines = run("evaluate", *sets, *options).stdout.splitlines()
+    text = page.read_text(encoding="utf-8")
+    for line in lines:
+        name, _, value = line.partition(":  ")
+        assert f"<td>{name}</td><td>{value}</td>" in text
+    pictures = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', text)
+    assert [name for name, _ in pictures] == ["bias curve", "generated images", "real images", "neighbours"]
+    for _, content in pictures:
+        assert min(Image.open(io.BytesIO(base64.b64decode(content))).size) > 60
+    assert "http" not in text  # self-contained
+    assert_one_line_error(run("evaluate", *sets, "--html", tmp_path / "no" / "a.html"), "its folder does not exist")
 
 
 def test_files_of_features_stand_for_images(sets, tmp_path):
