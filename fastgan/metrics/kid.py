@@ -68,7 +68,7 @@ def kernel_distance(
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
         ValueError: an argument is out of its range.
 
-    >>> real, fake = np.zeros((50, 4)), np.ones((50, 4))
+    >>> real, fake = torch.zeros(50, 4), torch.ones(50, 4)
     >>> kernel_distance(real, fake, subset_size=50).mean  # (1 + 1)^3 - 1, all vectors of a side being equal
     7.0
     """
