@@ -1,12 +1,15 @@
 """Launch configurations of the attention kernels: a small frozen table.
 
-Each entry is the largest tile that compiles without local memory in its loops at 64 channels of q and k, on all
-architectures of its family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a
-program keeps its own operands and its float32 sums, and of each tile up to five maps. On sm_90 and later the tensor
-cores want 64 rows of the program's own side; where that leaves too few registers for the sums as wide as v, v is cut
-into slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their
-tiles are smaller. Their double backward has registers for the parts only where q and k have few channels; its entries
-hold for up to a quarter of the channels of v, and are chosen by d too. The others multiply in float32 proper.
+Each entry compiles without local memory in its loops at the most channels that it is for, on all architectures of its
+family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a program keeps its
+own operands and its float32 sums, and of each tile up to five maps. The tensor cores of sm_90 and later want 64 rows of
+the program's own side; if that leaves too few registers for the sums as wide as v, v is cut into slabs rather than the
+tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles are smaller. A
+double backward that has no registers for the parts multiplies in float32 proper.
+
+Among the tiles that compile, sm_90's are those that ``python -m fastgan.kernels.report --model`` ranks first: four
+warps on 64 rows, since eight warps are two groups that share the narrow side of the product, and a single pipeline
+stage only if two would halve the programs that a multiprocessor holds.
 """
 
 from __future__ import annotations
@@ -65,15 +68,21 @@ class Tile:
         return [({"QK": True, "V": False}, 1), ({"QK": False, "V": True}, -(-e // self.slab))]
 
 
-# (kernel, bytes of the dtype, oldest capability) -> most channels of q, most channels of v and the tile for up to so many
-# of both; the first that is wide enough is taken.
+# (kernel, bytes of the dtype, oldest capability) -> the most channels of q and of v that a tile is for, and the tile.
+# The first that is wide enough is taken.
 _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("fwd", 2, 90): (
         (64, 64, Tile(128, 64, 64, 8)),
-        (64, 128, Tile(128, 64, 128, 8)),
+        (32, 128, Tile(64, 64, 128, 4)),
         (64, 256, Tile(128, 64, 256, 8)),
     ),
     ("fwd", 4, 90): (
+        (64, 32, Tile(128, 32, 32, 8, 1)),
+        (16, 64, Tile(64, 32, 64, 4)),
+        (64, 64, Tile(128, 32, 64, 8)),
+        (64, 256, Tile(128, 32, 128, 8)),
+    ),
+    ("fwd", 4, 100): (
         (64, 64, Tile(128, 32, 64, 8)),
         (64, 256, Tile(64, 32, 64, 4)),
     ),
@@ -84,10 +93,15 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("fwd", 4, 80): ((64, 256, Tile(64, 32, 64, 4)),),
     ("bwd_rows", 2, 90): (
         (64, 64, Tile(64, 64, 64, 4)),
-        (64, 128, Tile(64, 64, 128, 4)),
-        (64, 256, Tile(64, 64, 256, 4)),
+        (32, 128, Tile(64, 64, 128, 4)),
+        (64, 256, Tile(128, 64, 128, 8)),
     ),
     ("bwd_rows", 4, 90): (
+        (16, 64, Tile(64, 32, 32, 4)),
+        (32, 128, Tile(64, 32, 64, 4, 1)),
+        (64, 256, Tile(64, 32, 32, 4)),
+    ),
+    ("bwd_rows", 4, 100): (
         (64, 128, Tile(64, 32, 64, 8)),
         (64, 256, Tile(32, 16, 32, 4)),
     ),
@@ -101,11 +115,17 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (64, 256, Tile(32, 16, 32, 4)),
     ),
     ("bwd_keys", 2, 90): (
-        (64, 64, Tile(64, 64, 64, 4)),
-        (64, 128, Tile(32, 64, 128, 4)),
+        (16, 64, Tile(64, 64, 64, 4)),
+        (32, 128, Tile(32, 64, 128, 4, 1)),
         (64, 256, Tile(64, 64, 128, 8)),
     ),
     ("bwd_keys", 4, 90): (
+        (16, 32, Tile(16, 64, 32, 4, 1)),
+        (16, 64, Tile(32, 64, 64, 4)),
+        (32, 128, Tile(32, 64, 64, 4, 1, False)),
+        (64, 256, Tile(32, 64, 32, 4, 2, False)),
+    ),
+    ("bwd_keys", 4, 100): (
         (64, 128, Tile(16, 64, 64, 8)),
         (64, 256, Tile(16, 32, 32, 4)),
     ),
