@@ -32,6 +32,7 @@ from fastgan.cli.options import (
 if TYPE_CHECKING:
     from fastgan.data.image_sources import ImageSource
     from fastgan.metrics import FeatureStats
+    from fastgan.metrics.features import Measured
 
 stats_app = typer.Typer(
     help="Write, look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
@@ -81,15 +82,27 @@ def fid(
 
 
 def evaluate(
-    a: Annotated[Path, typer.Argument(help="The images to judge, as for fid, or a run, which knows its reference.")],
-    b: Annotated[
-        Path | None, typer.Argument(help="The real images, or for fid alone an .npz of their statistics.")
+    sets: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The images to judge, as for fid, or a run, which knows its reference; then the real images, or for "
+            "fid alone an .npz of their statistics. With --against any number of sets to judge."
+        ),
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="The real images, with which all sets are compared in one table, best first.")
     ] = None,
+    csv: Annotated[Path | None, typer.Option(help="With --against: write the table to this .csv file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="With --against: write the table to this .tex file.")] = None,
     metrics: Annotated[
         str, typer.Option(help="Any of fid, fid-infinity, kid, is, prdc, separated by commas; or all.")
     ] = "fid,kid,prdc",
     plot: Annotated[
         Path | None, typer.Option(help="Draw the distance over the number of images into this .png, .svg or .pdf.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one self-contained page of the result, with pictures, to this file."),
     ] = None,
     floor: Floor = None,
     subsets: Annotated[int, typer.Option(help="Number of KID subsets.")] = 100,
@@ -126,8 +139,10 @@ def evaluate(
     given = locals()
     with feature_options(given) as (options, world, echo):
         from fastgan._checks import InputError
-        from fastgan.data.archives import open_images, register_opener
-        from fastgan.metrics.evaluate import METRICS, EvaluateOptions
+        from fastgan._files import write_text
+        from fastgan.data.archives import register_opener
+        from fastgan.data.image_sources import ImageSource
+        from fastgan.metrics.evaluate import METRICS, EvaluateOptions, open_source
         from fastgan.metrics.evaluate import evaluate as measure
         from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run
 
@@ -138,19 +153,62 @@ def evaluate(
             "standing_batches": standing_statistics,
         }
         wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
-        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
-        images: ImageSource
+        if against is not None:
+            from fastgan.metrics import compare as comparing
+
+            if floor is not None or html is not None:
+                raise InputError("--floor and --html go without --against")
+            if truncation is not None or standing_statistics:
+                raise InputError("--truncation and --standing-statistics go without --against")
+            for output in filter(None, (csv, latex, plot)):
+                if not output.parent.is_dir():
+                    raise InputError(f"cannot write {output}: its folder does not exist")
+            compared = comparing.compare(
+                sets,
+                against,
+                options,
+                metrics=comparing.METRICS if metrics == "all" else wanted,
+                subsets=subsets,
+                subset_size=subset_size,
+                k=k,
+                seed=seed,
+                world=world,
+            )
+            if world.is_first:
+                for path, text in ((csv, compared.csv), (latex, compared.latex)):
+                    if path is not None:
+                        write_text(path, text())
+                if plot is not None:
+                    compared.plot(plot)
+            echo(report(compared.lines(), compared.as_dict(), as_json=as_json))
+            return
+        if len(sets) > 2:
+            raise InputError(f"{len(sets)} sets are compared with --against REAL; without it give one or two")
+        if csv is not None or latex is not None:
+            raise InputError("--csv and --latex go with --against")
+        if html is not None and not html.parent.is_dir():
+            raise InputError(f"cannot write {html}: its folder does not exist")
+        a, b = sets[0], sets[1] if len(sets) > 1 else None
+        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
+        images: ImageSource | Measured
         with world.agreed():
             if is_run(a):
                 images = RunSamples(a, device=options.device, needs_data=b is None, **sampling)
             elif truncation is not None or standing_statistics:
                 raise InputError(f"--truncation and --standing-statistics need a training run, {a} is none")
             else:
-                images = open_images(a, skip_bad=options.skip_bad)
+                images = open_source(a, options)
         result = measure(images, b, options, what, floor=floor, world=world)
         with world.agreed():
             if plot is not None and world.is_first:
                 result.plot(plot)
+            if html is not None and world.is_first:
+                from fastgan.metrics.html_report import write_report
+
+                given_reals = b if b is not None else images.reference if isinstance(images, ImageSource) else None
+                reals = None if given_reals is None else open_source(given_reals, options)
+                pictures = [source if isinstance(source, ImageSource) else None for source in (images, reals)]
+                write_report(result, html, fake=pictures[0], real=pictures[1])
         lines, content = result.lines(), result.as_dict()
         if classify and world.is_first and isinstance(images, RunSamples) and images.has_classes:
             try:
@@ -168,6 +226,13 @@ def stats_save(
     images: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images.")],
     output: Annotated[Path, typer.Argument(help="The .npz file to write; pytorch-fid and clean-fid read it too.")],
     root: WithRoot = False,
+    save_features: Annotated[
+        bool,
+        typer.Option(
+            "--save-features",
+            help="Write the features too: the file then stands for the images in every metric, with no second pass.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = None,
@@ -183,7 +248,7 @@ def stats_save(
 ) -> None:
     """Write the feature statistics of a set of images."""
     given = locals()
-    _save(images, output, given, root=root, as_json=as_json)
+    _save(images, output, given, root=root, features=save_features, as_json=as_json)
 
 
 @stats_app.command("show")
@@ -214,11 +279,13 @@ def stats_merge(
     typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")
 
 
-def _save(images: Path, output: Path, given: Mapping[str, Any], *, root: bool, as_json: bool) -> None:
+def _save(
+    images: Path, output: Path, given: Mapping[str, Any], *, root: bool, as_json: bool, features: bool = False
+) -> None:
     with feature_options(given) as (options, world, echo):
         from fastgan.metrics.evaluate import save_stats
 
-        side = save_stats(images, output, options, world, root=root)
+        side = save_stats(images, output, options, world, root=root, features=features)
         result = {"file": str(output), **_summary(side.stats), "skipped": side.skipped}
         echo(report([f"{output}: {side.describe()}"], result, as_json=as_json))
         side.finish()

@@ -7,20 +7,23 @@ is opened, and its ``reference`` is the run's data, with which ``fastgan evaluat
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.decode import decode_image
-from fastgan.data.find import no_images, select_images
+from fastgan.data.decode import decode_image, pillow_to_rgb
+from fastgan.data.find import is_image, no_images, select_images
 from fastgan.data.image_sources import ImageFolder, ImageSource, classes_of_folders
+from fastgan.data.tar_files import ImageTar
 
 IMAGE_KEYS = ("images", "arr_0", "x", "samples")
 """Where an npz may hold its images; a file with one array only may call it anything."""
@@ -28,8 +31,8 @@ IMAGE_KEYS = ("images", "arr_0", "x", "samples")
 LABEL_KEYS = ("labels", "y")
 """Where an npz may hold their classes."""
 
-ARRAY_FILES = (".npz", ".npy", ".pt", ".pth")
-"""NumPy's, and tensors of ``torch.save``."""
+ARRAY_FILES = (".npz", ".npy", ".pt", ".pth", ".h5", ".hdf5")
+"""NumPy's, tensors of ``torch.save``, and HDF5's, which need h5py."""
 
 Opener = Callable[[Path, bool], ImageSource | None]
 """(path, skip_bad) -> the source, or None for a path of another kind."""
@@ -43,19 +46,38 @@ def register_opener(opener: Opener) -> None:
         _openers.append(opener)
 
 
-def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
-    """The images behind ``path``. Raises ``InputError`` where there are none or they cannot be read."""
+def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | None = None) -> ImageSource:
+    """The images behind ``path``: a folder, also of tar shards, a zip or tar file, a file of :data:`ARRAY_FILES`, or in
+    Python a dataset with a length whose items :class:`ImageDataset` knows.
+
+    Args:
+        skip_bad: leave out images that cannot be read.
+        key: the name of the array in an npz, HDF5 or dictionary file; None takes the only one or one of
+            :data:`IMAGE_KEYS`.
+
+    Raises:
+        InputError: there are no images, or they cannot be read.
+    """
+    if not isinstance(path, str | Path):
+        return path if isinstance(path, ImageSource) else ImageDataset(path, skip_bad=skip_bad)
     path = Path(path)
     for opener in _openers:
         source = opener(path, skip_bad)
         if source is not None:
             return source
     if path.is_file() and path.suffix.lower() in ARRAY_FILES:
-        return ImageArray.load(path)
+        return ImageArray.load(path, key=key)
+    if key is not None:
+        raise InputError(f"key must be None for {path}, which is none of {', '.join(ARRAY_FILES)}")
     if path.is_file() and zipfile.is_zipfile(path):
         return ImageZip(path, skip_bad=skip_bad)
+    if path.is_file() and tarfile.is_tarfile(path):
+        return ImageTar([path], skip_bad=skip_bad)
     if path.is_file():
-        raise InputError(f"{path} is neither a folder of images, a zip file nor one of {', '.join(ARRAY_FILES)}")
+        raise InputError(f"{path} is neither a folder of images, a zip file nor one of {', '.join(ARRAY_FILES)}, .tar")
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if shards and not any(is_image(entry) for entry in path.iterdir()):
+        return ImageTar(shards, label=str(path), skip_bad=skip_bad)
     return ImageFolder(path, skip_bad=skip_bad)
 
 
@@ -168,32 +190,35 @@ class ImageArray(ImageSource):
         self._labels = labels
 
     @classmethod
-    def load(cls, path: str | Path) -> ImageArray:
-        """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or an npz.
+    def load(cls, path: str | Path, *, key: str | None = None) -> ImageArray:
+        """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or several by name.
 
-        An npz holds its images as its only array or under one of :data:`IMAGE_KEYS`, and perhaps their classes under
-        one of :data:`LABEL_KEYS`. Only tensors are unpickled, and
-        an npy file is read from disk image by image.
+        An npz, an HDF5 file or a dictionary of tensors holds its images under ``key``, as its only array or under one
+        of :data:`IMAGE_KEYS`, and perhaps their classes under one of :data:`LABEL_KEYS`. A list holds images of one
+        size. Only tensors are unpickled, and an npy file is read from disk image by image.
         """
         path = Path(path)
-        if path.suffix.lower() == ".npz":
-            arrays = read_npz(path)
-            keys = [key for key in IMAGE_KEYS if key in arrays] or [key for key in arrays if key not in LABEL_KEYS]
-            labels = next((arrays[key] for key in LABEL_KEYS if key in arrays), None)
-            if not keys or (len(keys) > 1 and keys[0] not in IMAGE_KEYS):
-                allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
-                raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
-            return cls(arrays[keys[0]], label=str(path), labels=labels)
-        try:
-            if path.suffix.lower() == ".npy":
-                images = np.load(path, mmap_mode="r", allow_pickle=False)
-            else:
-                images = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever the damage leads to
-            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(images, np.ndarray | Tensor):
-            raise InputError(f"{path} must hold one tensor of images, it holds a {type(images).__name__}")
-        return cls(images, label=str(path))
+        content = _read_file(path)
+        if isinstance(content, list | tuple) and content:
+            try:
+                content = torch.stack([torch.as_tensor(image) for image in content])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(f"{path} must hold images of one size in its list: {error}") from error
+        if isinstance(content, np.ndarray | Tensor):
+            if key is not None:
+                raise InputError(f"key must be None for {path}, which holds one array")
+            return cls(content, label=str(path))
+        if not isinstance(content, Mapping):
+            raise InputError(f"{path} must hold one tensor of images, it holds a {type(content).__name__}")
+        names = [str(name) for name in content]
+        keys = [name for name in IMAGE_KEYS if name in content] or [name for name in names if name not in LABEL_KEYS]
+        found = key if key is not None else keys[0] if keys and (keys[0] in IMAGE_KEYS or len(keys) == 1) else None
+        if found not in content:
+            allowed = f"images under {key}" if key else "statistics (mu and sigma) or images as one of "
+            allowed += "" if key else ", ".join(IMAGE_KEYS)
+            raise InputError(f"{path} must hold {allowed}, it has: {', '.join(names) or 'nothing'}")
+        labels = next((content[name] for name in LABEL_KEYS if name in content), None)
+        return cls(content[found], label=str(path), labels=labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -213,6 +238,76 @@ class ImageArray(ImageSource):
 
     def _identity(self, index: int) -> str:
         return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
+
+
+class ImageDataset(ImageSource):
+    """A dataset of torchvision, Hugging Face or any other with a length: its items are images, ``(image, label)``, or
+    mappings with "image" or "img" and perhaps "label".
+
+    An image is a Pillow image, an array (h, w, c), or a tensor (c, h, w); uint8, or floating-point in [0, 1].
+
+    Raises:
+        InputError: ``dataset`` has no length and items, or none at all; while images are read, the first that is none.
+    """
+
+    def __init__(self, dataset: Any, *, label: str | None = None, skip_bad: bool = False) -> None:
+        super().__init__(label or type(dataset).__name__, skip_bad=skip_bad)
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise InputError(f"images must be a path or a dataset with a length, got {type(dataset).__name__}")
+        if not len(dataset):
+            raise InputError(f"{self.label} holds no images")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> np.ndarray:
+        item = self._item(index)[0]
+        if hasattr(item, "getbands"):  # Pillow's
+            return pillow_to_rgb(item, self.decoding)
+        if not isinstance(item, np.ndarray | Tensor) or item.ndim != 3:
+            raise InputError(f"{self.name(index)} must be a Pillow image, an array (h, w, c) or a tensor (c, h, w)")
+        return ImageArray(item[None], label=self.name(index)).read(0)
+
+    def name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+    def classes(self) -> tuple[tuple[str, ...], list[int]]:
+        labels = [self._item(index)[1] for index in range(len(self))]
+        if any(label is None for label in labels):
+            return super().classes()
+        found = _checked_labels(np.asarray(labels), len(self), self.label).tolist()
+        names = getattr(self.dataset, "classes", None) or range(max(found) + 1)
+        return tuple(map(str, names)), found
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        item = self.dataset[index]
+        if isinstance(item, Mapping):
+            image = next((item[name] for name in ("image", "img", "images") if name in item), None)
+            return image, next((item[name] for name in ("label", "labels") if name in item), None)
+        if isinstance(item, tuple | list):
+            return item[0], item[1] if len(item) > 1 else None
+        return item, None
+
+
+def _read_file(path: Path) -> Any:
+    """The content of a file of :data:`ARRAY_FILES`. Raises ``InputError`` naming it."""
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return read_npz(path)
+    try:
+        if suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        if suffix in (".h5", ".hdf5"):
+            import h5py
+
+            with h5py.File(path) as file:
+                return {name: file[name][()] for name in file if isinstance(file[name], h5py.Dataset)}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise InputError(f"{path} needs h5py: run `pip install h5py`") from error
+    except Exception as error:  # whatever the damage leads to
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _checked_labels(labels: np.ndarray | Tensor, n: int, of: str) -> np.ndarray:

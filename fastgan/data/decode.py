@@ -65,7 +65,7 @@ def decode_image(content: bytes, name: str, how: Decoding = AS_METRICS) -> np.nd
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _to_rgb(image, how)
+            return pillow_to_rgb(image, how)
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{name} is not a readable image ({len(content)} bytes)") from error
     except (
@@ -81,7 +81,8 @@ def decode_image(content: bytes, name: str, how: Decoding = AS_METRICS) -> np.nd
         raise InputError(f"{name} cannot be read as an image: {error}") from error
 
 
-def _to_rgb(image: Image.Image, how: Decoding) -> np.ndarray:
+def pillow_to_rgb(image: Image.Image, how: Decoding) -> np.ndarray:
+    """uint8 RGB (h, w, 3) of a Pillow image. Raises ``InputError`` for modes that have none."""
     if how.orient:
         from PIL import ImageOps
 

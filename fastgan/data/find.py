@@ -91,6 +91,11 @@ class Found:
         )
 
 
+def is_image(path: PurePath) -> bool:
+    """Whether the file ``path`` counts, by its own name."""
+    return why_left_out((path.name,)) is None and path.suffix[1:].lower() in image_extensions()
+
+
 def select_images(names: Iterable[str | PurePath]) -> Found:
     """The images among ``names``, paths below the root of an archive."""
     found = Found()

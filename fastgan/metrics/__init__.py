@@ -11,9 +11,10 @@ from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.metrics._fid_infinity import fid_infinity
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, default_backbone, load_backbone
+from fastgan.metrics.diversity import auth_pct, cmmd, ct_score, mifid, vendi_score
 from fastgan.metrics.features import folder_stats, image_stats
 from fastgan.metrics.frechet import FrechetLoss, frechet_distance, frechet_distances, paired_frechet_distances
-from fastgan.metrics.kid import kernel_distance
+from fastgan.metrics.kid import kernel_distance, squared_mmd
 from fastgan.metrics.prdc import precision_recall
 from fastgan.metrics.protocols import PROTOCOLS, Protocol, get_protocol
 from fastgan.metrics.stats import FeatureStats
@@ -41,6 +42,9 @@ __all__ = [
     "KernelInceptionDistance",
     "PrecisionRecall",
     "Protocol",
+    "auth_pct",
+    "cmmd",
+    "ct_score",
     "default_backbone",
     "fid_infinity",
     "folder_stats",
@@ -51,9 +55,12 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "load_backbone",
+    "mifid",
     "open_images",
     "paired_frechet_distances",
     "precision_recall",
+    "squared_mmd",
+    "vendi_score",
 ]
 
 

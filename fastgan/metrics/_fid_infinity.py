@@ -25,6 +25,7 @@ from fastgan.metrics.stats import FeatureStats
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from matplotlib.figure import Figure
 
 GROUPS = 12
 LEAST = 2 * GROUPS
@@ -117,6 +118,17 @@ def least_for_infinity(dim: int) -> int:
     return max(LEAST, LEAST_PER_FEATURE * dim)
 
 
+def distance_influences(features: Tensor, stats: FeatureStats, reference: FeatureStats) -> Tensor:
+    """The first-order influence of each vector of ``features`` (n, dim), whose statistics are ``stats``, on the Frechet
+    distance to ``reference``, (n,) float64 of mean 0: their standard deviation over sqrt(n) is its standard error."""
+    mean, cov = stats.mean, stats.cov
+    rows = features.to(mean) - mean
+    cov_pull = _covariance_gradient(cov, reference.cov.to(mean.device))
+    pulled = rows @ cov_pull
+    influences = 2 * (rows @ (mean - reference.mean.to(mean.device))) + (pulled * rows).sum(1)
+    return influences - influences.mean()
+
+
 def _random_order(features: Tensor, seed: int) -> Tensor:
     return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
 
@@ -188,9 +200,19 @@ def plot_bias(
     Raises:
         InputError: the file cannot be written, or matplotlib knows no such format.
     """
+    check_plot_path(path)
+    figure = draw_bias(curve, label=label, floor=floor, limit=limit)
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def draw_bias(curve: BiasCurve, *, label: str, floor: float | None = None, limit: float | None = None) -> Figure:
+    """The figure that :func:`plot_bias` writes."""
     from matplotlib.figure import Figure
 
-    check_plot_path(path)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(curve.sizes, curve.distances, "o-")
@@ -199,11 +221,7 @@ def plot_bias(
             axes.axhline(value, linestyle="--", color="tab:grey")
             axes.annotate(name, (curve.sizes[0], value), va="bottom")
     axes.set(xscale="log", xlabel="images", ylabel=label, title="The same images, more and more of them")
-    if min(curve.distances) > 0:
+    if min(curve.distances) > 0 and limit != 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    return figure

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fastgan
 from fastgan._checks import InputError
-from fastgan.data.archives import open_images
+from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World
 from fastgan.metrics._fid_infinity import (
@@ -22,6 +24,7 @@ from fastgan.metrics._fid_infinity import (
     bias_curve,
     check_plot_path,
     fid_infinity,
+    least_for_infinity,
     plot_bias,
 )
 from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
@@ -29,11 +32,11 @@ from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.features import Measured, collect, empty_stats
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.kid import KernelDistance, kernel_distance
-from fastgan.metrics.moments import float64_device
+from fastgan.metrics.moments import as_features, float64_device
 from fastgan.metrics.options import FeatureOptions
 from fastgan.metrics.prdc import Neighbourhoods, precision_recall
 from fastgan.metrics.stats import FeatureStats, check_comparable, joint_precision
-from fastgan.metrics.stats_file import holds_statistics
+from fastgan.metrics.stats_file import FEATURES, holds_statistics, write_npz
 
 METRICS = ("fid", "fid-infinity", "kid", "is", "prdc")
 INCEPTION_DIM = 2048
@@ -53,6 +56,8 @@ class EvaluateOptions:
     k: int = 5
     seed: int = 0
     plot: Path | None = None
+    skip_unmet: bool = False
+    """Leave out, with a note, a metric that the images are too few for or the backbone has no scores for."""
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -164,7 +169,7 @@ class Evaluation:
 
 
 def evaluate(
-    a: Path | ImageSource,
+    a: Path | ImageSource | Measured,
     b: Path | ImageSource | None,
     options: FeatureOptions,
     what: EvaluateOptions,
@@ -192,7 +197,23 @@ def evaluate(
         _check_images(fakes, reals, what)
     sources = [source for source in (fakes, reals, split) if source is not None]
     keep = [what.plot is not None or metrics != {"fid"}, bool(_NEED_BOTH & metrics), False][: len(sources)]
-    sides, network = measure(sources, options, world, keep_features=keep, class_scores="is" in metrics)
+
+    def check(network: Backbone | None, dim: int) -> None:
+        """Leave out of ``metrics`` what cannot be had, or raise ``InputError``, before any feature is computed."""
+        unmet = {}
+        n, needed = _number_of(fakes), least_for_infinity(dim)
+        if "fid-infinity" in metrics and n is not None and n < needed:
+            unmet["fid-infinity"] = f"needs at least {needed} images for {dim} features, {fakes.label} holds {n}"
+        if "is" in metrics and network is not None and network.head is None:
+            unmet["is"] = f"needs a backbone with class scores, {network.name} ({dim}) has none"
+        for metric, reason in unmet.items():
+            if not what.skip_unmet:
+                raise InputError(f"--metrics {metric} {reason}")
+            metrics.discard(metric)
+            if world.is_first:
+                options.note(f"{metric} is left out: it {reason}")
+
+    sides, network = measure(sources, options, world, keep_features=keep, check=check)
 
     fake, *others = sides
     features, found = fake.features, dict[str, Any]()
@@ -222,9 +243,18 @@ def evaluate(
 
 
 def save_stats(
-    images: Path, output: Path, options: FeatureOptions, world: World | None = None, *, root: bool = False
+    images: Path,
+    output: Path,
+    options: FeatureOptions,
+    world: World | None = None,
+    *,
+    root: bool = False,
+    features: bool = False,
 ) -> Measured:
     """Write the statistics of ``images`` to ``output``, an .npz file; ``root`` as in :meth:`FeatureStats.save`.
+
+    ``features`` writes them too, (n, dim) float32: such a file stands for the images in every metric but the inception
+    score.
 
     Raises:
         InputError: a path or an option cannot be used; ``output`` is then as it was.
@@ -236,10 +266,13 @@ def save_stats(
         raise InputError(f"cannot write {output}: its folder does not exist")
     with world.agreed():
         source = open_images(images, skip_bad=options.skip_bad)
-    (side,), _ = measure([source], options, world, keep_features=[False])
+    (side,), _ = measure([source], options, world, keep_features=[features])
     with world.agreed():
         if world.is_first:
-            side.stats.save(output, root=root)
+            arrays = side.stats.to_arrays(root=root)
+            if side.features is not None:
+                arrays[FEATURES] = side.features.numpy()
+            write_npz(output, arrays)
     return side
 
 
@@ -255,18 +288,36 @@ def merge_files(files: Sequence[Path]) -> FeatureStats:
     return merged
 
 
-def open_source(source: Path | ImageSource, options: FeatureOptions) -> ImageSource | Measured:
-    """Open a path: a file of statistics is read, images are not yet."""
-    if isinstance(source, ImageSource):
+def open_source(source: Path | ImageSource | Measured, options: FeatureOptions) -> ImageSource | Measured:
+    """Open a path: a file of statistics or features is read, images are not yet."""
+    if isinstance(source, ImageSource | Measured):
         return source
-    if source.suffix.lower() != ".npz" or source.is_dir() or not holds_statistics(source):
+    features, suffix = None, source.suffix.lower()
+    if suffix == ".npy" and source.is_file() and _holds_features(source):
+        features = as_features(str(source), np.load(source, allow_pickle=False))
+        stats = FeatureStats(backbone=options.backbone).update(features)
+    elif suffix != ".npz" or source.is_dir() or not holds_statistics(source):
         return open_images(source, skip_bad=options.skip_bad)
-    stats = FeatureStats.load(source)
+    else:
+        arrays = read_npz(source)
+        features = as_features(str(source), arrays[FEATURES]) if FEATURES in arrays else None
+        if features is not None and "mu" not in arrays:
+            stats = FeatureStats(backbone=options.backbone).update(features)
+        else:
+            stats = FeatureStats.from_arrays(source, arrays)
     named = options.backbone is not None or options.weights is not None  # then the file's is taken for the same
     if stats.backbone is None and not named and stats.dim == INCEPTION_DIM:  # as pytorch-fid's and clean-fid's files
         options.note(f"{source} does not name its backbone; its {stats.dim} features are taken for inception's")
         stats.backbone = "inception"
-    return Measured(str(source), stats)
+    return Measured(str(source), stats, features)
+
+
+def _holds_features(path: Path) -> bool:
+    """Whether an npy file holds vectors (n, dim) and not images."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).ndim == 2
+    except (OSError, ValueError, EOFError):
+        return False  # as images it is read again, and then the error says what is wrong
 
 
 def _references(
@@ -285,7 +336,7 @@ def _references(
         raise InputError(f"{fakes.label} names no reference to compare it with: give a second set of images")
     reference = open_source(given, options)
     needing = [metric for metric in what.metrics if metric in _NEED_BOTH]
-    if isinstance(reference, Measured) and needing:
+    if isinstance(reference, Measured) and reference.features is None and needing:
         raise InputError(
             f"--metrics {','.join(needing)} needs images on both sides, {reference.label} holds statistics"
         )
@@ -302,15 +353,24 @@ def _check_images(
     """Raise ``InputError`` unless there are as many images as each metric needs."""
     if tuple(what.metrics) == ("fid",) and what.plot is None:  # statistics do; two images are needed for any
         return
-    if isinstance(fakes, Measured):
-        raise InputError(f"--metrics {','.join(what.metrics)} needs images, {fakes.label} holds statistics")
+    if isinstance(fakes, Measured) and (fakes.features is None or "is" in what.metrics):
+        held = "statistics" if fakes.features is None else "features"
+        raise InputError(f"--metrics {','.join(what.metrics)} needs images, {fakes.label} holds {held}")
     least = {"fid-infinity": LEAST, "is": what.splits, "prdc": what.k + 1}
     for metric in what.metrics:
         needed = least.get(metric, 2)
         for source in (fakes, reference) if metric in _NEED_BOTH else (fakes,):
-            if isinstance(source, ImageSource) and len(source) < needed:
-                held = f"{source.label} holds {len(source)}"
+            n = _number_of(source)
+            if source is not None and n is not None and n < needed:
+                held = f"{source.label} holds {n}"
                 raise InputError(f"--metrics {metric} needs at least {needed} images, {held}")
+
+
+def _number_of(source: ImageSource | Measured | None) -> int | None:
+    """Images of a source, as far as known."""
+    if isinstance(source, ImageSource):
+        return len(source)
+    return None if source is None else source.stats.n
 
 
 def measure(
@@ -319,14 +379,17 @@ def measure(
     world: World,
     *,
     keep_features: Sequence[bool],
-    class_scores: bool = False,
+    check: Callable[[Backbone | None, int], None] | None = None,
 ) -> tuple[list[Measured], Backbone | None]:
     """Statistics of each source, and features where ``keep_features`` says so, and the one network that computes them;
     None where all sources are statistics.
 
+    Args:
+        check: called with the network and the number of features before any is computed.
+
     Raises:
-        InputError: the sources or the options do not fit each other, a set has fewer than two images, an image cannot
-            be read, or the network has no ``class_scores``.
+        InputError: the sources or the options do not fit each other, a set has fewer than two images, or an image
+            cannot be read.
     """
     loaded = [source.stats for source in sources if isinstance(source, Measured)]
     images = [source for source in sources if isinstance(source, ImageSource)]
@@ -340,10 +403,12 @@ def measure(
             stats.backbone = stats.backbone or options.backbone
         if options.dims not in (None, loaded[0].dim):
             raise InputError(f"--dims must be {loaded[0].dim} for these statistics, got {options.dims}")
+        if check is not None and loaded[0].dim is not None:
+            check(None, loaded[0].dim)
         return [source for source in sources if isinstance(source, Measured)], None
     network = options.network(loaded, world, next((source.backbone for source in images if source.backbone), None))
-    if class_scores and network.head is None:
-        raise InputError(f"--metrics is needs a backbone with class scores, {network.name} ({network.dim}) has none")
+    if check is not None and network.dim is not None:
+        check(network, network.dim)
     protocol = options.chosen_protocol(loaded, network)
     if sum(map(len, images)) >= network.compile_from * world.size:
         network.compile()

@@ -29,7 +29,7 @@ _SAVE_EVERY = 60.0  # seconds between two checkpoints
 
 
 def folder_stats(
-    images: str | Path | ImageSource,
+    images: str | Path | ImageSource | Any,
     backbone: Backbone,
     *,
     batch_size: int = 64,
@@ -38,7 +38,7 @@ def folder_stats(
     resize: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStats:
-    """Feature statistics of all images of a folder, zip file, npz or :class:`ImageSource`; see
+    """Feature statistics of all images of a folder, archive, array file, dataset or :class:`ImageSource`; see
     :func:`fastgan.data.archives.open_images` and :mod:`fastgan.data.decode` for what is read and how.
 
     Args:
@@ -48,7 +48,7 @@ def folder_stats(
     Raises:
         InputError: no images, a file that cannot be read, or fewer than two that can.
     """
-    source = images if isinstance(images, ImageSource) else open_images(images)
+    source = open_images(images)
     if len(source) >= backbone.compile_from:
         backbone.compile()
     chosen = choose_protocol(backbone, protocol, resize)

@@ -68,7 +68,7 @@ def kernel_distance(
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
         ValueError: an argument is out of its range.
 
-    >>> real, fake = np.zeros((50, 4)), np.ones((50, 4))
+    >>> real, fake = torch.zeros(50, 4), torch.ones(50, 4)
     >>> kernel_distance(real, fake, subset_size=50).mean  # (1 + 1)^3 - 1, all vectors of a side being equal
     7.0
     """
@@ -183,6 +183,18 @@ def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.
         spread = torch.stack(left_out).var(unbiased=False).item() * (_GROUPS - 1)
         variance += spread * min(len(rows), _MOST) / len(rows)
     return variance**0.5
+
+
+def mmd_influences(real: Tensor, fake: Tensor, kernel: Kernel, *, seed: int = 0) -> Tensor:
+    """The first-order influence of each vector of ``fake`` (m, dim) on the squared MMD to ``real``: (m,) float64, of
+    mean 0. The expectations in it are taken over at most 4000 vectors of each side."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (
+        rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double() for rows in (real, fake)
+    )
+    blocks = (2 * (kernel(block, y).mean(1) - kernel(block, x).mean(1)) for block in fake.double().split(_BLOCK))
+    influences = torch.cat(list(blocks))
+    return influences - influences.mean()
 
 
 def _block_sum(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

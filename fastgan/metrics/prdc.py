@@ -47,32 +47,53 @@ def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike,
     check_count("k", k, 1)
     real, fake = as_features("real", real), as_features("fake", fake)
     check_features(real=real, fake=fake, least=k + 1)
+    of_each = memberships(real, fake, k=k)
+    return Neighbourhoods(**{name: each.mean().item() for name, each in of_each.items()}, k=k)
+
+
+def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
+    """What each vector contributes to :func:`precision_recall`, whose values are these means: ``precision`` and
+    ``density`` (m,) of the fake vectors, ``recall`` and ``coverage`` (n,) of the real ones, float64."""
     dtype = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)  # float64 stays
     real, fake = real.to(dtype), fake.to(dtype)
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
-    inside, hits = 0, 0
+    hits = []
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for block, radius in zip(fake.split(_BLOCK), fake_radius.split(_BLOCK), strict=True):
         distance = _distances(block, real)
         in_real_ball = distance <= real_radius
-        inside += int(in_real_ball.any(dim=1).sum())
-        hits += int(in_real_ball.sum())
+        hits.append(in_real_ball.sum(dim=1))
         covered |= in_real_ball.any(dim=0)
         recalled |= (distance <= radius[:, None]).any(dim=0)
-    return Neighbourhoods(
-        precision=inside / len(fake),
-        recall=recalled.double().mean().item(),
-        density=hits / (k * len(fake)),
-        coverage=covered.double().mean().item(),
-        k=k,
-    )
+    balls = torch.cat(hits).double()
+    return {
+        "precision": (balls > 0).double(),
+        "recall": recalled.double(),
+        "density": balls / k,
+        "coverage": covered.double(),
+    }
 
 
 def _radii(rows: Tensor, k: int) -> Tensor:
     """Distance of each vector to its k-th nearest neighbour, itself not counted."""
     # the distance to itself is the smallest, so the (k + 1)-th smallest is the k-th neighbour's
     return torch.cat([_distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
+
+
+def nearest(x: Tensor, y: Tensor, *, itself: bool = False) -> tuple[Tensor, Tensor]:
+    """The distance of each row of ``x`` to its nearest row of ``y``, and that row's index; with ``itself``, ``x`` is
+    ``y`` and a row is no neighbour of its own."""
+    distances, indices = [], []
+    for start in range(0, len(x), _BLOCK):
+        block = _distances(x[start : start + _BLOCK], y)
+        if itself:
+            rows = torch.arange(len(block), device=block.device)
+            block[rows, rows + start] = float("inf")
+        found = block.min(dim=1)
+        distances.append(found.values)
+        indices.append(found.indices)
+    return torch.cat(distances), torch.cat(indices)
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Protocols: all that happens to an image between its file and a feature network, and so what a distance depends on.
 
 Each is read from the code of the package it is named after and tested against it (``tests/metrics/test_protocols.py``).
-Distances of different protocols differ by 0.2 to 7 %, so statistics carry the protocol's name and are compared within
+Their distances differ by some percent, so statistics carry the protocol's name and are compared within
 one protocol only.
 
 ===============  ===================  ==============  =========================

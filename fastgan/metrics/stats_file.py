@@ -6,6 +6,7 @@ Keys:
     ``n``: number of vectors.
     ``factor`` (n, dim): the centred features, while n <= dim.
     ``root`` (r, dim): :meth:`FeatureStats.root`, if asked for and there is no ``factor``.
+    ``features`` (n, dim): the vectors themselves, float32, if asked for.
     ``backbone``, ``protocol``, ``resize``, ``precision``, ``dtype`` (of the features), ``fastgan_version``: strings.
 
 All but ``mu`` and ``sigma`` are left out if they are not known.
@@ -22,6 +23,9 @@ import numpy as np
 
 from fastgan._checks import InputError
 from fastgan._files import atomic_path
+
+FEATURES = "features"
+"""Key of the features (n, dim), in the order of the images, where they were asked for."""
 
 _MEAN_KEYS, _COV_KEYS = ("mu", "mu_s"), ("sigma", "sigma_s")
 
@@ -48,7 +52,7 @@ def holds_statistics(path: Path) -> bool:
             names = [name.removesuffix(".npy") for name in file.namelist()]
     except (OSError, zipfile.BadZipFile):
         return True
-    return not names or any(key.lower() in (*_MEAN_KEYS, *_COV_KEYS) for key in names)
+    return not names or any(key.lower() in (*_MEAN_KEYS, *_COV_KEYS, FEATURES) for key in names)
 
 
 def moment_keys(path: str | Path, arrays: dict[str, np.ndarray]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from fastgan._checks import InputError, check_count
-from fastgan.distributed import gather_objects
+from fastgan.distributed import collective_device, gather_objects
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, load_backbone
 from fastgan.metrics.features import empty_stats
@@ -57,8 +57,8 @@ class FeatureMetric(Metric):
         precision: of Inception's arithmetic.
         reference: the real side, known before: :class:`FeatureStats` (for Frechet distances) or features (n, dim).
             Real images are then refused.
-        sync_timeout: seconds that :meth:`compute` waits for the other processes before it says which did not come; gloo
-            alone can tell.
+        sync_timeout: seconds that :meth:`compute` waits for the other processes, which must all call it, before it
+            raises ``RuntimeError``.
         kwargs: torchmetrics' own.
 
     Raises:
@@ -193,14 +193,14 @@ class FeatureMetric(Metric):
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states; a process without images takes part with empty tensors."""
         group = kwargs.get("process_group") or self.process_group
-        if dist.get_backend(group) == "gloo":
-            try:
-                dist.monitored_barrier(group, timeout=timedelta(seconds=self.sync_timeout))
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"compute() of {type(self).__name__} must be called in all processes of its group: after "
-                    f"{self.sync_timeout:g} seconds some had not ({str(error).splitlines()[0]})"
-                ) from error
+        here = torch.ones(1, dtype=torch.int64, device=collective_device(group))
+        try:
+            dist.all_reduce(here, group=group, async_op=True).wait(timedelta(seconds=self.sync_timeout))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"compute() of {type(self).__name__} must be called in all processes of its group: after "
+                f"{self.sync_timeout:g} seconds some had not ({str(error).splitlines()[0]})"
+            ) from error
         lists = {name: getattr(self, name) for name in self._defaults if isinstance(getattr(self, name), list)}
         if lists:
             mine = {name: (rows[0].dtype, rows[0].shape[1:]) for name, rows in lists.items() if len(rows)}

@@ -1,6 +1,9 @@
 """``fastgan evaluate``, resumed statistics and the floor."""
 
+import base64
+import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -142,7 +145,7 @@ def test_what_evaluate_refuses(sets, tmp_path):
     for arguments, part in (
         ((fake, real, "--metrics", "fid,lpips"), "--metrics must be of fid, fid-infinity, kid, is, prdc, got lpips"),
         ((fake, tmp_path / "stats.npz"), "--metrics kid,prdc needs images on both sides"),
-        ((tmp_path / "stats.npz", real), "must hold statistics (mu and sigma) or images"),
+        ((tmp_path / "stats.npz", real), "--metrics fid,kid,prdc needs images, "),
         ((fake,), "names no reference to compare it with"),
         ((fake, real, "--metrics", "prdc", "-k", "0"), "-k must be at least 1"),
         ((fake, real, "--plot", tmp_path / "none" / "a.png"), "its folder does not exist"),
@@ -157,6 +160,50 @@ def test_what_evaluate_refuses(sets, tmp_path):
         assert_one_line_error(run("evaluate", *arguments, "--backbone", "efficientnet_lite0"), part)
     assert Pooled.calls == computed
     assert run("evaluate", fake, "--metrics", "is").stdout.splitlines()[-1].startswith("class score")
+
+
+def test_all_says_what_it_leaves_out(sets, tmp_path):
+    """Explicitly asked for, it is an error, before any feature is computed."""
+    np.savez(tmp_path / "some.npz", images=REAL)  # 40, where 48 are needed for 12 features
+    result = run("evaluate", tmp_path / "some.npz", sets[1], "--metrics", "all", "--plot", tmp_path / "a.png", "--json")
+    assert result.exit_code == 0
+    needed = f"needs at least 48 images for 12 features, {tmp_path / 'some.npz'} holds 40"
+    assert result.stderr == f"fastgan: fid-infinity is left out: it {needed}\n"
+    assert "fid_infinity" not in json.loads(result.stdout)
+    computed = Pooled.calls
+    refused = run("evaluate", tmp_path / "some.npz", sets[1], "--metrics", "fid-infinity")
+    assert_one_line_error(refused, f"--metrics fid-infinity {needed}")
+    assert Pooled.calls == computed
+
+
+def test_a_page_of_the_result(sets, tmp_path):
+    page, plot = tmp_path / "report.html", tmp_path / "bias.png"
+    options = ("--metrics", "all", "--subset-size", 20, "--splits", 2, "--html", page, "--plot", plot)
+    lines = run("evaluate", *sets, *options).stdout.splitlines()
+    text = page.read_text(encoding="utf-8")
+    for line in lines:
+        name, _, value = line.partition(":  ")
+        assert f"<td>{name}</td><td>{value}</td>" in text
+    pictures = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', text)
+    assert [name for name, _ in pictures] == ["bias curve", "generated images", "real images", "neighbours"]
+    for _, content in pictures:
+        assert min(Image.open(io.BytesIO(base64.b64decode(content))).size) > 60
+    assert "http" not in text  # self-contained
+    assert_one_line_error(run("evaluate", *sets, "--html", tmp_path / "no" / "a.html"), "its folder does not exist")
+
+
+def test_files_of_features_stand_for_images(sets, tmp_path):
+    names = [tmp_path / name for name in ("fake.npz", "real_features.npz")]
+    for images, file in zip(sets, names, strict=True):
+        run("stats", "save", images, file, "--save-features")
+    options = ("--metrics", "fid,kid,prdc,fid-infinity", "--subset-size", 20, "--json")
+    expected = json.loads(run("evaluate", *sets, *options).stdout)
+    computed = Pooled.calls
+    found = json.loads(run("evaluate", *names, *options).stdout)
+    assert Pooled.calls == computed
+    for key in ("fid", "kid", "prdc", "fid_infinity"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-9)
+    assert_one_line_error(run("evaluate", *names, "--metrics", "is"), "--metrics is needs images", "holds features")
 
 
 def test_features_that_are_not_finite(sets, monkeypatch, tmp_path):

@@ -102,12 +102,12 @@ def test_npy_and_tensor_files(tmp_path):
     for name in ("a.npy", "a.pt"):
         np.testing.assert_array_equal(pixels(open_images(tmp_path / name)), IMAGES)
     np.save(tmp_path / "b.npy", np.array([None]))
-    torch.save({"images": torch.zeros(2, 3, 4, 4)}, tmp_path / "b.pt")
+    torch.save({"mean": torch.zeros(2), "step": torch.zeros(1)}, tmp_path / "b.pt")
     torch.save(torch.full((2, 3, 4, 4), 3.0), tmp_path / "c.pt")
     (tmp_path / "d.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:200])
     for name, message in (
         ("b.npy", "cannot be read: .*bject"),
-        ("b.pt", "must hold one tensor of images, it holds a dict"),
+        ("b.pt", "must hold .*images.*, it has: mean, step"),
         ("c.pt", r"must lie in \[0, 1\]"),
         ("d.pt", "cannot be read"),
     ):

@@ -161,7 +161,10 @@ def test_wrong_arguments(folder):
     for wrong, message in (
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
-        ({"resize": "area"}, "resize must be one of 'clean', 'legacy_pytorch', 'legacy_tensorflow', got 'area'"),
+        (
+            {"resize": "area"},
+            "resize must be one of 'clean', 'legacy_pytorch', .*, got 'area'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             next(images.batches(6, **wrong))

@@ -1,5 +1,8 @@
 """The torchmetrics classes: against torchmetrics' own on a module's features and in a collection."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,9 @@ pytest.importorskip("torchmetrics")
 
 from torchmetrics import MetricCollection
 from torchmetrics.image import fid as theirs_fid
+from torchmetrics.image import inception as theirs_score
 from torchmetrics.image import kid as theirs_kid
+from torchmetrics.wrappers import FeatureShare
 
 from fastgan.metrics import (
     Backbone,
@@ -20,8 +25,12 @@ from fastgan.metrics import (
     KernelInceptionDistance,
     PrecisionRecall,
     frechet_distance,
+    inception_score,
+    load_backbone,
     precision_recall,
 )
+from fastgan.metrics.backbones.inception import InceptionV3
+from tests.metrics.random_weights import randomize
 
 DIM = 12
 
@@ -138,3 +147,188 @@ def test_wrong_arguments():
     nan = torch.full((2, 3, 2, 2), float("nan"))
     with pytest.raises(InputError, match="features must be finite: row 0"):
         FrechetInceptionDistance(feature=Network()).update(nan, real=True)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(randomize(InceptionV3()).state_dict(), path)
+    return str(path)
+
+
+def pixels(n, seed=0):
+    return torch.randint(0, 256, (n, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_inception_follows_the_metric_and_nothing_else_reaches_it(weights):
+    metric = FrechetInceptionDistance(64, feature_extractor_weights_path=weights)
+    expected = metric.extract(pixels(3))
+    parent = nn.ModuleDict({"metric": metric, "own": nn.Linear(2, 2)})
+    parent.train()
+    for convert in (nn.Module.half, nn.Module.double, lambda module: module.to(torch.bfloat16)):
+        convert(parent)
+        assert torch.equal(metric.extract(pixels(3)), expected)
+        assert metric.real.dtype == torch.float64
+    metric.set_dtype(torch.float16)
+    assert torch.equal(metric.extract(pixels(3)), expected)
+    assert [name for name, _ in parent.named_parameters()] == ["own.weight", "own.bias"]
+    assert set(parent.state_dict()) == {"own.weight", "own.bias"}
+    for copied in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert torch.equal(copied.extract(pixels(3)), expected)
+    parent.to("meta")
+    assert metric.extractor.device.type == metric.real.device.type == "meta"
+    assert {parameter.device.type for parameter in metric.extractor._network.parameters()} == {"meta"}
+
+
+def test_a_module_stays_in_eval_mode_in_a_training_parent():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(DIM), nn.Dropout(0.5))
+    metric = PrecisionRecall(network, k=1, input_img_size=(3, 2, 2), normalize=True)
+    before = copy.deepcopy(network.state_dict())
+    nn.ModuleList([metric, network]).train()
+    assert torch.equal(metric.extract(images(5)), metric.extract(images(5)))
+    torch.testing.assert_close(network.state_dict(), before)
+    metric.train()
+    assert not network.training
+
+
+def test_the_positions_of_torchmetrics():
+    fid = FrechetInceptionDistance(Network(), False, True, (3, 4, 4), None, False)
+    assert (fid.reset_real_features, fid.normalize) == (False, True)
+    assert fid.protocol.name == "torchmetrics+legacy_tensorflow"
+    kid = KernelInceptionDistance(Network(), 7, 30, 2, 0.5, 2.0, False, True)
+    assert kid._options == {"subsets": 7, "subset_size": 30, "degree": 2, "gamma": 0.5, "coef": 2.0, "seed": 0}
+    assert (kid.reset_real_features, kid.normalize) == (False, True)
+    score = InceptionScore(Network(), 4, True)
+    assert (score.splits, score.normalize) == (4, True)
+    assert fid.protocol != FrechetInceptionDistance(Network()).protocol
+
+
+@pytest.mark.parametrize("extract", [KernelInceptionDistance, InceptionScore])
+def test_unbiased_logits(weights, extract):
+    metric = extract("logits_unbiased", feature_extractor_weights_path=weights)
+    network = InceptionV3("logits_unbiased").eval()
+    network.load_state_dict(torch.load(weights))
+    expected = load_backbone("inception", weights=weights, dims="logits_unbiased")(pixels(2), protocol="torchmetrics")
+    if extract is InceptionScore:
+        metric.update(pixels(2))
+        found = metric.logits[0]
+    else:
+        found = metric.extract(pixels(2))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_one_network_is_shared():
+    """torchmetrics' FeatureShare: each batch goes through the network once, and the metrics still move."""
+
+    class Counting(Network):
+        calls = 0
+
+        def forward(self, images):
+            Counting.calls += 1
+            return super().forward(images)
+
+    network = Counting()
+    options = {"feature": network, "input_img_size": (3, 2, 2)}
+    shared = FeatureShare(
+        {"fid": FrechetInceptionDistance(**options), "prdc": PrecisionRecall(network, 3, input_img_size=(3, 2, 2))}
+    )
+    for batch, real in ((images(20), True), (images(20, seed=1), False)):
+        shared.update(batch, real=real)
+    assert Counting.calls == 2
+    assert shared.compute()["fid"] > 0
+    backbone = Backbone(Network(), name="net", dim=DIM)
+    shared = FeatureShare({"fid": FrechetInceptionDistance(backbone), "prdc": PrecisionRecall(backbone, 3)})
+    shared.to("meta")
+    assert backbone.device.type == "meta"
+
+
+def test_the_errors_are_theirs_and_ours():
+    with pytest.raises(TypeError, match="feature"):
+        FrechetInceptionDistance(feature=[1, 2])
+    for error in (RuntimeError, InputError):
+        with pytest.raises(error, match="at least 2 real images"):
+            FrechetInceptionDistance(Network()).compute()
+    small = fed(KernelInceptionDistance(Network(), subset_size=30), images(20), images(40))
+    for error in (ValueError, InputError):
+        with pytest.raises(error, match="subset_size must be at most the number of samples, 20, got 30"):
+            small.compute()
+    wrong = Network()
+    wrong.num_features = "12"
+    with pytest.raises(TypeError, match="num_features must be an int"):
+        FrechetInceptionDistance(wrong)
+    tensor = Network()
+    tensor.num_features = torch.tensor(DIM)
+    assert FrechetInceptionDistance(tensor).num_features == DIM
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *(
+            (lambda value, key=key: KernelInceptionDistance(Network(), **{key: value}), key)
+            for key in ("subsets", "degree")
+        ),
+        *(
+            (lambda value, key=key: KernelInceptionDistance(Network(), **{key: value}), key)
+            for key in ("gamma", "coef")
+        ),
+        (lambda value: KernelInceptionDistance(Network(), subset_size=value), "subset_size"),
+        (lambda value: InceptionScore(Network(), value), "splits"),
+        (lambda value: PrecisionRecall(Network(), value), "k"),
+        (lambda value: ClassFrechetDistance(value, Network()), "num_classes"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -3, True, "2", float("nan")])
+def test_arguments_are_checked_when_a_metric_is_made(make, name, value):
+    with pytest.raises(ValueError, match=name):
+        make(value)
+
+
+def test_a_known_reference():
+    real, fake = images(60), images(40, seed=1, shift=0.3)
+    features = real.flatten(1)
+    for make in (
+        lambda **options: FrechetInceptionDistance(Network(), **options),
+        lambda **options: KernelInceptionDistance(Network(), 2, 30, **options),
+        lambda **options: PrecisionRecall(Network(), 3, **options),
+    ):
+        expected = fed(make(), real, fake).compute()
+        known = make(reference=features.numpy())
+        known.update(fake, real=False)
+        torch.testing.assert_close(known.compute(), expected, rtol=1e-9, atol=1e-12)
+        with pytest.raises(InputError, match="real images must not be given"):
+            known.update(real, real=True)
+    stats = FrechetInceptionDistance(Network(), reference=FeatureStats().update(features))
+    stats.update(fake, real=False)
+    torch.testing.assert_close(stats.compute(), fed(FrechetInceptionDistance(Network()), real, fake).compute())
+    backbone = Backbone(Network(), name="net", dim=DIM)
+    for reference, message in (
+        (FeatureStats(backbone="other").update(features), "differ in backbone"),
+        (FeatureStats(backbone="net", protocol="clean-fid").update(features), "differ in protocol"),
+        (features[:, :5], "reference must have shape"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FrechetInceptionDistance(backbone, reference=reference)
+    with pytest.raises(InputError, match="reference must be features"):
+        PrecisionRecall(Network(), reference=FeatureStats().update(features))
+
+
+def test_plots():
+    metric = fed(KernelInceptionDistance(Network(), 2, 10), images(20), images(20, seed=1))
+    figure, axes = metric.plot()
+    assert axes in figure.axes
+    FrechetInceptionDistance(Network()).plot([torch.tensor(1.0), torch.tensor(2.0)])
+
+
+def test_the_spread_of_the_score_is_torchmetrics(monkeypatch):
+    """Divided by splits - 1, as theirs; inception_score itself divides by splits."""
+    scores = images(40).flatten(1) * 3
+    theirs = theirs_score.InceptionScore(feature=nn.Flatten(), splits=4)
+    ours = InceptionScore(nn.Flatten(), 4, input_img_size=(3, 2, 2), seed=0)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: order)
+    for metric in (theirs, ours):
+        metric.update(images(40) * 3)
+    for found, expected in zip(ours.compute(), theirs.compute(), strict=True):
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert inception_score(scores, splits=4).std == pytest.approx(ours.compute()[1].item() * (3 / 4) ** 0.5)
