@@ -133,6 +133,7 @@ class TrainConfig:
         step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or
             "auto", compiled on a GPU and eager on a CPU.
         seed: of weights, noise, labels, augmentation and batch order.
+        init: folder of a run or of a saved generator whose weights a new run begins with; empty for none.
     """
 
     steps: int = 100_000
@@ -170,6 +171,7 @@ class TrainConfig:
     channels_last: bool = True
     step_mode: str = "auto"
     seed: int = 0
+    init: str = ""
 
     def __post_init__(self) -> None:
         weights = (
