@@ -21,7 +21,11 @@ from fastgan.recipes.schema import ModelConfig
 
 _SHARED = {"architecture", "conditional", "resolution", "generator_width", "discriminator_width", "max_multiplier"}
 _FROM_NOISE = _SHARED | {"dim_z", "attention_resolution", "generator_spectral_norm", "discriminator_norm", "head"}
-USED = {"resnet": _FROM_NOISE, "dcgan": _FROM_NOISE, "sketch": _SHARED | {"label_channels", "sees_sketch"}}
+USED = {
+    "resnet": _FROM_NOISE,
+    "dcgan": _FROM_NOISE | {"discriminator_dropout"},
+    "sketch": _SHARED | {"label_channels", "sees_sketch"},
+}
 """Fields of :class:`ModelConfig` that each architecture uses."""
 
 
@@ -60,7 +64,9 @@ def _build(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Gen
     d |= {"head": model.head, **attention}
     norm = model.discriminator_norm
     if model.architecture == "dcgan":
-        return DCGANGenerator(n_classes, **g), DCGANDiscriminator(n_classes, norm=norm, **d)
+        return DCGANGenerator(n_classes, **g), DCGANDiscriminator(
+            n_classes, norm=norm, dropout=model.discriminator_dropout, **d
+        )
     resnet = ResNetGenerator(n_classes, **g)
     if norm not in ("none", "spectral"):
         raise ValueError(f"discriminator_norm must be 'none' or 'spectral', got {norm!r}")

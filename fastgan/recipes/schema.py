@@ -70,6 +70,7 @@ class ModelConfig:
         attention_resolution: width of the maps that self-attention works on; 0 for no attention.
         generator_spectral_norm: normalise the generator's weights.
         discriminator_norm: "none", "batch", "instance" or "spectral".
+        discriminator_dropout: probability of dropout in the discriminator "dcgan", in [0, 1); 0 for none.
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
         label_channels: length of the sketch generator's label embedding.
         sees_sketch: the sketch discriminator sees the sketch beside the image. "auto": if sketches belong to images.
@@ -85,6 +86,7 @@ class ModelConfig:
     attention_resolution: int = 0
     generator_spectral_norm: bool = False
     discriminator_norm: str = "none"
+    discriminator_dropout: float = 0.0
     head: str = "plain"
     label_channels: int = 32
     sees_sketch: bool | None = False

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
@@ -197,6 +199,12 @@ class Trainer:
             world=self.world,
         )
         self.discriminator_step, self.generator_step = self.steps.discriminator, self.steps.generator
+        # Dropout draws from the default generators, which then belong to the state.
+        self._draws_itself = any(
+            isinstance(module, _DropoutNd) and module.p > 0
+            for network in (self.generator, self.discriminator)
+            for module in network.modules()
+        )
         self.history = History()
         self.step = 0
         self.stop_requested = False
@@ -222,7 +230,8 @@ class Trainer:
             with self.world.agreed():
                 for callback in callbacks:
                     started.append(callback)
-                    callback.on_start(self, steps)
+                    with self._default_rng_kept():
+                        callback.on_start(self, steps)
             for i in range(steps):
                 if not self._pending and good and self.step - good["step"] >= FLUSH_INTERVAL:
                     good = self._copied_state()
@@ -230,7 +239,8 @@ class Trainer:
                 if len(self._pending) >= FLUSH_INTERVAL or i == steps - 1 or self.stop_requested:
                     self.flush()
                 for callback in callbacks:
-                    callback.on_step(self)
+                    with self._default_rng_kept():
+                        callback.on_step(self)
                 if self._all_stop():
                     self.flush()
                     break
@@ -339,11 +349,32 @@ class Trainer:
         return self._state() | {"history": asdict(self.history)}
 
     def _state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()} | {
+        state = {name: part.state_dict() for name, part in self._parts().items()} | {
             "step": self.step,
             "ema_updates": self.ema.updates,
             "rng": self.rng.get_state(),
         }
+        if self._draws_itself:
+            state["default_rng"] = self._default_rng()
+        return state
+
+    def _default_rng(self) -> Tensor:
+        """State of the default generator that dropout draws from."""
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _set_default_rng(self, state: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.cpu(), self.device)
+        else:
+            torch.set_rng_state(state.cpu())
+
+    @contextmanager
+    def _default_rng_kept(self) -> Iterator[None]:
+        """Let callbacks draw without an effect on dropout, so that a resumed run, which scores anew, stays the same."""
+        before = self._default_rng() if self._draws_itself else None
+        yield
+        if before is not None:
+            self._set_default_rng(before)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; on the same device bit for bit."""
@@ -357,6 +388,8 @@ class Trainer:
         self.steps.counts = {"discriminator": self.step * self.config.n_critic, "generator": self.step}
         self.ema.updates.copy_(state["ema_updates"])
         self.rng.set_state(state["rng"].cpu())
+        if "default_rng" in state:
+            self._set_default_rng(state["default_rng"])
         for losses in (self.history.discriminator, self.history.generator):
             del losses[self.step :]
         self._pending = []

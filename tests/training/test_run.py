@@ -63,7 +63,7 @@ def test_every_recipe_trains_resumes_and_samples(name, tmp_path):
     assert_same(Generator.from_pretrained(tmp_path / "generator").state_dict(), run.generator.state_dict())
 
 
-@pytest.mark.parametrize("name", ["wgan-gp", "sagan"])
+@pytest.mark.parametrize("name", ["wgan-gp", "sagan", "acgan-paper"])  # the last with dropout
 def test_twelve_steps_are_five_and_seven_more(name, tmp_path):
     changes = (
         "steps=12",
