@@ -7,7 +7,16 @@ from torch import Tensor
 
 
 def empty_rows_like(x: Tensor, channels: int) -> Tensor:
-    """An uninitialised (B, N, channels) tensor for x (B, N, d), channels-first in memory where x is."""
+    """An uninitialised (B, N, channels) tensor for x (B, N, d), channels-first in memory where x is.
+
+    For x (B, H, N, d) it is (B, H, N, channels), with heads next to one another in each row of memory where x has them
+    so.
+    """
+    if x.ndim == 4:
+        b, h, n, _ = x.shape
+        if h > 1 and x.stride(1) < x.stride(2):
+            return x.new_empty(b, n, h, channels).transpose(1, 2)
+        return x.new_empty(b, h, n, channels)
     b, n, _ = x.shape
     if is_channels_first(x):
         return x.new_empty(b, channels, n).transpose(1, 2)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from fastgan.kernels.attention import double_backward
 from fastgan.kernels.attention import kernels as attention
-from fastgan.kernels.attention.config import Tile, entries, most_qk
+from fastgan.kernels.attention.config import TABLE_QK, Tile, entries, entries_of_heads
 from fastgan.kernels.launch import Configuration, Launch
 from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
 from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
@@ -50,7 +50,7 @@ class AotCase:
     """One configuration that can be launched: signature and constexprs by argument name."""
 
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     config: Configuration
     label: str
@@ -92,11 +92,17 @@ class Report:
 
 def case_of(launch: Launch, label: str = "") -> AotCase:
     """Return the specialization that Triton compiles for ``launch``: its divisibilities by 16 and its ones."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constexprs = dict(launch.constants)
     divisible = []
     for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):  # constants come after
-        if isinstance(value, Tensor):
+        if value is None:
+            constexprs[name] = None
+            continue
+        if isinstance(value, tuple):  # its entries as they are in the worst case
+            signature[name] = tuple(_POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for x in value)
+            multiple = False
+        elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             multiple = value.data_ptr() % 16 == 0
         elif isinstance(value, float):
@@ -164,6 +170,7 @@ ATTENTION_KERNELS = {
     "bwd_bwd_rows": double_backward.attention_bwd_bwd_rows_kernel,
     "bwd_bwd_keys": double_backward.attention_bwd_bwd_keys_kernel,
 }
+_BEYOND = ("heads", "mask", "sinks")  # arguments that are None for one unmasked head
 _CHANNEL_STRIDES = ("_sd", "_se")
 _ROW_STRIDES = ("_sn", "_sm")
 
@@ -174,13 +181,22 @@ def _attention(capability: int) -> Iterator[AotCase]:
     Operands are contiguous along channels; on sm_90 also along rows, as channels-first models have them.
     """
     layouts = (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 else (_CHANNEL_STRIDES,)
-    for kernel, e, tile, dtype in entries(capability):
-        takes_flags = "QK" in ATTENTION_KERNELS[kernel].arg_names
-        flags = [outputs for outputs, _ in tile.passes(e)] if takes_flags else [{}]
-        precision = "tf32" if dtype == torch.float16 else "ieee" if tile.scalar else "tf32x3"
+    for kernel, d, e, tile, dtype in entries(capability):
+        flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]
         for outputs, units in itertools.product(flags, layouts):
-            d = most_qk(kernel, dtype.itemsize, e)
-            yield attention_case(kernel, d, e, tile, dtype, outputs, precision, units)
+            yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), units)
+    for kernel, d, e, tile, dtype in entries_of_heads():
+        flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]
+        for outputs, heads in itertools.product(flags, (True, False) if d > TABLE_QK else (True,)):
+            yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), heads=heads)
+
+
+def _takes_flags(kernel: str) -> bool:
+    return "QK" in ATTENTION_KERNELS[kernel].arg_names
+
+
+def _precision(tile: Tile, dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float16 else "ieee" if tile.scalar else "tf32x3"
 
 
 def attention_case(
@@ -192,15 +208,26 @@ def attention_case(
     outputs: dict[str, bool],
     precision: str = "tf32",
     unit_strides: tuple[str, str] = _CHANNEL_STRIDES,
+    heads: bool = False,
 ) -> AotCase:
-    """Return one launch, for operands whose strides of these names are 1."""
+    """Return one launch, for operands whose strides of these names are 1.
+
+    With ``heads`` it is the one that takes most: several heads under a causal and an additive mask, with sinks.
+    """
     function = ATTENTION_KERNELS[kernel]
     logits = "tf32x3" if precision == "ieee" else precision
     constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, **outputs}
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
     constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
-    floats = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
-    signature = {
+    beyond = [name for name in _BEYOND if name in function.arg_names and not heads]
+    constexprs |= {**dict.fromkeys(beyond), "CAUSAL": heads}
+    floats: dict[str, Any] = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
+    floats |= {
+        "heads": ("i32",) * (2 + sum(name.endswith("_sb") for name in function.arg_names)),
+        "mask": (_POINTERS[dtype], *("i32",) * 4),
+        "sinks": ("*fp32", "*fp32") if kernel == "bwd_bwd_rows" else "*fp32",
+    }
+    signature: dict[str, Any] = {
         name: floats.get(name, _POINTERS[dtype] if name.endswith("_ptr") else "i32")
         for name in function.arg_names
         if name not in constexprs
@@ -208,7 +235,8 @@ def attention_case(
     label = f"{_POINTERS[dtype][1:]} {precision} D={d} E={e} slab={tile.slab} {tile}"
     label = " ".join([label, *(name for name, value in outputs.items() if value)])
     label += " channels-first" if unit_strides == _ROW_STRIDES else ""
-    divisible = tuple(name for name, kind in signature.items() if kind != "fp32")
+    label += " heads" if heads else ""
+    divisible = tuple(name for name, kind in signature.items() if kind != "fp32" and name not in _BEYOND)
     return AotCase(function, signature, constexprs, tile, label, divisible, mma=precision != "ieee")
 
 

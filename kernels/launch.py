@@ -122,13 +122,17 @@ def _spills_in_a_loop(compiled: Any) -> bool:
 
 def _specialization(given: Configuration, arguments: Sequence[Any], constants: dict[str, Any]) -> Hashable:
     """Return what Triton compiles apart: device, dtypes, divisibility by 16, ones, integers that need 64 bits."""
-    kinds = [
-        (x.dtype, x.get_device(), x.data_ptr() % 16 == 0)
-        if isinstance(x, Tensor)
-        else (type(x), x == 1, x % 16 == 0, abs(x) >= 1 << 31)
-        for x in arguments
-    ]
-    return given, *kinds, *constants.items()
+    return given, *map(_kind, arguments), *constants.items()
+
+
+def _kind(x: Any) -> Hashable:
+    if x is None:
+        return None
+    if isinstance(x, Tensor):
+        return x.dtype, x.get_device(), x.data_ptr() % 16 == 0
+    if isinstance(x, tuple):
+        return tuple(map(_kind, x))
+    return type(x), x == 1, x % 16 == 0, abs(x) >= 1 << 31
 
 
 def on_its_device(launcher: Launcher) -> Launcher:

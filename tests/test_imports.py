@@ -22,6 +22,7 @@ ALLOWED = {
     "_files": {"_checks"},
     "_layout": set(),
     "_random_state": set(),
+    "_twice_differentiable": set(),
     "backend": set(),
     "distributed": {"_checks"},
     "reference": {"_dispatch", "_layout"},
@@ -29,12 +30,12 @@ ALLOWED = {
     "ops": GROUND | {"reference", "kernels"},
     "nn": GROUND | {"reference", "ops"},
     "linalg": GROUND,
-    "losses": GROUND,
+    "losses": GROUND | {"_twice_differentiable"},
     "data": GROUND,
     "models": GROUND | {"nn"},
     "recipes": GROUND | {"losses", "models"},
     "metrics": GROUND | {"linalg", "data"},
-    "training": GROUND | {"losses", "data", "models", "recipes", "metrics"},
+    "training": GROUND | {"_twice_differentiable", "losses", "data", "models", "recipes", "metrics"},
     "bench": GROUND | {"reference", "ops", "nn", "linalg", "models"},
 }
 """What each package of fastgan may import besides itself and the version; ``cli`` and ``demo`` may import anything."""

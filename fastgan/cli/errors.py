@@ -64,9 +64,14 @@ def user_errors() -> Iterator[None]:
         _fail("fastgan", f"{where}{error.strerror}")
 
 
+def printable(text: str) -> str:
+    r"""``text`` with the bytes of file names that are no UTF-8 as ``\\xe9``, which any terminal takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _fail(program: str, message: str) -> None:
     """One line, once however many processes torchrun started, and exit status 2 in all of them."""
-    line = f"{program}: error: {' '.join(message.split())}"
+    line = printable(f"{program}: error: {' '.join(message.split())}")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         typer.echo(line, err=True)
     else:

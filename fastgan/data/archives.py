@@ -50,7 +50,7 @@ def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
         source = opener(path, skip_bad)
         if source is not None:
             return source
-    if path.is_file() and path.suffix in ARRAY_FILES:
+    if path.is_file() and path.suffix.lower() in ARRAY_FILES:
         return ImageArray.load(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ImageZip(path, skip_bad=skip_bad)
@@ -62,10 +62,11 @@ def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is not an npz file")
-        with loaded:
+        with open(path, "rb") as file:
+            beginning = file.read(2)
+            if beginning != b"PK":
+                raise InputError(f"{path} is not an npz file")
+        with np.load(path, allow_pickle=False) as loaded:
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
@@ -175,7 +176,7 @@ class ImageArray(ImageSource):
         an npy file is read from disk image by image.
         """
         path = Path(path)
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             arrays = read_npz(path)
             keys = [key for key in IMAGE_KEYS if key in arrays] or [key for key in arrays if key not in LABEL_KEYS]
             labels = next((arrays[key] for key in LABEL_KEYS if key in arrays), None)
@@ -184,7 +185,7 @@ class ImageArray(ImageSource):
                 raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
             return cls(arrays[keys[0]], label=str(path), labels=labels)
         try:
-            if path.suffix == ".npy":
+            if path.suffix.lower() == ".npy":
                 images = np.load(path, mmap_mode="r", allow_pickle=False)
             else:
                 images = torch.load(path, map_location="cpu", weights_only=True)

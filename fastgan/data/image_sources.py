@@ -37,6 +37,7 @@ class ImageSource(ABC):
             the path of one. None for most; the samples of a training run have the run's held-out images.
         decoding: how files become RGB, by default as the metrics have it.
         left_out: counts of the entries that are not of the set, in words; empty if there are none.
+        backbone: the network that scores this set where no other is asked for; a training run has one.
         second_split: other images of the same data, whose distance to the reference is then told as the floor; those
             that a run was trained on.
     """
@@ -48,6 +49,7 @@ class ImageSource(ABC):
         self.left_out = ""
         self.decoding = AS_METRICS
         self.reference: Path | ImageSource | None = None
+        self.backbone: str | None = None
         self.second_split: ImageSource | None = None
 
     @abstractmethod
@@ -90,9 +92,9 @@ class ImageSource(ABC):
 
     def fingerprint(self) -> str:
         """A digest that differs where the images do, as far as can be told without reading them."""
-        digest = hashlib.sha256(f"{self.label}:{len(self)}".encode())
+        digest = hashlib.sha256(os.fsencode(f"{self.label}:{len(self)}"))  # names need be no UTF-8
         for index in range(len(self)):
-            digest.update(self._identity(index).encode())
+            digest.update(os.fsencode(self._identity(index)))
         return digest.hexdigest()
 
     def _identity(self, index: int) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._checks import check_tensor
+from fastgan._twice_differentiable import check_twice_differentiable
 from fastgan.losses.augmentation import augment, augment_draws
 
 __all__ = [
@@ -48,6 +49,8 @@ def gradient_penalty(
 
     Raises:
         ValueError: shapes disagree.
+        RuntimeError: the critic has attention of torch's that cannot be differentiated twice; see
+            :func:`fastgan.nn.second_order_attention`.
 
     Source: Gulrajani et al. 2017, "Improved Training of Wasserstein GANs", arXiv 1704.00028.
     """
@@ -73,6 +76,9 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
 
     Returns:
         A scalar, float32 (float64 for float64 images).
+
+    Raises:
+        RuntimeError: as :func:`gradient_penalty`.
 
     Source: Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", arXiv 1801.04406.
     """
@@ -171,7 +177,9 @@ def _squared_gradient(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """|grad critic(x)|^2 of each sample, (n,), with a graph behind it."""
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        score = critic(x).sum()
+        (gradient,) = torch.autograd.grad(score, x, create_graph=True)
+        check_twice_differentiable(score, gradient, x)
     return gradient.flatten(1).square().sum(1)
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan._checks import check_alike, check_tensor
-from fastgan._dispatch import autocast_dtype, differentiable, is_transforming, outside_autocast
+from fastgan._checks import FLOATS, check_alike, check_tensor
+from fastgan._dispatch import autocast_dtype, differentiable, is_differentiated, is_transforming, outside_autocast
 from fastgan._layout import empty_rows_like
 from fastgan.backend import IMPLS, implementation, resolve, warn_once
 from fastgan.kernels.attention.config import unsupported
+from fastgan.ops._multihead import multihead
 from fastgan.reference.attention import attention_eager
 
 # Maps of at most so many bytes stay in a CPU's last-level cache, where keeping them is quicker than recomputing them
@@ -26,33 +27,71 @@ SMALL_MAPS = 16 << 20
 ATTENTION_IMPLS = (*IMPLS, "eager")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "auto") -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float = 1.0,
+    impl: str = "auto",
+    *,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention with true reverse-over-reverse gradients in O(N) memory.
 
     Args:
-        q: queries (B, N, d); float64 (reference path), float32, bfloat16 or float16; any strides.
-        k: keys (B, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q.
-        v: values (B, M, e).
-        scale: a finite number that multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
-        impl: "auto", "triton", "reference" or "eager". "eager" is the textbook formula, with the maps in memory. On a
-            CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and is "reference" above; so it is, with one
-            warning, for more channels than the kernels take (d 64, e 256). Within transforms of ``torch.func`` and
-            forward-mode differentiation, which know no such op, maps of any size are kept, whatever ``impl`` says.
+        q: queries (B, N, d) or, of several heads, (B, H, N, d); float64 (not by Triton), float32, bfloat16 or float16;
+            any strides.
+        k: keys (B, M, d) or (B, H, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q. Of
+            fewer heads than q's, which they must divide, each serves as many of q's in turn (grouped queries).
+        v: values (B, M, e) or (B, H, M, e), with the heads of k.
+        scale: a finite number that multiplies the logits. **1.0, as in SAGAN**: for the 1/sqrt(d) of transformers
+            pass ``d**-0.5`` or call :func:`scaled_dot_product_attention`.
+        impl: "auto", "triton", "extension", "reference" or "eager". "eager" is the textbook formula, with the maps in
+            memory. "auto" is "triton" on a GPU and "extension" on a CPU, for one unmasked head. Otherwise, and if the
+            extension is not built, it keeps maps of up to 16 MB, as "eager", and is "reference" above; so it is, with
+            one warning, for more channels than Triton's kernels take (d 128, e 256). Within transforms of
+            ``torch.func`` and forward-mode differentiation, which know no such op, maps of any size are kept, whatever
+            ``impl`` says.
+        is_causal: the i-th query sees the keys up to the i-th alone.
+        mask: boolean, True where a query may see a key: (B, M) for keys alone, or broadcastable to (B, N, M) or
+            (B, H, N, M). Or floating-point, added to the scaled logits, of the latter shapes. It is read tile by tile
+            and never expanded. Queries that see no key give 0, with gradients of 0. A mask that is itself
+            differentiated (a learnt bias, as large as the maps) needs "eager", which "auto" then is.
+        sinks: (H,), or (1,) for operands without heads: one more logit per head, which takes part in the softmax and
+            has no value. Floating-point, any dtype; differentiable.
 
     Returns:
-        (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order, and
-        to any order with ``impl="eager"``.
+        (B, N, e) or (B, H, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to
+        second order, and to any order with ``impl="eager"``.
 
     Raises:
-        ValueError: rank, shape, dtype or device do not fit, there is no key or channel, ``scale`` is not finite, or
-            ``impl`` cannot be used here.
+        ValueError: rank, shape, dtype or device do not fit, there is no key or channel, ``scale`` is not finite,
+            ``mask`` is differentiated, or ``impl`` cannot be used here.
         TypeError: ``scale`` is a tensor: multiply q by one that is to be learnt.
 
-    Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318.
+    Source: Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", arXiv 1805.08318. Sinks: Xiao et al.
+    2024, "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453.
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 8, 64, 32, requires_grad=True) for _ in range(3))
+        >>> (gradient,) = torch.autograd.grad(attention(q, k, v, 32**-0.5).sum(), q, create_graph=True)
+        >>> gradient.square().sum().backward()
+        >>> k.grad.shape
+        torch.Size([2, 8, 64, 32])
     """
     check_attention_impl(impl)
     _check(q, k, v, scale)
-    return attend(q, k, v, scale, impl, "eager" if impl == "eager" else resolve(impl, q))
+    if q.ndim == 3 and mask is None and sinks is None and not is_causal:
+        return attend(q, k, v, scale, impl, "eager" if impl == "eager" else resolve(impl, q))
+    alone = q.ndim == 3
+    if alone:
+        q, k, v = q[:, None], k[:, None], v[:, None]
+    mask = None if mask is None else _full_mask(mask, q, k, v, alone)
+    _check_sinks(sinks, q)
+    o = _attend_heads(q, k, v, scale, impl, mask, sinks, is_causal)
+    return o[:, 0] if alone else o
 
 
 def check_attention_impl(impl: str) -> None:
@@ -63,16 +102,11 @@ def check_attention_impl(impl: str) -> None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str) -> Tensor:
     """Compute :func:`attention` of operands that fit one another; ``asked`` was resolved to ``impl`` for them."""
-    reason = unsupported(q.shape[2], v.shape[2]) if impl == "triton" else ""
-    if reason:
-        if asked == "triton":
-            raise ValueError(reason)
-        warn_once(f"attention runs its reference path: {reason}")
-        impl = "reference"
+    impl = _able(impl, asked, q, v)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if impl == "eager" or is_transforming() or (asked == "auto" and _maps_are_small(q, k)):
+    if impl == "eager" or is_transforming() or (asked == "auto" and impl == "reference" and _maps_are_small(q, k)):
         return attention_eager(q, k, v, scale)
     batch = next(iter(_batches(q, k, v)), 1)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
@@ -81,10 +115,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str)
     return cast(Tensor, _attention(q, k, v, float(scale), impl)[0])
 
 
+def _attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    asked: str,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """As :func:`attend`, of (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
+    impl = asked if asked == "eager" else _able(resolve(asked, q), asked, q, v)
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    learnt_mask = mask is not None and is_differentiated(mask)
+    if impl == "eager" or is_transforming() or (asked == "auto" and (learnt_mask or _maps_are_small(q, k))):
+        return attention_eager(q, k, v, scale, mask, sinks, is_causal)
+    if learnt_mask:
+        raise ValueError(f"mask must not require a gradient for impl={asked!r}: use impl='eager' or 'auto'")
+    batch = next(iter(_batches(q, k, v)), 1)
+    q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (q, k, v))
+    if scale <= 0:  # as in attend
+        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
+    return cast(Tensor, multihead(q, k, v, mask, sinks, is_causal, float(scale), impl)[0])
+
+
+def _able(impl: str, asked: str, q: Tensor, v: Tensor) -> str:
+    """Return ``impl``, or "reference" where the kernels cannot take so many channels and were not ``asked`` for."""
+    reason = unsupported(q.shape[-1], v.shape[-1]) if impl == "triton" else ""
+    if not reason:
+        return impl
+    if asked == "triton":
+        raise ValueError(reason)
+    warn_once(f"attention runs its reference path: {reason}")
+    return "reference"
+
+
 def _maps_are_small(q: Tensor, k: Tensor) -> bool:
     if q.device.type != "cpu" or torch.compiler.is_compiling():  # a compiled graph may serve other sizes
         return False
-    return max(q.shape[0], k.shape[0]) * q.shape[1] * k.shape[1] * q.element_size() <= SMALL_MAPS
+    heads = q.shape[1] if q.ndim == 4 else 1
+    return max(q.shape[0], k.shape[0]) * heads * q.shape[-2] * k.shape[-2] * q.element_size() <= SMALL_MAPS
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
@@ -92,21 +165,60 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         raise TypeError("scale must be a number, got a tensor: multiply q by it")
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale must be finite, got {scale}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, ndim=3)
+    check_tensor("q", q)
+    if q.ndim not in (3, 4):
+        raise ValueError(f"q must have 3 dimensions, or 4 with heads, got shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x, ndim=q.ndim)
     check_alike(q=q, k=k, v=v)
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"k must have the channels d of q: (B, M, {q.shape[2]}), got shape {tuple(k.shape)}")
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v must have as many rows M as k: (B, {k.shape[1]}, e), got shape {tuple(v.shape)}")
-    if q.shape[2] == 0 or v.shape[2] == 0:
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have the channels d of q: (.., M, {q.shape[-1]}), got shape {tuple(k.shape)}")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"v must have as many rows M as k: (.., {k.shape[-2]}, e), got shape {tuple(v.shape)}")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"q and v must have at least one channel, got shapes {tuple(q.shape)} and {tuple(v.shape)}")
-    if k.shape[1] == 0:
+    if k.shape[-2] == 0:
         raise ValueError("k must have at least one key, got M = 0")
     batches = _batches(q, k, v)
     if any(batch != batches[0] for batch in batches):
         got = tuple(x.shape[0] for x in (q, k, v))
         raise ValueError(f"q, k and v must have the same batch size B (or 1, which is broadcast), got {got}")
+    if q.ndim == 4:
+        if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            raise ValueError(f"k must have a number of heads that divides q's, {q.shape[1]}, got {k.shape[1]}")
+        if v.shape[1] != k.shape[1]:
+            raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
+
+
+def _full_mask(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, alone: bool) -> Tensor:
+    """Return a view (B, H, N, M) of ``mask``, given for operands with heads; ``alone`` if the caller's had none."""
+    check_tensor("mask", mask, dtypes=(torch.bool, *FLOATS))
+    if mask.device != q.device:
+        raise ValueError(f"mask must be on the device of q ({q.device}), got {mask.device}")
+    batch = next(iter(_batches(q, k, v)), 1)
+    full = (batch, *q.shape[1:3], k.shape[2])
+    given = tuple(mask.shape)
+    if mask.ndim == 2 and mask.dtype == torch.bool:
+        mask = mask[:, None, None]
+    elif alone and mask.ndim == 3:
+        mask = mask[:, None]
+    if mask.ndim != 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
+        shape = (batch, *full[2:]) if alone else full
+        raise ValueError(
+            f"mask must be boolean ({batch}, {full[3]}), over keys, or broadcastable to {shape}, got {mask.dtype} of "
+            f"shape {given}"
+        )
+    return mask.expand(full)
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    check_tensor("sinks", sinks)
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must have shape ({q.shape[1]},), one logit per head, got {tuple(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on the device of q ({q.device}), got {sinks.device}")
 
 
 def _batches(q: Tensor, k: Tensor, v: Tensor) -> list[int]:

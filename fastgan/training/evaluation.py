@@ -24,7 +24,7 @@ from fastgan.training.data_record import DataRecord
 from fastgan.training.pictures import to_pixels
 from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
 from fastgan.training.sampling import noise, sample, standing_statistics_
-from fastgan.training.scoring import SEED, random_part
+from fastgan.training.scoring import SEED, random_part, score_backbone
 
 MAX_SAMPLES = 10_000
 _SPLITS = 10
@@ -72,7 +72,7 @@ class RunSamples(ImageArray):
                 raise
         sketches = None
         if self.data is not None:
-            held_out = _part(self.data.held_out, MAX_SAMPLES)
+            held_out = random_part(self.data.held_out, MAX_SAMPLES)  # in the order of the training log's
             self.labels = held_out.labels.cpu()
             sketches = sketches_of(held_out, self.recipe.data.sketches) if generator.sketch_channels else None
         else:
@@ -89,10 +89,11 @@ class RunSamples(ImageArray):
             raise InputError(str(error)) from error
         self.generated = images.cpu()
         super().__init__(to_pixels(self.generated), label=f"{folder} (samples after {step} steps)")
+        self.backbone = score_backbone(self.recipe)
         if self.data is not None:
             source = self.recipe.data.source
             self.reference = _real_images(held_out, f"{source} (held out)")
-            self.second_split = _real_images(_part(self.data.train, len(held_out)), f"{source} (trained on)")
+            self.second_split = _real_images(random_part(self.data.train, len(held_out)), f"{source} (trained on)")
 
     @property
     def has_classes(self) -> bool:
@@ -124,10 +125,6 @@ def is_run(path: Path) -> bool:
 def open_run(path: Path, skip_bad: bool) -> ImageSource | None:
     """Opener for :func:`fastgan.data.archives.register_opener`: the samples of a run's folder, or None."""
     return RunSamples(path) if is_run(path) else None
-
-
-def _part(data: LabelledImages, n: int) -> LabelledImages:
-    return data if len(data) <= n else random_part(data, n)
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def classify_run(
     classifier, accuracies = _classifier(samples, device, tell)
     logits = classifier.logits(samples.generated)
     agreement = (logits.argmax(1) == samples.labels).double().mean().item() if samples.n_classes else None
-    real_logits = classifier.logits(_part(data.held_out, MAX_SAMPLES).images)
+    real_logits = classifier.logits(random_part(data.held_out, MAX_SAMPLES).images)
     score, real_score = (inception_score(x, splits=max(1, min(_SPLITS, len(x) // 2))) for x in (logits, real_logits))
     return ClassReport(accuracies, agreement, score, real_score)
 

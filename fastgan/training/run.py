@@ -34,7 +34,7 @@ from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
 from fastgan.training.data_record import RECORD, DataRecord
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
-from fastgan.training.scoring import Score, Scorer
+from fastgan.training.scoring import Score, Scorer, score_backbone
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
 _log = logging.getLogger(__name__)
@@ -206,19 +206,17 @@ class Run:
         self._saved_step = self.trainer.step
 
     def _make_scorer(self) -> Scorer:
-        backbone, data = self.recipe.log.backbone, self.data
-        if backbone == "auto" and self.recipe.data.source == "digits":
-            backbone = "efficientnet_lite0"
+        data = self.data
         scorer = Scorer(
             data.held_out,
             data.train,
             self.recipe.log.score_sizes,
-            backbone=backbone,
+            backbone=score_backbone(self.recipe),
             device=self.trainer.device,
             sketches=self.recipe.data.sketches,
         )
         floors = ", ".join(f"{value:.2f} (N = {n})" for n, value in scorer.floors.items())
-        how = f"resize clean, precision {scorer.backbone.precision}"
+        how = f"protocol {scorer.protocol}, precision {scorer.backbone.precision}"
         self._tell(f"{scorer.label} of real training images to held-out ones ({how}): {floors}")
         return scorer
 

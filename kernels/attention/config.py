@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MAX_QK = 64
+MAX_QK = 128
+TABLE_QK = 64  # most channels of q and k that the table of unmasked single heads is for
 MAX_E = 256
 
 
@@ -64,43 +65,155 @@ class Tile:
         return [({"QK": True, "V": False}, 1), ({"QK": False, "V": True}, -(-e // self.slab))]
 
 
-# (kernel, bytes of the dtype, oldest capability) -> tiles for v of up to 64, 128 and 256 channels.
-_TABLE: dict[tuple[str, int, int], tuple[Tile, Tile, Tile]] = {
-    ("fwd", 2, 90): (Tile(128, 64, 64, 8), Tile(128, 64, 128, 8), Tile(128, 64, 256, 8)),
-    ("fwd", 4, 90): (Tile(128, 32, 64, 8), *(Tile(64, 32, 64, 4),) * 2),
-    ("fwd", 2, 80): (Tile(128, 64, 64, 8), *(Tile(128, 64, 128, 8),) * 2),
-    ("fwd", 4, 80): (Tile(64, 32, 64, 4), Tile(64, 32, 64, 4), Tile(64, 32, 64, 4)),
-    ("bwd_rows", 2, 90): (Tile(64, 64, 64, 4), Tile(64, 64, 128, 4), Tile(64, 64, 256, 4)),
-    ("bwd_rows", 4, 90): (Tile(64, 32, 64, 8), Tile(64, 32, 64, 8), Tile(32, 16, 32, 4)),
-    ("bwd_rows", 2, 80): (Tile(64, 64, 64, 4), Tile(64, 64, 128, 4), Tile(64, 64, 256, 4)),
-    ("bwd_rows", 4, 80): (Tile(32, 32, 64, 4), *(Tile(32, 16, 32, 4),) * 2),
-    ("bwd_keys", 2, 90): (Tile(64, 64, 64, 4), Tile(32, 64, 128, 4), Tile(64, 64, 128, 8)),
-    ("bwd_keys", 4, 90): (*(Tile(16, 64, 64, 8),) * 2, Tile(16, 32, 32, 4)),
-    ("bwd_keys", 2, 80): (Tile(32, 64, 64, 4), Tile(32, 64, 128, 4), Tile(64, 64, 128, 4)),
-    ("bwd_keys", 4, 80): (Tile(32, 32, 64, 4), Tile(16, 32, 64, 4), Tile(16, 32, 64, 4)),
-    ("bwd_bwd_rows", 2, 90): (Tile(64, 32, 64, 4), Tile(64, 32, 128, 8), Tile(64, 32, 128, 8)),
-    ("bwd_bwd_rows", 4, 90): (*(Tile(64, 16, 32, 4, 1, False),) * 2, Tile(16, 16, 32, 8, 2, False, True)),
-    ("bwd_bwd_rows", 2, 80): (Tile(32, 32, 64, 4, 2, False), *(Tile(32, 32, 64, 8, 2, False),) * 2),
-    ("bwd_bwd_rows", 4, 80): (*(Tile(32, 16, 32, 8, 1, False, True),) * 2, Tile(16, 16, 32, 8, 1, False, True)),
+# (kernel, bytes of the dtype, oldest capability) -> most channels of q, most channels of v and the tile for up to so many
+# of both; the first that is wide enough is taken.
+_TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
+    ("fwd", 2, 90): (
+        (64, 64, Tile(128, 64, 64, 8)),
+        (64, 128, Tile(128, 64, 128, 8)),
+        (64, 256, Tile(128, 64, 256, 8)),
+    ),
+    ("fwd", 4, 90): (
+        (64, 64, Tile(128, 32, 64, 8)),
+        (64, 256, Tile(64, 32, 64, 4)),
+    ),
+    ("fwd", 2, 80): (
+        (64, 64, Tile(128, 64, 64, 8)),
+        (64, 256, Tile(128, 64, 128, 8)),
+    ),
+    ("fwd", 4, 80): ((64, 256, Tile(64, 32, 64, 4)),),
+    ("bwd_rows", 2, 90): (
+        (64, 64, Tile(64, 64, 64, 4)),
+        (64, 128, Tile(64, 64, 128, 4)),
+        (64, 256, Tile(64, 64, 256, 4)),
+    ),
+    ("bwd_rows", 4, 90): (
+        (64, 128, Tile(64, 32, 64, 8)),
+        (64, 256, Tile(32, 16, 32, 4)),
+    ),
+    ("bwd_rows", 2, 80): (
+        (64, 64, Tile(64, 64, 64, 4)),
+        (64, 128, Tile(64, 64, 128, 4)),
+        (64, 256, Tile(64, 64, 256, 4)),
+    ),
+    ("bwd_rows", 4, 80): (
+        (64, 64, Tile(32, 32, 64, 4)),
+        (64, 256, Tile(32, 16, 32, 4)),
+    ),
+    ("bwd_keys", 2, 90): (
+        (64, 64, Tile(64, 64, 64, 4)),
+        (64, 128, Tile(32, 64, 128, 4)),
+        (64, 256, Tile(64, 64, 128, 8)),
+    ),
+    ("bwd_keys", 4, 90): (
+        (64, 128, Tile(16, 64, 64, 8)),
+        (64, 256, Tile(16, 32, 32, 4)),
+    ),
+    ("bwd_keys", 2, 80): (
+        (64, 64, Tile(32, 64, 64, 4)),
+        (64, 128, Tile(32, 64, 128, 4)),
+        (64, 256, Tile(64, 64, 128, 4)),
+    ),
+    ("bwd_keys", 4, 80): (
+        (64, 64, Tile(32, 32, 64, 4)),
+        (64, 256, Tile(16, 32, 64, 4)),
+    ),
+    ("bwd_bwd_rows", 2, 90): (
+        (64, 64, Tile(64, 32, 64, 4)),
+        (64, 256, Tile(64, 32, 128, 8)),
+    ),
+    ("bwd_bwd_rows", 4, 90): (
+        (32, 128, Tile(64, 16, 32, 4, 1, False)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+    ),
+    ("bwd_bwd_rows", 2, 80): (
+        (64, 64, Tile(32, 32, 64, 4, 2, False)),
+        (64, 256, Tile(32, 32, 64, 8, 2, False)),
+    ),
+    ("bwd_bwd_rows", 4, 80): (
+        (32, 128, Tile(32, 16, 32, 8, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 1, False, True)),
+    ),
     ("bwd_bwd_rows", 4, 100): (
-        Tile(64, 16, 32, 4, 1, False),
-        Tile(32, 16, 32, 8, 1, False, True),
-        Tile(16, 16, 32, 8, 2, False, True),
+        (16, 64, Tile(64, 16, 32, 4, 1, False)),
+        (32, 128, Tile(32, 16, 32, 8, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
-    ("bwd_bwd_keys", 2, 90): (Tile(32, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 64, 64, 8)),
+    ("bwd_bwd_keys", 2, 90): (
+        (64, 128, Tile(32, 64, 64, 4)),
+        (64, 256, Tile(16, 64, 64, 8)),
+    ),
     ("bwd_bwd_keys", 4, 90): (
-        Tile(16, 64, 32, 4, 1, False),
-        Tile(16, 16, 32, 4, 1, False, True),
-        Tile(16, 16, 32, 8, 2, False, True),
+        (16, 64, Tile(16, 64, 32, 4, 1, False)),
+        (32, 128, Tile(16, 16, 32, 4, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
-    ("bwd_bwd_keys", 2, 80): (Tile(32, 64, 64, 4), Tile(32, 64, 64, 4), Tile(16, 32, 64, 4, 2, False)),
+    ("bwd_bwd_keys", 2, 80): (
+        (64, 128, Tile(32, 64, 64, 4)),
+        (64, 256, Tile(16, 32, 64, 4, 2, False)),
+    ),
     ("bwd_bwd_keys", 4, 100): (
-        *(Tile(16, 16, 32, 4, 1, False, True),) * 2,
-        Tile(16, 16, 32, 8, 2, False, True),
+        (32, 128, Tile(16, 16, 32, 4, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
-    ("bwd_bwd_keys", 4, 80): (Tile(32, 32, 32, 8, 1, False, True), *(Tile(16, 16, 32, 8, 2, False, True),) * 2),
+    ("bwd_bwd_keys", 4, 80): (
+        (16, 64, Tile(32, 32, 32, 8, 1, False, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+    ),
 }
-_E_CLASSES = (64, 128, 256)
+# The same by kernel and bytes of the dtype, for operands with heads and, past 64 channels of q, for single heads too.
+# Each holds on all architectures under a mask and with sinks; a mask and its pointers need registers of their own.
+_HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
+    ("fwd", 2): (
+        (64, 256, Tile(128, 32, 64, 8)),
+        (128, 256, Tile(128, 32, 64, 8)),
+    ),
+    ("fwd", 4): (
+        (64, 256, Tile(32, 32, 64, 4, 1)),
+        (128, 256, Tile(32, 32, 64, 8, 1)),
+    ),
+    ("bwd_rows", 2): (
+        (64, 64, Tile(64, 32, 64, 4)),
+        (64, 128, Tile(64, 32, 128, 8)),
+        (64, 256, Tile(64, 32, 32, 8)),
+        (128, 128, Tile(64, 32, 64, 8)),
+        (128, 256, Tile(32, 32, 128, 8)),
+    ),
+    ("bwd_rows", 4): (
+        (64, 128, Tile(32, 32, 64, 8, 1)),
+        (64, 256, Tile(32, 32, 32, 8, 1)),
+        (128, 128, Tile(16, 16, 64, 4, 1)),
+        (128, 256, Tile(16, 16, 32, 4, 1)),
+    ),
+    ("bwd_keys", 2): (
+        (64, 256, Tile(32, 64, 64, 8)),
+        (128, 128, Tile(32, 64, 64, 8)),
+        (128, 256, Tile(32, 64, 32, 8)),
+    ),
+    ("bwd_keys", 4): (
+        (64, 128, Tile(32, 32, 64, 4, 1)),
+        (64, 256, Tile(32, 32, 32, 8, 1)),
+        (128, 64, Tile(16, 32, 32, 8, 1)),
+        (128, 128, Tile(16, 16, 64, 4, 1)),
+        (128, 256, Tile(16, 32, 32, 8, 1)),
+    ),
+    ("bwd_bwd_rows", 2): (
+        (64, 256, Tile(16, 16, 32, 8, 1)),
+        (128, 256, Tile(16, 16, 32, 8, 1)),
+    ),
+    ("bwd_bwd_rows", 4): (
+        (64, 256, Tile(16, 16, 32, 8, 1, True, True)),
+        (128, 256, Tile(16, 16, 32, 8, 1, True, True)),
+    ),
+    ("bwd_bwd_keys", 2): (
+        (64, 256, Tile(16, 16, 32, 8, 1)),
+        (128, 256, Tile(16, 16, 32, 8, 1)),
+    ),
+    ("bwd_bwd_keys", 4): (
+        (64, 256, Tile(16, 16, 32, 8, 1, True, True)),
+        (128, 256, Tile(16, 16, 32, 8, 1, True, True)),
+    ),
+}
 
 
 def unsupported(d: int, e: int) -> str:
@@ -118,21 +231,17 @@ def padded(channels: int) -> int:
 
 
 def tile_for(kernel: str, e: int, q: Tensor) -> Tile:
-    """Return the tile of ``kernel`` for values of ``e`` channels and operands like ``q``."""
-    return _tile(kernel, q.dtype.itemsize, _capability(q.device), q.shape[2], e)
+    """Return the tile of ``kernel`` for values of ``e`` channels and operands like ``q``, which has 4 dimensions if it
+    has heads."""
+    return _tile(kernel, q.dtype.itemsize, _capability(q.device), q.shape[-1], e, q.ndim == 4)
 
 
 @functools.cache
-def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int) -> Tile:
-    channels = e if d <= most_qk(kernel, itemsize, e) else 4 * d
-    tiles = zip(_E_CLASSES, _entries(kernel, itemsize, capability), strict=True)
-    tile = next(tile for most, tile in tiles if channels <= most)
+def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> Tile:
+    of_heads = has_heads or d > TABLE_QK
+    entries = _HEADS[kernel, itemsize] if of_heads else _entries(kernel, itemsize, capability)
+    tile = next(tile for most_d, most_e, tile in entries if d <= most_d and e <= most_e)
     return replace(tile, slab=min(tile.slab, padded(e)))
-
-
-def most_qk(kernel: str, itemsize: int, e: int) -> int:
-    """Return the most channels of q for which an entry for ``e`` channels of v holds."""
-    return max(16, e // 4) if itemsize == 4 and kernel.startswith("bwd_bwd") else MAX_QK
 
 
 @functools.cache
@@ -140,14 +249,21 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] * 10 if device.type == "cuda" else 90
 
 
-def entries(capability: int) -> Iterator[tuple[str, int, Tile, torch.dtype]]:
-    """Yield every entry for ``capability``: kernel, the most channels of v that it serves, tile and dtype."""
+def entries(capability: int) -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
+    """Yield every entry for ``capability``: kernel, the most channels of q and of v that it serves, tile and dtype."""
     for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in _TABLE):
-        for e, tile in zip(_E_CLASSES, _entries(kernel, itemsize, capability), strict=True):
-            yield kernel, e, tile, torch.float16 if itemsize == 2 else torch.float32
+        for d, e, tile in _entries(kernel, itemsize, capability):
+            yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
 
 
-def _entries(kernel: str, itemsize: int, capability: int) -> tuple[Tile, Tile, Tile]:
+def entries_of_heads() -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
+    """Yield every entry for operands with heads, as :func:`entries` does."""
+    for (kernel, itemsize), tiles in _HEADS.items():
+        for d, e, tile in tiles:
+            yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
+
+
+def _entries(kernel: str, itemsize: int, capability: int) -> tuple[tuple[int, int, Tile], ...]:
     """Those of the newest family up to ``capability``: tcgen05 leaves other registers free than wgmma."""
     families = (family for family in (100, 90, 80) if family <= max(capability, 80))
     return next(_TABLE[kernel, itemsize, family] for family in families if (kernel, itemsize, family) in _TABLE)

@@ -9,7 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgan.kernels.attention.tiles import LOG2E, load_tile, other_slabs, row_delta, row_stats, store_tile
+from fastgan.kernels.attention.tiles import (
+    LOG2E,
+    end_of_keys,
+    first_row,
+    load_tile,
+    masked,
+    other_slabs,
+    row_delta,
+    row_stats,
+    sink_share,
+    store_tile,
+)
 from fastgan.kernels.precision import dot, narrow
 
 
@@ -20,38 +31,60 @@ def attention_bwd_bwd_rows_kernel(
     ggq_sb, ggq_sn, ggq_sd, ggk_sb, ggk_sm, ggk_sd, ggv_sb, ggv_sm, ggv_se, do_sb, do_sn, do_se,
     q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se,
     g_do_sb, g_do_sn, g_do_se, gq_sb, gq_sn, gq_sd,
-    N, M, d, e, scale, plane,
+    N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     blocks = tl.cdiv(N, R)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * R + tl.arange(0, R)
-    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
-    k_base, v_base, do_base = k_ptr + batch * k_sb, v_ptr + batch * v_sb, do_ptr + batch * do_sb
-    ggk_base, ggv_base = ggk_ptr + batch * ggk_sb, ggv_ptr + batch * ggv_sb
     scale_log2 = scale * LOG2E
+    image = batch
+    if heads is not None:
+        H, group, ggq_sh, ggk_sh, ggv_sh, do_sh, q_sh, k_sh, v_sh, o_sh, g_do_sh, gq_sh = heads
+        image, head, key_head = batch // H, batch % H, batch % H // group
+        ggq_ptr += head * ggq_sh
+        ggk_ptr += key_head * ggk_sh
+        ggv_ptr += key_head * ggv_sh
+        do_ptr += head * do_sh
+        q_ptr += head * q_sh
+        k_ptr += key_head * k_sh
+        v_ptr += key_head * v_sh
+        o_ptr += head * o_sh
+        g_do_ptr += head * g_do_sh
+        gq_ptr += head * gq_sh
+        scale_log2 = LOG2E
+    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
+    k_base, v_base, do_base = k_ptr + image * k_sb, v_ptr + image * v_sb, do_ptr + image * do_sb
+    ggk_base, ggv_base = ggk_ptr + image * ggk_sb, ggv_ptr + image * ggv_sb
     HALF: tl.constexpr = o_ptr.dtype.element_ty != tl.float32  # O is rounded, and delta with it
 
-    q = load_tile(q_ptr + batch * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
-    ggq = load_tile(ggq_ptr + batch * ggq_sb, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
+    q = load_tile(q_ptr + image * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
+    ggq = load_tile(ggq_ptr + image * ggq_sb, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
     top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
     sums = sums_ptr + batch * N + rows
     if QK:
         do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
-        delta = row_delta(do_base, o_ptr + batch * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
+        delta = row_delta(do_base, o_ptr + image * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
         a_row = tl.zeros([R], tl.float32)  # rowsum(A * P)
         if HALF:
             pc_row = tl.zeros([R], tl.float32)  # rowsum(P * c), the rounding of delta
         pac_row = tl.zeros([R], tl.float32)  # rowsum(P * A * c)
         ph_row = tl.zeros([R], tl.float32)  # rowsum(P * (dO ggv^T))
-        for start in range(0, M, C):
+        if sinks is not None:  # a key of its own, with c = -delta and no value
+            sinks_base, gg_sinks_base = sinks
+            a_row += sink_share(sinks_base + head, top, log_total) * tl.load(gg_sinks_base + head)
+            pac_row -= a_row * delta
+            if HALF:
+                pc_row -= sink_share(sinks_base + head, top, log_total) * delta
+        for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
             keys = start + tl.arange(0, C)
             k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
             ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
             v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
             ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
             s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
             p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
             p = tl.where(keys[None, :] < M, p, 0.0)
             a_map = dot(ggq, tl.trans(k), None, PRECISION)
@@ -80,13 +113,14 @@ def attention_bwd_bwd_rows_kernel(
 
     if V:
         g_do = tl.zeros([R, SLAB], tl.float32)
-    for start in range(0, M, C):
+    for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
         keys = start + tl.arange(0, C)
         k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
         ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
         v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
         ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
         s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+        s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
         p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
         p = tl.where(keys[None, :] < M, p, 0.0)
         a_map = dot(ggq, tl.trans(k), None, PRECISION)
@@ -105,9 +139,9 @@ def attention_bwd_bwd_rows_kernel(
             )
             gq = dot(narrow(p * (b_map - b_row[:, None]), k.dtype), k, gq, PRECISION)
     if V:
-        store_tile(g_do_ptr + batch * g_do_sb, g_do, rows, cols_e, g_do_sn, g_do_se, N, e)
+        store_tile(g_do_ptr + image * g_do_sb, g_do, rows, cols_e, g_do_sn, g_do_se, N, e)
     if QK:
-        store_tile(gq_ptr + batch * gq_sb, gq * scale, rows, cols_d, gq_sn, gq_sd, N, d)
+        store_tile(gq_ptr + image * gq_sb, gq * scale, rows, cols_d, gq_sn, gq_sd, N, d)
 
 
 @triton.jit
@@ -117,27 +151,41 @@ def attention_bwd_bwd_keys_kernel(
     ggq_sb, ggq_sn, ggq_sd, ggk_sb, ggk_sm, ggk_sd, ggv_sb, ggv_sm, ggv_se, do_sb, do_sn, do_se,
     q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se,
     gk_sb, gk_sm, gk_sd, gv_sb, gv_sm, gv_se,
-    N, M, d, e, scale, plane,
+    N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     blocks = tl.cdiv(M, C)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     keys = (tl.program_id(0) % blocks) * C + tl.arange(0, C)
-    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
-    q_base, ggq_base, do_base = q_ptr + batch * q_sb, ggq_ptr + batch * ggq_sb, do_ptr + batch * do_sb
-    v_base, ggv_base = v_ptr + batch * v_sb, ggv_ptr + batch * ggv_sb
     scale_log2 = scale * LOG2E
+    image = batch
+    if heads is not None:
+        H, group, ggq_sh, ggk_sh, ggv_sh, do_sh, q_sh, k_sh, v_sh, gk_sh, gv_sh = heads
+        image, head, key_head = batch // H, batch % H, batch % H // group
+        ggq_ptr += head * ggq_sh
+        ggk_ptr += key_head * ggk_sh
+        ggv_ptr += key_head * ggv_sh
+        do_ptr += head * do_sh
+        q_ptr += head * q_sh
+        k_ptr += key_head * k_sh
+        v_ptr += key_head * v_sh
+        gk_ptr += head * gk_sh
+        gv_ptr += head * gv_sh
+        scale_log2 = LOG2E
+    cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
+    q_base, ggq_base, do_base = q_ptr + image * q_sb, ggq_ptr + image * ggq_sb, do_ptr + image * do_sb
+    v_base, ggv_base = v_ptr + image * v_sb, ggv_ptr + image * ggv_sb
 
-    k = load_tile(k_ptr + batch * k_sb, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
-    ggk = load_tile(ggk_ptr + batch * ggk_sb, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
+    k = load_tile(k_ptr + image * k_sb, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+    ggk = load_tile(ggk_ptr + image * ggk_sb, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
     if QK:
         v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
         ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
         gk = tl.zeros([C, D], tl.float32)
     if V:
         gv = tl.zeros([C, SLAB], tl.float32)
-    for start in range(0, N, R):
+    for start in range(first_row(blocks, R, C, CAUSAL), N, R):
         rows = start + tl.arange(0, R)
         inside = rows < N
         q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
@@ -147,6 +195,7 @@ def attention_bwd_bwd_keys_kernel(
         sums = sums_ptr + batch * N + rows
         a_row = tl.load(sums + plane, mask=inside, other=0.0)
         s = dot(k, tl.trans(q), None, LOGITS)  # [C, R]
+        s = masked(s, heads, mask, batch, rows[None, :], keys[:, None], scale, N, M, CAUSAL)
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
         a_map = dot(k, tl.trans(ggq), None, PRECISION)
         a_map = dot(ggk, tl.trans(q), a_map, PRECISION) * scale - a_row[None, :]
@@ -165,6 +214,6 @@ def attention_bwd_bwd_keys_kernel(
             )
             gk = dot(narrow(p * (b_map - b_row[None, :]), q.dtype), q, gk, PRECISION)
     if QK:
-        store_tile(gk_ptr + batch * gk_sb, gk * scale, keys, cols_d, gk_sm, gk_sd, M, d)
+        store_tile(gk_ptr + image * gk_sb, gk * scale, keys, cols_d, gk_sm, gk_sd, M, d)
     if V:
-        store_tile(gv_ptr + batch * gv_sb, gv, keys, cols_e, gv_sm, gv_se, M, e)
+        store_tile(gv_ptr + image * gv_sb, gv, keys, cols_e, gv_sm, gv_se, M, e)

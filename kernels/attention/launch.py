@@ -6,7 +6,9 @@ launches, one more for each kernel where v's channels are split into slabs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,51 +23,94 @@ from fastgan.kernels.launch import launch, on_its_device
 from fastgan.kernels.precision import input_precision
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What a call asks for beyond one unmasked head; its operands are (B, H, N, channels), k's and v's H / group heads.
+
+    Attributes:
+        count: H.
+        group: heads of q per head of k and v.
+        mask: boolean or floating-point (B, H, N, M), or None.
+        sinks: float32 (H,), or None.
+        is_causal: row i sees the keys up to the i-th alone.
+    """
+
+    count: int
+    group: int
+    mask: Tensor | None
+    sinks: Tensor | None
+    is_causal: bool
+
+
 @on_its_device
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, heads: Heads | None = None) -> tuple[Tensor, Tensor]:
     """Return the output (B, N, e) in q's dtype and two statistics of each row, float32 (2, B, N).
 
     They are the largest logit, top = max(q k^T), and log(sum(exp(scale (q k^T - top)))). Kept apart, they give P back
     as exactly as eager softmax computes it, however large the logits; their sum, the log-sum-exp, would not.
-    ``scale`` must be >= 0.
+    ``scale`` must be >= 0. With ``heads``, H follows B in all shapes and top = max(scale q k^T + mask).
     """
-    (b, n, d), m, e = q.shape, k.shape[1], v.shape[2]
+    b, (n, d), m, e = math.prod(q.shape[:-2]), q.shape[-2:], k.shape[-2], v.shape[-1]
     o, stats = empty_rows_like(q, e), empty_stats(q)
+    sinks = None if heads is None else heads.sinks
     if o.numel():
         tile = tile_for("fwd", e, q)
         launch(
             attention_fwd_kernel,
             tile,
             _programs("rows", n, b, triton.cdiv(e, tile.slab)),
-            (q, k, v, o, stats, *_strides(q, k, v, o), n, m, d, e, scale, b * n),
+            (q, k, v, o, stats, *_strides(q, k, v, o), n, m, d, e, scale, b * n, *_of_heads(heads, q, k, v, o), sinks),
             D=padded(d),
             PRECISION=input_precision(q.dtype),
+            CAUSAL=heads is not None and heads.is_causal,
         )
     return o, stats
 
 
 def empty_stats(q: Tensor) -> Tensor:
     """Memory for the statistics of each row."""
-    return q.new_empty(2, *q.shape[:2], dtype=torch.float32)
+    return q.new_empty(2, *q.shape[:-1], dtype=torch.float32)
 
 
 @on_its_device
 def attention_bwd(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    stats: Tensor,
+    scale: float,
+    heads: Heads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fastgan.reference.attention.attention_bwd`."""
-    (b, n, d), m, e = q.shape, k.shape[1], v.shape[2]
+    """As :func:`fastgan.reference.attention.attention_bwd`; dk and dv of grouped heads are summed over each group."""
+    b, (n, d), m, e = math.prod(q.shape[:-2]), q.shape[-2:], k.shape[-2], v.shape[-1]
     if not b * n:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = torch.empty_like(q), _empty_per_head(k, heads), _empty_per_head(v, heads)
     delta = stats.new_empty(b, n)
     sizes = (n, m, d, e, scale, b * n)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
+    constants["CAUSAL"] = heads is not None and heads.is_causal
+    sinks = None if heads is None else heads.sinks
     launch(
         attention_bwd_rows_kernel,
         tile_for("bwd_rows", e, q),
         _programs("rows", n, b, 1),
-        (grad_o, q, k, v, o, stats, delta, dq, *_strides(grad_o, q, k, v, o, dq), *sizes),
+        (
+            grad_o,
+            q,
+            k,
+            v,
+            o,
+            stats,
+            delta,
+            dq,
+            *_strides(grad_o, q, k, v, o, dq),
+            *sizes,
+            *_of_heads(heads, grad_o, q, k, v, o, dq),
+            sinks,
+        ),
         **constants,
     )
     tile = tile_for("bwd_keys", e, q)
@@ -74,14 +119,25 @@ def attention_bwd(
             attention_bwd_keys_kernel,
             tile,
             _programs("keys", m, b, slabs),
-            (grad_o, q, k, v, stats, delta, dk, dv, *_strides(grad_o, q, k, v, dk, dv), *sizes),
+            (
+                grad_o,
+                q,
+                k,
+                v,
+                stats,
+                delta,
+                dk,
+                dv,
+                *_strides(grad_o, q, k, v, dk, dv),
+                *sizes,
+                *_of_heads(heads, grad_o, q, k, v, dk, dv),
+            ),
             **constants,
             **outputs,
         )
-    return dq, dk, dv
+    return dq, _summed_per_group(dk, k, heads), _summed_per_group(dv, v, heads)
 
 
-@on_its_device
 def attention_bwd_bwd(
     ggq: Tensor,
     ggk: Tensor,
@@ -95,22 +151,62 @@ def attention_bwd_bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fastgan.reference.attention.attention_bwd_bwd`, where the formulas are."""
-    (b, n, d), m, e = q.shape, k.shape[1], v.shape[2]
+    g_do, gq, gk, gv, _ = bwd_bwd_and_sums(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale)
+    return g_do, gq, gk, gv
+
+
+@on_its_device
+def bwd_bwd_and_sums(
+    ggq: Tensor,
+    ggk: Tensor,
+    ggv: Tensor,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    stats: Tensor,
+    scale: float,
+    heads: Heads | None = None,
+    gg_sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what :func:`attention_bwd_bwd` does and sums of each row, float32 (3, B, N) or (3, B, H, N).
+
+    They are delta, rowsum(A * P) and rowsum(P * B), those of a sink included.
+    ``gg_sinks``, float32 (H,), is the cotangent of the sinks' gradient.
+    """
+    b, (n, d), m, e = math.prod(q.shape[:-2]), q.shape[-2:], k.shape[-2], v.shape[-1]
     if not b * n:
-        return torch.zeros_like(o), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    sums = stats.new_empty(3, b, n)  # delta, rowsum(A * P), rowsum(P * B)
-    strides = _strides(ggq, ggk, ggv, grad_o, q, k, v)
+        sums = stats.new_zeros(3, *q.shape[:-1])
+        return torch.zeros_like(o), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums
+    g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), _empty_per_head(k, heads), _empty_per_head(v, heads)
+    sums = stats.new_empty(3, *q.shape[:-1])
+    sinks = None if heads is None or heads.sinks is None else (heads.sinks, gg_sinks)
+    operands = (ggq, ggk, ggv, grad_o, q, k, v)
+    strides = _strides(*operands)
     sizes = (n, m, d, e, scale, b * n)
     logits = input_precision(q.dtype)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
+    constants["CAUSAL"] = heads is not None and heads.is_causal
     tile = tile_for("bwd_bwd_rows", e, q)
     for outputs, slabs in tile.passes(e):
         launch(
             attention_bwd_bwd_rows_kernel,
             tile,
             _programs("rows", n, b, slabs),
-            (ggq, ggk, ggv, grad_o, q, k, v, o, stats, sums, g_do, gq, *strides, *_strides(o, g_do, gq), *sizes),
+            (
+                *operands,
+                o,
+                stats,
+                sums,
+                g_do,
+                gq,
+                *strides,
+                *_strides(o, g_do, gq),
+                *sizes,
+                *_of_heads(heads, *operands, o, g_do, gq),
+                sinks,
+            ),
             PRECISION="ieee" if tile.scalar else logits,
             **constants,
             **outputs,
@@ -121,12 +217,12 @@ def attention_bwd_bwd(
             attention_bwd_bwd_keys_kernel,
             tile,
             _programs("keys", m, b, slabs),
-            (ggq, ggk, ggv, grad_o, q, k, v, stats, sums, gk, gv, *strides, *_strides(gk, gv), *sizes),
+            (*operands, stats, sums, gk, gv, *strides, *_strides(gk, gv), *sizes, *_of_heads(heads, *operands, gk, gv)),
             PRECISION="ieee" if tile.scalar else logits,
             **constants,
             **outputs,
         )
-    return g_do, gq, gk, gv
+    return g_do, gq, _summed_per_group(gk, k, heads), _summed_per_group(gv, v, heads), sums
 
 
 def _programs(side: str, size: int, b: int, slabs: int) -> Callable[[Tile], tuple[int, int]]:
@@ -135,4 +231,26 @@ def _programs(side: str, size: int, b: int, slabs: int) -> Callable[[Tile], tupl
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()]
+    """Strides of batch, rows and channels."""
+    return [stride for x in tensors for stride in (x.stride() if x.ndim == 3 else (x.stride(0), *x.stride()[2:]))]
+
+
+def _of_heads(heads: Heads | None, *tensors: Tensor) -> tuple[Any, Any]:
+    """Return the arguments ``heads`` and ``mask`` of a kernel of these tensors."""
+    if heads is None:
+        return None, None
+    mask = None if heads.mask is None else (heads.mask, *heads.mask.stride())
+    return (heads.count, heads.group, *(x.stride(1) for x in tensors)), mask
+
+
+def _empty_per_head(x: Tensor, heads: Heads | None) -> Tensor:
+    """Memory for a gradient of k or v, of each head of q where several share x's."""
+    if heads is None or heads.group == 1:
+        return torch.empty_like(x)
+    return x.new_empty(x.shape[0], heads.count, *x.shape[2:], dtype=torch.float32)
+
+
+def _summed_per_group(gradient: Tensor, x: Tensor, heads: Heads | None) -> Tensor:
+    if heads is None or heads.group == 1:
+        return gradient
+    return gradient.unflatten(1, (-1, heads.group)).sum(2).to(x.dtype)

@@ -33,6 +33,48 @@ def row_stats(base, rows, N, plane):
 
 
 @triton.jit
+def masked(s, heads, mask, batch, rows, keys, scale, N, M, CAUSAL: tl.constexpr):
+    """Logits s, as they are for one unmasked head; of several heads multiplied by ``scale``, and -inf where masked."""
+    if heads is not None:
+        s = s * scale
+        if mask is not None:
+            base, stride_image, stride_head, stride_row, stride_key = mask
+            base += batch // heads[0] * stride_image + batch % heads[0] * stride_head
+            pointers = base + rows.to(tl.int64) * stride_row + keys.to(tl.int64) * stride_key
+            given = tl.load(pointers, mask=(rows < N) & (keys < M), other=0)
+            if base.dtype.element_ty == tl.int1:
+                s = tl.where(given, s, float("-inf"))
+            else:
+                s += given.to(tl.float32)
+        if CAUSAL:
+            s = tl.where(keys <= rows, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def end_of_keys(M, blocks, R: tl.constexpr, CAUSAL: tl.constexpr):
+    """The end of the keys that a program with R rows sees."""
+    if CAUSAL:
+        M = tl.minimum(M, (tl.program_id(0) % blocks + 1) * R)
+    return M
+
+
+@triton.jit
+def first_row(blocks, R: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """The start of the first tile of rows that see any of a program's C keys."""
+    if CAUSAL:
+        return tl.program_id(0) % blocks * C // R * R
+    else:
+        return 0
+
+
+@triton.jit
+def sink_share(sink_ptr, top, log_total):
+    """The probability of a head's sink in each row."""
+    return tl.exp2((tl.load(sink_ptr) - top) * LOG2E - log_total)
+
+
+@triton.jit
 def row_delta(do_base, o_base, rows, do_sn, do_se, o_sn, o_se, N, e, E: tl.constexpr, SLAB: tl.constexpr):
     """rowsum(dO * O)."""
     delta = tl.zeros(rows.shape, tl.float32)

@@ -99,7 +99,7 @@ def test_runs_are_bitwise_repeatable(device):
 
 def test_unsupported_channels(device):
     for shape, message in (
-        ((1, 2, 2, 65, 2), "q must have at most 64 channels"),
+        ((1, 2, 2, 129, 2), "q must have at most 128 channels"),
         ((1, 2, 2, 2, 257), "v must have at most 256 channels"),
     ):
         with pytest.raises(ValueError, match=message):

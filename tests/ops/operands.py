@@ -74,3 +74,25 @@ def three_orders(function, *inputs):
     second = torch.autograd.grad(penalty, wanted, allow_unused=True)
     zeros = (torch.zeros_like(t) for t in wanted)
     return [*outputs, *first, *(z if g is None else g for g, z in zip(second, zeros, strict=True))]
+
+
+def head_operands(b, h, key_heads, n, m, d, e, dtype=torch.float64, requires_grad=True):
+    """q, k, v of several heads and their sinks."""
+    shapes = ((b, h, n, d), (b, key_heads, m, d), (b, key_heads, m, e), (h,))
+    return [torch.randn(s, dtype=dtype).requires_grad_(requires_grad) for s in shapes]
+
+
+def masks(case, b, h, n, m):
+    """What ``attention`` is given to mask, and the same for ``attention_eager``; some rows see no key."""
+    causal = {"is_causal": True} if "causal" in case else {}
+    if "keys" in case:
+        mask = torch.rand(b, m) < 0.7
+        return {"mask": mask, **causal}, {"mask": mask[:, None, None].expand(b, h, n, m), **causal}
+    if case == "boolean":
+        mask = torch.rand(b, 1, n, m) < 0.6
+        mask[0, :, 0] = False
+    elif case == "additive":
+        mask = torch.randn(1, h, n, m, dtype=torch.float64).masked_fill(torch.rand(1, h, n, m) < 0.2, float("-inf"))
+    else:
+        return causal, causal
+    return {"mask": mask}, {"mask": mask.expand(b, h, n, m)}

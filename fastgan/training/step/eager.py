@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from fastgan._twice_differentiable import cure_named
 from fastgan.losses.noise import Draw
 from fastgan.losses.penalties import clip_weights_
 from fastgan.training.ema import EMA
@@ -155,7 +156,8 @@ class Update:
             if not loss.requires_grad:
                 raise ValueError(UNREACHED)
             loss = loss if self.scaler is None else self.scaler.scale(loss)
-            loss.backward(inputs=trained)
+            with cure_named():
+                loss.backward(inputs=trained)
             kept.append({name: term.detach() for name, term in terms.items()})
         terms = mean_terms(kept)
         reached = [p for p in trained if p.grad is not None]
