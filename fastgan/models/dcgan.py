@@ -98,7 +98,7 @@ class DCGANGenerator(Generator):
         """
         check_noise(z, self.dim_z)
         if self.n_classes:
-            check_label_shape(labels, z.shape[0])
+            check_label_shape(labels, z.shape[0], self.n_classes)
             assert labels is not None
             z = join_one_hot(z, labels, self.n_classes)
         h = F.relu(self.norm(self.linear(z).view(-1, self.base_channels, BASE_RESOLUTION, BASE_RESOLUTION)))
@@ -183,7 +183,7 @@ class DCGANDiscriminator(nn.Module):
         """
         check_images(images, self.image_channels, self.resolution)
         if self.n_classes:
-            check_label_shape(labels, images.shape[0])
+            check_label_shape(labels, images.shape[0], self.n_classes)
         h = images
         for i, block in enumerate(self.blocks):
             h = block(h)
