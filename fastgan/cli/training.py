@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,12 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Folder of the run to go on with.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    init: Annotated[
+        Path | None, typer.Option(help="A run or a saved generator whose weights a new run begins with.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load the data, do a few steps, predict memory and time; write nothing.")
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.")
     ] = False,
@@ -54,6 +61,11 @@ def train(
 
         changes = [*(overrides or []), *([f"data.source={data}"] if data is not None else [])]
         changes += ["data.skip_bad=true"] if skip_bad else []
+        changes += [f"train.init={json.dumps(str(init))}"] if init is not None else []
+        if dry_run:
+            out = Path("dry-run") if out is None else out
+        if dry_run and resume is not None:
+            raise InputError("--dry-run is for a new run, it goes without --resume")
         if (resume is None) == (out is None):
             raise InputError("give either --out for a new run, or --resume for one to go on with")
         chosen = None if recipe is None else load_recipe(recipe)
@@ -69,7 +81,12 @@ def train(
                 assert out is not None
                 # Under torchrun --max-restarts the same command comes again.
                 restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-                run = start_run(override(chosen, changes), out, restarted=restarted, overwrite=overwrite, **options)
+                run = start_run(
+                    override(chosen, changes), out, restarted=restarted, overwrite=overwrite, dry_run=dry_run, **options
+                )
+            if dry_run:
+                run.try_out()
+                return
             received = run.train()
     if received is not None:
         echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")
@@ -77,15 +94,20 @@ def train(
     echo(f"{run.out}: {run.trainer.step} steps done, generator in {run.out / 'generator'}")
 
 
-def recipes() -> None:
-    """The recipes that come with fastgan."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, or YAML file, with all its settings.")] = None,
+) -> None:
+    """The recipes that come with fastgan, or one of them with a comment on each setting."""
     with user_errors():
-        from fastgan.recipes import available, load_recipe
+        from fastgan.recipes import available, explain_recipe, load_recipe
 
+        if name is not None:
+            typer.echo(explain_recipe(load_recipe(name)), nl=False)
+            return
         names = available()
         width = max(map(len, names))
-        for name in names:
-            typer.echo(f"{name:<{width}}  {load_recipe(name).about}")
+        for each in names:
+            typer.echo(f"{each:<{width}}  {load_recipe(each).about}")
 
 
 def sample(

@@ -20,6 +20,7 @@ from fastgan.data.archives import open_images
 from fastgan.data.decode import Decoding, load_ahead, read_image
 from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.data.images import LabelledImages
+from fastgan.data.label_files import read_label_file
 
 IMAGES, SKETCHES = "images", "sketches"
 FITS = ("crop", "pad", "stretch")
@@ -40,7 +41,8 @@ def image_folder(
     tell: Callable[[str], None] = _log.warning,
 ) -> LabelledImages:
     """The images of ``source``, labelled by :meth:`fastgan.data.image_sources.ImageSource.classes`: in a folder or an
-    archive, each top folder is a class if no image lies beside them; otherwise all images are of one class.
+    archive, each top folder is a class if no image lies beside them; otherwise all images are of one class. A
+    ``dataset.json`` or ``labels.csv`` at the top decides before the folders.
 
     Args:
         source: a folder, searched recursively, a zip file, or a file of an array, with ``labels`` if it is an npz.
@@ -56,7 +58,7 @@ def image_folder(
     """
     images = open_images(source, skip_bad=skip_bad)
     images.decoding = decoding
-    names, labels = images.classes()
+    names, labels = read_label_file(source, images) or images.classes()
     pixels, kept = read_source(images, resolution, channels, fit=fit)
     _tell_left_out(images, tell)
     return LabelledImages(pixels[kept], torch.tensor(labels)[kept], n_classes=max(len(names), 1), class_names=names)

@@ -171,13 +171,24 @@ def check_images(images: Tensor, channels: int, resolution: int, name: str = "im
         )
 
 
-def check_label_shape(labels: Tensor | None, n: int) -> None:
-    """Raise ``ValueError`` unless ``labels`` is int64 (n,)."""
+def check_label_shape(labels: Tensor | None, n: int, n_classes: int) -> None:
+    """Raise ``ValueError`` unless ``labels`` is int64 (n,).
+
+    Eagerly on a CPU each must be in [0, n_classes) too; elsewhere that would wait for the device, or end a graph.
+    """
     if labels is None:
         raise ValueError("labels must be given to a conditional network, got None")
     check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
     if labels.shape[0] != n:
         raise ValueError(f"labels must have shape ({n},), one for each sample, got {tuple(labels.shape)}")
+    traced = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    if labels.device.type == "cpu" and type(labels) is Tensor and not traced:
+        check_labels(labels, n_classes)
 
 
 def check_labels(labels: Tensor, n_classes: int) -> None:

@@ -98,7 +98,7 @@ class DCGANGenerator(Generator):
         """
         check_noise(z, self.dim_z)
         if self.n_classes:
-            check_label_shape(labels, z.shape[0])
+            check_label_shape(labels, z.shape[0], self.n_classes)
             assert labels is not None
             z = join_one_hot(z, labels, self.n_classes)
         h = F.relu(self.norm(self.linear(z).view(-1, self.base_channels, BASE_RESOLUTION, BASE_RESOLUTION)))
@@ -115,6 +115,7 @@ class DCGANDiscriminator(nn.Module):
     Args:
         norm: of all layers but the first and the last: "batch", "instance", "none"; or "spectral", of every weight.
             With a gradient penalty batch norm is not allowed, as a sample has then no gradient of its own.
+        dropout: probability after each layer but the last, as in the ACGAN paper; 0 for none.
         head: "plain", "projection", "auxiliary" (gives class logits too) or "one-hot": the label's one-hot maps join
             the channels after the attention, or after the first layer where there is none.
         width: channels at half the resolution; other arguments as for :class:`DCGANGenerator`.
@@ -134,6 +135,7 @@ class DCGANDiscriminator(nn.Module):
         attention_resolution: int | None = None,
         norm: str = "batch",
         head: str = "plain",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_architecture(
@@ -150,6 +152,8 @@ class DCGANDiscriminator(nn.Module):
             raise ValueError(f"head must be one of {', '.join(map(repr, DCGAN_HEADS))}, got {head!r}")
         if head == "one-hot" and n_classes < 1:
             raise ValueError(f"head 'one-hot' needs n_classes of at least 1, got {n_classes}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.n_classes = n_classes
         self.resolution = resolution
         self.image_channels = image_channels
@@ -161,7 +165,7 @@ class DCGANDiscriminator(nn.Module):
         self.join_after = max(self.attention_after, 0) if head == "one-hot" else -1
         extra = [n_classes if i == self.join_after + 1 and head == "one-hot" else 0 for i in range(len(channels) - 1)]
         self.blocks = nn.ModuleList(
-            _down(a + more, b, norm if i else "none")
+            _down(a + more, b, norm if i else "none", dropout)
             for i, ((a, b), more) in enumerate(zip(pairwise(channels), extra, strict=True))
         )
         features = channels[-1] * BASE_RESOLUTION**2
@@ -179,7 +183,7 @@ class DCGANDiscriminator(nn.Module):
         """
         check_images(images, self.image_channels, self.resolution)
         if self.n_classes:
-            check_label_shape(labels, images.shape[0])
+            check_label_shape(labels, images.shape[0], self.n_classes)
         h = images
         for i, block in enumerate(self.blocks):
             h = block(h)
@@ -191,13 +195,13 @@ class DCGANDiscriminator(nn.Module):
         return self.head(h.flatten(1), labels)
 
 
-def _down(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
+def _down(in_channels: int, out_channels: int, norm: str, dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 4, 2, 1, bias=norm not in ("batch", "instance"))]
     if norm == "batch":
         layers.append(nn.BatchNorm2d(out_channels))
     if norm == "instance":
         layers.append(nn.InstanceNorm2d(out_channels, affine=True))
-    return nn.Sequential(*layers, nn.LeakyReLU(0.2))
+    return nn.Sequential(*layers, nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else []))
 
 
 def init_dcgan(root: nn.Module) -> None:

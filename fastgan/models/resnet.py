@@ -108,7 +108,7 @@ class ResNetGenerator(Generator):
         """
         check_noise(z, self.dim_z)
         if self.n_classes:
-            check_label_shape(labels, z.shape[0])
+            check_label_shape(labels, z.shape[0], self.n_classes)
         h = self.linear(z).view(-1, self.base_channels, BASE_RESOLUTION, BASE_RESOLUTION)
         for i, block in enumerate(self.blocks):
             h = block(h, labels)
@@ -183,7 +183,7 @@ class ResNetDiscriminator(nn.Module):
         """
         check_images(images, self.image_channels, self.resolution)
         if self.n_classes:
-            check_label_shape(labels, images.shape[0])
+            check_label_shape(labels, images.shape[0], self.n_classes)
         h = images
         for i, block in enumerate(self.blocks):
             h = block(h)

@@ -83,7 +83,7 @@ class SketchGenerator(Generator):
             ValueError: a shape or dtype is wrong.
         """
         check_images(sketches, self.sketch_channels, self.resolution, "sketches")
-        check_label_shape(labels, sketches.shape[0])
+        check_label_shape(labels, sketches.shape[0], self.n_classes)
         h = self.encoder(sketches)
         code = self.embed(labels)[:, :, None, None].to(h.dtype)
         h = self.join(torch.cat([h, code.expand(-1, -1, *h.shape[2:])], 1))
@@ -143,7 +143,7 @@ class SketchDiscriminator(nn.Module):
             ValueError: a shape or dtype is wrong.
         """
         check_images(images, self.in_channels, self.resolution)
-        check_label_shape(labels, images.shape[0])
+        check_label_shape(labels, images.shape[0], self.n_classes)
         code = self.embed(labels).view(-1, 1, self.resolution, self.resolution).to(images.dtype)
         return self.head(self.layers(torch.cat([images, code], 1)).flatten(1)).squeeze(1)
 

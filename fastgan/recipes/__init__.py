@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -26,6 +28,7 @@ __all__ = [
     "available",
     "differences",
     "dump_recipe",
+    "explain_recipe",
     "load_recipe",
     "override",
     "override_values",
@@ -79,6 +82,39 @@ def dump_recipe(recipe: Recipe) -> str:
     import yaml
 
     return yaml.safe_dump(_content(recipe), sort_keys=False)
+
+
+def explain_recipe(recipe: Recipe) -> str:
+    """YAML of ``recipe`` with a comment on each setting, which :func:`load_recipe` reads back."""
+    import yaml
+
+    lines = []
+    for section, values in _content(recipe).items():
+        if not isinstance(values, dict):
+            lines.append(yaml.safe_dump({section: values}, width=1000).rstrip())
+            continue
+        config = getattr(recipe, section)
+        meanings = _meanings(type(config))
+        lines += ["", f"# {(type(config).__doc__ or '').splitlines()[0]}", f"{section}:"]
+        for name, value in values.items():
+            comment = textwrap.wrap(meanings.get(name, "").replace("``", "`"), 110)
+            lines += [f"  # {line}" for line in comment]
+            lines.append(f"  {name}: {yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def _meanings(config: type) -> dict[str, str]:
+    """What the docstring of a section says of each setting, with the first name of those described together."""
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            names, _, text = line.strip().partition(": ")
+            name, *others = names.split(", ")
+            meanings[name] = f"{names}: {text}" if others else text
+        elif line.strip():
+            meanings[name] += f" {line.strip()}"
+    return meanings
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:

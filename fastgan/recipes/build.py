@@ -24,7 +24,7 @@ _SHARED = {"architecture", "conditional", "resolution", "generator_width", "disc
 _FROM_NOISE = _SHARED | {"dim_z", "attention_resolution", "generator_spectral_norm", "discriminator_norm", "head"}
 USED = {
     "resnet": _FROM_NOISE | {"attention"},
-    "dcgan": _FROM_NOISE,
+    "dcgan": _FROM_NOISE | {"discriminator_dropout"},
     "sketch": _SHARED | {"label_channels", "sees_sketch"},
     "vit": _FROM_NOISE | {"attention", "depth", "num_heads"},
 }
@@ -66,7 +66,9 @@ def _build(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Gen
     d |= {"head": model.head, **attention}
     norm = model.discriminator_norm
     if model.architecture == "dcgan":
-        return DCGANGenerator(n_classes, **g), DCGANDiscriminator(n_classes, norm=norm, **d)
+        return DCGANGenerator(n_classes, **g), DCGANDiscriminator(
+            n_classes, norm=norm, dropout=model.discriminator_dropout, **d
+        )
     resnet = ResNetGenerator(n_classes, attention=model.attention, **g)
     if norm not in ("none", "spectral"):
         raise ValueError(f"discriminator_norm must be 'none' or 'spectral', got {norm!r}")

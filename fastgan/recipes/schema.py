@@ -76,6 +76,7 @@ class ModelConfig:
         num_heads: heads of each of them.
         generator_spectral_norm: normalise the generator's weights.
         discriminator_norm: "none", "batch", "instance" or "spectral".
+        discriminator_dropout: probability of dropout in the discriminator "dcgan", in [0, 1); 0 for none.
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
         label_channels: length of the sketch generator's label embedding.
         sees_sketch: the sketch discriminator sees the sketch beside the image. "auto": if sketches belong to images.
@@ -94,6 +95,7 @@ class ModelConfig:
     num_heads: int = 4
     generator_spectral_norm: bool = False
     discriminator_norm: str = "none"
+    discriminator_dropout: float = 0.0
     head: str = "plain"
     label_channels: int = 32
     sees_sketch: bool | None = False
@@ -142,6 +144,7 @@ class TrainConfig:
         step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or
             "auto", compiled on a GPU and eager on a CPU.
         seed: of weights, noise, labels, augmentation and batch order.
+        init: folder of a run or of a saved generator whose weights a new run begins with; empty for none.
     """
 
     steps: int = 100_000
@@ -179,6 +182,7 @@ class TrainConfig:
     channels_last: bool = True
     step_mode: str = "auto"
     seed: int = 0
+    init: str = ""
 
     def __post_init__(self) -> None:
         weights = (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import resource
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +38,7 @@ from fastgan.training.scoring import Score, Scorer, score_backbone
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
 _log = logging.getLogger(__name__)
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", RUN_FOLDER
 
 # Settings that may change when a run is resumed: how far it goes, how its steps are run, what it reports, its names.
@@ -123,13 +127,41 @@ class Run:
             if self.world.is_first:
                 self._save(self.trainer)
         except NonFiniteLossError as error:
-            raise RunError(f"{error}. {self._how_to_go_on}") from error
+            if self.world.is_first and 0 < self.trainer.step < error.step:
+                self._save(self.trainer)
+            other = f"begin with its weights and other settings by --init {shlex.quote(str(self.out))} --out ..."
+            raise RunError(
+                f"{error}. {self._how_to_go_on}{'' if self._saved_step is None else f'; {other}'}"
+            ) from error
         except OSError as error:
             if isinstance(error, DiskFullError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RunError(f"the disk is full: {error}. {self._how_to_go_on}") from error
             raise
         number = max(self.world.gather(self.trainer.stop_signal))
         return signal.Signals(number) if number else None
+
+    def try_out(self, steps: int = 3) -> None:
+        """Do a few steps without callbacks, and report networks, memory and the time that all steps will take."""
+        trainer, recipe = self.trainer, self.recipe
+        for name, network in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
+            weights = sum(p.numel() for p in network.parameters())
+            self._tell(f"{name}: {type(network).__name__}, {weights:,} weights")
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            trainer.train_step()
+            trainer.flush()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+        if trainer.device.type == "cuda":
+            memory = f"{torch.cuda.max_memory_allocated(trainer.device) / 1e9:.2f} GB on {trainer.device}"
+        else:
+            memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e9:.2f} GB of the process"
+        self._tell(f"peak memory: {memory}")
+        whole = min(seconds[1:]) * recipe.train.steps + seconds[0]
+        self._tell(
+            f"first step {seconds[0]:.2f} s, then {min(seconds[1:]):.3f} s per step: {recipe.train.steps} steps take "
+            f"about {timedelta(seconds=round(whole))} without scores, grids and checkpoints; nothing was written"
+        )
 
     def _draw(self, trainer: Trainer) -> None:
         """Write ``grids/<step>.png`` from the moving average, and ``curves.png``."""
@@ -246,6 +278,7 @@ def start_run(
     show_progress: bool = True,
     restarted: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Run:
     """Start a run: load the data, build everything, and write ``config.yaml`` and ``data.json``.
 
@@ -260,16 +293,17 @@ def start_run(
         show_progress: draw a progress bar.
         restarted: a supervisor has restarted the program: if ``out`` holds this very run, it is resumed.
         overwrite: remove a run in ``out`` before the first step.
+        dry_run: write nothing, and take no notice of a run in ``out``.
 
     Raises:
         InputError: ``out`` holds a run with checkpoints already or cannot be written to, or the recipe, the data and
             the networks do not fit.
     """
     out, world = Path(out), current_world()
-    recipe = _with_absolute_source(recipe)
+    recipe = _with_absolute_paths(recipe)
     exists = any(world.gather((out / CONFIG).exists()))  # before the first process writes it
     begun = any(world.gather(Checkpoints(out / "checkpoints").exist()))
-    if exists and begun and not overwrite:
+    if exists and begun and not overwrite and not dry_run:
         stored = run_recipe(out)
         if restarted and not differences(stored, _without_auto(recipe, stored)):
             return resume_run(out, device=device, tell=tell, show_progress=show_progress)
@@ -286,14 +320,46 @@ def start_run(
     settled = settle(recipe, data)
     check_classes(settled, data)
     tell(describe_use(settled, data))
-    recipe = settled
+    recipe = replace(settled, log=replace(settled.log, tensorboard=False, wandb=False)) if dry_run else settled
     run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
-    if world.is_first:
+    if recipe.train.init:
+        begin_with(run, Path(recipe.train.init), tell)
+    if world.is_first and not dry_run:
         if exists:
             _remove_run(out)
         write_text(out / CONFIG, dump_recipe(recipe))
         DataRecord.of(data).write(out)
     return run
+
+
+def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
+    """Take the weights of a run's last checkpoint, or of a saved generator, where names and shapes agree.
+
+    Optimizers, average count, step and data order begin anew.
+
+    Raises:
+        InputError: ``folder`` holds neither, or less than half of the tensors of a network fit.
+    """
+    trainer = run.trainer
+    if (folder / CONFIG).is_file():
+        state = Checkpoints(folder / "checkpoints").load(tell, trainer.device)["trainer"]
+        found = {"generator": state["generator"], "discriminator": state["discriminator"], "average": state["ema"]}
+    else:
+        weights = load_generator(folder, device=trainer.device)[0].state_dict()
+        found = {"generator": weights, "average": weights}
+    networks = {"generator": trainer.generator, "discriminator": trainer.discriminator, "average": trainer.ema.module}
+    for name, weights in found.items():
+        own = networks[name].state_dict()
+        fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+        if 2 * len(fitting) < len(own):
+            raise InputError(
+                f"init must be of networks like the recipe's: {len(fitting)} of the {len(own)} tensors of the {name} "
+                f"fit {folder}"
+            )
+        networks[name].load_state_dict(own | fitting)
+        left = [key for key in own if key not in fitting]
+        others = f"; these begin anew: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""
+        tell(f"init: {len(fitting)} of {len(own)} tensors of the {name} are those of {folder}{others}")
 
 
 def _remove_run(out: Path) -> None:
@@ -304,8 +370,10 @@ def _remove_run(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _with_absolute_source(recipe: Recipe) -> Recipe:
-    """``recipe`` with the absolute path of its data, so that a run may be resumed from any folder."""
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """``recipe`` with absolute paths, so that a run may be resumed from any folder."""
+    if recipe.train.init:
+        recipe = replace(recipe, train=replace(recipe.train, init=str(Path(recipe.train.init).absolute())))
     if is_named(recipe.data.source):
         return recipe
     return replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).absolute())))
@@ -353,7 +421,7 @@ def resume_run(
     out, world = Path(out), current_world()
     stored = run_recipe(out)
     wanted = override(stored if recipe is None else recipe, overrides)
-    wanted = _without_auto(_with_absolute_source(wanted), stored)
+    wanted = _without_auto(_with_absolute_paths(wanted), stored)
     free = (*_FREE, "data.source") if _may_have_moved(out, stored, wanted) else _FREE
     changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(free)}
     if changed:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
@@ -18,6 +21,7 @@ from fastgan.data.loader import part_size
 from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
 from fastgan.training.ema import EMA
+from fastgan.training.finite import first_non_finite
 from fastgan.training.gan import Batch, Objective, RecipeGAN, Terms, total
 from fastgan.training.step.eager import LazyTerm
 from fastgan.training.step.optimizers import make_optimizer
@@ -30,11 +34,19 @@ FLUSH_INTERVAL = 10
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became infinite or not a number; ``step`` is the first such step, counted from 1."""
+    """A loss became infinite or not a number.
 
-    def __init__(self, step: int, discriminator: float, generator: float) -> None:
-        super().__init__(f"loss is not finite at step {step}: discriminator {discriminator}, generator {generator}")
-        self.step = step
+    Attributes:
+        step: the first such step, counted from 1.
+        where: the tensor that was first not finite, "" if it was not found.
+    """
+
+    def __init__(self, step: int, discriminator: float, generator: float, where: str = "") -> None:
+        first = f"; first {where}" if where else ""
+        super().__init__(
+            f"loss is not finite at step {step}: discriminator {discriminator}, generator {generator}{first}"
+        )
+        self.step, self.losses, self.where = step, (discriminator, generator), where
 
 
 @dataclass
@@ -187,6 +199,12 @@ class Trainer:
             world=self.world,
         )
         self.discriminator_step, self.generator_step = self.steps.discriminator, self.steps.generator
+        # Dropout draws from the default generators, which then belong to the state.
+        self._draws_itself = any(
+            isinstance(module, _DropoutNd) and module.p > 0
+            for network in (self.generator, self.discriminator)
+            for module in network.modules()
+        )
         self.history = History()
         self.step = 0
         self.stop_requested = False
@@ -197,31 +215,64 @@ class Trainer:
     def run(self, steps: int | None = None, callbacks: Sequence[Callback] = ()) -> History:
         """Do ``steps`` more steps, by default up to ``config.steps``, or fewer if a stop is requested.
 
+        With images in memory a single process keeps a copy of the state every :data:`FLUSH_INTERVAL` steps. If a loss
+        is not finite, it repeats the steps since then, and is left in the state before the step of the error.
+
         Raises:
-            NonFiniteLossError: a loss is infinite or not a number.
+            NonFiniteLossError: a loss is infinite or not a number; it names the tensor that was first so.
         """
         steps = max(self.config.steps - self.step, 0) if steps is None else steps
         self._callbacks = callbacks
         started: list[Callback] = []
+        repeatable = self.world.size == 1 and isinstance(self.loader, DeviceLoader)
+        good = self._copied_state() if repeatable and steps else {}
         try:
             with self.world.agreed():
                 for callback in callbacks:
                     started.append(callback)
-                    callback.on_start(self, steps)
+                    with self._default_rng_kept():
+                        callback.on_start(self, steps)
             for i in range(steps):
+                if not self._pending and good and self.step - good["step"] >= FLUSH_INTERVAL:
+                    good = self._copied_state()
                 self.train_step()
                 if len(self._pending) >= FLUSH_INTERVAL or i == steps - 1 or self.stop_requested:
                     self.flush()
                 for callback in callbacks:
-                    callback.on_step(self)
+                    with self._default_rng_kept():
+                        callback.on_step(self)
                 if self._all_stop():
                     self.flush()
                     break
+        except NonFiniteLossError as error:
+            if not good:
+                raise
+            self._callbacks = ()
+            raise NonFiniteLossError(error.step, *error.losses, self._go_back(good, error.step)) from None
         finally:
             for callback in started:
                 callback.on_end(self)
             self._callbacks = ()
         return self.history
+
+    def _copied_state(self) -> dict[str, Any]:
+        """Copies of everything that decides the next step."""
+        return copy.deepcopy(self._state())
+
+    def _go_back(self, good: dict[str, Any], failed: int) -> str:
+        """Return to the state before the step ``failed`` from a copy before it. Returns what was first not finite."""
+        self._load(copy.deepcopy(good))  # an optimizer keeps the tensors that it loads
+        try:
+            while self.step < failed - 1:
+                self.train_step()
+                self.flush()
+        except NonFiniteLossError:  # what is not deterministic may fail earlier
+            self._load(good)
+            return ""
+        before = self._copied_state()
+        where = first_non_finite(self)
+        self._load(before)
+        return where
 
     def train_step(self) -> None:
         """``n_critic`` discriminator updates and one generator update."""
@@ -295,22 +346,52 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
         self.flush()
-        return {name: part.state_dict() for name, part in self._parts().items()} | {
+        return self._state() | {"history": asdict(self.history)}
+
+    def _state(self) -> dict[str, Any]:
+        state = {name: part.state_dict() for name, part in self._parts().items()} | {
             "step": self.step,
             "ema_updates": self.ema.updates,
             "rng": self.rng.get_state(),
-            "history": asdict(self.history),
         }
+        if self._draws_itself:
+            state["default_rng"] = self._default_rng()
+        return state
+
+    def _default_rng(self) -> Tensor:
+        """State of the default generator that dropout draws from."""
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _set_default_rng(self, state: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.cpu(), self.device)
+        else:
+            torch.set_rng_state(state.cpu())
+
+    @contextmanager
+    def _default_rng_kept(self) -> Iterator[None]:
+        """Let callbacks draw without an effect on dropout, so that a resumed run, which scores anew, stays the same."""
+        before = self._default_rng() if self._draws_itself else None
+        yield
+        if before is not None:
+            self._set_default_rng(before)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; on the same device bit for bit."""
+        self._load(state)
+        self.history = History(**{name: list(losses) for name, losses in state["history"].items()})
+
+    def _load(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step = state["step"]
         self.steps.counts = {"discriminator": self.step * self.config.n_critic, "generator": self.step}
         self.ema.updates.copy_(state["ema_updates"])
         self.rng.set_state(state["rng"].cpu())
-        self.history = History(**{name: list(losses) for name, losses in state["history"].items()})
+        if "default_rng" in state:
+            self._set_default_rng(state["default_rng"])
+        for losses in (self.history.discriminator, self.history.generator):
+            del losses[self.step :]
         self._pending = []
 
     def _all_stop(self) -> bool:

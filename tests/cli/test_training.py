@@ -100,3 +100,38 @@ def test_mistakes_are_one_line_and_write_nothing(arguments, message, tmp_path, m
     assert message in " ".join(said.split())
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["g"]
+
+
+def test_a_recipe_is_printed_with_comments_and_can_be_used(tmp_path):
+    text = fastgan("recipes", "sketch-cgan")
+    assert "  # Weight of" not in text
+    assert "  # weight of the mean absolute difference between generated images and those that" in text
+    (tmp_path / "mine.yaml").write_text(text)
+    assert fastgan("recipes", tmp_path / "mine.yaml") == text
+    assert "recipe must be one of" in " ".join(fastgan("recipes", "nothing", status=2).split())
+
+
+def test_a_dry_run_needs_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = fastgan("train", "--recipe", "acgan", "--dry-run", "--quiet", "steps=500", *SMALL)
+    assert "500 steps take about" in said
+    assert not list(tmp_path.iterdir())
+    refused = fastgan("train", "--resume", "run", "--dry-run", status=2)
+    assert "--dry-run is for a new run" in refused
+
+
+def test_broken_images_init_and_overwrite(tmp_path):
+    for i in range(12):
+        (tmp_path / "d" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / "d" / f"{i % 2}" / f"{i}.png")
+    (tmp_path / "d" / "0" / "broken.png").write_bytes(b"no picture")
+    command = ("train", "--recipe", "dcgan", "--data", tmp_path / "d", "--quiet", "steps=1", *SMALL, "--out")
+    assert "broken.png is not a readable image" in fastgan(*command, tmp_path / "a", status=2)
+    said = fastgan(*command, tmp_path / "a", "--skip-bad")
+    assert "12 images 16x16 RGB, 2 classes: 0 6, 1 6" in said
+    assert "1 unreadable" in said
+    assert "add --overwrite" in fastgan(*command, tmp_path / "a", "--skip-bad", status=2)
+    fastgan(*command, tmp_path / "a", "--skip-bad", "--overwrite")
+    assert "tensors of the generator are those of" in fastgan(
+        *command, tmp_path / "b", "--skip-bad", "--init", tmp_path / "a"
+    )

@@ -4,9 +4,17 @@ import json
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan._checks import InputError
-from fastgan.models import DCGANGenerator, Generator, ResNetGenerator, SAGANGenerator, SketchGenerator
+from fastgan.models import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    Generator,
+    ResNetGenerator,
+    SAGANGenerator,
+    SketchGenerator,
+)
 
 SMALL = {"resolution": 16, "image_channels": 1, "width": 8}
 MAKERS = {
@@ -71,3 +79,25 @@ def test_class_names_travel_with_the_generator(tmp_path):
             again.label_of(wrong)
     with pytest.raises(InputError, match="config.json does not exist"):
         Generator.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["plain", "projection", "auxiliary", "one-hot"])
+def test_labels_out_of_range_are_a_sentence(head):
+    generator = DCGANGenerator(3, resolution=16, width=8)
+    discriminator = DCGANDiscriminator(3, resolution=16, width=8, head=head)
+    for labels in (torch.tensor([0, 3]), torch.tensor([-1, 0])):
+        for network, inputs in (
+            (generator, torch.randn(2, generator.dim_z)),
+            (discriminator, torch.zeros(2, 3, 16, 16)),
+        ):
+            with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), got "):
+                network(inputs, labels)
+
+
+def test_labels_are_not_read_in_graphs():
+    generator = DCGANGenerator(3, resolution=16, width=8).eval()
+    z, labels = torch.randn(2, generator.dim_z), torch.tensor([0, 2])
+    graph = make_fx(generator, tracing_mode="fake", _allow_non_fake_inputs=True)(z, labels)
+    assert not [node for node in graph.graph.nodes if "_local_scalar_dense" in str(node.target)]
+    rows = torch.func.vmap(generator, randomness="different")(z[:, None], labels[:, None])
+    torch.testing.assert_close(rows[:, 0], generator(z, labels))

@@ -85,3 +85,17 @@ def test_bad_input():
         DCGANGenerator(3, resolution=16, width=8)(torch.randn(2, 100))
     with pytest.raises(ValueError, match=r"images must have shape \(n, 3, 64, 64\), got \(1, 3, 32, 32\)"):
         DCGANDiscriminator(width=8)(torch.zeros(1, 3, 32, 32))
+
+
+def test_dropout_follows_each_layer_but_the_last():
+    discriminator = DCGANDiscriminator(resolution=16, width=8, norm="none", dropout=0.5)
+    kinds = [type(module).__name__ for block in discriminator.blocks for module in block]
+    assert kinds == ["Conv2d", "LeakyReLU", "Dropout"] * 2
+    images = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(discriminator(images), discriminator(images))
+    discriminator.eval()
+    assert torch.equal(discriminator(images), discriminator(images))
+    plain = DCGANDiscriminator(resolution=16, width=8, norm="none")
+    assert plain.state_dict().keys() == discriminator.state_dict().keys()
+    with pytest.raises(ValueError, match="dropout must be in .0, 1., got 1"):
+        DCGANDiscriminator(dropout=1.0)

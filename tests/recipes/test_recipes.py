@@ -10,6 +10,7 @@ from fastgan.recipes import (
     available,
     differences,
     dump_recipe,
+    explain_recipe,
     load_recipe,
     override,
     parse_recipe,
@@ -56,6 +57,12 @@ def test_every_recipe_can_be_built_and_written(name):
     import yaml
 
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+    explained = explain_recipe(recipe)
+    assert parse_recipe(yaml.safe_load(explained)) == recipe
+    for key, before in zip(explained.splitlines()[1:], explained.splitlines(), strict=False):
+        if key.startswith("  ") and not key.startswith("  #"):
+            name = key.split(":")[0].strip()
+            assert before.startswith("  # ") or f", {name}" in explained, name  # described with those before it
 
 
 def test_own_file(tmp_path):

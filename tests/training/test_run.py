@@ -63,7 +63,7 @@ def test_every_recipe_trains_resumes_and_samples(name, tmp_path):
     assert_same(Generator.from_pretrained(tmp_path / "generator").state_dict(), run.generator.state_dict())
 
 
-@pytest.mark.parametrize("name", ["wgan-gp", "sagan"])
+@pytest.mark.parametrize("name", ["wgan-gp", "sagan", "acgan-paper"])  # the last with dropout
 def test_twelve_steps_are_five_and_seven_more(name, tmp_path):
     changes = (
         "steps=12",
@@ -411,3 +411,67 @@ def test_the_resolution_follows_from_the_data(tmp_path):
     run = start(tiny("dcgan", source, "resolution=auto"), tmp_path / "run")
     assert (run.recipe.model.resolution, run.generator.resolution) == (32, 32)
     assert "resolution: 32" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_weights_of_another_run_or_generator(tmp_path):
+    first = start(tiny("sagan", "steps=3"), tmp_path / "first")
+    first.train()
+    notes = []
+    init = f"init={tmp_path / 'first'}"
+    run = start(tiny("sagan", init, "lr_generator=1e-5", "seed=7"), tmp_path / "second", notes)
+    assert run.trainer.step == 0
+    for name in ("generator", "discriminator"):
+        assert_same(getattr(run.trainer, name).state_dict(), getattr(first.trainer, name).state_dict())
+    assert_same(run.generator.state_dict(), first.generator.state_dict())
+    assert any("tensors of the discriminator are those of" in note for note in notes)
+    run.train()
+    assert_same(resume(tmp_path / "second").state_dict(), run.state_dict())
+    folder_of_images(tmp_path / "d")
+    source = (f"data.source={tmp_path / 'd'}", "held_out=0.25", "channels=1")
+    notes.clear()
+    run = start(tiny("sagan", f"init={tmp_path / 'first' / 'generator'}", *source), tmp_path / "third", notes)
+    fresh = [note for note in notes if "these begin anew" in note]  # three classes where there were ten
+    assert fresh
+    with pytest.raises(InputError, match="init must be of networks like the recipe's"):
+        start(tiny("dcgan", init), tmp_path / "fourth")
+    with pytest.raises(InputError, match="holds neither a run"):
+        start(tiny("dcgan", f"init={tmp_path / 'd'}"), tmp_path / "fourth")
+    assert not (tmp_path / "fourth").exists()
+
+
+def test_trying_out_writes_nothing(tmp_path):
+    notes = []
+    run = start(tiny("acgan", "steps=1000"), tmp_path / "run", notes, dry_run=True)
+    run.try_out()
+    said = " ".join(notes)
+    for part in ("1797 images 8x8 gray", "generator: DCGANGenerator, ", "peak memory: ", "1000 steps take about "):
+        assert part in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_state_before_a_loss_that_is_not_finite_is_kept(tmp_path):
+    run = start(tiny("dcgan", "steps=9", "checkpoint_every=100"), tmp_path)
+    step = run.trainer.discriminator_step
+
+    def poisoned(batch):
+        terms = step(batch)
+        return {name: term * float("nan") for name, term in terms.items()} if run.trainer.step == 4 else terms
+
+    run.trainer.discriminator_step = poisoned
+    where = "first NaN in the adversarial loss of the discriminator"
+    with pytest.raises(RunError, match=f"{where}. The checkpoint of step 4"):
+        run.train()
+    again = resume(tmp_path)
+    assert again.trainer.step == 4
+    again.train()
+    whole = start(tiny("dcgan", "steps=9"), tmp_path / "whole")
+    whole.train()
+    assert_same(again.trainer.state_dict(), whole.trainer.state_dict())
+
+
+def test_a_loss_that_is_not_finite_at_the_first_step_leaves_no_checkpoint(tmp_path):
+    run = start(tiny("dcgan"), tmp_path)
+    run.trainer.discriminator_step = lambda batch: {"adversarial": torch.tensor(float("nan"))}
+    with pytest.raises(RunError, match="at step 1: .* the same command starts the run over"):
+        run.train()
+    start(tiny("dcgan"), tmp_path).train()

@@ -11,6 +11,7 @@ from torch import nn
 from fastgan.backend import BackendWarning
 from fastgan.training import Callback, Every, NonFiniteLossError, ProgressBar, TrainConfig, Trainer
 from tests.training.small_trainers import data, trainer
+from tests.training.tiny_runs import assert_same
 
 
 def weights(network):
@@ -351,3 +352,43 @@ def test_early_actions_and_the_bar_of_a_run_that_goes_on():
     run = trainer(steps=5)
     run.run(callbacks=[Every(20, lambda t: found.append(t.step), early=True)])
     assert found == [2]
+
+
+@pytest.mark.parametrize("step", [1, 4, 11, 13])
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_a_loss_that_is_not_finite_leaves_the_state_before_its_step(step, mode):
+    """An image turns to NaN between two steps, and back once it is found: what a fault of the data looks like."""
+    run, good = trainer(steps=20, step_mode=mode), trainer(steps=20, step_mode=mode)
+    for each in (run, good):
+        each.steps.backend = "eager"
+    good.run(step - 1)
+    images = run.loader.data.images
+    forward = run.discriminator_step
+
+    def poisoned(batch):
+        return forward({**batch, "images": batch["images"] * (float("nan") if run.step == step - 1 else 1)})
+
+    run.discriminator_step = poisoned
+    with pytest.raises(NonFiniteLossError, match=f"at step {step}: .*; first NaN in") as raised:
+        run.run()
+    assert raised.value.where.startswith("NaN in the output of discriminator.")
+    assert run.step == len(run.history) == step - 1
+    assert images.isfinite().all()
+    assert_same(run.state_dict(), good.state_dict())
+
+
+def test_what_was_first_not_finite_is_named():
+    run = trainer(steps=3)
+    next(run.generator.parameters()).data.fill_(float("inf"))
+    with pytest.raises(NonFiniteLossError) as raised:
+        run.run()
+    first = next(name for name, m in run.generator.named_modules() if any(True for _ in m.parameters(recurse=False)))
+    assert raised.value.where.startswith(("NaN in the output of generator.", "infinite in the output of generator."))
+    assert first in raised.value.where
+    run = trainer(steps=3)
+    run.loader.data.images[:] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="first NaN in images of the batch"):
+        run.run()
+    run = trainer(steps=3, lr_discriminator=1e38)
+    with pytest.raises(NonFiniteLossError, match="first (NaN|infinite) in discriminator[.].* after its update"):
+        run.run()

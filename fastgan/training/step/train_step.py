@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -298,6 +299,15 @@ class TrainStep:
     def generator(self, batch: Batch) -> Terms:
         """Update the generator once, with as many images as ``batch`` has. Returns the terms of its loss."""
         return self.update("generator", batch)
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Within the block every update runs eagerly; graphs are kept for later."""
+        steps, mode, self._steps, self.mode = self._steps, self.mode, {}, "eager"
+        try:
+            yield
+        finally:
+            self._steps, self.mode = steps, mode
 
     @torch.no_grad()
     def compile(self, graph: torch.fx.GraphModule, arguments: list[Tensor]) -> Callable[..., Any]:

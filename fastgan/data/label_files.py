@@ -1,0 +1,76 @@
+"""Classes from a file beside the images: ``dataset.json`` as StyleGAN's tools write it, or ``labels.csv``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from fastgan._checks import InputError
+from fastgan.data.image_sources import ImageSource
+
+JSON_FILE, CSV_FILE = "dataset.json", "labels.csv"
+_NAMED = 3  # files listed in a message
+
+
+def read_label_file(root: str | Path, images: ImageSource) -> tuple[tuple[str, ...], list[int]] | None:
+    """Class names and the class of each image, of a label file in the folder or zip file ``root``; None without one.
+
+    ``dataset.json`` holds ``{"labels": [["00000/img00000.png", 6], ...]}``, or null for no classes; each row of
+    ``labels.csv`` a path below ``root`` and a label, perhaps under a header. Labels are numbers from 0, or names, which
+    are numbered in their order.
+
+    Raises:
+        InputError: the file is damaged, or an image has no label in it.
+    """
+    root = Path(root)
+    for name, parse in ((JSON_FILE, _of_json), (CSV_FILE, _of_csv)):
+        text = _text(root, name)
+        rows = None if text is None else parse(text, f"{root}/{name}")
+        if rows:
+            return _labels(rows, images, f"{root}/{name}")
+    return None
+
+
+def _text(root: Path, name: str) -> str | None:
+    try:
+        if root.is_dir():
+            return (root / name).read_text(encoding="utf-8-sig") if (root / name).is_file() else None
+        if zipfile.is_zipfile(root):
+            with zipfile.ZipFile(root) as file:
+                return file.read(name).decode("utf-8-sig") if name in file.namelist() else None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{root}/{name} cannot be read: {error}") from error
+    return None
+
+
+def _of_json(text: str, where: str) -> dict[str, str]:
+    try:
+        rows = json.loads(text)["labels"] or []
+        return {str(path): str(label) for path, label in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where} must hold 'labels', a list of [path, label] or null: {error}") from error
+
+
+def _of_csv(text: str, where: str) -> dict[str, str]:
+    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    if short := next((row for row in rows if len(row) < 2), None):
+        raise InputError(f"{where} must have rows of a path and a label, got {','.join(short)!r}")
+    return {row[0].strip(): row[1].strip() for row in rows}
+
+
+def _labels(rows: dict[str, str], images: ImageSource, where: str) -> tuple[tuple[str, ...], list[int]]:
+    keys = [images.key(i) for i in range(len(images))]
+    missing = [key for key in keys if key not in rows]
+    if missing:
+        listed = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise InputError(f"{where} has no label for {len(missing)} of {len(keys)} images: {listed}")
+    found = {rows[key] for key in keys}
+    if all(label.isdecimal() for label in found):
+        labels = [int(rows[key]) for key in keys]
+        return tuple(map(str, range(max(labels) + 1))), labels
+    names = tuple(sorted(found))
+    number = {name: i for i, name in enumerate(names)}
+    return names, [number[rows[key]] for key in keys]
