@@ -120,7 +120,7 @@ def _load_extension() -> str:
     """Load the C++/CUDA extension ``fastgan/_C*.so``; return "" on success, else the reason why it is missing."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
-        return "not built: reinstall with `pip install --no-build-isolation .` where a C++ compiler is at hand"
+        return "not built: `pip install .` builds it in an environment with torch and a C++ compiler"
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
