@@ -7,14 +7,14 @@ functions of q, k and v, whose gradients hold their part.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_alike, check_tensor
-from fastgan._dispatch import autocast_dtype, is_transforming, outside_autocast
+from fastgan._dispatch import autocast_dtype, differentiable, is_transforming, outside_autocast
 from fastgan._layout import empty_rows_like
 from fastgan.backend import IMPLS, implementation, resolve, warn_once
 from fastgan.kernels.attention.config import unsupported
@@ -78,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))
     if scale <= 0:  # the ops keep each row's largest logit, which a negative scale would turn into the smallest
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
-    return attention_op(q, k, v, float(scale), impl)[0]
+    return cast(Tensor, _attention(q, k, v, float(scale), impl)[0])
 
 
 def _maps_are_small(q: Tensor, k: Tensor) -> bool:
@@ -172,7 +172,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _backward(ctx: Any, grad_o: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, stats = ctx.saved_tensors
-    return (*attention_bwd_op(grad_o, q, k, v, o, stats, ctx.scale, ctx.impl), None, None)
+    return (*_attention_bwd(grad_o, q, k, v, o, stats, ctx.scale, ctx.impl), None, None)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,7 +183,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_o, q, k, v, o, stats = ctx.saved_tensors
     ggq, ggk, ggv = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (q, k, v), strict=True))
-    outputs = attention_bwd_bwd_op(ggq, ggk, ggv, grad_o, q, k, v, o, stats, ctx.scale, ctx.impl)
+    outputs = _attention_bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, o, stats, ctx.scale, ctx.impl)
     return (*outputs, None, None, None, None)
 
 
@@ -191,6 +191,6 @@ def _third_order(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     raise RuntimeError("attention has gradients to second order; use impl='eager' for those of higher order")
 
 
-attention_op.register_autograd(_backward, setup_context=_save_forward)
-attention_bwd_op.register_autograd(_backward_backward, setup_context=_save_backward)
-attention_bwd_bwd_op.register_autograd(_third_order)
+_attention = differentiable(attention_op, _backward, _save_forward)
+_attention_bwd = differentiable(attention_bwd_op, _backward_backward, _save_backward)
+_attention_bwd_bwd = differentiable(attention_bwd_bwd_op, _third_order)

@@ -6,14 +6,14 @@ projection to x, which is read once and the sum written once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_alike, check_tensor
-from fastgan._dispatch import outside_autocast
+from fastgan._dispatch import differentiable, outside_autocast
 from fastgan._layout import image_like
 from fastgan.backend import implementation, resolve
 from fastgan.reference.projections import pooled_projection_bwd, projection_residual_bwd
@@ -56,7 +56,7 @@ def project_and_pool(
     if min(x.shape[2:]) < 2:
         raise ValueError(f"x must be at least 2 x 2 pixels, got shape {tuple(x.shape)}")
     _check_bias(bias, weight)
-    q, kv, _ = pooled_projection_op(x, weight, bias, qk_channels, impl)
+    q, kv, _ = _pooled_projection(x, weight, bias, qk_channels, impl)
     return q, kv
 
 
@@ -93,7 +93,7 @@ def project_and_add(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor
     if weight.shape != (channels, rows.shape[2]):
         raise ValueError(f"weight must have shape ({channels}, {rows.shape[2]}), got {tuple(weight.shape)}")
     _check_bias(bias, weight)
-    return projection_residual_op(rows, weight, bias, x, impl)
+    return cast(Tensor, _projection_residual(rows, weight, bias, x, impl))
 
 
 def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
@@ -152,5 +152,5 @@ def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return drows, dweight, dbias if ctx.has_bias else None, grad, None
 
 
-pooled_projection_op.register_autograd(_pooled_backward, setup_context=_save_pooled)
-projection_residual_op.register_autograd(_residual_backward, setup_context=_save_residual)
+_pooled_projection = differentiable(pooled_projection_op, _pooled_backward, _save_pooled)
+_projection_residual = differentiable(projection_residual_op, _residual_backward, _save_residual)

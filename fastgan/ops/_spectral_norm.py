@@ -8,14 +8,22 @@ of W. Keeping the copies for backward lets two forwards of one network be differ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_tensor
-from fastgan._dispatch import autocast_dtype, is_exporting, is_transforming, no_autocast, outside_autocast, runs_at_once
+from fastgan._dispatch import (
+    autocast_dtype,
+    differentiable,
+    is_exporting,
+    is_transforming,
+    no_autocast,
+    outside_autocast,
+    runs_at_once,
+)
 from fastgan.backend import check_impl, implementation, resolve
 from fastgan.reference import spectral_norm as reference
 from fastgan.reference.spectral_norm import compute_dtype, matrix_shape, scale_differentiably
@@ -142,7 +150,7 @@ def scaled(
             return scale_differentiably(weights, u, v, dims, dtype)
     if not torch.is_grad_enabled() and runs_at_once(*weights):
         return implementation("spectral_norm", impl).scale(weights, u, v, sigma, dims, dtype)
-    return spectral_norm_scale_op(list(weights), u, v, sigma, list(dims), dtype, impl)
+    return cast(list[Tensor], _scale(list(weights), u, v, sigma, list(dims), dtype, impl))
 
 
 def output_dtype(weight: Tensor) -> torch.dtype:
@@ -284,7 +292,7 @@ def _save_scale(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 def _scale_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     *weights, u, v, sigma = ctx.saved_tensors
     filled = _filled(grads, weights, ctx.dtype)
-    d_weights = spectral_norm_scale_bwd_op(filled, weights, u, v, sigma, ctx.dims, ctx.impl)
+    d_weights = _scale_bwd(filled, weights, u, v, sigma, ctx.dims, ctx.impl)
     return d_weights, None, None, None, None, None, None
 
 
@@ -298,8 +306,12 @@ def _scale_bwd_backward(ctx: Any, grad_grads: list[Tensor | None]) -> tuple[Any,
     *tensors, u, v, sigma = ctx.saved_tensors
     grads, weights = tensors[: ctx.n], tensors[ctx.n :]
     filled = _filled(grad_grads, weights, weights[0].dtype)
-    out = spectral_norm_scale_bwd_bwd_op(filled, grads, weights, u, v, sigma, ctx.dims, ctx.impl)
+    out = _scale_bwd_bwd(filled, grads, weights, u, v, sigma, ctx.dims, ctx.impl)
     return out[: ctx.n], out[ctx.n :], None, None, None, None, None
+
+
+def _third_order(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise RuntimeError("spectral_norm_scale has gradients to second order")
 
 
 def _filled(grads: list[Tensor | None], like: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -307,5 +319,6 @@ def _filled(grads: list[Tensor | None], like: list[Tensor], dtype: torch.dtype) 
     return [torch.zeros_like(w, dtype=dtype) if g is None else g for g, w in zip(grads, like, strict=True)]
 
 
-spectral_norm_scale_op.register_autograd(_scale_backward, setup_context=_save_scale)
-spectral_norm_scale_bwd_op.register_autograd(_scale_bwd_backward, setup_context=_save_scale_bwd)
+_scale = differentiable(spectral_norm_scale_op, _scale_backward, _save_scale)
+_scale_bwd_bwd = differentiable(spectral_norm_scale_bwd_bwd_op, _third_order)
+_scale_bwd = differentiable(spectral_norm_scale_bwd_op, _scale_bwd_backward, _save_scale_bwd)

@@ -90,10 +90,10 @@ def test_what_another_rounding_does_to_a_step():
 def test_a_broken_double_backward_is_found(monkeypatch):
     """The graph's ``attention_bwd_bwd`` gets the sign of one cotangent wrong: the states must differ."""
     attention_ops = importlib.import_module("fastgan.ops._attention")
-    right = attention_ops.attention_bwd_bwd_op
+    right = attention_ops._attention_bwd_bwd
     eager, captured = (Setup("sagan", mode, gradient_penalty=10.0) for mode in ("eager", "compile"))
     eager.step.discriminator(batch(0))
-    monkeypatch.setattr(attention_ops, "attention_bwd_bwd_op", lambda ggq, *rest: right(-ggq, *rest))
+    monkeypatch.setattr(attention_ops, "_attention_bwd_bwd", lambda ggq, *rest: right(-ggq, *rest))
     captured.step.discriminator(batch(0))
     assert captured.step.compilations == 1
     assert largest_difference(captured.state(), eager.state()) > TOLERANCE["inductor"]
