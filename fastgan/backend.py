@@ -1,4 +1,4 @@
-"""Which implementations this machine can run, why the others cannot, and the choice between them.
+"""Find out which implementations this machine can run, and choose between them.
 
 Every public function takes ``impl="auto" | "triton" | "reference"``. ``auto`` means the Triton kernel for CUDA tensors
 of a dtype it supports, and plain PyTorch otherwise. A missing backend costs one warning, never a retry per call.
@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 IMPLS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Sentences on kernels that the installed Triton spills, which those who launch them append.
+# Sentences on kernels that the installed Triton spills; launchers append to it.
 SPILLED: list[str] = []
 
 
@@ -44,7 +44,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What :func:`backend_status` returns; prints as a table and indexes by name."""
+    """The result of :func:`backend_status`; prints as a table and is indexed by name."""
 
     backends: tuple[Backend, ...]
 
@@ -79,20 +79,22 @@ def backend_status() -> BackendStatus:
 
 
 def interpreting() -> bool:
-    """True where Triton kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
+    """Return whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def _called_when_traced(function: F) -> F:
-    """As ``torch.compiler.assume_constant_result``, which would import the compiler: Dynamo calls such a function and
-    does not trace it."""
+    """Make Dynamo call ``function`` and not trace it.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports the compiler.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_called_when_traced
 def _triton_missing() -> str:
-    """Why Triton cannot be used; "" where it can."""
+    """Return the reason why Triton cannot be used, or "" if it can."""
     triton = _triton()
     return "" if triton.available else triton.detail
 
@@ -159,7 +161,7 @@ def warn_once(message: str) -> None:
 
 @functools.cache
 def warn_anew(message: str) -> None:
-    """What :func:`warn_once` remembers: ``cache_clear`` makes it forget."""
+    """Warn, and remember it for :func:`warn_once`; ``cache_clear`` forgets all messages."""
     warnings.warn(message, BackendWarning, stacklevel=4)
 
 
@@ -173,7 +175,7 @@ def resolve(impl: str, tensor: Tensor) -> str:
     """Turn ``impl`` into ``"triton"`` or ``"reference"`` for operands like ``tensor``.
 
     Raises:
-        ValueError: ``impl`` is unknown, or is ``"triton"`` where kernels cannot run on this tensor.
+        ValueError: ``impl`` is unknown, or is ``"triton"`` and kernels cannot run on this tensor.
     """
     check_impl(impl)
     if impl == "reference":
@@ -196,10 +198,10 @@ def resolve(impl: str, tensor: Tensor) -> str:
     return "triton"
 
 
-# Launchers of kernels, imported when they are first asked for: Triton may be missing.
+# Launchers of kernels, imported at their first use, since Triton may be missing.
 _LAUNCHERS = {"attention": "attention.launch", "projections": "projections", "spectral_norm": "spectral_norm.launch"}
 
 
 def implementation(op: str, impl: str) -> ModuleType:
-    """Return the module that computes ``op``, given what :func:`resolve` chose: kernels' launchers or plain PyTorch."""
+    """Return the module that computes ``op`` by the ``impl`` that :func:`resolve` chose: launchers or plain PyTorch."""
     return importlib.import_module(f"fastgan.kernels.{_LAUNCHERS[op]}" if impl == "triton" else f"fastgan.{impl}.{op}")

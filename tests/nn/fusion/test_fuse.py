@@ -373,7 +373,7 @@ def test_bad_input():
         fuse(lambda x: x)
     with pytest.raises(ValueError, match="impl must be one of"):
         fuse(nn.Linear(2, 2), impl="fast")
-    with pytest.raises(ValueError, match="example_input must be what model can be called with"):
+    with pytest.raises(ValueError, match="example_input must be an input that model accepts"):
         fuse(critic(older_spectral_norm), torch.randn(2, 4))
 
 
