@@ -80,7 +80,7 @@ def is_exporting() -> bool:
 def runs_at_once(*tensors: Tensor) -> bool:
     """Return whether nothing stands between a call and these tensors' memory: no trace, transform, mode or subclass.
 
-    If not, and no gradient is needed, torch's dispatcher can be bypassed, which saves some microseconds of Python per
+    If so, operations that need no gradient can bypass torch's dispatcher, which costs some microseconds of Python per
     tensor.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

@@ -19,7 +19,7 @@ IGNORED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what a source distribution holds, without built files."""
+    """A copy of the files of a source distribution, without built ones."""
     target = tmp_path / "tree"
     target.mkdir()
     for name in SOURCES:
@@ -42,7 +42,7 @@ def no_torch(tmp_path):
 
 
 def setup_py(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py, in an environment where nothing but ``environment`` says what to build."""
+    """Run setup.py in an environment whose only build settings are ``environment``."""
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith("FASTGAN_") and k not in ("CUDA_HOME", "CUDA_PATH")
     }

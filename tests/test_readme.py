@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import pytest
 from fastgan.training import GAN
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/layers.md", "docs/training.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/layers.md", "docs/training.md")
 PUBLIC = ("nn", "ops", "metrics", "models", "data", "training", "recipes")
 MODULES = ("backend", "linalg", "losses", "reference")
 
 
 def snippets_of(document: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    text = (ROOT / document).read_text()
+    return [textwrap.dedent(s) for s in re.findall(r"^ *```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -31,8 +33,8 @@ def test_snippets_run(document, tmp_path, monkeypatch):
 
 def test_every_document_with_snippets_is_tested():
     documents = [
-        ROOT / "README.md",
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("*/README.md"),
         *ROOT.glob("fastgan/*/README.md"),
     ]
@@ -77,7 +79,7 @@ def test_public_names_have_docstrings():
 
 
 def undocumented_members(value):
-    """Of one's own, neither a module's forward, which the class describes, nor what the protocol describes."""
+    """List a class's own public members without docstrings, but for forward and the members of the GAN protocol."""
     described = {"forward"} | (set(vars(GAN)) if value is not GAN else set())
     members = {k: v for k, v in vars(value).items() if not k.startswith("_") and k not in described}
     functions = {k for k, v in members.items() if callable(v) or isinstance(v, property | classmethod)}

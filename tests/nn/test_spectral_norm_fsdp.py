@@ -101,7 +101,7 @@ def work(rank, folder):
     x = images(0)[0].requires_grad_()
     network(x).sum().backward()
     results["part first"] = {"grad": x.grad}, x.detach()
-    # Where a weight is not whole, the error says so.
+    # If a weight is not whole, the error says so.
     unread = sharded(KINDS["grouped"](), "layers")
     bare = sharded(critic(lambda layer: layer), "layers")
     messages = []

@@ -240,7 +240,7 @@ def test_blocks_that_are_something_else_are_left():
             return x + self.gamma * (v @ torch.softmax(q.transpose(1, 2) @ k, -1)).unflatten(2, x.shape[2:])
 
     class Remembering(Attention):
-        """Keeps what a fused block would not make."""
+        """A block that keeps its map, which a fused block would not compute."""
 
         def forward(self, x):
             y = super().forward(x)
@@ -378,7 +378,7 @@ def test_bad_input():
 
 
 def replicated(model):
-    """What ``nn.DataParallel`` makes of a model for one of its devices."""
+    """Return a replica as ``nn.DataParallel`` makes it for one of its devices."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     for module in modules:
