@@ -38,10 +38,14 @@ matrix-%:  # a machine's pip constraint and its own wheels are put aside: a rele
 sanitize: sanitize-cpu $(VENV)/dev.stamp  ## the C++ iterations and, emulated, the CUDA half under the compiler's sanitizers
 	$(BIN)/python -m tests.csrc.cuda_on_cpu
 
-sanitize-cpu:  ## the C++ iterations under AddressSanitizer and UBSan: no torch, no GPU, any C++17 compiler
+SANITIZE := -std=c++17 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
+
+sanitize-cpu:  ## the C++ iterations and kernels under AddressSanitizer and UBSan: no torch, no GPU, any C++17 compiler
 	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc tests/csrc/sanitize.cpp -o build/sanitize
+	$(CXX) $(SANITIZE) tests/csrc/sanitize.cpp -o build/sanitize
 	build/sanitize
+	$(CXX) $(SANITIZE) tests/csrc/sanitize_kernels.cpp csrc/variants.cpp csrc/kernels*.cpp -o build/sanitize_kernels
+	for capability in default avx2 avx512; do ATEN_CPU_CAPABILITY=$$capability build/sanitize_kernels || exit 1; done
 
 bench: $(VENV)/dev.stamp  ## time fastgan against its baselines; writes bench/results/, tables and plots
 	$(BIN)/python -m bench $(BENCH)

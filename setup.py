@@ -29,7 +29,9 @@ from setuptools.command.build_ext import build_ext
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 BLACKWELL_NVCC = (12, 8)  # the first that knows sm_100
 KERNEL_PACKAGES = ["fastgan.kernels", *(f"fastgan.kernels.{name}" for name in find_packages("kernels"))]
-CPU_SOURCES = ["csrc/cpu.cpp"]
+CPU_SOURCES = [
+    f"csrc/{name}.cpp" for name in ("cpu", "attention", "variants", "kernels", "kernels_avx2", "kernels_avx512")
+]
 CUDA_SOURCES = ["csrc/cuda.cu"]
 FALLBACK_VERSION = "0.1.0.dev0"  # of an export without git's history or an sdist's PKG-INFO
 

@@ -1,4 +1,5 @@
 // Schemas of the extension's operators, and those for CPU tensors: passes over matrices, pivoted Cholesky, small_trace.
+// Attention is in attention.cpp.
 // nuclear_norm and sqrtm are for CUDA tensors alone (cuda.cu): on a CPU their products leave C++ nothing to gain.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +15,7 @@
 
 #include "pivoted_cholesky.h"
 #include "small_trace.h"
+#include "variants.h"
 
 namespace fastgan {
 namespace {
@@ -244,10 +246,19 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("small_trace(Tensor a, Tensor b, Tensor pairs) -> Tensor");
   m.def("nuclear_norm(Tensor m, bool low_precision, float tolerance) -> (Tensor, Tensor)");
   m.def("sqrtm(Tensor a, bool inverse) -> Tensor");
+  m.def("vector_bits() -> int");
+  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) o, Tensor(b!) stats) -> ()");
+  m.def(
+      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, float scale, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def(
+      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_o, Tensor q, Tensor k, Tensor v, "
+      "Tensor stats, float scale, Tensor(a!) g_do, Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&fastgan::has_cuda));
+  m.impl("vector_bits", TORCH_BOX(&fastgan::vector_bits));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {

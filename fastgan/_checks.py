@@ -32,6 +32,14 @@ def check_tensor(name: str, value: object, *, ndim: int | None = None, dtypes: S
         raise ValueError(f"{name} must have dtype {_names(dtypes)}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check_alike(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all the named tensors share dtype and device with the first."""
     (first_name, first), *others = tensors.items()

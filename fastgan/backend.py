@@ -1,7 +1,8 @@
 """Find out which implementations this machine can run, and choose between them.
 
-Every public function takes ``impl="auto" | "triton" | "reference"``. ``auto`` means the Triton kernel for CUDA tensors
-of a dtype it supports, and plain PyTorch otherwise. A missing backend costs one warning, never a retry per call.
+Every public function takes ``impl="auto" | "triton" | "extension" | "reference"``. ``auto`` means the Triton kernel for
+CUDA tensors of a dtype it supports, the C++ extension for CPU tensors, and plain PyTorch otherwise. A missing backend
+costs one warning, never a retry per call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-IMPLS = ("auto", "triton", "reference")
+IMPLS = ("auto", "triton", "extension", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Sentences on kernels that the installed Triton spills; launchers append to it.
@@ -99,6 +100,12 @@ def _triton_missing() -> str:
     return "" if triton.available else triton.detail
 
 
+@_called_when_traced
+def _extension_missing() -> str:
+    """Why the extension's CPU half cannot be used; "" where it can."""
+    return extension_missing()
+
+
 @functools.cache
 def _triton() -> Backend:
     try:
@@ -118,7 +125,7 @@ def _gpu() -> Backend:
 
 
 @functools.cache
-def _load_extension() -> str:
+def load_extension() -> str:
     """Load the C++/CUDA extension ``fastgan/_C*.so``; return "" on success, else the reason why it is missing."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
@@ -132,12 +139,13 @@ def _load_extension() -> str:
 
 def extension_missing(device_type: str = "cpu") -> str:
     """Return why the extension's half for ``device_type`` ("cpu" or "cuda") cannot be used; "" if it can."""
-    reason = _load_extension()
+    reason = load_extension()
     if not reason and device_type == "cuda" and not torch.ops.fastgan_C.has_cuda():
         return "built without CUDA: no nvcc of torch's CUDA version was found (FASTGAN_CUDA=1 demands one)"
     return reason
 
 
+@_called_when_traced
 def extension_available(device_type: str = "cpu") -> bool:
     """Return whether the extension's half for ``device_type`` is loaded. The first no warns once."""
     missing = extension_missing(device_type)
@@ -149,7 +157,10 @@ def extension_available(device_type: str = "cpu") -> bool:
 def _extension(device_type: str) -> Backend:
     missing = extension_missing(device_type)
     idle = device_type == "cuda" and not torch.cuda.is_available()
-    detail = missing or ("built, with no CUDA device to run on" if idle else "loaded")
+    loaded = (
+        f"loaded, {torch.ops.fastgan_C.vector_bits()}-bit vectors" if device_type == "cpu" and not missing else "loaded"
+    )
+    detail = missing or ("built, with no CUDA device to run on" if idle else loaded)
     return Backend(f"extension {device_type}", not missing, detail)
 
 
@@ -172,14 +183,22 @@ def check_impl(impl: str) -> None:
 
 
 def resolve(impl: str, tensor: Tensor) -> str:
-    """Turn ``impl`` into ``"triton"`` or ``"reference"`` for operands like ``tensor``.
+    """Turn ``impl`` into ``"triton"``, ``"extension"`` or ``"reference"`` for operands like ``tensor``.
 
     Raises:
-        ValueError: ``impl`` is unknown, or is ``"triton"`` and kernels cannot run on this tensor.
+        ValueError: ``impl`` is unknown, or is ``"triton"`` or ``"extension"`` and cannot run on this tensor.
     """
     check_impl(impl)
     if impl == "reference":
         return "reference"
+    if impl == "extension":
+        if tensor.device.type != "cpu":
+            raise ValueError(f"impl='extension' needs CPU tensors, got {tensor.device}")
+        if _extension_missing():
+            raise ValueError(f"impl='extension' cannot be used: {_extension_missing()}")
+        return "extension"
+    if impl == "auto" and tensor.device.type == "cpu":
+        return "extension" if extension_available() else "reference"
     supported = tensor.dtype in KERNEL_DTYPES
     runnable = tensor.is_cuda or interpreting()
     if impl == "triton":
@@ -200,8 +219,14 @@ def resolve(impl: str, tensor: Tensor) -> str:
 
 # Launchers of kernels, imported at their first use, since Triton may be missing.
 _LAUNCHERS = {"attention": "attention.launch", "projections": "projections", "spectral_norm": "spectral_norm.launch"}
+_IN_EXTENSION = ("attention",)
 
 
 def implementation(op: str, impl: str) -> ModuleType:
-    """Return the module that computes ``op`` by the ``impl`` that :func:`resolve` chose: launchers or plain PyTorch."""
+    """Return the module that computes ``op`` by the ``impl`` that :func:`resolve` chose.
+
+    It holds launchers of kernels, callers of the extension or plain PyTorch.
+    """
+    if impl == "extension" and op not in _IN_EXTENSION:
+        impl = "reference"
     return importlib.import_module(f"fastgan.kernels.{_LAUNCHERS[op]}" if impl == "triton" else f"fastgan.{impl}.{op}")

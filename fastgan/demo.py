@@ -23,7 +23,7 @@ from fastgan.bench.quick import workloads
 from fastgan.data import LabelledImages, digits
 from fastgan.recipes import load_recipe
 from fastgan.training import ProgressBar, Trainer, build_networks, class_rows, sample
-from fastgan.training.pictures import curves_png, grid_png
+from fastgan.training.pictures import curves_png, grid_picture
 from fastgan.training.scoring import Scorer
 
 RECIPE = "sagan-quick-digits"
@@ -69,7 +69,7 @@ def run_demo(
     recipe = load_recipe(RECIPE)
     steps = recipe.train.steps if steps is None else steps
     recipe = replace(recipe, train=replace(recipe.train, seed=seed, steps=steps))
-    train, held_out = digits(recipe.model.resolution)
+    train, held_out = digits(recipe.model.resolution or 32)
     if not train.n_classes <= score_images <= len(held_out):
         raise ValueError(f"score_images must be from {train.n_classes} to {len(held_out)}, got {score_images}")
 
@@ -114,7 +114,7 @@ def run_demo(
         score_name=f"Frechet distance to {score_images} held-out images ({BACKBONE})",
         floors={"real training images": distances["real"]},
     )
-    write_bytes(out / "samples.png", grid_png(grid, GRID_COLUMNS))
+    write_bytes(out / "samples.png", grid_picture(grid, GRID_COLUMNS))
     write_bytes(out / "curves.png", curves)
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     _summarize(console, out, report)

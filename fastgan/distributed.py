@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,20 @@ from torch import Tensor
 from fastgan._checks import InputError
 
 _STORE_SECONDS = 20
+
+
+def _end_gloo() -> None:
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+# Threads of gloo that outlive the process group now and then abort the process as Python ends, without fastgan too. So
+# a group that is left is destroyed at exit; and torch.distributed.nn is imported before there is one, since default
+# arguments there keep the group of the time of the import, which torch.compile makes.
+if "WORLD_SIZE" in os.environ and dist.is_available():
+    import torch.distributed.nn
+
+    atexit.register(_end_gloo)
 
 
 @dataclass(frozen=True)
@@ -71,10 +86,6 @@ def launched_world(device: torch.device) -> Iterator[World]:
     if size == 1 or not dist.is_available() or dist.is_initialized():
         yield current_world()
         return
-    # Default arguments there are the process group of the time of the import, which torch.compile makes. Kept by them,
-    # gloo's threads would outlive destroy_process_group, and now and then abort the process as Python ends.
-    import torch.distributed.nn  # noqa: F401
-
     # torchrun ends all if one dies; one that takes long, as for a score, must not end the others.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:

@@ -23,13 +23,26 @@ def test_status_is_a_readable_table_with_a_reason_for_each_no():
         status["tpu"]
 
 
-def test_auto_takes_the_reference_on_a_cpu():
-    assert resolve("auto", torch.ones(1)) == "reference"
+def test_auto_takes_the_extension_on_a_cpu_and_warns_once_where_it_is_not_built(monkeypatch):
+    if not backend.extension_missing():
+        assert resolve("auto", torch.ones(1)) == resolve("extension", torch.ones(1)) == "extension"
     assert resolve("reference", torch.ones(1)) == "reference"
+    assert resolve("auto", torch.ones(1, device="meta")) == "reference"
+    monkeypatch.setattr(backend, "load_extension", lambda: "not built (test)")
+    with pytest.warns(BackendWarning, match="not built") as caught:
+        assert [resolve("auto", torch.ones(1)) for _ in range(2)] == ["reference"] * 2
+    assert len(caught) == 1
+    with pytest.raises(ValueError, match="impl='extension' cannot be used: not built"):
+        resolve("extension", torch.ones(1))
+
+
+def test_the_extension_takes_cpu_tensors_alone():
+    with pytest.raises(ValueError, match="impl='extension' needs CPU tensors, got meta"):
+        resolve("extension", torch.ones(1, device="meta"))
 
 
 def test_impossible_requests_say_why(monkeypatch):
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'reference', got 'fast'"):
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'extension', 'reference', got 'fast'"):
         resolve("fast", torch.ones(1))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs CUDA tensors"):
@@ -102,9 +115,11 @@ def public_calls():
     }
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton", "extension"])
 @pytest.mark.parametrize("name", public_calls())
 def test_the_choice_is_made_once_per_public_call(name, impl):
+    if impl == "extension" and backend.extension_missing():
+        pytest.skip("the extension is not built")
     if impl == "triton" and not interpreting():
         pytest.skip("the operands are on the CPU")
     call = public_calls()[name](impl)
@@ -144,4 +159,5 @@ def test_a_compiled_graph_holds_the_choice(name):
     torch._dynamo.reset()
     torch.compile(public_calls()[name]("auto"), backend=read, fullgraph=True)()
     assert found
-    assert all("reference" in arguments and "auto" not in arguments for arguments in found)
+    choice = resolve("auto", torch.ones(1))
+    assert all(choice in arguments and "auto" not in arguments for arguments in found)

@@ -47,6 +47,30 @@ print([name for name in names if "gloo" in name])
 """
 
 
+LEFT = """
+import atexit, glob, torch, torch.distributed as dist
+def show():
+    names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+    print([name for name in names if "gloo" in name])
+atexit.register(show)
+from fastgan.training import TrainStep
+dist.init_process_group("gloo")
+import torch._dynamo
+found = [torch.empty(3) for _ in range(2)]
+dist.all_gather(found, torch.ones(3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc")
+def test_no_thread_of_a_group_that_a_script_leaves_is_there_at_exit(tmp_path):
+    (tmp_path / "main.py").write_text(LEFT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "main.py")]
+    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc")
 def test_no_thread_of_a_process_group_outlives_it(tmp_path):

@@ -19,7 +19,7 @@ GROUND = {"_checks", "_dispatch", "_files", "_layout", "_random_state", "backend
 ALLOWED = {
     "_checks": set(),
     "_dispatch": set(),
-    "_files": set(),
+    "_files": {"_checks"},
     "_layout": set(),
     "_random_state": set(),
     "backend": set(),

@@ -280,5 +280,5 @@ def test_built_extension_uses_the_stable_abi_alone():
 def test_broken_extension_is_reported_not_raised(tmp_path, monkeypatch):
     (tmp_path / "_C.so").write_bytes(b"not a library")
     monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
-    reason = backend._load_extension.__wrapped__()
+    reason = backend.load_extension.__wrapped__()
     assert "_C.so does not load" in reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Iterator
@@ -13,6 +14,12 @@ from typer.core import TyperGroup
 
 # Typer has a click of its own, or takes click's, depending on its version.
 UsageError: Any = typer.BadParameter.__base__
+
+# Faults of a place on the disk, not of the program.
+_PLACES = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+)
 
 
 class OneLineErrors(TyperGroup):
@@ -43,18 +50,28 @@ def _usage_errors(program: str) -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn an ``InputError`` into one line on stderr and exit status 2."""
+    """Turn an ``InputError``, or a file that cannot be read or written, into one line on stderr and exit status 2."""
     from fastgan._checks import InputError
 
     try:
         yield
     except InputError as error:
         _fail("fastgan", str(error))
+    except OSError as error:
+        if error.errno not in _PLACES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail("fastgan", f"{where}{error.strerror}")
+
+
+def printable(text: str) -> str:
+    r"""``text`` with the bytes of file names that are no UTF-8 as ``\\xe9``, which any terminal takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _fail(program: str, message: str) -> None:
     """One line, once however many processes torchrun started, and exit status 2 in all of them."""
-    line = f"{program}: error: {' '.join(message.split())}"
+    line = printable(f"{program}: error: {' '.join(message.split())}")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         typer.echo(line, err=True)
     else:

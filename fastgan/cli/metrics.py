@@ -19,6 +19,7 @@ from fastgan.cli.options import (
     Floor,
     NumWorkers,
     Precision,
+    ProtocolName,
     Resize,
     SkipBad,
     Weights,
@@ -29,6 +30,7 @@ from fastgan.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from fastgan.data.image_sources import ImageSource
     from fastgan.metrics import FeatureStats
 
 stats_app = typer.Typer(
@@ -57,6 +59,7 @@ def fid(
     device: Device = None,
     dims: Dims = None,
     backbone: BackboneName = None,
+    protocol: ProtocolName = None,
     resize: Resize = None,
     precision: Precision = "auto",
     weights: Weights = None,
@@ -96,6 +99,14 @@ def evaluate(
         bool,
         typer.Option(help="Of a training run with classes: let a classifier of its real images judge its samples."),
     ] = True,
+    truncation: Annotated[
+        float | None, typer.Option(help="Of a training run: cut the noise of its samples off at plus and minus this.")
+    ] = None,
+    sample_seed: Annotated[int, typer.Option(help="Of a training run: seed of its samples' noise.")] = 1,
+    standing_statistics: Annotated[
+        int,
+        typer.Option(min=0, help="Of a training run: take batch norm's statistics anew over this many batches of 64."),
+    ] = 0,
     k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     as_json: AsJson = False,
@@ -104,6 +115,7 @@ def evaluate(
     device: Device = None,
     dims: Dims = None,
     backbone: BackboneName = None,
+    protocol: ProtocolName = None,
     resize: Resize = None,
     precision: Precision = "auto",
     weights: Weights = None,
@@ -113,24 +125,40 @@ def evaluate(
     """Several metrics of a set of images against real ones, in one pass over them."""
     given = locals()
     with feature_options(given) as (options, world, echo):
+        from fastgan._checks import InputError
         from fastgan.data.archives import open_images, register_opener
         from fastgan.metrics.evaluate import METRICS, EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
-        from fastgan.training.evaluation import RunSamples, classify_run, open_run
+        from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run
 
         register_opener(open_run)
+        sampling: dict[str, Any] = {
+            "truncation": truncation,
+            "seed": sample_seed,
+            "standing_batches": standing_statistics,
+        }
         wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot)
+        images: ImageSource
         with world.agreed():
-            images = open_images(a, skip_bad=options.skip_bad)
+            if is_run(a):
+                images = RunSamples(a, device=options.device, needs_data=b is None, **sampling)
+            elif truncation is not None or standing_statistics:
+                raise InputError(f"--truncation and --standing-statistics need a training run, {a} is none")
+            else:
+                images = open_images(a, skip_bad=options.skip_bad)
         result = measure(images, b, options, what, floor=floor, world=world)
         with world.agreed():
             if plot is not None and world.is_first:
                 result.plot(plot)
         lines, content = result.lines(), result.as_dict()
-        if classify and world.is_first and isinstance(images, RunSamples) and images.data.train.n_classes > 1:
-            judged = classify_run(images, device=options.device, tell=warn)
-            lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
+        if classify and world.is_first and isinstance(images, RunSamples) and images.has_classes:
+            try:
+                judged = classify_run(images, device=options.device, tell=warn)
+                lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
+            except InputError as error:
+                warn(f"no judgment by a classifier: {error}")
+        world.gather(None)  # until the first has judged: those that leave earlier close its connections
         echo(report(lines, content, as_json=as_json))
         result.finish()
 
@@ -146,6 +174,7 @@ def stats_save(
     device: Device = None,
     dims: Dims = None,
     backbone: BackboneName = None,
+    protocol: ProtocolName = None,
     resize: Resize = None,
     precision: Precision = "auto",
     weights: Weights = None,
@@ -200,6 +229,7 @@ def _summary(stats: FeatureStats) -> dict[str, object]:
         "n": stats.n,
         "dim": stats.dim,
         "backbone": stats.backbone,
+        "protocol": stats.protocol,
         "resize": stats.resize,
         "dtype": stats.dtype,
         "precision": stats.precision,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastgan.cli.errors import user_errors
+from fastgan.cli.errors import printable, user_errors
 
 if TYPE_CHECKING:
     from fastgan.distributed import World
@@ -30,15 +30,22 @@ BackboneName = Annotated[
     typer.Option(
         "--backbone",
         help="inception, efficientnet_lite0, dinov2, clip, timm:NAME or torchvision:NAME.  "
-        "[default: that of the statistics given, else inception, or efficientnet_lite0 where inception's weights "
-        "cannot be downloaded]",
+        "[default: that of the statistics given, else inception]",
+    ),
+]
+ProtocolName = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="All that a number depends on beside the network: pytorch-fid, clean-fid, torch-fidelity, torchmetrics or "
+        "tensorflow.  [default: that of the statistics given, else pytorch-fid for inception, clean-fid for others]",
     ),
 ]
 Resize = Annotated[
     str | None,
     typer.Option(
-        help="clean, legacy_pytorch or legacy_tensorflow.  "
-        "[default: that of the statistics given, else legacy_pytorch for inception, as pytorch-fid, clean for others]"
+        help="Replace the protocol's resize method, and change its name: clean, legacy_pytorch, legacy_tensorflow or "
+        "bilinear_antialias."
     ),
 ]
 Precision = Annotated[str, typer.Option(help="fp32, tf32, bf16, or auto: tf32 on a GPU that has it, fp32 elsewhere.")]
@@ -68,7 +75,7 @@ Floor = Annotated[
 def warn(line: str) -> None:
     """A line on stderr, from the first of the processes that torchrun started."""
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"fastgan: {line}", err=True)
+        typer.echo(printable(f"fastgan: {line}"), err=True)
 
 
 @contextmanager
@@ -96,4 +103,4 @@ def _print_nothing(line: str) -> None:
 
 def report(lines: Sequence[str], result: dict[str, Any], *, as_json: bool) -> str:
     """The output of a command: ``lines`` for people or ``result`` as JSON."""
-    return json.dumps(result) if as_json else "\n".join(lines)
+    return json.dumps(result) if as_json else printable("\n".join(lines))

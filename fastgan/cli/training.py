@@ -26,11 +26,21 @@ def train(
         list[str] | None, typer.Argument(metavar="key=value ...", help="Settings of the recipe to change.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="A name of `fastgan recipes`, or a YAML file.")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  [default: the recipe's]")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, photos, cifar10, a folder or a zip file; with --resume a new place of the same files.  "
+            "[default: the recipe's]"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of the run to go on with.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run that --out holds already.")] = False,
 ) -> None:
     """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how.
 
@@ -43,6 +53,7 @@ def train(
         from fastgan.training.run import resume_run, start_run
 
         changes = [*(overrides or []), *([f"data.source={data}"] if data is not None else [])]
+        changes += ["data.skip_bad=true"] if skip_bad else []
         if (resume is None) == (out is None):
             raise InputError("give either --out for a new run, or --resume for one to go on with")
         chosen = None if recipe is None else load_recipe(recipe)
@@ -58,7 +69,7 @@ def train(
                 assert out is not None
                 # Under torchrun --max-restarts the same command comes again.
                 restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-                run = start_run(override(chosen, changes), out, restarted=restarted, **options)
+                run = start_run(override(chosen, changes), out, restarted=restarted, overwrite=overwrite, **options)
             received = run.train()
     if received is not None:
         echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")
@@ -79,11 +90,13 @@ def recipes() -> None:
 
 def sample(
     source: Annotated[Path, typer.Argument(help="A run's folder, or one written by save_pretrained.")],
-    out: Annotated[Path, typer.Option(help="The PNG to write; with -n the folder for PNG files.")],
+    out: Annotated[Path, typer.Option(help="The .png, .jpg or .webp to write; with -n the folder for PNG files.")],
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Write this many single images, all classes in turn.")
     ] = None,
-    label: Annotated[int | None, typer.Option("--class", help="This class alone.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="This class alone, by its name or number.")] = None,
+    by_class: Annotated[bool, typer.Option("--by-class", help="With -n: a folder per class.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With -n: remove the samples in --out first.")] = False,
     columns: Annotated[int, typer.Option(min=2, help="Images a row of the grid.")] = 8,
     truncation: Annotated[
         float | None, typer.Option(help="Cut the noise off at plus and minus this: less variety, fewer bad images.")
@@ -110,6 +123,8 @@ def sample(
             seed=seed,
             checkpoint=checkpoint,
             device=_device(device),
+            by_class=by_class,
+            overwrite=overwrite,
         )
         written = write_samples(source, out, options)
     typer.echo(written)

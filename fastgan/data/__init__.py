@@ -4,6 +4,7 @@ from fastgan.data.datasets import DataSplit, digits, load_data
 from fastgan.data.folders import image_folder, sketch_folder
 from fastgan.data.images import LabelledImages, as_float, stratified_split
 from fastgan.data.loader import SKETCHES, Batch, DeviceLoader, StreamLoader, edge_map, sketches_of
+from fastgan.data.photographs import photos
 
 __all__ = [
     "SKETCHES",
@@ -17,6 +18,7 @@ __all__ = [
     "edge_map",
     "image_folder",
     "load_data",
+    "photos",
     "sketch_folder",
     "sketches_of",
     "stratified_split",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from threading import Lock
 
 import numpy as np
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.decode import EXTENSIONS, decode_image, is_image_name
-from fastgan.data.image_sources import ImageFolder, ImageSource
+from fastgan.data.decode import decode_image
+from fastgan.data.find import no_images, select_images
+from fastgan.data.image_sources import ImageFolder, ImageSource, classes_of_folders
 
 IMAGE_KEYS = ("images", "arr_0", "x", "samples")
 """Where an npz may hold its images; a file with one array only may call it anything."""
+
+LABEL_KEYS = ("labels", "y")
+"""Where an npz may hold their classes."""
 
 ARRAY_FILES = (".npz", ".npy", ".pt", ".pth")
 """NumPy's, and tensors of ``torch.save``."""
@@ -46,7 +50,7 @@ def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
         source = opener(path, skip_bad)
         if source is not None:
             return source
-    if path.is_file() and path.suffix in ARRAY_FILES:
+    if path.is_file() and path.suffix.lower() in ARRAY_FILES:
         return ImageArray.load(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return ImageZip(path, skip_bad=skip_bad)
@@ -58,10 +62,11 @@ def open_images(path: str | Path, *, skip_bad: bool = False) -> ImageSource:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is not an npz file")
-        with loaded:
+        with open(path, "rb") as file:
+            beginning = file.read(2)
+            if beginning != b"PK":
+                raise InputError(f"{path} is not an npz file")
+        with np.load(path, allow_pickle=False) as loaded:
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
@@ -88,23 +93,37 @@ class ImageZip(ImageSource):
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as a zip file: {error}") from error
         self._lock = Lock()
-        self.names = sorted(name for name in self._file.namelist() if is_image_name(name))
-        if not self.names:
-            raise InputError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        names = {PurePath(entry.filename): entry.filename for entry in self._file.infolist() if not entry.is_dir()}
+        found = select_images(names)
+        if not found.paths:
+            raise InputError(no_images(path, found))
+        self.names = [names[name] for name in found.paths]
+        self.left_out = found.left_out_line()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int) -> np.ndarray:
+        return decode_image(self.content(index), self.name(index), self.decoding)
+
+    def content(self, index: int) -> bytes:
         try:
             with self._lock:  # one file handle for all threads
-                content = self._file.read(self.names[index])
+                return self._file.read(self.names[index])
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: a password is needed
             raise InputError(f"{self.name(index)} cannot be read: {error}") from error
-        return decode_image(content, self.name(index))
+
+    def key(self, index: int) -> str:
+        return self.names[index]
 
     def name(self, index: int) -> str:
         return f"{self.label}/{self.names[index]}"
+
+    def classes(self) -> tuple[tuple[str, ...], list[int]]:
+        paths = [PurePath(name) for name in self.names]
+        while all(path.parts[0] == paths[0].parts[0] and len(path.parts) > 1 for path in paths):
+            paths = [path.relative_to(path.parts[0]) for path in paths]  # the folder that was zipped
+        return classes_of_folders(paths)
 
     def _identity(self, index: int) -> str:
         entry = self._file.getinfo(self.names[index])
@@ -117,12 +136,15 @@ class ImageArray(ImageSource):
     Args:
         images: uint8 in [0, 255] or floating-point in [0, 1]; (n, h, w, c), (n, c, h, w) or (n, h, w), with c 1 or 3. A
             tensor of any device, or an array.
+        labels: the class of each image, integers (n,) from 0, for :meth:`classes`; None for none.
 
     Raises:
         InputError: another shape or dtype, no images, or floating-point values outside [0, 1].
     """
 
-    def __init__(self, images: np.ndarray | Tensor, *, label: str = "images") -> None:
+    def __init__(
+        self, images: np.ndarray | Tensor, *, label: str = "images", labels: np.ndarray | Tensor | None = None
+    ) -> None:
         super().__init__(label)
         array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
         if array.dtype != np.uint8 and array.size:
@@ -143,24 +165,27 @@ class ImageArray(ImageSource):
             expected = "images (n, h, w, c) or (n, c, h, w), c = 1 or 3"
             raise InputError(f"{label} must hold {expected}, got shape {array.shape}")
         self.images = np.broadcast_to(array, (*array.shape[:3], 3))
+        self._labels = labels
 
     @classmethod
     def load(cls, path: str | Path) -> ImageArray:
         """Read a file of :data:`ARRAY_FILES`: an array, a tensor, or an npz.
 
-        An npz holds its images as its only array or under one of :data:`IMAGE_KEYS`. Only tensors are unpickled, and
+        An npz holds its images as its only array or under one of :data:`IMAGE_KEYS`, and perhaps their classes under
+        one of :data:`LABEL_KEYS`. Only tensors are unpickled, and
         an npy file is read from disk image by image.
         """
         path = Path(path)
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             arrays = read_npz(path)
-            keys = [key for key in IMAGE_KEYS if key in arrays] or list(arrays)
-            if not arrays or (len(arrays) > 1 and keys[0] not in IMAGE_KEYS):
+            keys = [key for key in IMAGE_KEYS if key in arrays] or [key for key in arrays if key not in LABEL_KEYS]
+            labels = next((arrays[key] for key in LABEL_KEYS if key in arrays), None)
+            if not keys or (len(keys) > 1 and keys[0] not in IMAGE_KEYS):
                 allowed = f"statistics (mu and sigma) or images as one of {', '.join(IMAGE_KEYS)}"
                 raise InputError(f"{path} must hold {allowed}, it has: {', '.join(arrays) or 'nothing'}")
-            return cls(arrays[keys[0]], label=str(path))
+            return cls(arrays[keys[0]], label=str(path), labels=labels)
         try:
-            if path.suffix == ".npy":
+            if path.suffix.lower() == ".npy":
                 images = np.load(path, mmap_mode="r", allow_pickle=False)
             else:
                 images = torch.load(path, map_location="cpu", weights_only=True)
@@ -180,5 +205,19 @@ class ImageArray(ImageSource):
     def name(self, index: int) -> str:
         return f"{self.label}[{index}]"
 
+    def classes(self) -> tuple[tuple[str, ...], list[int]]:
+        if self._labels is None:
+            return super().classes()
+        labels: list[int] = _checked_labels(self._labels, len(self), self.label).tolist()
+        return tuple(map(str, range(max(labels) + 1))), labels
+
     def _identity(self, index: int) -> str:
         return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
+
+
+def _checked_labels(labels: np.ndarray | Tensor, n: int, of: str) -> np.ndarray:
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    array = array[:, 0] if array.shape == (n, 1) else array
+    if array.shape != (n,) or array.dtype.kind not in "iu" or array.min() < 0:
+        raise InputError(f"labels of {of} must be {n} integers from 0, got {array.dtype} of shape {array.shape}")
+    return array

@@ -2,65 +2,205 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from fastgan._checks import InputError
-from fastgan.data.folders import has_sketches, image_folder, sketch_folder
+from fastgan.data.archives import ImageArray, open_images
+from fastgan.data.decode import Decoding
+from fastgan.data.fingerprint import fingerprint_files
+from fastgan.data.folders import FOR_TRAINING, IMAGES, SKETCHES, are_paired, has_sketches, image_folder, sketch_folder
+from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.data.images import LabelledImages, stratified_split
+from fastgan.data.photographs import photos
+from fastgan.data.survey import Survey, survey
 
-NAMED = ("digits", "cifar10")
+_log = logging.getLogger(__name__)
+NAMED = ("digits", "photos", "cifar10")
+
+
+def is_named(source: str | Path) -> bool:
+    """Whether ``source`` is one of :data:`NAMED`, photos perhaps with their number as in "photos:5000"."""
+    name, _, number = str(source).partition(":")
+    return name in NAMED and (not number or (name == "photos" and number.isdecimal()))
 
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Images to train on and images that no network sees in training, to score against."""
+    """Images to train on and images that no network sees in training, to score against.
+
+    Attributes:
+        files: CRC-32 of each file of a folder or archive, by its path below it.
+        found: description of both parts together, such as "48 images 64x64 RGB, 4 classes: cat 12, dog 12, ...".
+        notes: what a user should know about them, one sentence each.
+        sketches: where sketches come from, as in :class:`fastgan.data.DeviceLoader`.
+    """
 
     train: LabelledImages
     held_out: LabelledImages
+    files: Mapping[str, str] = field(default_factory=dict)
+    found: str = ""
+    notes: tuple[str, ...] = ()
+    sketches: str = "none"
 
 
 def load_data(
-    source: str | Path, resolution: int, *, channels: int = 0, sketches: str = "none", held_out: float = 0.1
+    source: str | Path,
+    resolution: int | None,
+    *,
+    channels: int = 0,
+    sketches: str = "none",
+    held_out: float = 0.1,
+    skip_bad: bool = False,
+    decoding: Decoding = FOR_TRAINING,
+    fit: str = "crop",
+    tell: Callable[[str], None] = _log.warning,
 ) -> DataSplit:
-    """Load a data set of :data:`NAMED`, or a folder as :mod:`fastgan.data.folders` reads it.
+    """Load a data set of :data:`NAMED`, or a folder or file as :mod:`fastgan.data.folders` reads it.
 
     Args:
-        source: "digits", "cifar10" (downloaded once by torchvision into ``~/.cache/fastgan``), or a folder.
-        resolution: height and width wanted.
+        source: "digits"; "photos", or "photos:5000" for so many training crops; "cifar10" (downloaded once by
+            torchvision into ``~/.cache/fastgan``); a folder, a zip file or an npz, npy or pt of images.
+        resolution: height and width wanted; None for the power of two that the images fill, from 32 to 128.
         channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
-        sketches: as in :class:`fastgan.data.DeviceLoader`; "paired" and "unpaired" need a folder with sketches.
-        held_out: the part of a folder's images to score against, of each class; digits hold out a third, CIFAR-10 its
-            test images.
+        sketches: as in :class:`fastgan.data.DeviceLoader`; "paired" and "unpaired" need a folder with sketches. "auto"
+            takes a folder's sketches, paired if each image has one of its name, and edge maps if there are none.
+        held_out: the part of a folder's images to score against, of each class, but 2 at least; digits hold out a
+            third, photos 10,000 crops, CIFAR-10 its test images.
+        skip_bad: leave out images that cannot be read, rather than stop at the first.
+        decoding: how files become RGB.
+        fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
+        tell: called with one line, with counts, if files were left out; by default it is logged.
 
     Raises:
         InputError: there is no such data, or it has not what is asked for.
     """
-    wants_sketches = sketches in ("paired", "unpaired")
-    if str(source) in NAMED and wants_sketches:
-        raise InputError(f"data {source} has no sketches: sketches must be 'edges' or 'none', got {sketches!r}")
-    try:
-        if str(source) == "digits":
-            repeats = (1, 3 if channels == 3 else 1, 1, 1)
-            return DataSplit(*(replace(part, images=part.images.repeat(repeats)) for part in digits(resolution)))
-        if str(source) == "cifar10":
-            return _cifar10(resolution, channels)
-    except ImportError as error:
-        raise InputError(str(error)) from error
-    folder = Path(source)
-    if not folder.exists():
-        raise InputError(f"data must be one of {', '.join(NAMED)} or a folder; {folder} does not exist")
-    if wants_sketches:
-        whole = sketch_folder(folder, resolution, channels or 3, paired=sketches == "paired")
+    if is_named(source):
+        name, _, number = str(source).partition(":")
+        if sketches in ("paired", "unpaired"):
+            raise InputError(f"data {source} has no sketches: sketches must be 'edges' or 'none', got {sketches!r}")
+        size = 32 if resolution is None else resolution
+        try:
+            if name == "photos":
+                split = _photos(size, channels, int(number or 20_000))
+            else:
+                split = {"digits": _digits, "cifar10": _cifar10}[name](size, channels)
+        except (ImportError, ValueError) as error:
+            raise error if isinstance(error, InputError) else InputError(str(error)) from error
+        return replace(split, sketches="edges" if sketches == "auto" else sketches)
+    root = Path(source)
+    if not root.exists():
+        raise InputError(f"data must be one of {', '.join(NAMED)} or a folder; {root} does not exist")
+    with_sketches = has_sketches(root)
+    if sketches == "auto":
+        sketches = "edges" if not with_sketches else "paired" if are_paired(root) else "unpaired"
+    place = root / IMAGES if with_sketches else root
+    images = open_images(place, skip_bad=skip_bad)
+    looked = survey(images)
+    if not len(looked):
+        images.read(0)  # names what is wrong with it
+    how: dict[str, Any] = {"skip_bad": skip_bad, "decoding": decoding, "fit": fit, "tell": tell}
+    where = (looked.resolution if resolution is None else resolution, channels or 3)
+    if sketches in ("paired", "unpaired"):
+        whole = sketch_folder(root, *where, paired=sketches == "paired", **how)
+        drawings = survey(ImageFolder(root / SKETCHES))
+        files = {f"{IMAGES}/{key}": value for key, value in looked.files.items()}
+        files |= {f"{SKETCHES}/{key}": value for key, value in drawings.files.items()}
     else:
-        whole = image_folder(folder / "images" if has_sketches(folder) else folder, resolution, channels or 3)
+        whole, files = image_folder(place, *where, **how), looked.files
+    if root.is_file() and not files:
+        files = fingerprint_files(root.parent, [root])
+    notes = [*_notes_on_classes(place, images, whole), *_notes_on_pixels(looked, decoding, fit)]
     try:
-        return DataSplit(*stratified_split(whole, held_out=held_out))
+        train, test = _split(whole, held_out)
     except ValueError as error:
-        raise InputError(f"{folder}: {error}") from error
+        raise InputError(f"{root}: {error}") from error
+    return DataSplit(train, test, files, looked.describe() + describe_classes(whole), tuple(notes), sketches)
+
+
+_LEAST_HELD_OUT = 2
+_LISTED = 12  # classes in a line
+_SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst"}
+
+
+def describe_classes(data: LabelledImages) -> str:
+    """Such as ", 4 classes: cat 12, dog 12, ..."; "" if there is one class without a name."""
+    counts = data.labels.bincount(minlength=data.n_classes).tolist()
+    if data.n_classes == 1 and not data.class_names:
+        return ""
+    names = data.class_names or [str(i) for i in range(data.n_classes)]
+    listed = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+    more = ", ..." if len(listed) > _LISTED else ""
+    plural = "class" if len(listed) == 1 else "classes"
+    return f", {len(listed)} {plural}: {', '.join(listed[:_LISTED])}{more}"
+
+
+def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, LabelledImages]:
+    """A stratified split; if that leaves too few images to score against, 2 random ones."""
+    if len(whole) < 2 * _LEAST_HELD_OUT:
+        raise ValueError(f"there must be at least {2 * _LEAST_HELD_OUT} images, there are {len(whole)}")
+    if round(held_out * len(whole)) > _LEAST_HELD_OUT:
+        with suppress(ValueError):  # classes so small that none gives an image
+            train, test = stratified_split(whole, held_out=held_out)
+            if len(test) >= _LEAST_HELD_OUT:
+                return train, test
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    first, rest = order[:_LEAST_HELD_OUT].sort().values, order[_LEAST_HELD_OUT:].sort().values
+    return whole.subset(rest), whole.subset(first)
+
+
+def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) -> list[str]:
+    """Notes on folders that were not, or should not be, taken for classes.
+
+    Raises:
+        InputError: the folders look like the splits of a data set.
+    """
+    names = data.class_names
+    if len(names) > 1 and {name.lower() for name in names} <= _SPLITS:
+        raise InputError(
+            f"{place} holds the folders {', '.join(names)}, which look like the splits of one data set, not like "
+            f"classes: train on {place / names[0]}"
+        )
+    keys = [PurePosixPath(images.key(i)) for i in range(len(images))]
+    stray = [key for key in keys if len(key.parts) == 1]
+    folders = sorted({key.parts[0] for key in keys if len(key.parts) > 1})
+    if names or not stray or not folders or isinstance(images, ImageArray):
+        return []
+    lie = f"{stray[0]} lies" if len(stray) == 1 else f"{stray[0]} and {len(stray) - 1} more images lie"
+    listed = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+    return [
+        f"{lie} beside the folders {listed} in {place}, so that all images are of one class: "
+        "move what is no image of a class away, and each folder is one"
+    ]
+
+
+def _notes_on_pixels(looked: Survey, decoding: Decoding, fit: str) -> list[str]:
+    notes = []
+    if looked.not_square:
+        how = {"crop": "cropped to their central square", "pad": "padded to squares", "stretch": "stretched to squares"}
+        others = "" if fit != "crop" else "; fit=pad or fit=stretch keeps all of them"
+        notes.append(f"{looked.not_square} images are not square: they are {how[fit]}{others}")
+    if looked.alpha and decoding.background is not None:
+        notes.append(f"{looked.alpha} images have alpha: composited on background={[*decoding.background]}")
+    if looked.turned:
+        notes.append(f"{looked.turned} images are turned as their EXIF orientation says")
+    if looked.deep and not decoding.value_range and looked.most <= _NARROW * 65535:
+        most = int(looked.most)
+        notes.append(
+            f"{looked.deep} images of 16 bits reach only {most} of 65535 and are dark: "
+            f"value_range=[0, {(1 << most.bit_length()) - 1}] uses all gray levels"
+        )
+    return notes
+
+
+_NARROW = 0.3  # part of a range that leaves images dark
 
 
 def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
@@ -89,12 +229,31 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
             "the digits data set comes with scikit-learn, which is not installed: pip install 'fastgan[demo]'"
         ) from error
     bunch = load_digits()
+    names = tuple(map(str, range(10)))
     grey = torch.from_numpy(bunch.images).float()[:, None] / 16  # the wheel's range is 0 to 16
     if resolution != grey.shape[-1]:
         grey = F.interpolate(grey, size=(resolution, resolution), mode="bicubic", antialias=True)
     images = grey.clamp_(0, 1) * 2 - 1
-    whole = LabelledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10)
+    whole = LabelledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10, class_names=names)
     return stratified_split(whole, held_out=held_out, seed=seed)
+
+
+def _digits(resolution: int, channels: int) -> DataSplit:
+    repeats = (1, 3 if channels == 3 else 1, 1, 1)
+    train, test = (replace(part, images=part.images.repeat(repeats)) for part in digits(resolution))
+    return DataSplit(train, test, found=_described("8x8 gray", train, test))
+
+
+def _described(kind: str, train: LabelledImages, test: LabelledImages) -> str:
+    both = replace(train, images=torch.cat([train.images, test.images]), labels=torch.cat([train.labels, test.labels]))
+    return f"{len(both)} images {kind}{describe_classes(both)}"
+
+
+def _photos(resolution: int, channels: int, n: int) -> DataSplit:
+    if channels == 1:
+        raise InputError("photos are in color: channels must be 0 or 3, got 1")
+    train, test = photos(resolution, n)
+    return DataSplit(train, test, found=_described(f"{resolution}x{resolution} RGB", train, test))
 
 
 def _cifar10(resolution: int, channels: int) -> DataSplit:
@@ -117,4 +276,4 @@ def _cifar10(resolution: int, channels: int) -> DataSplit:
             images = torch.cat([resize(some, [resolution, resolution], antialias=True) for some in images.split(1000)])
         names = tuple(part.classes)
         sets.append(LabelledImages(images, torch.tensor(part.targets), n_classes=10, class_names=names))
-    return DataSplit(*sets)
+    return DataSplit(sets[0], sets[1], found=_described("32x32 RGB", sets[0], sets[1]))

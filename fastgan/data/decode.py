@@ -1,9 +1,10 @@
 """Decode image files to 8-bit RGB, in threads.
 
-Greyscale is repeated and palettes are looked up. Alpha is dropped and not blended, as in pytorch-fid and clean-fid.
-Pillow converts CMYK without its profile. 16-bit greyscale is divided by 257 and rounded; of 16-bit colours Pillow keeps
-the upper byte. Only the first picture of an animation or a multi-page file is read; EXIF orientation is not applied.
-Floating-point images have no agreed range and are refused.
+Greyscale is repeated and palettes are looked up. For metrics alpha is dropped and not blended, as in pytorch-fid and
+clean-fid, and EXIF orientation is not applied; for training both are done: see :class:`Decoding`. Pillow converts CMYK
+without its profile. 16-bit greyscale is divided by 257 and rounded, or scaled from ``value_range``; of 16-bit colours
+Pillow keeps the upper byte. Only the first picture of an animation or a multi-page file is read. Floating-point images
+have no agreed range and need a ``value_range``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,30 +29,43 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-EXTENSIONS = frozenset(("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"))
+
+@dataclass(frozen=True)
+class Decoding:
+    """How files become 8-bit RGB; the defaults are those of the metrics.
+
+    Args:
+        background: RGB color that transparent images are composited on; None drops their alpha, which shows colors
+            that no viewer does.
+        orient: turn images as their EXIF orientation says.
+        value_range: values of gray images with more than 8 bits that become 0 and 255; those outside are clamped. Empty
+            for (0, 65535), or none for floating-point ones.
+    """
+
+    background: tuple[int, ...] | None = None
+    orient: bool = False
+    value_range: tuple[float, ...] = ()
 
 
-def is_image_name(name: str) -> bool:
-    """Whether ``name`` ends in one of :data:`EXTENSIONS`, in any case."""
-    return name.rpartition(".")[2].lower() in EXTENSIONS and "." in name
+AS_METRICS = Decoding()
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, how: Decoding = AS_METRICS) -> np.ndarray:
     """Decode one file to uint8 RGB, (h, w, 3). Raises ``InputError`` naming the file."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    return decode_image(content, str(path))
+    return decode_image(content, str(path), how)
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
+def decode_image(content: bytes, name: str, how: Decoding = AS_METRICS) -> np.ndarray:
     """Decode the bytes of one image file to uint8 RGB, (h, w, 3). Raises ``InputError`` that begins with ``name``."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _to_rgb(image)
+            return _to_rgb(image, how)
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{name} is not a readable image ({len(content)} bytes)") from error
     except (
@@ -66,15 +81,32 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
         raise InputError(f"{name} cannot be read as an image: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode == "F":
-        raise InputError("floating-point images are not supported")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise InputError("greyscale images with more than 16 bits are not supported")
-        eight_bit = ((values + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
+def _to_rgb(image: Image.Image, how: Decoding) -> np.ndarray:
+    if how.orient:
+        from PIL import ImageOps
+
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" and not how.value_range:
+        raise InputError("floating-point images need a value_range")
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if how.value_range:
+            low, high = how.value_range
+            scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+            if not np.isfinite(scaled).all():
+                raise InputError("values must be finite, some are not")
+            eight_bit = scaled.round().clip(0, 255).astype(np.uint8)
+        else:
+            values = values.astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise InputError("greyscale images with more than 16 bits are not supported")
+            eight_bit = ((values + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
         return np.repeat(eight_bit[:, :, None], 3, axis=2)
+    if how.background is not None and image.has_transparency_data:
+        from PIL import Image as images
+
+        canvas = images.new("RGBA", image.size, (*how.background, 255))
+        return np.array(images.alpha_composite(canvas, image.convert("RGBA")).convert("RGB"))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # looks the palette up; a direct conversion warns about the transparency
     return np.array(image.convert("RGB"))

@@ -9,14 +9,16 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan.data.decode import EXTENSIONS, is_image_name, load_ahead, read_image
+from fastgan.data.decode import AS_METRICS, load_ahead, read_image
+from fastgan.data.find import find_images as find_images
+from fastgan.data.find import search_folder, why_left_out
 from fastgan.data.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
 
 _PREFETCH_BATCHES = 2
@@ -33,6 +35,9 @@ class ImageSource(ABC):
     Attributes:
         reference: what ``fastgan evaluate`` compares this set with where it is given nothing else: another source, or
             the path of one. None for most; the samples of a training run have the run's held-out images.
+        decoding: how files become RGB, by default as the metrics have it.
+        left_out: counts of the entries that are not of the set, in words; empty if there are none.
+        backbone: the network that scores this set where no other is asked for; a training run has one.
         second_split: other images of the same data, whose distance to the reference is then told as the floor; those
             that a run was trained on.
     """
@@ -41,7 +46,10 @@ class ImageSource(ABC):
         self.label = label
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
+        self.left_out = ""
+        self.decoding = AS_METRICS
         self.reference: Path | ImageSource | None = None
+        self.backbone: str | None = None
         self.second_split: ImageSource | None = None
 
     @abstractmethod
@@ -60,11 +68,33 @@ class ImageSource(ABC):
     def name(self, index: int) -> str:
         """What a message calls image ``index``."""
 
+    def content(self, index: int) -> bytes | None:
+        """The bytes of the file of image ``index``; None if it has no file of its own. Raises as :meth:`read`."""
+        return None
+
+    def key(self, index: int) -> str:
+        """Path of image ``index`` below the root of the set."""
+        return str(index)
+
+    def classes(self) -> tuple[tuple[str, ...], list[int]]:
+        """The names of the classes and the class of each image. In folders and archives the top folders are classes, in
+        the order of their names, if no image lies beside them; no names and zeros if there are no classes.
+
+        Raises:
+            InputError: a class has no images; it is named.
+        """
+        return (), [0] * len(self)
+
+    def left_out_line(self) -> str:
+        """What was left out, with counts: entries that are not of the set, and images that could not be read so far."""
+        parts = [self.left_out] if self.left_out else []
+        return ", ".join([*parts, f"{len(self.skipped)} unreadable"] if self.skipped else parts)
+
     def fingerprint(self) -> str:
         """A digest that differs where the images do, as far as can be told without reading them."""
-        digest = hashlib.sha256(f"{self.label}:{len(self)}".encode())
+        digest = hashlib.sha256(os.fsencode(f"{self.label}:{len(self)}"))  # names need be no UTF-8
         for index in range(len(self)):
-            digest.update(self._identity(index).encode())
+            digest.update(os.fsencode(self._identity(index)))
         return digest.hexdigest()
 
     def _identity(self, index: int) -> str:
@@ -132,8 +162,7 @@ class ImageFolder(ImageSource):
     """All images under a folder, in the order of their paths.
 
     Args:
-        root: searched recursively for the extensions of :data:`fastgan.data.decode.EXTENSIONS` in any case; links to
-            folders are not followed.
+        root: searched recursively; :mod:`fastgan.data.find` says which files count.
 
     Raises:
         InputError: ``root`` is no folder, or holds no images.
@@ -142,39 +171,46 @@ class ImageFolder(ImageSource):
     def __init__(self, root: str | Path, *, skip_bad: bool = False) -> None:
         super().__init__(str(root), skip_bad=skip_bad)
         self.root = Path(root)
-        self.paths = find_images(self.root)
+        found = search_folder(self.root)
+        self.relative_paths = found.paths
+        self.paths = [self.root / path for path in found.paths]
+        self.left_out = found.left_out_line()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.decoding)
+
+    def content(self, index: int) -> bytes:
+        return self.paths[index].read_bytes()
+
+    def key(self, index: int) -> str:
+        return self.relative_paths[index].as_posix()
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def classes(self) -> tuple[tuple[str, ...], list[int]]:
+        names, labels = classes_of_folders(self.relative_paths)
+        for folder in sorted(self.root.iterdir()) if names else ():
+            if folder.is_dir() and folder.name not in names and why_left_out((folder.name,)) is None:
+                raise InputError(f"{folder} holds no images: every subfolder is a class and must have some")
+        return names, labels
 
     def _identity(self, index: int) -> str:
         found = self.paths[index].stat()
         return f"{self.paths[index]}:{found.st_size}:{found.st_mtime_ns}"
 
 
-def find_images(root: str | Path) -> list[Path]:
-    """Paths of all images under ``root``, sorted. Raises ``InputError`` for no folder and for none in it."""
-    root = Path(root)
-    if not root.exists():
-        raise InputError(f"{root}: no such folder")
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder of images")
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-    found = []
-    for folder, _, names in os.walk(root, onerror=refuse):
-        found += [Path(folder, name) for name in names if is_image_name(name)]
-    if not found:
-        raise InputError(f"{root} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    return sorted(found)
+def classes_of_folders(paths: Sequence[PurePath]) -> tuple[tuple[str, ...], list[int]]:
+    """Class names and labels of relative ``paths``, by their first folders; no names and zeros where an image lies in
+    no folder."""
+    if any(len(path.parts) == 1 for path in paths):
+        return (), [0] * len(paths)
+    names = tuple(sorted({path.parts[0] for path in paths}))
+    number = {name: i for i, name in enumerate(names)}
+    return names, [number[path.parts[0]] for path in paths]
 
 
 def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.device | str) -> Tensor:

@@ -96,6 +96,14 @@ def as_float(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
 
 
+def mostly_color(images: Tensor) -> bool:
+    """Whether more than half of images (n, channels, h, w) have channels that differ."""
+    if images.shape[1] == 1:
+        return False
+    grey = sum(int((part == part[:, :1]).flatten(1).all(1).sum()) for part in images.split(1000))
+    return 2 * grey < len(images)
+
+
 def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
     """Split so that each class gives the same part, to the nearest image, to the second set.
 

@@ -11,6 +11,9 @@
 ``legacy_tensorflow``
     Bilinear between pixel corners without antialiasing, TensorFlow 1's ``resize_bilinear``, as the first FID
     implementation and torch-fidelity do: output pixel i is read at i * (size in / size out).
+``bilinear_antialias``
+    Bilinear with antialiasing: ``interpolate(mode="bilinear", antialias=True, align_corners=False)``, as torchmetrics
+    does.
 
 Images that have the size already are not touched.
 """
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIZE_METHODS = ("clean", "legacy_pytorch", "legacy_tensorflow")
+RESIZE_METHODS = ("clean", "legacy_pytorch", "legacy_tensorflow", "bilinear_antialias")
 
 
 def check_resize(method: str) -> None:
@@ -39,8 +42,9 @@ def resize_tensor(images: Tensor, size: int, method: str) -> Tensor:
     if method == "clean":
         resized = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
         return resized.clamp_(0, 255)
-    if method == "legacy_pytorch":
-        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+    if method in ("legacy_pytorch", "bilinear_antialias"):
+        antialias = method == "bilinear_antialias"
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=antialias)
     return _between_corners(_between_corners(images, size, dim=-2), size, dim=-1)
 
 

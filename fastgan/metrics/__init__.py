@@ -15,6 +15,7 @@ from fastgan.metrics.features import folder_stats, image_stats
 from fastgan.metrics.frechet import FrechetLoss, frechet_distance, frechet_distances, paired_frechet_distances
 from fastgan.metrics.kid import kernel_distance
 from fastgan.metrics.prdc import precision_recall
+from fastgan.metrics.protocols import PROTOCOLS, Protocol, get_protocol
 from fastgan.metrics.stats import FeatureStats
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "PROTOCOLS",
     "Backbone",
     "ClassFrechetDistance",
     "FeatureStats",
@@ -38,11 +40,13 @@ __all__ = [
     "InputError",
     "KernelInceptionDistance",
     "PrecisionRecall",
+    "Protocol",
     "default_backbone",
     "fid_infinity",
     "folder_stats",
     "frechet_distance",
     "frechet_distances",
+    "get_protocol",
     "image_stats",
     "inception_score",
     "kernel_distance",

@@ -2,13 +2,16 @@
 
 Chong & Forsyth, "Effectively Unbiased FID and Inception Score and where to find them", 2020: the bias of a finite
 sample is linear in 1 / n. They fit a line through the distances of many subsets; here it goes through two points, all
-vectors and the mean of two random halves, so that three distances are enough.
+vectors and the mean of two random halves. The mean of four quarters tells how far the bias is from a line: for fewer
+than 4 vectors per feature it is none at all, and such an extrapolation is refused.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,11 +20,16 @@ from fastgan._checks import InputError, check_features
 from fastgan._files import atomic_path
 from fastgan.linalg import sqrtm
 from fastgan.metrics.frechet import cross_term, frechet_distances
+from fastgan.metrics.moments import as_features
 from fastgan.metrics.stats import FeatureStats
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 GROUPS = 12
 LEAST = 2 * GROUPS
-"""Vectors that an extrapolation needs."""
+LEAST_PER_FEATURE = 4
+"""Vectors that an extrapolation needs: :func:`least_for_infinity`."""
 
 SMALLEST = 128
 """Vectors of the first point of a bias curve."""
@@ -32,10 +40,11 @@ class InfiniteFrechet:
     """``value`` in the squared units of the features, its standard error, and the distance at ``n`` itself.
 
     Attributes:
-        value: the distance extrapolated to infinitely many vectors; unbiased to first order in 1 / n, so it may fall
-            below 0 by some standard errors.
-        standard_error: what another sample of ``n`` vectors would change, from the spread of the distance's influence
-            function over groups of vectors.
+        value: the distance extrapolated to infinitely many vectors, unbiased to first order in 1 / n; 0 where the line
+            ends below it.
+        standard_error: the root of the sum of three squares: what another sample of ``n`` vectors would change, from
+            the spread of the distance's influence function over groups of vectors; the difference that a parabola
+            makes in place of the line; and what was below 0.
         distance: the plain distance of the ``n`` vectors.
     """
 
@@ -46,11 +55,11 @@ class InfiniteFrechet:
 
 
 def fid_infinity(
-    features: Tensor,
+    features: Tensor | npt.ArrayLike,
     reference: FeatureStats,
     *,
     backbone: str | None = None,
-    resize: str | None = None,
+    protocol: str | None = None,
     seed: int = 0,
 ) -> InfiniteFrechet:
     """Extrapolate the Frechet distance of ``features`` (n, dim) to ``reference`` to infinite n.
@@ -60,24 +69,33 @@ def fid_infinity(
     Args:
         features: of the generated images, of any floating dtype.
         reference: statistics of the real ones.
-        backbone, resize: of ``features``, checked against the reference's.
+        backbone, protocol: of ``features``, checked against the reference's.
         seed: of the division into halves.
 
     Raises:
-        InputError: fewer than 24 vectors, or features and reference do not fit.
+        InputError: fewer than 24 vectors or than 4 per feature, or features and reference do not fit.
     """
+    features = as_features("features", features)
     check_features(features=features, least=LEAST)
+    n, dim = features.shape
+    if n < (needed := least_for_infinity(dim)):
+        raise InputError(
+            f"features must have at least {needed} vectors for an extrapolation of {dim} features "
+            f"({LEAST_PER_FEATURE} per feature), it has {n}"
+        )
 
     def stats(parts: list[FeatureStats]) -> FeatureStats:
-        merged = FeatureStats(features.shape[1], backbone=backbone, resize=resize)
+        merged = FeatureStats(features.shape[1], backbone=backbone, protocol=protocol)
         for part in parts:
             merged.merge(part)
         return merged
 
     groups = [stats([]).update(features[part]) for part in _random_order(features, seed).tensor_split(GROUPS)]
-    halves = [stats(groups[: GROUPS // 2]), stats(groups[GROUPS // 2 :])]
+    quarters = [stats(groups[i : i + GROUPS // 4]) for i in range(0, GROUPS, GROUPS // 4)]
+    halves = [stats(quarters[:2]), stats(quarters[2:])]
     whole = stats(halves)
-    distance, first, second = frechet_distances(reference, [whole, *halves]).tolist()
+    distances = frechet_distances(reference, [whole, *halves, *quarters])
+    distance, of_halves, of_quarters = (part.mean().item() for part in distances.split([1, 2, 4]))
 
     # to first order the distance is the mean of an influence function, whose means over the groups tell its spread
     mean_pull = 2 * (whole.mean - reference.mean.to(whole.mean.device))
@@ -88,9 +106,15 @@ def fid_infinity(
         assert group.n is not None
         second_moment = group.cov * ((group.n - 1) / group.n) + torch.outer(shift, shift)
         influences.append(mean_pull @ shift + (cov_pull * second_moment).sum())
-    standard_error = torch.stack(influences).std().item() / GROUPS**0.5
-    # the line through (1 / n, distance) and (2 / n, mean of the halves), at 1 / n = 0
-    return InfiniteFrechet(2 * distance - (first + second) / 2, standard_error, distance, len(features))
+    sampling = torch.stack(influences).std().item() / GROUPS**0.5
+    line = 2 * distance - of_halves  # through (1 / n, distance) and (2 / n, mean of the halves), at 1 / n = 0
+    parabola = (8 * distance - 6 * of_halves + of_quarters) / 3
+    return InfiniteFrechet(max(line, 0.0), math.hypot(sampling, line - parabola, min(line, 0.0)), distance, n)
+
+
+def least_for_infinity(dim: int) -> int:
+    """The number of vectors of ``dim`` features that :func:`fid_infinity` needs."""
+    return max(LEAST, LEAST_PER_FEATURE * dim)
 
 
 def _random_order(features: Tensor, seed: int) -> Tensor:

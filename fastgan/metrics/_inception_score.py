@@ -7,34 +7,40 @@ classifier, N and number of splits only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError, check_features
+from fastgan._checks import InputError, check_count, check_features
+from fastgan.metrics.moments import as_features
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class InceptionScoreResult:
-    """Mean and standard deviation of the score over the splits; at least 1 and at most the number of classes."""
+    """Mean of the score over the splits, at least 1 and at most the number of classes, and its population standard
+    deviation (divided by the number of splits, as torch-fidelity's and our KID's)."""
 
     mean: float
     std: float
     splits: int
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> InceptionScoreResult:
+def inception_score(logits: Tensor | npt.ArrayLike, *, splits: int = 10, seed: int = 0) -> InceptionScoreResult:
     """exp(mean KL(p(y|x) || p(y))) of class scores ``logits`` (n, classes), over ``splits`` random parts.
 
     Raises:
         InputError: the logits are not finite, or fewer than ``splits``.
         ValueError: ``splits`` under 1.
     """
+    check_count("splits", splits, 1)
+    logits = as_features("logits", logits)
     check_features(logits=logits, least=1)
-    if splits < 1:
-        raise ValueError(f"splits must be at least 1, got {splits}")
     if len(logits) < splits:
         raise InputError(f"an inception score of {splits} splits needs as many images, there are {len(logits)}")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
@@ -47,4 +53,4 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> Incep
     if score.min() < 1 - _ROUNDING:
         raise AssertionError(f"an inception score is at least 1, got {score.min().item()}")
     score = score.clamp(min=1.0)
-    return InceptionScoreResult(score.mean().item(), score.std(unbiased=splits > 1).item(), splits)
+    return InceptionScoreResult(score.mean().item(), score.std(unbiased=False).item(), splits)

@@ -26,7 +26,7 @@ from fastgan.metrics._fid_infinity import (
 )
 from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
 from fastgan.metrics.backbones import Backbone
-from fastgan.metrics.features import Measured, collect
+from fastgan.metrics.features import Measured, collect, empty_stats
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.kid import KernelDistance, kernel_distance
 from fastgan.metrics.moments import float64_device
@@ -102,7 +102,9 @@ class Evaluation:
         if self.second_split is not None:
             lines += [self.second_split.describe(), f"floor, the last two sets' {self.name('FID')}:  {self.floor}"]
         if (kid := self.kid) is not None:
-            lines.append(f"{self.name('KID')}:  {kid.mean} +- {kid.std} ({kid.subsets} subsets of {kid.subset_size})")
+            lines.append(
+                f"{self.name('KID')}:  {kid.mean} +- {kid.standard_error} ({kid.subsets} subsets of {kid.subset_size})"
+            )
         if (score := self.score) is not None:
             lines.append(f"{self.name('IS')}:  {score.mean} +- {score.std} ({score.splits} splits)")
         if (near := self.neighbourhoods) is not None:
@@ -135,11 +137,13 @@ class Evaluation:
         return {
             "backbone": next((s.backbone for s in stats if s.backbone), None),
             "dim": stats[0].dim,
+            "protocol": next((s.protocol for s in stats if s.protocol), None),
             "resize": next((s.resize for s in stats if s.resize), None),
             "precision": joint_precision(s.precision for s in stats),
             "paths": [side.label for side in self.sides],
             "n": [s.n for s in stats],
             "skipped": [side.skipped for side in self.sides],
+            "left_out": [side.left_out for side in self.sides],
             "fastgan_version": fastgan.__version__,
         }
 
@@ -205,7 +209,7 @@ def evaluate(
     if features is not None:
         stats = fake.stats
         if "fid-infinity" in metrics:
-            names = {"backbone": stats.backbone, "resize": stats.resize}
+            names = {"backbone": stats.backbone, "protocol": stats.protocol}
             found["fid_infinity"] = fid_infinity(features, real.stats, **names, seed=what.seed)
         if what.plot is not None:
             found["curve"] = bias_curve(features, real.stats, seed=what.seed)
@@ -255,12 +259,11 @@ def open_source(source: Path | ImageSource, options: FeatureOptions) -> ImageSou
     """Open a path: a file of statistics is read, images are not yet."""
     if isinstance(source, ImageSource):
         return source
-    if source.suffix != ".npz" or source.is_dir() or not holds_statistics(source):
+    if source.suffix.lower() != ".npz" or source.is_dir() or not holds_statistics(source):
         return open_images(source, skip_bad=options.skip_bad)
     stats = FeatureStats.load(source)
-    if stats.backbone is None:
-        stats.backbone = options.backbone
-    if stats.backbone is None and stats.dim == INCEPTION_DIM:  # pytorch-fid's and clean-fid's files name no network
+    named = options.backbone is not None or options.weights is not None  # then the file's is taken for the same
+    if stats.backbone is None and not named and stats.dim == INCEPTION_DIM:  # as pytorch-fid's and clean-fid's files
         options.note(f"{source} does not name its backbone; its {stats.dim} features are taken for inception's")
         stats.backbone = "inception"
     return Measured(str(source), stats)
@@ -333,17 +336,20 @@ def measure(
     if not images:
         for stats in loaded[1:]:
             check_comparable(loaded[0], stats)
+        for stats in loaded:
+            stats.backbone = stats.backbone or options.backbone
         if options.dims not in (None, loaded[0].dim):
             raise InputError(f"--dims must be {loaded[0].dim} for these statistics, got {options.dims}")
         return [source for source in sources if isinstance(source, Measured)], None
-    network = options.network(loaded, world)
+    network = options.network(loaded, world, next((source.backbone for source in images if source.backbone), None))
     if class_scores and network.head is None:
         raise InputError(f"--metrics is needs a backbone with class scores, {network.name} ({network.dim}) has none")
-    resize = options.resize_method(loaded, network)
+    protocol = options.chosen_protocol(loaded, network)
     if sum(map(len, images)) >= network.compile_from * world.size:
         network.compile()
     for stats in loaded:
-        check_comparable(stats, FeatureStats(network.dim, backbone=network.name, resize=resize))
+        check_comparable(stats, empty_stats(network, protocol))
+        stats.backbone = network.name
         stats.to(float64_device(network.device))
     measured = []
     for each, keep in zip(sources, keep_features, strict=True):
@@ -352,7 +358,7 @@ def measure(
                 each = collect(
                     each,
                     network,
-                    resize=resize,
+                    protocol=protocol,
                     batch_size=options.batch_size,
                     num_workers=options.num_workers,
                     keep_features=keep,

@@ -21,6 +21,7 @@ from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World, gather_rows
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.moments import float64_device
+from fastgan.metrics.protocols import Protocol, choose_protocol
 from fastgan.metrics.stats import FeatureStats
 from fastgan.metrics.stats_file import write_npz
 
@@ -33,11 +34,16 @@ def folder_stats(
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
-    resize: str = "clean",
+    protocol: str | Protocol | None = None,
+    resize: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStats:
     """Feature statistics of all images of a folder, zip file, npz or :class:`ImageSource`; see
     :func:`fastgan.data.archives.open_images` and :mod:`fastgan.data.decode` for what is read and how.
+
+    Args:
+        protocol: a name of :mod:`fastgan.metrics.protocols`; None takes the backbone's default, as the command does.
+        resize: replaces the protocol's resize method, and changes its name.
 
     Raises:
         InputError: no images, a file that cannot be read, or fewer than two that can.
@@ -45,13 +51,19 @@ def folder_stats(
     source = images if isinstance(images, ImageSource) else open_images(images)
     if len(source) >= backbone.compile_from:
         backbone.compile()
+    chosen = choose_protocol(backbone, protocol, resize)
     return collect(
-        source, backbone, resize=resize, batch_size=batch_size, num_workers=num_workers, progress=progress
+        source, backbone, protocol=chosen, batch_size=batch_size, num_workers=num_workers, progress=progress
     ).stats
 
 
 def image_stats(
-    images: Tensor | Iterable[Any], backbone: Backbone, *, batch_size: int = 64, resize: str = "clean"
+    images: Tensor | Iterable[Any],
+    backbone: Backbone,
+    *,
+    batch_size: int = 64,
+    protocol: str | Protocol | None = None,
+    resize: str | None = None,
 ) -> FeatureStats:
     """Feature statistics of images (n, 1 or 3, h, w), uint8 in [0, 255] or floating-point in [0, 1].
 
@@ -59,26 +71,34 @@ def image_stats(
         images: one tensor, or batches of them: a DataLoader or a generator. Of a batch that is a tuple or a list, such
             as (images, labels), the first item counts.
         batch_size: images per forward pass of one tensor.
+        protocol, resize: as for :func:`folder_stats`.
 
     Raises:
         ValueError: as :meth:`Backbone.__call__`; a batch is named by its number.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize, precision=backbone.precision)
+    chosen = choose_protocol(backbone, protocol, resize)
+    stats = empty_stats(backbone, chosen)
     if isinstance(images, Tensor):
         for batch in images.split(batch_size):
-            stats.update(backbone(batch, resize=resize))
+            stats.update(backbone(batch, protocol=chosen))
         return stats
     for number, item in enumerate(images):
         batch = item[0] if isinstance(item, tuple | list) and len(item) else item
         if not isinstance(batch, Tensor):
             raise InputError(f"batch {number} must be a tensor or begin with one, got {type(batch).__name__}")
         try:
-            stats.update(backbone(batch, resize=resize))
+            stats.update(backbone(batch, protocol=chosen))
         except ValueError as error:
             raise InputError(f"batch {number}: {error}") from error
     return stats
+
+
+def empty_stats(backbone: Backbone, protocol: Protocol) -> FeatureStats:
+    """Statistics of no images yet, named after the backbone and the protocol."""
+    names = {"protocol": protocol.name, "resize": protocol.resize, "precision": backbone.precision}
+    return FeatureStats(backbone.dim, backbone=backbone.name, **names)
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,7 @@ class Measured:
         stats: mean and covariance of the features.
         features: the features (n, dim), float32 on the CPU, in the order of the images; None if not asked for.
         skipped: the names of the images that could not be read.
+        left_out: counts of the files that are not of the set, in words.
         checkpoint: this process's file of the pass, which :meth:`finish` removes.
     """
 
@@ -97,18 +118,20 @@ class Measured:
     stats: FeatureStats
     features: Tensor | None = None
     skipped: list[str] = field(default_factory=list)
+    left_out: str = ""
     checkpoint: Path | None = None
 
     def describe(self) -> str:
-        """One line: the set, N, backbone, resizing, precision."""
+        """One line: the set, N, backbone, protocol, precision."""
         stats = self.stats
         parts = [
             "N unknown" if stats.n is None else f"N = {stats.n}",
             f"backbone {stats.backbone or 'unknown'} ({stats.dim} features)",
-            f"resize {stats.resize or 'unknown'}",
+            f"protocol {stats.protocol or 'unknown'}",
             f"precision {stats.precision or 'unknown'}",
         ]
         parts += [f"{len(self.skipped)} unreadable left out"] if self.skipped else []
+        parts += [f"left out: {self.left_out}"] if self.left_out else []
         return f"{self.label}: {', '.join(parts)}"
 
     def finish(self) -> None:
@@ -121,7 +144,7 @@ def collect(
     source: ImageSource,
     backbone: Backbone,
     *,
-    resize: str = "clean",
+    protocol: Protocol,
     batch_size: int = 64,
     num_workers: int | None = None,
     keep_features: bool = False,
@@ -140,12 +163,12 @@ def collect(
     """
     world = world or World()
     source.skipped = []
-    stats = FeatureStats(backbone.dim, backbone=backbone.name, resize=resize, precision=backbone.precision)
+    stats = empty_stats(backbone, protocol)
     features: list[Tensor] | None = [] if keep_features else None
     share, done, path = world.share(len(source)), 0, None  # done counts the unreadable images too
     with world.agreed():
         if checkpoint is not None:
-            path = _checkpoint_path(checkpoint, source, backbone, resize, world, keep_features)
+            path = _checkpoint_path(checkpoint, source, backbone, protocol, world, keep_features)
         if path is not None and path.exists():
             arrays = read_npz(path)
             stats = FeatureStats.from_arrays(path, arrays).to(float64_device(backbone.device))
@@ -156,7 +179,7 @@ def collect(
         batches = source.batches(
             backbone.input_size,
             batch_size=batch_size,
-            resize=resize,
+            resize=protocol.resize,
             num_workers=num_workers,
             indices=share[done:],
             device=backbone.device,
@@ -164,7 +187,7 @@ def collect(
         )
         last_save, read = time.monotonic(), done - len(source.skipped)
         for pixels in batches:
-            batch = backbone.from_pixels(pixels)
+            batch = backbone.from_pixels(pixels, protocol)
             stats.update(batch)
             if features is not None:
                 features.append(batch.cpu())
@@ -183,13 +206,13 @@ def collect(
     if features is not None:
         rows = gather_rows(torch.cat(features) if features else torch.zeros(0, stats.dim or 0), world)
     skipped = [name for names in world.gather(source.skipped) for name in names]
-    return Measured(source.label, stats, rows, skipped, path)
+    return Measured(source.label, stats, rows, skipped, source.left_out, path)
 
 
 def _checkpoint_path(
-    folder: Path, source: ImageSource, backbone: Backbone, resize: str, world: World, keep_features: bool
+    folder: Path, source: ImageSource, backbone: Backbone, protocol: Protocol, world: World, keep_features: bool
 ) -> Path:
-    """The file in ``folder`` of one pass. Other images, another backbone, resizing, precision or number of processes
+    """The file in ``folder`` of one pass. Other images, another backbone, protocol, precision or number of processes
     have a file of their own, and so have images that were changed since. Raises ``InputError`` if ``folder`` cannot be
     made."""
     try:
@@ -198,7 +221,7 @@ def _checkpoint_path(
         raise InputError(f"--checkpoint {folder} cannot be made: {error.strerror}") from error
     identity = [
         source.fingerprint(),
-        [backbone.name, backbone.dim, backbone.precision, resize],
+        [backbone.name, backbone.dim, backbone.precision, protocol.name],
         [world.rank, world.size, source.skip_bad, keep_features],
     ]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]

@@ -49,7 +49,7 @@ def frechet_distance(
         The distance, at least 0: a negative rounding error of two equal sets becomes 0.
 
     Raises:
-        ValueError: the sides differ in dim, backbone or resizing, one has fewer than two vectors or is no covariance,
+        ValueError: the sides differ in dim, backbone or protocol, one has fewer than two vectors or is no covariance,
             or ``method`` is unknown or ``"low_rank"`` where neither side holds its features.
     """
     if method not in METHODS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,23 @@ def joined(
     return mean + delta * share, (scatter + other_scatter).addr_(delta * (n * share), delta)
 
 
+def as_features(name: str, value: Any) -> Tensor:
+    """``value`` as a tensor: a tensor, or an array of any strides and byte order. Raises ``InputError`` naming it for
+    anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        array = np.asarray(value)
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+    except (TypeError, ValueError) as error:
+        found = f"an array of dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise InputError(f"{name} must be a tensor or an array of numbers, got {found}") from error
+
+
 def as_float64(value: Any) -> Tensor:
     """A copy of a tensor or an array. Raises ``InputError`` for complex numbers."""
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    tensor = as_features("statistics", value)
     if tensor.is_complex():
         raise InputError("statistics must be real, got complex numbers")
     return tensor.to(device=float64_device(tensor.device), dtype=torch.float64, copy=True)
@@ -51,16 +66,22 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def check_moments(mean: Tensor, cov: Tensor) -> None:
-    """Raise ``InputError`` unless ``mean`` (dim,) and ``cov`` (dim, dim) are finite, ``cov`` symmetric with no negative
-    variance."""
+def rounding_of(cov: Any) -> float:
+    """How far from symmetric, of its largest variance, a covariance of this dtype may be by rounding alone."""
+    dtype = as_features("cov", cov).dtype
+    return max(1e-5, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5
+
+
+def check_moments(mean: Tensor, cov: Tensor, rounding: float) -> None:
+    """Raise ``InputError`` unless ``mean`` (dim,) and ``cov`` (dim, dim) are finite, ``cov`` symmetric to ``rounding``
+    with no negative variance."""
     if mean.ndim != 1 or mean.shape[0] == 0:
         raise InputError(f"mean must have shape (dim,), got {tuple(mean.shape)}")
     dim = mean.shape[0]
     if cov.shape != (dim, dim):
         raise InputError(f"cov must have shape ({dim}, {dim}) to go with mean, got {tuple(cov.shape)}")
     check_finite(mean=mean, cov=cov)
-    if (cov - cov.mT).abs().max() > 1e-5 * cov.diagonal().abs().max():
+    if (cov - cov.mT).abs().max() > rounding * cov.diagonal().abs().max():
         raise InputError("cov must be symmetric")
     if cov.diagonal().min() < 0:
         raise InputError("cov must have no negative value on its diagonal")

@@ -16,10 +16,11 @@ from fastgan.metrics.backbones import (
     BACKBONE_NAMES,
     PRECISIONS,
     Backbone,
-    default_backbone,
     is_backbone_name,
     load_backbone,
 )
+from fastgan.metrics.backbones.inception import download, local_weights
+from fastgan.metrics.protocols import PROTOCOLS, Protocol, choose_protocol
 from fastgan.metrics.stats import FeatureStats
 
 
@@ -29,6 +30,7 @@ class FeatureOptions:
 
     backbone: str | None = None
     weights: Path | None = None
+    protocol: str | None = None
     resize: str | None = None
     precision: str = "auto"
     device: str | None = None
@@ -43,6 +45,7 @@ class FeatureOptions:
     def __post_init__(self) -> None:
         if self.backbone is not None and not is_backbone_name(self.backbone):
             raise InputError(f"--backbone must be {BACKBONE_NAMES}, got {self.backbone}")
+        _check_choice("--protocol", self.protocol, tuple(PROTOCOLS))
         _check_choice("--resize", self.resize, RESIZE_METHODS)
         _check_choice("--precision", self.precision, PRECISIONS)
 
@@ -60,48 +63,37 @@ class FeatureOptions:
             raise InputError(f"--device {self.device} cannot be used: {reason}") from error
         return device
 
-    def network(self, loaded: Sequence[FeatureStats], world: World) -> Backbone:
-        """The backbone asked for, else that of the statistics ``loaded``, else the machine's default."""
+    def network(self, loaded: Sequence[FeatureStats], world: World, own: str | None = None) -> Backbone:
+        """The backbone asked for, else that of the statistics ``loaded``, else the images' ``own``, else Inception, and
+        never another in its place.
+
+        Raises:
+            InputError: there is no such network, or its weights are not at hand; the message lists the ways out.
+        """
         recorded = next((stats.backbone for stats in loaded if stats.backbone), "")
         # statistics computed with other weights than the published ones bear their hash behind the name
-        name = self.backbone or re.sub(r"-[0-9a-f]{8}$", "", recorded) or self._default_network(world)
+        name = self.backbone or re.sub(r"-[0-9a-f]{8}$", "", recorded) or own or "inception"
         if not is_backbone_name(name):
             raise InputError(f"the backbone of the statistics must be {BACKBONE_NAMES}, got {name}")
         dims = self.dims
         if name == "inception" and dims is None and loaded:
             dims = loaded[0].dim
         with world.agreed():
+            if name == "inception" and self.weights is None and world.is_first:
+                local_weights() or download()  # once, and not by all processes at a time
+        with world.agreed():
             return load_backbone(
                 name, weights=self.weights, dims=dims, device=self.torch_device(), precision=self.precision
             )
 
-    def _default_network(self, world: World) -> str:
-        """Inception, its weights downloaded once if need be; where they cannot be, what needs no download."""
-        if self.weights is not None or default_backbone() == "inception":
-            return "inception"
-        from fastgan.metrics.backbones.inception import download
-
-        problem = None
-        if world.is_first:
-            try:
-                download()
-            except InputError as error:
-                problem = str(error)
-        if world.gather(problem)[0] is None:
-            return "inception"
-        name = default_backbone()
-        if world.is_first:
-            self.note(f"comparing {name} features, which give no FID. {problem}")
-        return name
-
-    def resize_method(self, loaded: Sequence[FeatureStats], network: Backbone) -> str:
-        """The resizing asked for, else that of the statistics ``loaded``, else pytorch-fid's own for Inception and
-        ``clean`` for other networks."""
-        if self.resize is not None:
-            return self.resize
-        recorded = next((stats.resize for stats in loaded if stats.resize), None)
-        _check_choice("the resizing of the statistics", recorded, RESIZE_METHODS)
-        return recorded or ("legacy_pytorch" if network.name.startswith("inception") else "clean")
+    def chosen_protocol(self, loaded: Sequence[FeatureStats], network: Backbone) -> Protocol:
+        """The protocol asked for, else that of the statistics ``loaded``, else the network's default."""
+        recorded = next((stats.protocol for stats in loaded if stats.protocol), None)
+        name = self.protocol or recorded
+        try:
+            return choose_protocol(network, name, self.resize)
+        except ValueError as error:
+            raise InputError(f"the statistics cannot be used: {error}") from error
 
 
 def _check_choice(option: str, value: str | None, allowed: Sequence[str]) -> None:

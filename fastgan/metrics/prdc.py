@@ -7,11 +7,16 @@ Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastgan._checks import check_features
+from fastgan._checks import check_count, check_features
+from fastgan.metrics.moments import as_features
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _BLOCK = 2048
 
@@ -27,22 +32,23 @@ class Neighbourhoods:
     k: int
 
 
-def precision_recall(real: Tensor, fake: Tensor, *, k: int = 5) -> Neighbourhoods:
+def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, k: int = 5) -> Neighbourhoods:
     """Precision, recall, density and coverage of ``fake`` (m, dim) against ``real`` (n, dim).
 
     Around each vector lies a ball that reaches its ``k``-th nearest neighbour within its own set. Precision is the
     share of fake vectors in a real ball, recall that of real vectors in a fake one; density is the number of real balls
     that a fake vector lies in, divided by k; coverage the share of real balls with a fake vector in them. Distances are
-    Euclidean, computed in blocks: memory is linear in n and m.
+    Euclidean, computed in blocks in the features' precision, at least float32: memory is linear in n and m.
 
     Raises:
         InputError: the features are not two finite sets of more than ``k`` vectors and one dim.
         ValueError: ``k`` under 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_count("k", k, 1)
+    real, fake = as_features("real", real), as_features("fake", fake)
     check_features(real=real, fake=fake, least=k + 1)
-    real, fake = real.float(), fake.float()
+    dtype = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)  # float64 stays
+    real, fake = real.to(dtype), fake.to(dtype)
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     inside, hits = 0, 0
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -56,9 +62,9 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 5) -> Neighbourhood
         recalled |= (distance <= radius[:, None]).any(dim=0)
     return Neighbourhoods(
         precision=inside / len(fake),
-        recall=recalled.float().mean().item(),
+        recall=recalled.double().mean().item(),
         density=hits / (k * len(fake)),
-        coverage=covered.float().mean().item(),
+        coverage=covered.double().mean().item(),
         k=k,
     )
 

@@ -17,6 +17,7 @@ from fastgan.data.archives import read_npz
 from fastgan.distributed import collective_device, gather_objects, gather_parts
 from fastgan.linalg import covariance_factor
 from fastgan.metrics.moments import (
+    as_features,
     as_float64,
     centred,
     check_factor,
@@ -25,13 +26,16 @@ from fastgan.metrics.moments import (
     float64_device,
     joined,
     moments_of,
+    rounding_of,
 )
+from fastgan.metrics.protocols import protocol_of_old_file
 from fastgan.metrics.stats_file import moment_keys, scalar, write_npz
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_TEXTS = ("backbone", "resize", "precision", "dtype")
+_TEXTS = ("backbone", "protocol", "resize", "precision", "dtype")
+_IDENTITY = ("dim", "backbone", "protocol", "resize")
 
 
 class FeatureStats:
@@ -45,7 +49,9 @@ class FeatureStats:
     Args:
         dim: features per vector; None takes it from the first batch.
         backbone: name of the network the features come from; distances between different ones are refused.
-        resize: how the images were brought to that network's input size.
+        protocol: how images became that network's input, a name of :mod:`fastgan.metrics.protocols`; different ones are
+            refused likewise.
+        resize: the protocol's way to the network's input size.
         precision: of the network's arithmetic; ``"mixed"`` once statistics of several are merged. It moves a distance
             by little, so that statistics of different precisions are compared, but it is told with each.
     """
@@ -55,12 +61,14 @@ class FeatureStats:
         dim: int | None = None,
         *,
         backbone: str | None = None,
+        protocol: str | None = None,
         resize: str | None = None,
         precision: str | None = None,
     ) -> None:
         if dim is not None and dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.backbone = backbone
+        self.protocol = protocol
         self.resize = resize
         self.precision = precision
         self.dtype: str | None = None  # of the features as they came
@@ -81,6 +89,7 @@ class FeatureStats:
         factor: Tensor | npt.ArrayLike | None = None,
         root: Tensor | npt.ArrayLike | None = None,
         backbone: str | None = None,
+        protocol: str | None = None,
         resize: str | None = None,
         precision: str | None = None,
     ) -> FeatureStats:
@@ -94,11 +103,17 @@ class FeatureStats:
             InputError: shapes disagree, values are not finite, ``cov`` is not symmetric or has a negative diagonal,
                 ``n`` is under 2, or ``factor`` or ``root`` is not that of ``cov``.
         """
+        rounding = rounding_of(cov)
         mean, cov = as_float64(mean), as_float64(cov)
-        check_moments(mean, cov)
+        if (mean.ndim == 2 and 1 in mean.shape) or mean.ndim == 0:  # a row, a column, or one feature as a number
+            mean = mean.reshape(-1)
+        if (cov.ndim == 3 and len(cov) == 1) or cov.numel() == len(mean) == 1:
+            cov = cov.reshape(len(mean), -1)
+        check_moments(mean, cov, rounding)
         if n is not None and n < 2:
             raise InputError(f"n must be at least 2 for a covariance, got {n}")
-        stats = cls(mean.shape[0], backbone=backbone, resize=resize, precision=precision)
+        names = {"backbone": backbone, "protocol": protocol, "resize": resize, "precision": precision}
+        stats = cls(mean.shape[0], **names)
         cov = (cov + cov.mT) / 2
         stats._replace(n, None, mean, cov if n is None else cov * (n - 1))
         if factor is not None:
@@ -131,6 +146,7 @@ class FeatureStats:
             n = scalar(arrays, "n", int)
             texts = {key: scalar(arrays, key, str) for key in _TEXTS}
             dtype = texts.pop("dtype")
+            texts["protocol"] = texts["protocol"] or protocol_of_old_file(texts["backbone"], texts["resize"])
             stats = cls.from_moments(mu, sigma, n=n, factor=arrays.get("factor"), root=arrays.get("root"), **texts)
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: {error}") from error
@@ -248,7 +264,7 @@ class FeatureStats:
             ValueError: ``features`` has another rank or dtype, another ``dim`` than before, or a value that is not
                 finite (the row is named), or these statistics come from a file without ``n``.
         """
-        batch = features.detach() if isinstance(features, Tensor) else torch.as_tensor(features)
+        batch = as_features("features", features)
         check_tensor("features", batch, ndim=2)
         n = self._known_n("update")
         self._check_dim(batch.shape[1], "features")
@@ -271,7 +287,7 @@ class FeatureStats:
         """Add all that ``other`` has seen, as if its vectors had come here; ``other`` stays as it is. Returns self.
 
         Raises:
-            ValueError: the dimensions, backbones or resizing methods differ, or one side comes from a file without
+            ValueError: the dimensions, backbones or protocols differ, or one side comes from a file without
                 ``n``.
         """
         n, added = self._known_n("merge"), other._known_n("merge")
@@ -279,6 +295,7 @@ class FeatureStats:
             self._check_dim(other._dim, "other")
         check_comparable(self, other)
         self.backbone = self.backbone or other.backbone
+        self.protocol = self.protocol or other.protocol
         self.resize = self.resize or other.resize
         self.dtype = self.dtype or other.dtype
         self.precision = joint_precision([self.precision, other.precision])
@@ -300,7 +317,7 @@ class FeatureStats:
         or the vectors themselves while there are at most dim of them in all. Returns self.
 
         Raises:
-            ValueError: the processes' dimensions, backbones or resizing methods differ, or an ``n`` is unknown.
+            ValueError: the processes' dimensions, backbones or protocols differ, or an ``n`` is unknown.
             RuntimeError: torch.distributed is not initialised.
         """
         header = {key: getattr(self, key) for key in ("n", "dim", *_TEXTS)} | {"held": self._rows is not None}
@@ -308,7 +325,7 @@ class FeatureStats:
         for rank, header in enumerate(headers):
             if header["n"] is None:
                 raise InputError(f"cannot all_reduce statistics whose n is unknown, as they are in process {rank}")
-        for key in ("dim", "backbone", "resize"):
+        for key in _IDENTITY:
             known = {header[key] for header in headers if header[key] is not None}
             if len(known) > 1:
                 raise InputError(f"the processes' statistics differ in {key}: {', '.join(sorted(map(str, known)))}")
@@ -316,9 +333,8 @@ class FeatureStats:
         total = sum(counts)
         if not total:
             return self
-        self._dim, self.backbone, self.resize, self.dtype = (
-            next((header[key] for header in headers if header[key] is not None), None)
-            for key in ("dim", "backbone", "resize", "dtype")
+        self._dim, self.backbone, self.protocol, self.resize, self.dtype = (
+            next((header[key] for header in headers if header[key] is not None), None) for key in (*_IDENTITY, "dtype")
         )
         self.precision = joint_precision(header["precision"] for header in headers)
         assert self._dim is not None
@@ -351,7 +367,7 @@ class FeatureStats:
         return self
 
     def __repr__(self) -> str:
-        return f"FeatureStats(n={self._n}, dim={self._dim}, backbone={self.backbone!r}, resize={self.resize!r})"
+        return f"FeatureStats(n={self._n}, dim={self._dim}, backbone={self.backbone!r}, protocol={self.protocol!r})"
 
     def _replace(self, n: int | None, rows: list[Tensor] | None, *moments: Tensor) -> None:
         """Take ``n`` vectors, or the mean and scatter of so many, in the place of all seen before."""
@@ -395,8 +411,8 @@ def joint_precision(precisions: Iterable[str | None]) -> str | None:
 
 
 def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
-    """Raise ``InputError`` unless ``a`` and ``b`` agree in dim, backbone and resizing, as far as each is known."""
-    for what in ("dim", "backbone", "resize"):
+    """Raise ``InputError`` unless ``a`` and ``b`` agree in dim, backbone and protocol, as far as each is known."""
+    for what in _IDENTITY:
         left, right = getattr(a, what), getattr(b, what)
         if left is not None and right is not None and left != right:
             raise InputError(f"the two statistics differ in {what}: {left} and {right}")

@@ -6,7 +6,7 @@ Keys:
     ``n``: number of vectors.
     ``factor`` (n, dim): the centred features, while n <= dim.
     ``root`` (r, dim): :meth:`FeatureStats.root`, if asked for and there is no ``factor``.
-    ``backbone``, ``resize``, ``precision``, ``dtype`` (of the features), ``fastgan_version``: strings.
+    ``backbone``, ``protocol``, ``resize``, ``precision``, ``dtype`` (of the features), ``fastgan_version``: strings.
 
 All but ``mu`` and ``sigma`` are left out if they are not known.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from fastgan._checks import InputError
 from fastgan._files import atomic_path
 
-_MOMENT_KEYS = (("mu", "sigma"), ("mu_s", "sigma_s"))
+_MEAN_KEYS, _COV_KEYS = ("mu", "mu_s"), ("sigma", "sigma_s")
 
 
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
@@ -45,17 +45,18 @@ def holds_statistics(path: Path) -> bool:
     that reading it as such says why it cannot be read."""
     try:
         with zipfile.ZipFile(path) as file:
-            names = {name.removesuffix(".npy") for name in file.namelist()}
+            names = [name.removesuffix(".npy") for name in file.namelist()]
     except (OSError, zipfile.BadZipFile):
         return True
-    return not names or any({mu, sigma} & names for mu, sigma in _MOMENT_KEYS)
+    return not names or any(key.lower() in (*_MEAN_KEYS, *_COV_KEYS) for key in names)
 
 
 def moment_keys(path: str | Path, arrays: dict[str, np.ndarray]) -> tuple[str, str]:
-    """The keys of mean and covariance. Raises ``InputError`` naming the file if it has none."""
-    for mu_key, sigma_key in _MOMENT_KEYS:
-        if mu_key in arrays and sigma_key in arrays:
-            return mu_key, sigma_key
+    """The keys of mean and covariance, in any case. Raises ``InputError`` naming the file if it lacks one."""
+    found = {key.lower(): key for key in arrays}
+    keys = [next((found[key] for key in names if key in found), None) for names in (_MEAN_KEYS, _COV_KEYS)]
+    if keys[0] is not None and keys[1] is not None:
+        return keys[0], keys[1]
     raise InputError(f"{path} must hold mu and sigma (or mu_s and sigma_s), it has: {', '.join(arrays) or 'nothing'}")
 
 

@@ -1,54 +1,77 @@
 """The metrics as ``torchmetrics.Metric``: update with images, compute, reset; in collections and across processes.
 
-Signatures follow torchmetrics' own classes of these names; what differs: moments are merged in shifted float64,
-features come from fastgan's backbones, and torch-fidelity is not needed.
+Classes, arguments and their positions, and the errors' types are those of ``torchmetrics.image``; the default protocol
+is ``"torchmetrics"``, so that another import changes no number. What differs: moments are merged in shifted float64,
+the network follows the metric to its device and nothing else reaches it, and torch-fidelity is not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from fastgan._checks import InputError
+from fastgan._checks import InputError, check_count
+from fastgan.distributed import gather_objects
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, load_backbone
+from fastgan.metrics.features import empty_stats
 from fastgan.metrics.frechet import frechet_distance, paired_frechet_distances
-from fastgan.metrics.kid import kernel_distance
-from fastgan.metrics.moments import joined
+from fastgan.metrics.kid import check_kernel, kernel_distance
+from fastgan.metrics.moments import as_features, float64_device, joined
 from fastgan.metrics.prdc import precision_recall
-from fastgan.metrics.stats import FeatureStats
+from fastgan.metrics.protocols import get_protocol
+from fastgan.metrics.stats import FeatureStats, check_comparable
 
 _SIDES = ("real", "fake")
 
 
+class TooFewImages(InputError, RuntimeError):
+    """A metric was asked for before it had enough images; a ``RuntimeError`` as in torchmetrics."""
+
+
+class ArgumentKindError(InputError, TypeError):
+    """An argument of another kind than allowed; a ``TypeError`` as in torchmetrics."""
+
+
 class FeatureMetric(Metric):
-    """What all share: images to features.
+    """Images to features: what all classes here share.
 
     Args:
-        feature: Inception's features, 64, 192, 768, 2048 or ``"logits"``; a :class:`Backbone`; or a module, which gets
-            the images as they come and returns (n, dim).
+        feature: Inception's features, 64, 192, 768, 2048 or ``"logits_unbiased"``; a :class:`Backbone`; or a module,
+            which gets the images as they come and returns (n, dim). It stays in eval mode.
         reset_real_features: whether :meth:`reset` forgets the real images too.
         normalize: images are floating-point in [0, 1], in place of uint8 in [0, 255].
         input_img_size: (c, h, w) of the images that find out the dim of a ``feature`` that is a module without a
             ``num_features``.
         feature_extractor_weights_path: Inception's weights file.
-        resize: method of :mod:`fastgan.data.resize`, for Inception and backbones.
+        antialias: resize with antialiasing; False is the resizing of the original FID (``legacy_tensorflow``).
+        protocol: a name of :mod:`fastgan.metrics.protocols`, for Inception and backbones.
+        resize: a method of :mod:`fastgan.data.resize` in place of the protocol's.
         precision: of Inception's arithmetic.
+        reference: the real side, known before: :class:`FeatureStats` (for Frechet distances) or features (n, dim).
+            Real images are then refused.
+        sync_timeout: seconds that :meth:`compute` waits for the other processes before it says which did not come; gloo
+            alone can tell.
         kwargs: torchmetrics' own.
 
     Raises:
-        ValueError: an argument of another kind.
+        ValueError, TypeError: an argument of another kind.
         InputError: Inception's weights are not at hand.
     """
 
     higher_is_better: bool | None = False
     is_differentiable = False
     full_state_update = False
+    feature_network = "extractor"  # what torchmetrics' FeatureShare shares
+    reference_kinds = "features (n, dim)"
+    _network: nn.Module
 
     def __init__(
         self,
@@ -57,54 +80,86 @@ class FeatureMetric(Metric):
         normalize: bool = False,
         input_img_size: tuple[int, int, int] = (3, 299, 299),
         feature_extractor_weights_path: str | None = None,
+        antialias: bool = True,
         *,
-        resize: str = "clean",
+        protocol: str = "torchmetrics",
+        resize: str | None = None,
         precision: str = "auto",
+        reference: FeatureStats | Tensor | Any = None,
+        sync_timeout: float = 1800.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("normalize", normalize), ("reset_real_features", reset_real_features)):
+        flags = {"normalize": normalize, "reset_real_features": reset_real_features, "antialias": antialias}
+        for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be a bool, got {value!r}")
         self.reset_real_features = reset_real_features
         self.normalize = normalize
-        self.resize = resize
+        self.sync_timeout = sync_timeout
+        self.protocol = get_protocol(protocol, resize or (None if antialias else "legacy_tensorflow"))
+        extractor: nn.Module
         if isinstance(feature, nn.Module):
-            self.extractor: nn.Module | Backbone = feature.eval()
-        elif isinstance(feature, Backbone):
-            self.extractor = feature
+            extractor = feature.eval()
         elif isinstance(feature, bool) or not isinstance(feature, int | str):
-            raise ValueError(f"feature must be an int, 'logits', a module or a Backbone, got {feature!r}")
+            raise ArgumentKindError(f"feature must be an int, 'logits', a module or a Backbone, got {feature!r}")
         else:
             path = feature_extractor_weights_path
-            self.extractor = load_backbone("inception", weights=path, dims=feature, precision=precision)
+            extractor = load_backbone("inception", weights=path, dims=feature, precision=precision)
+        self._is_backbone = isinstance(extractor, Backbone)
+        self._head = extractor.head if isinstance(extractor, Backbone) else None
+        self.extractor = extractor
+        self.__dict__["_network"] = (
+            extractor  # FeatureShare hides the module, which must follow the metric all the same
+        )
+        self.num_features = self._number_of_features(input_img_size)
+        self._reference = None if reference is None else self._checked_reference(reference)
 
-        if isinstance(self.extractor, Backbone):
-            if self.extractor.dim is None:
-                raise ValueError(f"backbone {self.extractor.name} must be made with its dim")
-            self.num_features = self.extractor.dim
-        elif isinstance(found := getattr(self.extractor, "num_features", None), int):
-            self.num_features = found
-        else:
-            images = torch.zeros(1, *input_img_size, dtype=torch.float32 if normalize else torch.uint8)
-            self.num_features = self.extract(images).shape[1]
+    def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int:
+        extractor = self.extractor
+        found = extractor.dim if isinstance(extractor, Backbone) else getattr(extractor, "num_features", None)
+        if isinstance(extractor, Backbone) and found is None:
+            raise ValueError(f"backbone {extractor.name} must be made with its dim")
+        if isinstance(found, Tensor):
+            found = int(found.item())
+        if found is None:
+            images = torch.zeros(1, *input_img_size, dtype=torch.float32 if self.normalize else torch.uint8)
+            found = self.extract(images.to(self.device)).shape[1]
+        if not isinstance(found, int):
+            raise ArgumentKindError(f"feature.num_features must be an int or a tensor, got {found!r}")
+        return found
+
+    def _checked_reference(self, reference: Any) -> Any:
+        """Features (n, dim). Raises ``InputError`` unless they fit the network."""
+        if isinstance(reference, FeatureStats):
+            raise InputError(f"reference must be {self.reference_kinds}, got statistics")
+        features = as_features("reference", reference)
+        if features.ndim != 2 or features.shape[1] != self.num_features:
+            raise InputError(f"reference must have shape (n, {self.num_features}), got {tuple(features.shape)}")
+        return features
 
     def extract(self, imgs: Tensor) -> Tensor:
-        """Features (n, dim) of images (n, c, h, w).
+        """Features (n, dim), on the metric's device, of images (n, c, h, w).
 
         Raises:
             ValueError: for Inception and backbones, images of another dtype than ``normalize`` says or out of range.
         """
-        if isinstance(self.extractor, Backbone):
+        if not isinstance(imgs, Tensor):
+            raise ArgumentKindError(f"imgs must be a tensor, got {type(imgs).__name__}")
+        if self._is_backbone:
             if imgs.is_floating_point() != self.normalize:
                 wanted = "floating-point in [0, 1]" if self.normalize else "uint8 in [0, 255]"
                 raise ValueError(f"imgs must be {wanted} with normalize={self.normalize}, got {imgs.dtype}")
-            return self.extractor(imgs, resize=self.resize).to(self.device)
+            return self.extractor(imgs, protocol=self.protocol).to(self.device)
+        if self._network.training:
+            self._network.eval()
         with torch.no_grad():
             features = self.extractor(imgs)
+        if features.ndim == 1 and len(imgs) == 1:
+            features = features[None]
         if features.ndim != 2 or len(features) != len(imgs):
             raise ValueError(f"feature must return (n, dim) for {len(imgs)} images, got {tuple(features.shape)}")
-        return features
+        return features.to(self.device)
 
     def reset(self) -> None:
         """Forget the images; the real ones only with ``reset_real_features``."""
@@ -117,6 +172,57 @@ class FeatureMetric(Metric):
         for name, value in kept.items():
             setattr(self, name, value)
 
+    def train(self, mode: bool = True) -> FeatureMetric:
+        """Set the metric's mode; the network stays in eval mode. Returns self."""
+        super().train(mode)
+        self._network.eval()
+        return self
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> FeatureMetric:
+        """Do nothing: moments are float64 and features keep the network's dtype in any case. Returns self."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Move the states and the network; a module of the user's follows in dtype too, the states never do."""
+        self._network._apply(fn)
+        device = fn(torch.empty(0, device=self.device)).device
+        if isinstance(self._reference, Tensor):
+            self._reference = self._reference.to(device)
+        return super()._apply(lambda tensor: tensor.to(_home(tensor, device)), *args, **kwargs)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states; a process without images takes part with empty tensors."""
+        group = kwargs.get("process_group") or self.process_group
+        if dist.get_backend(group) == "gloo":
+            try:
+                dist.monitored_barrier(group, timeout=timedelta(seconds=self.sync_timeout))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"compute() of {type(self).__name__} must be called in all processes of its group: after "
+                    f"{self.sync_timeout:g} seconds some had not ({str(error).splitlines()[0]})"
+                ) from error
+        lists = {name: getattr(self, name) for name in self._defaults if isinstance(getattr(self, name), list)}
+        if lists:
+            mine = {name: (rows[0].dtype, rows[0].shape[1:]) for name, rows in lists.items() if len(rows)}
+            everyones = gather_objects(mine, group)
+            for name, rows in lists.items():
+                dtype, shape = next((found[name] for found in everyones if name in found), (torch.float32, (0,)))
+                if not len(rows):
+                    setattr(self, name, [torch.zeros(0, *shape, dtype=dtype, device=self.device)])
+        super()._sync_dist(*args, **kwargs)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several, by default :meth:`compute`'s, as torchmetrics does. Returns figure and axes."""
+        val = self.compute() if val is None else val
+        return self._plot(val[0] if isinstance(val, tuple) else val, ax)
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=float64_device(self.device))
+
+
+def _home(tensor: Tensor, device: torch.device) -> torch.device:
+    return float64_device(device) if tensor.dtype == torch.float64 else device
+
 
 class FrechetInceptionDistance(FeatureMetric):
     """The Frechet distance of the real and the fake images; the FID for ``feature=2048``. Lower is better.
@@ -125,9 +231,17 @@ class FrechetInceptionDistance(FeatureMetric):
 
     Each side is one float64 tensor (dim + 1, dim + 1), which torchmetrics gathers from all processes: the number of
     vectors in the corner, the mean in the rest of the first row, and the sum of centred outer products below it.
+
+    >>> from torch import nn
+    >>> metric = FrechetInceptionDistance(nn.Flatten(), input_img_size=(3, 2, 2), normalize=True)
+    >>> metric.update(torch.zeros(10, 3, 2, 2), real=True)
+    >>> metric.update(torch.ones(10, 3, 2, 2), real=False)
+    >>> metric.compute()  # twelve features, each off by one
+    tensor(12., dtype=torch.float64)
     """
 
     plot_lower_bound = 0.0
+    reference_kinds = "FeatureStats or features (n, dim)"
     real: Tensor
     fake: Tensor
 
@@ -139,21 +253,35 @@ class FrechetInceptionDistance(FeatureMetric):
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
+        _refuse_real(real, self._reference)
         side, features = "real" if real else "fake", self.extract(imgs)
-        stats = FeatureStats(features.shape[1]).update(features)
-        added = _packed(stats.n or 0, *stats.moments()).to(self.device)
-        setattr(self, side, merge_moments([getattr(self, side), added]))
+        stats = FeatureStats(self.num_features).update(features)
+        state = getattr(self, side)
+        added = _packed(stats.n or 0, *stats.moments()).to(state.device)
+        setattr(self, side, merge_moments([state, added]))
 
     def compute(self) -> Tensor:
-        """The distance, float64. Raises ``InputError`` where a side has fewer than 2 images."""
+        """The distance, float64. Raises ``TooFewImages`` where a side has fewer than 2 images."""
         stats = []
         for side in _SIDES:
+            if side == "real" and self._reference is not None:
+                stats.append(self._reference)
+                continue
             count, mean, scatter = _unpacked(getattr(self, side))
             n = int(count.item())
             if n < 2:
-                raise InputError(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
+                raise TooFewImages(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
             stats.append(FeatureStats.from_moments(mean, scatter / (n - 1), n=n))
-        return torch.tensor(frechet_distance(*stats), dtype=torch.float64, device=self.device)
+        return self._scalar(frechet_distance(*stats))
+
+    def _checked_reference(self, reference: Any) -> FeatureStats:
+        if not isinstance(reference, FeatureStats):
+            return FeatureStats(self.num_features).update(super()._checked_reference(reference))
+        ours = FeatureStats(self.num_features)
+        if isinstance(self._network, Backbone):
+            ours = empty_stats(self._network, self.protocol)
+        check_comparable(reference, ours)
+        return reference
 
 
 def merge_moments(parts: Tensor | Sequence[Tensor]) -> Tensor:
@@ -174,9 +302,15 @@ def _unpacked(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return moments[0, 0], moments[0, 1:], moments[1:, 1:]
 
 
+def _refuse_real(real: bool, reference: Any) -> None:
+    if real and reference is not None:
+        raise InputError("real images must not be given: the metric was made with a reference")
+
+
 class _KeptFeatures(FeatureMetric):
     """Keeps the features of both sides."""
 
+    plot_lower_bound = 0.0
     real_features: list[Tensor]
     fake_features: list[Tensor]
 
@@ -187,13 +321,21 @@ class _KeptFeatures(FeatureMetric):
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
+        _refuse_real(real, self._reference)
         getattr(self, f"{'real' if real else 'fake'}_features").append(self.extract(imgs))
 
     def _both(self) -> tuple[Tensor, Tensor]:
+        """Features of the real and the fake images. Raises ``TooFewImages`` where there are none."""
+        sides = []
         for side in _SIDES:
-            if len(getattr(self, f"{side}_features")) == 0:
-                raise InputError(f"there are no {side} images yet")
-        return dim_zero_cat(self.real_features), dim_zero_cat(self.fake_features)
+            rows = getattr(self, f"{side}_features")
+            if side == "real" and self._reference is not None:
+                rows = self._reference
+            found = dim_zero_cat(rows) if len(rows) else torch.zeros(0, self.num_features)
+            if not len(found):
+                raise TooFewImages(f"there are no {side} images yet")
+            sides.append(found)
+        return sides[0], sides[1]
 
 
 class KernelInceptionDistance(_KeptFeatures):
@@ -201,9 +343,12 @@ class KernelInceptionDistance(_KeptFeatures):
 
     Args:
         feature: as in :class:`FeatureMetric`.
-        subsets, subset_size, degree, gamma, coef, seed: as in :func:`fastgan.metrics.kernel_distance`.
+        subsets, subset_size, degree, gamma, coef, seed: as in :func:`fastgan.metrics.kernel_distance`; fewer than
+            ``subset_size`` images on a side are an error, as in torchmetrics.
         args, kwargs: as in :class:`FeatureMetric`.
     """
+
+    plot_upper_bound = 1.0
 
     def __init__(
         self,
@@ -213,18 +358,25 @@ class KernelInceptionDistance(_KeptFeatures):
         degree: int = 3,
         gamma: float | None = None,
         coef: float = 1.0,
-        *args: Any,
+        reset_real_features: bool = True,
+        normalize: bool = False,
+        *,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(feature, *args, **kwargs)
+        check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+        super().__init__(feature, reset_real_features, normalize, **kwargs)
         self._options: dict[str, Any] = {"subsets": subsets, "subset_size": subset_size, "seed": seed}
         self._options |= {"degree": degree, "gamma": gamma, "coef": coef}
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the subsets."""
-        result = kernel_distance(*self._both(), **self._options)
-        return torch.tensor(result.mean), torch.tensor(result.std)
+        """Mean and population standard deviation over the subsets, float64, as in torchmetrics."""
+        real, fake = self._both()
+        size, least = self._options["subset_size"], min(len(real), len(fake))
+        if least < size:
+            raise InputError(f"subset_size must be at most the number of samples, {least}, got {size}")
+        result = kernel_distance(real, fake, **self._options)
+        return self._scalar(result.mean), self._scalar(result.std)
 
 
 class PrecisionRecall(_KeptFeatures):
@@ -239,39 +391,46 @@ class PrecisionRecall(_KeptFeatures):
     higher_is_better = True
 
     def __init__(self, feature: int | str | nn.Module | Backbone = 2048, k: int = 5, *args: Any, **kwargs: Any) -> None:
+        check_count("k", k, 1)
         super().__init__(feature, *args, **kwargs)
         self.k = k
 
     def compute(self) -> dict[str, Tensor]:
-        """``precision``, ``recall``, ``density`` and ``coverage``."""
+        """``precision``, ``recall``, ``density`` and ``coverage``, float64."""
         result = precision_recall(*self._both(), k=self.k)
-        return {key: torch.tensor(getattr(result, key)) for key in ("precision", "recall", "density", "coverage")}
+        return {key: self._scalar(getattr(result, key)) for key in ("precision", "recall", "density", "coverage")}
 
 
 class InceptionScore(FeatureMetric):
     """The inception score, at least 1. Higher is better. Keeps all class scores.
 
     Args:
-        feature: a module that returns class scores, a :class:`Backbone` with a head, or ``"logits_unbiased"``, which is
-            Inception's scores without their bias.
-        normalize: as in :class:`FeatureMetric`.
+        feature: a module that returns class scores, a :class:`Backbone` with a head, ``"logits_unbiased"``, which is
+            Inception's scores without their bias, or a number of Inception's features, taken for scores.
         splits, seed: as in :func:`fastgan.metrics.inception_score`.
+        normalize: as in :class:`FeatureMetric`.
         kwargs: as in :class:`FeatureMetric`.
     """
 
     higher_is_better = True
+    plot_lower_bound = 1.0
     logits: list[Tensor]
 
     def __init__(
         self,
-        feature: str | nn.Module | Backbone = "logits_unbiased",
-        normalize: bool = False,
+        feature: int | str | nn.Module | Backbone = "logits_unbiased",
         splits: int = 10,
+        normalize: bool = False,
         *,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_count("splits", splits, 1)
+        as_scores = isinstance(feature, str)  # 2048 features, of which the head makes scores: FeatureShare shares them
         super().__init__(2048 if feature == "logits_unbiased" else feature, normalize=normalize, **kwargs)
+        self._scores: Callable[[Tensor], Tensor] | None = (
+            self._head if as_scores or isinstance(feature, Backbone) else None
+        )
         self.splits = splits
         self.seed = seed
         self.add_state("logits", [], dist_reduce_fx="cat")
@@ -279,15 +438,17 @@ class InceptionScore(FeatureMetric):
     def update(self, imgs: Tensor) -> None:
         """Add images (n, c, h, w)."""
         features = self.extract(imgs)
-        head = self.extractor.head if isinstance(self.extractor, Backbone) else None
-        self.logits.append(features if head is None else head(features))
+        self.logits.append(features if self._scores is None else self._scores(features).to(self.device))
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the splits."""
-        if len(self.logits) == 0:
-            raise InputError("there are no images yet")
-        result = inception_score(dim_zero_cat(self.logits), splits=self.splits, seed=self.seed)
-        return torch.tensor(result.mean), torch.tensor(result.std)
+        """Mean and standard deviation over the splits, float64; divided by their number less one, as in torchmetrics
+        (:func:`fastgan.metrics.inception_score` divides by their number). 0 for one split."""
+        rows = dim_zero_cat(self.logits) if len(self.logits) else torch.zeros(0, 1)
+        if not len(rows):
+            raise TooFewImages("there are no images yet")
+        result = inception_score(rows, splits=self.splits, seed=self.seed)
+        correction = (self.splits / max(self.splits - 1, 1)) ** 0.5
+        return self._scalar(result.mean), self._scalar(result.std * correction)
 
 
 class ClassFrechetDistance(_KeptFeatures):
@@ -304,9 +465,11 @@ class ClassFrechetDistance(_KeptFeatures):
     def __init__(
         self, num_classes: int, feature: int | str | nn.Module | Backbone = 2048, *args: Any, **kwargs: Any
     ) -> None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
         super().__init__(feature, *args, **kwargs)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if self._reference is not None:
+            raise ValueError("reference must be None: the classes of its rows are not known")
         self.num_classes = num_classes
         for side in _SIDES:
             self.add_state(f"{side}_labels", [], dist_reduce_fx="cat")
@@ -335,4 +498,4 @@ class ClassFrechetDistance(_KeptFeatures):
             for rows, side in zip(features, labels, strict=True)
         )
         values[classes] = paired_frechet_distances(real, fake)
-        return values
+        return values.to(float64_device(self.device))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastgan._checks import InputError, check_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+RUN_FOLDER = "generator"
+"""Where a training run keeps its generator."""
 
 G = TypeVar("G", bound="Generator")
 
@@ -29,6 +31,7 @@ class Generator(nn.Module):
         resolution: height and width of the images.
         image_channels: 1 for grey, 3 for RGB.
         config: the arguments that it was made with.
+        class_names: names of the classes in the order of their labels, or none.
     """
 
     n_classes: int
@@ -37,6 +40,7 @@ class Generator(nn.Module):
     image_channels: int
     config: dict[str, Any]
     sketch_channels: int = 0
+    class_names: tuple[str, ...] = ()
     _classes: ClassVar[dict[str, type[Generator]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -52,8 +56,21 @@ class Generator(nn.Module):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Class and arguments, from which :meth:`from_description` makes the same network with fresh weights."""
-        return {"class": type(self).__name__, "arguments": self.config}
+        """Class, arguments and class names: :meth:`from_description` makes the network of them, with fresh weights."""
+        return {"class": type(self).__name__, "arguments": self.config, "class_names": [*self.class_names]}
+
+    def label_of(self, name: str) -> int:
+        """The label of the class of this name or number.
+
+        Raises:
+            ValueError: there is no such class; those that there are, are listed.
+        """
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name.isdecimal() and int(name) < self.n_classes:
+            return int(name)
+        names = f"one of {', '.join(self.class_names)}, or " if self.class_names else ""
+        raise ValueError(f"class must be {names}in [0, {self.n_classes}), got {name}")
 
     @classmethod
     def from_description(cls: type[G], description: dict[str, Any]) -> G:
@@ -68,7 +85,9 @@ class Generator(nn.Module):
             known = ", ".join(n for n, c in Generator._classes.items() if issubclass(c, cls))
             raise ValueError(f"class must be one of {known}, got {name!r}")
         try:
-            return found(**description["arguments"])
+            generator = found(**description["arguments"])
+            generator.class_names = tuple(description.get("class_names", ()))
+            return generator
         except (TypeError, ValueError) as error:
             raise ValueError(f"arguments do not make a {name}: {error}") from error
 
@@ -89,10 +108,14 @@ class Generator(nn.Module):
     def from_pretrained(cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu") -> G:
         """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
 
+        ``folder`` may be that of a training run, which keeps the moving average of its generator in ``generator``.
+
         Raises:
             InputError: a file is missing or damaged, the class is unknown or another one, or the weights do not fit.
         """
         folder = Path(folder)
+        if not (folder / CONFIG_FILE).exists() and (folder / RUN_FOLDER / CONFIG_FILE).exists():
+            folder = folder / RUN_FOLDER
         try:
             generator = cls.from_description(_read_config(folder / CONFIG_FILE))
         except InputError:
@@ -106,7 +129,8 @@ class Generator(nn.Module):
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"class": content["class"], "arguments": dict(content["arguments"])}
+        names = [str(name) for name in content.get("class_names", ())]
+        return {"class": content["class"], "arguments": dict(content["arguments"]), "class_names": names}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: a folder written by save_pretrained is needed") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -100,8 +100,8 @@ class SelfAttention2d(nn.Module):
         bias: biases in all convolutions.
         spectral_norm: spectral normalization of all convolutions.
         scale: multiplies the logits; None for 1/sqrt(qk_channels).
-        impl: "auto", "triton", "reference" or "eager". "eager" keeps the maps in memory and has gradients to any
-            order; the others have them to second order.
+        impl: "auto", "triton", "extension", "reference" or "eager". "eager" keeps the maps in memory and has
+            gradients to any order; the others have them to second order.
         roles: names in the state dicts to load, by part: ``theta``, ``phi`` and ``g``, and ``o`` and ``gamma`` if they
             are not called so there. Each query's weights, over the positions of phi, sum to 1.
 

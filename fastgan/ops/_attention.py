@@ -30,14 +30,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, impl: str = "
     """Attention with true reverse-over-reverse gradients in O(N) memory.
 
     Args:
-        q: queries (B, N, d); float64 (reference path), float32, bfloat16 or float16; any strides.
+        q: queries (B, N, d); float64 (not by Triton), float32, bfloat16 or float16; any strides.
         k: keys (B, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q.
         v: values (B, M, e).
         scale: a finite number that multiplies the logits. 1.0 as in SAGAN, where there is no 1/sqrt(d).
-        impl: "auto", "triton", "reference" or "eager". "eager" is the textbook formula, with the maps in memory. On a
-            CPU "auto" keeps maps of up to 16 MB, as eager PyTorch does, and is "reference" above; so it is, with one
-            warning, for more channels than the kernels take (d 64, e 256). Within transforms of ``torch.func`` and
-            forward-mode differentiation, which know no such op, maps of any size are kept, whatever ``impl`` says.
+        impl: "auto", "triton", "extension", "reference" or "eager". "eager" is the textbook formula, with the maps in
+            memory. "auto" is "extension" on a CPU and "triton" on a GPU. If the extension is not built, it keeps maps
+            of up to 16 MB, as "eager", and is "reference" above; so it is, with one warning, for more channels than
+            Triton's kernels take (d 64, e 256). Within transforms of ``torch.func`` and forward-mode differentiation,
+            which know no such op, maps of any size are kept, whatever ``impl`` says.
 
     Returns:
         (B, N, e) in q's dtype (under autocast: in autocast's) and memory layout. Gradients exist to second order, and
@@ -72,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str, impl: str)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if impl == "eager" or is_transforming() or (asked == "auto" and _maps_are_small(q, k)):
+    if impl == "eager" or is_transforming() or (asked == "auto" and impl == "reference" and _maps_are_small(q, k)):
         return attention_eager(q, k, v, scale)
     batch = next(iter(_batches(q, k, v)), 1)
     q, k, v = (x if x.shape[0] == batch else x.expand(batch, -1, -1) for x in (q, k, v))

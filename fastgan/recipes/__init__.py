@@ -16,20 +16,27 @@ from fastgan._checks import InputError
 from fastgan.recipes.schema import DataConfig, LogConfig, ModelConfig, Recipe, TrainConfig
 
 __all__ = [
+    "AUTO",
     "DataConfig",
     "LogConfig",
     "ModelConfig",
     "Recipe",
     "TrainConfig",
+    "automatic",
     "available",
     "differences",
     "dump_recipe",
     "load_recipe",
     "override",
+    "override_values",
     "parse_recipe",
 ]
 
 T = TypeVar("T")
+
+AUTO = "auto"
+"""What a recipe writes for a setting that follows from the data; None in Python, unless its values are strings."""
+_BY_DATA = ("data.", "model.")
 
 
 def available() -> list[str]:
@@ -104,6 +111,20 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     return parse_recipe(content)
 
 
+def override_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with Python values in place of those at dotted keys."""
+    content = _content(recipe)
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (content[section] if section else content)[name] = value
+    return parse_recipe(content)
+
+
+def automatic(recipe: Recipe) -> list[str]:
+    """Dotted keys of the settings that follow from the data."""
+    return [key for key, value in _flat(recipe).items() if value is None or value == AUTO if key.startswith(_BY_DATA)]
+
+
 def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys at which two recipes differ, with both values."""
     a, b = _flat(first), _flat(second)
@@ -111,8 +132,12 @@ def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:
-    """Nested mappings of plain values, with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """Nested mappings of plain values, with lists for tuples and "auto" for None."""
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for section in content.values():
+        if isinstance(section, dict):
+            section |= {name: AUTO for name, value in section.items() if value is None}
+    return content
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -146,15 +171,23 @@ def _build(cls: type[T], content: object, where: str) -> T:
 
 
 def _convert(value: object, to: Any, where: str) -> Any:
+    if type(None) in typing.get_args(to):
+        if value is None or value == AUTO:
+            return None
+        (to,) = (kind for kind in typing.get_args(to) if kind is not type(None))
     if dataclasses.is_dataclass(to):
         return _build(typing.cast(type, to), value, where)
     if typing.get_origin(to) is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} must be a list, got {value!r}")
         return tuple(_convert(v, typing.get_args(to)[0], where) for v in value)
-    if to is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if to in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
-            return float(value)  # also of a string: YAML 1.1 takes 1e-4, without a point, for one
+            number = float(value)  # also of a string: YAML 1.1 takes 1e-4, without a point, for one
+            if to is float:
+                return number
+            if number.is_integer():
+                return value if isinstance(value, int) else int(number)
     if not isinstance(value, to) or (isinstance(value, bool) and to is not bool):
         raise InputError(f"{where} must be of type {to.__name__}, got {value!r}")
     return value

@@ -28,6 +28,8 @@ USED = {"resnet": _FROM_NOISE, "dcgan": _FROM_NOISE, "sketch": _SHARED | {"label
 def build_networks(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Generator, nn.Module]:
     """Build generator and discriminator for images of ``n_classes`` classes and ``image_channels`` channels.
 
+    Settings that follow from the data must be settled: 32 pixels and a discriminator that sees no sketch otherwise.
+
     Raises:
         InputError: the architecture is unknown, has no use for a field, or cannot be built with a value.
     """
@@ -44,7 +46,7 @@ def build_networks(model: ModelConfig, n_classes: int, image_channels: int) -> t
 
 def _build(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Generator, nn.Module]:
     shared: dict[str, Any] = {
-        "resolution": model.resolution,
+        "resolution": model.resolution or 32,
         "image_channels": image_channels,
         "max_multiplier": model.max_multiplier,
     }
@@ -52,7 +54,7 @@ def _build(model: ModelConfig, n_classes: int, image_channels: int) -> tuple[Gen
     d: dict[str, Any] = {"width": model.discriminator_width, **shared}
     if model.architecture == "sketch":
         generator = SketchGenerator(n_classes, label_channels=model.label_channels, **g)
-        return generator, SketchDiscriminator(n_classes, sees_sketch=model.sees_sketch, **d)
+        return generator, SketchDiscriminator(n_classes, sees_sketch=bool(model.sees_sketch), **d)
     attention = {"attention_resolution": model.attention_resolution or None}
     g |= {"dim_z": model.dim_z, "spectral_norm": model.generator_spectral_norm, **attention}
     d |= {"head": model.head, **attention}

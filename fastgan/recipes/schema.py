@@ -9,7 +9,8 @@ from typing import Any
 OPTIMIZERS = ("adam", "adamw", "rmsprop", "sgd")
 PRECISIONS = ("fp32", "bf16", "fp16")
 STEP_MODES = ("auto", "eager", "compile", "cudagraph")
-SKETCHES = ("none", "edges", "paired", "unpaired")
+SKETCHES = ("none", "edges", "paired", "unpaired", "auto")
+FITS = ("crop", "pad", "stretch")
 BACKBONES = ("auto", "inception", "efficientnet_lite0")
 
 
@@ -18,28 +19,41 @@ class DataConfig:
     """The images.
 
     Args:
-        source: "digits", "cifar10", or a folder: images alone, one subfolder per class, or ``images`` and
-            ``sketches``.
+        source: "digits", "photos", "cifar10", or a folder or zip file: images alone, one subfolder per class, or
+            ``images`` and ``sketches``.
         channels: 1 for grey, 3 for RGB, 0 for those of the data (folders: 3).
-        sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder.
-        flip: mirror half of the images.
+        sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder; or "auto", the
+            folder's if it has any, paired if each image has one of its name, else "edges".
+        flip: mirror half of the images. "auto": if most are in color; digits and letters are not symmetric.
         dequantise: add noise of one grey level.
         held_out: share of a folder's images that is scored against and not trained on.
+        skip_bad: leave out images that cannot be read, and count them.
+        fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
+        background: RGB color from 0 to 255 that transparent images are composited on.
+        value_range: values of 16-bit or floating-point gray images that become black and white; empty for 0 and 65535.
         on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.
     """
 
     source: str = "digits"
     channels: int = 0
     sketches: str = "none"
-    flip: bool = False
+    flip: bool | None = False
     dequantise: bool = False
     held_out: float = 0.1
+    skip_bad: bool = False
+    fit: str = "crop"
+    background: tuple[int, ...] = (255, 255, 255)
+    value_range: tuple[float, ...] = ()
     on_device: bool = True
 
     def __post_init__(self) -> None:
         _check_choice(self, "sketches", SKETCHES)
         _check(self, lambda x: x in (0, 1, 3), "0, 1 or 3", "channels")
         _check(self, lambda x: 0 < x < 1, "in (0, 1)", "held_out")
+        _check_choice(self, "fit", FITS)
+        allowed = "three numbers from 0 to 255"
+        _check(self, lambda x: len(x) == 3 and all(0 <= v <= 255 for v in x), allowed, "background")
+        _check(self, lambda x: not x or (len(x) == 2 and x[0] < x[1]), "two increasing numbers", "value_range")
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class ModelConfig:
     Args:
         architecture: "resnet", "dcgan" or "sketch".
         conditional: the networks are told the classes.
-        resolution: height and width of the images, a power of two.
+        resolution: height and width of the images, a power of two; "auto": that which the images fill, 32 to 128.
         dim_z: length of the noise.
         generator_width, discriminator_width: channels where the maps are largest.
         max_multiplier: no layer has more channels than the width times this.
@@ -58,12 +72,12 @@ class ModelConfig:
         discriminator_norm: "none", "batch", "instance" or "spectral".
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
         label_channels: length of the sketch generator's label embedding.
-        sees_sketch: the sketch discriminator sees the sketch beside the image.
+        sees_sketch: the sketch discriminator sees the sketch beside the image. "auto": if sketches belong to images.
     """
 
     architecture: str = "resnet"
     conditional: bool = True
-    resolution: int = 32
+    resolution: int | None = None
     dim_z: int = 128
     generator_width: int = 64
     discriminator_width: int = 64
@@ -73,7 +87,7 @@ class ModelConfig:
     discriminator_norm: str = "none"
     head: str = "plain"
     label_channels: int = 32
-    sees_sketch: bool = False
+    sees_sketch: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,8 @@ class TrainConfig:
         clip_grad_value: largest absolute value of a gradient's entry; 0 for no bound.
         accumulate: micro-batches per update, whose gradients are averaged; must divide ``batch_size``.
         clip: bound of the critic's weights after each update; 0 for none.
+        pixel_weight: weight of the mean absolute difference between generated images and those that their sketches
+            belong to, in the generator (Isola et al. 2017, pix2pix: 100); 0 for none.
         class_weight_discriminator, class_weight_generator: weights of the auxiliary classifier's loss.
         class_loss_on_generated: the discriminator learns the classes of generated images too, as in the ACGAN paper.
         optimizer: "adam", "adamw", "rmsprop" or "sgd", with torch.optim's numerics.
@@ -135,6 +151,7 @@ class TrainConfig:
     clip_grad_norm: float = 0.0
     clip_grad_value: float = 0.0
     accumulate: int = 1
+    pixel_weight: float = 0.0
     class_weight_discriminator: float = 0.0
     class_weight_generator: float = 0.0
     class_loss_on_generated: bool = False
@@ -164,6 +181,7 @@ class TrainConfig:
             "clip_grad_value",
             "lecam",
             "consistency",
+            "pixel_weight",
             "class_weight_discriminator",
             "class_weight_generator",
             "weight_decay",

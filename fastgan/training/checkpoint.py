@@ -36,7 +36,7 @@ class Checkpoints:
 
     def exist(self) -> bool:
         """Whether there is a checkpoint to go on from."""
-        return any((self.folder / name).exists() for name in (LAST, PREVIOUS))
+        return any((self.folder / name).exists() for name in (LAST, PREVIOUS, BEST))
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write ``state`` as the last checkpoint; the last one so far becomes the previous one.
@@ -51,13 +51,13 @@ class Checkpoints:
         self._write(BEST, state)
 
     def load(self, note: Callable[[str], None], device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Read the last checkpoint, or the previous one if it cannot be read, and report that to ``note``.
+        """Read the last checkpoint, or the previous or the best one if it cannot be read, and report that to ``note``.
 
         Raises:
-            InputError: neither can be read.
+            InputError: none can be read.
         """
         failures = []
-        for path in (self.folder / LAST, self.folder / PREVIOUS):
+        for path in (self.folder / LAST, self.folder / PREVIOUS, self.folder / BEST):
             try:
                 state = read_checkpoint(path, device)
             except InputError as error:

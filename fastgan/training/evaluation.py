@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgan._checks import InputError
 from fastgan._files import write_bytes, write_text
-from fastgan.data import LabelledImages, as_float, sketches_of
+from fastgan.data import DataSplit, LabelledImages, as_float, sketches_of
 from fastgan.data.archives import ImageArray
 from fastgan.data.image_sources import ImageSource
 from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
+from fastgan.models import Generator
 from fastgan.recipes import Recipe
 from fastgan.training.classifier import Accuracies, Classifier, train_classifier
+from fastgan.training.data_record import DataRecord
 from fastgan.training.pictures import to_pixels
-from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
-from fastgan.training.sampling import sample
-from fastgan.training.scoring import SEED, random_part
+from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
+from fastgan.training.sampling import noise, sample, standing_statistics_
+from fastgan.training.scoring import SEED, random_part, score_backbone
 
 MAX_SAMPLES = 10_000
 _SPLITS = 10
+_STANDING = 64  # images per batch of standing statistics
 
 
 class RunSamples(ImageArray):
@@ -33,41 +37,94 @@ class RunSamples(ImageArray):
     They have the classes of the held-out images and are made from their sketches if the generator needs them. The
     held-out images are the reference, and as many of those trained on are the second split.
 
+    Args:
+        folder: of the run.
+        device: where to generate; None for the GPU if there is one.
+        truncation, seed: of the noise, as in :func:`fastgan.training.sample`.
+        standing_batches: batches of 64 over which batch norm's statistics are taken anew before; 0 for none.
+        needs_data: without it a run whose data is gone or changed has no reference, and its recorded classes decide.
+
     Raises:
-        InputError: the run or its data cannot be read.
+        InputError: the run or its data cannot be read, or an option does not fit the generator.
     """
 
-    def __init__(self, folder: str | Path, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        truncation: float | None = None,
+        seed: int = SEED,
+        standing_batches: int = 0,
+        needs_data: bool = True,
+    ) -> None:
         self.folder = Path(folder)
         self.recipe: Recipe = run_recipe(folder)
-        self.data = load_data_of(self.recipe)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         generator, step = load_generator(folder, device=device)
         self.n_classes = generator.n_classes
-        held_out = _part(self.data.held_out, MAX_SAMPLES)
-        self.labels = held_out.labels.cpu()
-        sketches = sketches_of(held_out, self.recipe.data.sketches) if generator.sketch_channels else None
-        self.generated = sample(generator, self.labels, seed=SEED, sketches=sketches).cpu()
+        self.data: DataSplit | None = None
+        record = DataRecord.read(folder)
+        try:
+            self.data = load_run_data(folder, self.recipe)
+        except InputError:
+            if needs_data or record is None or generator.sketch_channels:
+                raise
+        sketches = None
+        if self.data is not None:
+            held_out = random_part(self.data.held_out, MAX_SAMPLES)  # in the order of the training log's
+            self.labels = held_out.labels.cpu()
+            sketches = sketches_of(held_out, self.recipe.data.sketches) if generator.sketch_channels else None
+        else:
+            assert record is not None
+            counts = torch.tensor(record.held_out)
+            labels = torch.arange(len(counts)).repeat_interleave(counts)
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
+            self.labels = labels[order[:MAX_SAMPLES]]
+        try:
+            if standing_batches:
+                _take_statistics(generator, self.labels, standing_batches, seed, truncation)
+            images = sample(generator, self.labels, seed=seed, truncation=truncation, sketches=sketches)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.generated = images.cpu()
         super().__init__(to_pixels(self.generated), label=f"{folder} (samples after {step} steps)")
-        source = self.recipe.data.source
-        self.reference = _real_images(held_out, f"{source} (held out)")
-        self.second_split = _real_images(_part(self.data.train, len(held_out)), f"{source} (trained on)")
+        self.backbone = score_backbone(self.recipe)
+        if self.data is not None:
+            source = self.recipe.data.source
+            self.reference = _real_images(held_out, f"{source} (held out)")
+            self.second_split = _real_images(random_part(self.data.train, len(held_out)), f"{source} (trained on)")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the run's data is at hand and has classes."""
+        return self.data is not None and self.data.train.n_classes > 1
 
     def name(self, index: int) -> str:
         return f"{self.folder} sample {index}"
+
+
+def _take_statistics(generator: Generator, labels: Tensor, batches: int, seed: int, truncation: float | None) -> None:
+    if generator.sketch_channels:
+        raise InputError("standing statistics need a generator from noise, this one starts from sketches")
+    device = next(generator.parameters()).device
+    z = noise((batches * _STANDING, generator.dim_z), seed + 1, truncation).to(device)
+    rows = labels[torch.arange(len(z)) % len(labels)].to(device)
+    standing_statistics_(generator, zip(z.split(_STANDING), rows.split(_STANDING), strict=True))
 
 
 def _real_images(data: LabelledImages, label: str) -> ImageArray:
     return ImageArray(to_pixels(as_float(data.images)), label=label)
 
 
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is the folder of a run."""
+    return (path / CONFIG).is_file()
+
+
 def open_run(path: Path, skip_bad: bool) -> ImageSource | None:
     """Opener for :func:`fastgan.data.archives.register_opener`: the samples of a run's folder, or None."""
-    return RunSamples(path) if (path / CONFIG).is_file() else None
-
-
-def _part(data: LabelledImages, n: int) -> LabelledImages:
-    return data if len(data) <= n else random_part(data, n)
+    return RunSamples(path) if is_run(path) else None
 
 
 @dataclass(frozen=True)
@@ -106,20 +163,23 @@ def classify_run(
     samples: RunSamples, *, device: torch.device | str | None = None, tell: Callable[[str], None] = print
 ) -> ClassReport:
     """Fine-tune a classifier on the run's real images, or take the one that an earlier call left in its folder, and
-    judge the samples with it.
+    judge the samples with it. Inception scores have ten splits, or fewer of at least 2 images.
 
     Raises:
-        InputError: the data has one class only, or the classifier's first weights are not installed.
+        InputError: the run's data is gone, has one class only or too few images, or the classifier's first weights are
+            not installed.
     """
     data = samples.data
+    if data is None:
+        raise InputError(f"{samples.folder}: a classifier needs the data of the run, which is gone or has changed")
     if data.train.n_classes < 2:
         raise InputError(f"{samples.folder}: a classifier needs data with at least 2 classes")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     classifier, accuracies = _classifier(samples, device, tell)
     logits = classifier.logits(samples.generated)
     agreement = (logits.argmax(1) == samples.labels).double().mean().item() if samples.n_classes else None
-    real_logits = classifier.logits(_part(data.held_out, MAX_SAMPLES).images)
-    score, real_score = (inception_score(x, splits=min(_SPLITS, len(x))) for x in (logits, real_logits))
+    real_logits = classifier.logits(random_part(data.held_out, MAX_SAMPLES).images)
+    score, real_score = (inception_score(x, splits=max(1, min(_SPLITS, len(x) // 2))) for x in (logits, real_logits))
     return ClassReport(accuracies, agreement, score, real_score)
 
 
@@ -128,6 +188,7 @@ def _classifier(
 ) -> tuple[Classifier, Accuracies]:
     from safetensors.torch import load_file, save
 
+    assert samples.data is not None
     weights, report = samples.folder / "classifier.safetensors", samples.folder / "classifier.json"
     data = samples.data
     if weights.exists() and report.exists():
@@ -135,12 +196,15 @@ def _classifier(
         classifier.load_state_dict(load_file(weights))
         return classifier.to(device).eval(), Accuracies(**json.loads(report.read_text(encoding="utf-8")))
     tell(f"fine-tuning a classifier on {len(data.train)} real images")
-    classifier, accuracies = train_classifier(
-        data.train,
-        data.held_out,
-        device=device,
-        on_epoch=lambda epoch, accuracy: tell(f"epoch {epoch}: validation accuracy {accuracy:.1%}"),
-    )
+    try:
+        classifier, accuracies = train_classifier(
+            data.train,
+            data.held_out,
+            device=device,
+            on_epoch=lambda epoch, accuracy: tell(f"epoch {epoch}: validation accuracy {accuracy:.1%}"),
+        )
+    except ValueError as error:
+        raise InputError(f"{samples.folder}: no classifier of {len(data.train)} images: {error}") from error
     state = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
     write_bytes(weights, save(state))
     write_text(report, json.dumps(asdict(accuracies), indent=2) + "\n")

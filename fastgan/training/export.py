@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError
-from fastgan._files import write_bytes
+from fastgan._files import check_writable, write_bytes
 from fastgan.data import as_float, sketches_of
 from fastgan.data.folders import read_images
 from fastgan.data.image_sources import find_images
 from fastgan.models import Generator
-from fastgan.training.pictures import grid_png, png_bytes, to_pixels
+from fastgan.training.pictures import FORMATS, encoded, grid_picture, to_pixels
 from fastgan.training.reports import MAX_ROWS
-from fastgan.training.run import CONFIG, load_data_of, load_generator, run_recipe
+from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
 from fastgan.training.sampling import held_out_index, interpolate, sample
 
 
@@ -26,7 +26,7 @@ class SampleOptions:
     """Options of ``fastgan sample``; see its help."""
 
     n: int | None = None
-    label: int | None = None
+    label: str | None = None
     columns: int = 8
     truncation: float | None = None
     interpolate: bool = False
@@ -34,13 +34,15 @@ class SampleOptions:
     seed: int = 0
     checkpoint: str = "best"
     device: str = "cpu"
+    by_class: bool = False
+    overwrite: bool = False
 
 
 def write_samples(source: Path, out: Path, options: SampleOptions) -> str:
     """Write a grid to the file ``out``, or with ``options.n`` single images into the folder ``out``.
 
-    A grid has one row per class, or 8 rows for one class or an unconditional generator. Single images have all classes
-    in turn.
+    A grid has one row per class, or 8 rows for one class or an unconditional generator; its format follows from the
+    extension of ``out``. Single images are PNG files of all classes in turn, in one folder or one per class.
 
     Returns:
         A line that says what was written.
@@ -49,12 +51,13 @@ def write_samples(source: Path, out: Path, options: SampleOptions) -> str:
         InputError: there is no generator in ``source``, or an option does not fit it; nothing has been written then.
     """
     generator, _ = load_generator(source, checkpoint=options.checkpoint, device=options.device)
-    _check(generator, options)
+    label = _check(generator, out, options)
     n, n_classes = options.n, generator.n_classes
     noise: dict[str, Any] = {"seed": options.seed, "truncation": options.truncation}
-    rows = 8 if options.label is not None or n_classes < 2 else min(n_classes, MAX_ROWS)
+    rows = 8 if label is not None or n_classes < 2 else min(n_classes, MAX_ROWS)
     count = rows if n is None else n
-    labels = torch.arange(count) % max(n_classes, 1) if options.label is None else torch.full((count,), options.label)
+    labels = torch.arange(count) % max(n_classes, 1) if label is None else torch.full((count,), label)
+    names = generator.class_names if label is None and n_classes > 1 else ()
     sketches = None
     try:
         if options.interpolate:
@@ -67,26 +70,47 @@ def write_samples(source: Path, out: Path, options: SampleOptions) -> str:
                 sketches = _sketches(source, generator, labels, options)
             images = sample(generator, labels, sketches=sketches, **noise)
         if n is None:
-            write_bytes(out, grid_png(images, options.columns, sketches=sketches))
+            picture: dict[str, Any] = {"format": FORMATS[_extension(out)], "row_names": names[:rows]}
+            write_bytes(out, grid_picture(images, options.columns, sketches=sketches, **picture))
             return f"wrote {out}"
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    for i, pixels in enumerate(to_pixels(images)):
-        write_bytes(out / f"{i:06d}.png", png_bytes(pixels))
+    if options.overwrite and out.exists():
+        for path in [*out.rglob("[0-9]" * 6 + ".png")]:
+            path.unlink()
+    for i, (pixels, own) in enumerate(zip(to_pixels(images), labels.tolist(), strict=True)):
+        name = generator.class_names[own] if generator.class_names else str(own)
+        folder = out / name.replace("/", "_") if options.by_class else out
+        write_bytes(folder / f"{i:06d}.png", encoded(pixels))
     return f"wrote {n} images to {out}"
 
 
-def _check(generator: Generator, options: SampleOptions) -> None:
+def _extension(path: Path) -> str:
+    return path.suffix[1:].lower()
+
+
+def _check(generator: Generator, out: Path, options: SampleOptions) -> int | None:
+    """The label that ``options`` ask for, None for all."""
     if options.label is not None and not generator.n_classes:
         raise InputError("--class must not be given: the generator is unconditional")
-    if options.label is not None and not 0 <= options.label < generator.n_classes:
-        raise InputError(f"--class must be in [0, {generator.n_classes}), got {options.label}")
+    try:
+        label = None if options.label is None else generator.label_of(options.label)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    if options.by_class and (options.n is None or not generator.n_classes):
+        raise InputError("--by-class needs -n and a conditional generator")
+    if options.n is not None and out.is_dir() and any(out.iterdir()) and not options.overwrite:
+        raise InputError(f"{out} must be empty or new; --overwrite removes the samples in it first")
     if options.interpolate and options.n is not None:
         raise InputError("--interpolate makes a grid: it goes without -n")
     if options.sketches is not None and not generator.sketch_channels:
         raise InputError("--sketches must not be given: the generator starts from noise")
     if generator.sketch_channels and (options.truncation is not None or options.interpolate):
         raise InputError("--truncation and --interpolate need noise: this generator starts from sketches")
+    if options.n is None and _extension(out) not in FORMATS:
+        raise InputError(f"--out must end in {', '.join(f'.{name}' for name in FORMATS)}, got {out}; -n takes a folder")
+    check_writable(out.parent if options.n is None else out)
+    return label
 
 
 def _sketches(source: Path, generator: Generator, labels: Tensor, options: SampleOptions) -> Tensor:
@@ -98,5 +122,5 @@ def _sketches(source: Path, generator: Generator, labels: Tensor, options: Sampl
     if not (source / CONFIG).is_file():
         raise InputError("--sketches must be given: this generator starts from sketches, and the folder is no run")
     recipe = run_recipe(source)
-    held_out = load_data_of(recipe).held_out
+    held_out = load_run_data(source, recipe).held_out
     return sketches_of(held_out, recipe.data.sketches)[held_out_index(held_out, labels)]

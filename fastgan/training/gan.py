@@ -139,6 +139,7 @@ class Objective:
     lecam: float = 0.0
     consistency: float = 0.0
     consistency_augment: tuple[str, ...] = ("flip", "translation")
+    pixel_weight: float = 0.0
     class_weight_discriminator: float = 0.0
     class_weight_generator: float = 0.0
     class_loss_on_generated: bool = False
@@ -197,6 +198,8 @@ class RecipeGAN:
         if objective.augment and objective.augment_target:
             target, images = objective.augment_target, objective.augment_images
             self.state["augment"] = AdaptiveAugment(objective.augment, target=target, images=images, device=device)
+        if objective.pixel_weight and not self.from_sketches:
+            raise ValueError("pixel_weight must be 0 for a generator from noise, whose images have no counterparts")
         if self.has_batch_norm and (objective.gradient_penalty or objective.r1 or objective.r2):
             raise ValueError(
                 "gradient penalties need a discriminator without batch norm, in which a sample has no gradient of its "
@@ -299,8 +302,8 @@ class RecipeGAN:
         with self._autocast(batch["images"]):
             # A pair is of one class, where the discriminator has seen it so.
             shared = self.objective.loss.is_paired and self._shares_labels
-            fake, labels = self._fake(batch, draws, shared_labels=shared)
-            fake = self._augmented(fake, batch, draws, "augment_fake")
+            images, labels = self._fake(batch, draws, shared_labels=shared)
+            fake = self._augmented(images, batch, draws, "augment_fake")
             if self.objective.loss.is_paired:
                 real = self._augmented(batch["images"].to(fake.dtype), batch, draws, "augment_real")
                 (real_logits, _), (logits, classes) = self._score_both(real, batch["labels"], fake, labels)
@@ -310,6 +313,9 @@ class RecipeGAN:
                 terms = {"adversarial": self.objective.loss.generator(logits)}
             if self.objective.class_weight_generator:
                 terms["class"] = self.objective.class_weight_generator * _class_loss(classes, labels)
+            if self.objective.pixel_weight:
+                difference = (images - batch["images"].to(images.dtype)).abs().mean()
+                terms["pixel"] = self.objective.pixel_weight * difference
         return terms
 
     @property

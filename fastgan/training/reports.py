@@ -16,7 +16,7 @@ from fastgan._checks import InputError
 from fastgan._files import write_text
 from fastgan.data import LabelledImages, sketches_of
 from fastgan.recipes.schema import Recipe
-from fastgan.training.pictures import curves_png, grid_png
+from fastgan.training.pictures import curves_png, grid_picture
 from fastgan.training.sampling import class_rows, held_out_index, sample
 from fastgan.training.scoring import Score, Scorer
 from fastgan.training.trainer import Callback, Every, History, Trainer
@@ -133,7 +133,7 @@ class Scores(Every):
         save_best: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
-        super().__init__(interval, self._score, at_end=True)
+        super().__init__(interval, self._score, at_end=True, early=True)
         self.history: list[Score] = []
         self.scorer: Scorer | None = None
         self._make_scorer, self._log, self._save_best, self._tell = make_scorer, log, save_best, tell
@@ -184,11 +184,14 @@ def samples_png(generator: nn.Module, held_out: LabelledImages, *, sketches: str
 
     From sketches, held-out sketches alternate with the images made from them.
     """
+    names = getattr(generator, "class_names", ())
     if getattr(generator, "sketch_channels", 0):
-        labels = held_out.labels.cpu().unique()[:MAX_ROWS].repeat_interleave(COLUMNS // 2)
-        shown = held_out.subset(held_out_index(held_out, labels))
-        drawn = sketches_of(shown, sketches)
-        return grid_png(sample(generator, labels, sketches=drawn), COLUMNS, sketches=drawn)
+        shown = held_out.labels.cpu().unique()[:MAX_ROWS]
+        labels = shown.repeat_interleave(COLUMNS // 2)
+        drawn = sketches_of(held_out.subset(held_out_index(held_out, labels)), sketches)
+        shown_names = [names[label] for label in shown] if names else []
+        return grid_picture(sample(generator, labels, sketches=drawn), COLUMNS, sketches=drawn, row_names=shown_names)
     classes = int(generator.n_classes)  # type: ignore[arg-type]
     labels = class_rows(min(classes, MAX_ROWS), COLUMNS) if classes > 1 else torch.zeros(8 * COLUMNS, dtype=torch.int64)
-    return grid_png(sample(generator, labels, seed=seed), COLUMNS)
+    row_names = names[:MAX_ROWS] if classes > 1 else ()
+    return grid_picture(sample(generator, labels, seed=seed), COLUMNS, row_names=row_names)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shlex
+import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +18,24 @@ import torch
 
 from fastgan import __version__
 from fastgan._checks import InputError
-from fastgan._files import write_bytes, write_text
+from fastgan._files import check_writable, write_bytes, write_text
 from fastgan.data import DataSplit, load_data
+from fastgan.data.datasets import is_named
+from fastgan.data.decode import Decoding
+from fastgan.data.images import mostly_color
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
-from fastgan.recipes import Recipe, differences, dump_recipe, load_recipe, override
+from fastgan.models.base import RUN_FOLDER
+from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, load_recipe, override, override_values
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
+from fastgan.training.data_record import RECORD, DataRecord
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
-from fastgan.training.scoring import Score, Scorer
+from fastgan.training.scoring import Score, Scorer, score_backbone
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
-CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", "generator"
+_log = logging.getLogger(__name__)
+CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", RUN_FOLDER
 
 # Settings that may change when a run is resumed: how far it goes, how its steps are run, what it reports, its names.
 _FREE = ("train.steps", "train.step_mode", "log.", "name", "about")
@@ -64,6 +73,8 @@ class Run:
         self._tell, self._show_progress = tell, show_progress
         torch.manual_seed(recipe.train.seed)
         generator, discriminator = build_networks(recipe.model, data.train.n_classes, data.train.images.shape[1])
+        if generator.n_classes:
+            generator.class_names = data.train.class_names
         try:
             self.trainer = Trainer(
                 generator, discriminator, data.train, recipe.train, images=recipe.data, device=device, world=self.world
@@ -96,14 +107,21 @@ class Run:
                 *([ProgressBar()] if self._show_progress else []),
                 self._metrics,
                 self._scores,
-                Every(log.grid_every, self._draw, at_end=True),
+                Every(log.grid_every, self._draw, at_end=True, early=True),
                 Every(log.checkpoint_every, self._save, at_end=True),
             ]
+        done, steps = self.trainer.step, self.recipe.train.steps
+        if done >= steps:
+            self._tell(f"{self.out} is finished, {done} of {steps} steps are done: steps={2 * done} would train on")
+        elif self.trainer.steps.mode != "eager":
+            self._tell("compiling the train steps, once: expect one to three minutes before the first step")
+            callbacks.append(FirstStep(self._tell))
         try:
+            if not done and self.world.is_first:
+                self._draw(self.trainer)
             self.trainer.run(callbacks=callbacks)
             if self.world.is_first:
                 self._save(self.trainer)
-                self.generator.save_pretrained(self.out / GENERATOR)
         except NonFiniteLossError as error:
             raise RunError(f"{error}. {self._how_to_go_on}") from error
         except OSError as error:
@@ -124,6 +142,7 @@ class Run:
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.step:
             self.checkpoints.save(self.state_dict())
+            self.generator.save_pretrained(self.out / GENERATOR)
             self._saved_step = trainer.step
 
     def _save_best(self) -> None:
@@ -155,27 +174,40 @@ class Run:
         self._saved_step = self.trainer.step
 
     def _make_scorer(self) -> Scorer:
-        backbone, data = self.recipe.log.backbone, self.data
-        if backbone == "auto" and self.recipe.data.source == "digits":
-            backbone = "efficientnet_lite0"
+        data = self.data
         scorer = Scorer(
             data.held_out,
             data.train,
             self.recipe.log.score_sizes,
-            backbone=backbone,
+            backbone=score_backbone(self.recipe),
             device=self.trainer.device,
             sketches=self.recipe.data.sketches,
         )
         floors = ", ".join(f"{value:.2f} (N = {n})" for n, value in scorer.floors.items())
-        how = f"resize clean, precision {scorer.backbone.precision}"
+        how = f"protocol {scorer.protocol}, precision {scorer.backbone.precision}"
         self._tell(f"{scorer.label} of real training images to held-out ones ({how}): {floors}")
         return scorer
 
     @property
     def _how_to_go_on(self) -> str:
         if self._saved_step is None:
-            return "No checkpoint had been written."
+            return "No checkpoint had been written; the same command starts the run over."
         return f"The checkpoint of step {self._saved_step} is kept: {self.resume_command}"
+
+
+class FirstStep(Callback):
+    """Says how long the first step took, with what was compiled for it."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        self._began: float | None = time.perf_counter()
+
+    def on_step(self, trainer: Trainer) -> None:
+        if self._began is not None:
+            self._tell(f"compiled, with the first step, in {time.perf_counter() - self._began:.0f} s")
+            self._began = None
 
 
 class StopOnSignal(Callback):
@@ -213,26 +245,87 @@ def start_run(
     tell: Callable[[str], None] = print,
     show_progress: bool = True,
     restarted: bool = False,
+    overwrite: bool = False,
 ) -> Run:
-    """Start a run: load the data, build everything, and write ``config.yaml``.
+    """Start a run: load the data, build everything, and write ``config.yaml`` and ``data.json``.
 
-    If a supervisor has ``restarted`` the program and ``out`` holds this very run, it is resumed from its last
-    checkpoint, or begun anew if it has none.
+    Settings that the recipe leaves to the data ("auto") are written as the data decides them. A run in ``out`` that
+    ended before its first checkpoint is started over.
+
+    Args:
+        recipe: the system.
+        out: folder of the run.
+        device: where to train.
+        tell: called with each line of news.
+        show_progress: draw a progress bar.
+        restarted: a supervisor has restarted the program: if ``out`` holds this very run, it is resumed.
+        overwrite: remove a run in ``out`` before the first step.
 
     Raises:
-        InputError: ``out`` holds a run already, or the recipe, the data and the networks do not fit.
+        InputError: ``out`` holds a run with checkpoints already or cannot be written to, or the recipe, the data and
+            the networks do not fit.
     """
     out, world = Path(out), current_world()
+    recipe = _with_absolute_source(recipe)
     exists = any(world.gather((out / CONFIG).exists()))  # before the first process writes it
-    if exists and restarted and not differences(run_recipe(out), recipe):
-        if Checkpoints(out / "checkpoints").exist():
+    begun = any(world.gather(Checkpoints(out / "checkpoints").exist()))
+    if exists and begun and not overwrite:
+        stored = run_recipe(out)
+        if restarted and not differences(stored, _without_auto(recipe, stored)):
             return resume_run(out, device=device, tell=tell, show_progress=show_progress)
-    elif exists:
-        raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another folder")
-    run = Run(recipe, out, load_data_of(recipe, world), device=device, tell=tell, show_progress=show_progress)
+        raise InputError(
+            f"{out} holds a run already: go on with --resume {out}, choose another folder, or add --overwrite"
+        )
+    with world.agreed():
+        if world.is_first:
+            check_writable(out)
+    data = load_data_of(recipe, world, tell)
+    tell(data.found)
+    for note in data.notes:
+        tell(f"note: {note}")
+    settled = settle(recipe, data)
+    check_classes(settled, data)
+    tell(describe_use(settled, data))
+    recipe = settled
+    run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
     if world.is_first:
+        if exists:
+            _remove_run(out)
         write_text(out / CONFIG, dump_recipe(recipe))
+        DataRecord.of(data).write(out)
     return run
+
+
+def _remove_run(out: Path) -> None:
+    """Remove the files of a run, checkpoints last, and leave others in its folder alone."""
+    for name in (CONFIG, RECORD, METRICS, "curves.png", "classifier.json", "classifier.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("grids", "tensorboard", GENERATOR, "checkpoints"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _with_absolute_source(recipe: Recipe) -> Recipe:
+    """``recipe`` with the absolute path of its data, so that a run may be resumed from any folder."""
+    if is_named(recipe.data.source):
+        return recipe
+    return replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).absolute())))
+
+
+def _without_auto(recipe: Recipe, stored: Recipe) -> Recipe:
+    """``recipe`` with the values of ``stored`` in place of its "auto"."""
+    values = {key: now for key, (now, then) in differences(stored, recipe).items() if then in (None, AUTO)}
+    return override_values(recipe, values)
+
+
+def settle(recipe: Recipe, data: DataSplit) -> Recipe:
+    """``recipe`` with what the data decides in place of "auto"."""
+    decided = {
+        "data.flip": mostly_color(data.train.images),
+        "data.sketches": data.sketches,
+        "model.resolution": data.train.images.shape[-1],
+        "model.sees_sketch": data.sketches in ("edges", "paired"),
+    }
+    return override_values(recipe, {key: decided[key] for key in automatic(recipe)})
 
 
 def resume_run(
@@ -249,24 +342,35 @@ def resume_run(
     Args:
         out: the run's folder.
         recipe: expected configuration of the run; None takes it from the folder.
-        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change.
+        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
+            ``data.source`` where the same files are in a new place.
+        device, tell, show_progress: as in :func:`start_run`.
 
     Raises:
-        InputError: there is no run, no checkpoint that can be read, or the configuration differs (the keys are named).
+        InputError: there is no run, no checkpoint that can be read, the configuration differs (the keys are named), or
+            the images do (the files are named).
     """
     out, world = Path(out), current_world()
     stored = run_recipe(out)
     wanted = override(stored if recipe is None else recipe, overrides)
-    changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(_FREE)}
+    wanted = _without_auto(_with_absolute_source(wanted), stored)
+    free = (*_FREE, "data.source") if _may_have_moved(out, stored, wanted) else _FREE
+    changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(free)}
     if changed:
         listed = "; ".join(f"{key} is {old!r} in the run, {new!r} was asked for" for key, (old, new) in changed.items())
         raise InputError(f"{out} was begun with another configuration: {listed}")
     wanted = replace(wanted, name=stored.name, about=stored.about)
-    run = Run(wanted, out, load_data_of(wanted, world), device=device, tell=tell, show_progress=show_progress)
+    with world.agreed():
+        if world.is_first:
+            check_writable(out)
+    data = load_run_data(out, wanted, world)
+    run = Run(wanted, out, data, device=device, tell=tell, show_progress=show_progress)
     try:
         run.load_state_dict(run.checkpoints.load(tell, run.trainer.device))
-    except InputError:
-        raise
+    except InputError as error:
+        if run.checkpoints.exist():
+            raise
+        raise InputError(f"{error}; start the run again with --out {out}") from error
     except (ValueError, RuntimeError) as error:
         details = " ".join(str(error).split())
         raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
@@ -274,6 +378,14 @@ def resume_run(
     if world.is_first:
         write_text(out / CONFIG, dump_recipe(wanted))
     return run
+
+
+def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
+    """Whether both recipes take their data from folders, and the run recorded its files."""
+    record = DataRecord.read(out)
+    return (
+        record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))
+    )
 
 
 def run_recipe(out: str | Path) -> Recipe:
@@ -318,7 +430,47 @@ def load_generator(
     return generator.to(device).eval(), int(state["trainer"]["step"])
 
 
-def load_data_of(recipe: Recipe, world: World | None = None) -> DataSplit:
+def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -> DataSplit:
+    """Load the data of the run in ``out``, and compare its files with those recorded.
+
+    Raises:
+        InputError: as ``load_data``, or the files differ.
+    """
+    source = recipe.data.source
+    if not is_named(source) and not Path(source).exists():
+        raise InputError(f"{source}, the data of {out}, does not exist: say with --data where the same files are now")
+    data = load_data_of(recipe, world)
+    record = DataRecord.read(out)
+    if record is not None:
+        record.check(data, source, out)
+    return data
+
+
+def check_classes(recipe: Recipe, data: DataSplit) -> None:
+    """Raise ``InputError`` for a conditional recipe on one class, except for one from sketches."""
+    model = recipe.model
+    if not model.conditional or model.architecture == "sketch" or data.train.n_classes > 1:
+        return
+    unconditional = "model.conditional=false" if model.head in ("plain", "projection") else "a recipe such as dcgan"
+    raise InputError(
+        f"recipe {recipe.name} needs at least two classes, {recipe.data.source} has one: make each class a folder, or "
+        f"take {unconditional} for images without classes" + "".join(f" ({note})" for note in data.notes)
+    )
+
+
+def describe_use(recipe: Recipe, data: DataSplit) -> str:
+    """Describe how the run uses its data, with everything that it decided by itself."""
+    size = recipe.model.resolution
+    parts = [f"{len(data.train)} to train on, {len(data.held_out)} held out, at {size}x{size}"]
+    parts += ["mirrored at random"] if recipe.data.flip else ["not mirrored"]
+    if recipe.model.architecture == "sketch":
+        sees = ", which the discriminator sees" if recipe.model.sees_sketch else ", which only the generator sees"
+        kind = {"edges": "edge maps as sketches", "paired": "each with its sketch", "unpaired": "sketches of the class"}
+        parts.append(kind.get(recipe.data.sketches, "no sketches") + sees)
+    return "; ".join(parts)
+
+
+def load_data_of(recipe: Recipe, world: World | None = None, tell: Callable[[str], None] = _log.warning) -> DataSplit:
     """Load the images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
 
     With several processes the first loads, and downloads if it must, before the others do.
@@ -328,6 +480,9 @@ def load_data_of(recipe: Recipe, world: World | None = None) -> DataSplit:
     for turn in (world.is_first, not world.is_first):
         with world.agreed():
             if turn:
-                how: dict[str, Any] = {"channels": data.channels, "sketches": data.sketches, "held_out": data.held_out}
-                loaded.append(load_data(data.source, recipe.model.resolution, **how))
+                how: dict[str, Any] = {
+                    name: getattr(data, name) for name in ("channels", "sketches", "held_out", "skip_bad", "fit")
+                }
+                decoding = Decoding(data.background, orient=True, value_range=data.value_range)
+                loaded.append(load_data(data.source, recipe.model.resolution, decoding=decoding, tell=tell, **how))
     return loaded[0]

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from fastgan.data import LabelledImages, as_float, sketches_of
 from fastgan.metrics import Backbone, FeatureStats, default_backbone, frechet_distance, load_backbone
+from fastgan.metrics.features import empty_stats
+from fastgan.metrics.protocols import choose_protocol
+from fastgan.recipes import Recipe
+from fastgan.training.pictures import to_pixels
 from fastgan.training.sampling import sample
 
 SEED = 1
@@ -43,6 +47,7 @@ class Scorer:
 
     Attributes:
         label: "FID" if the features are Inception's, else "Frechet distance (<backbone>)".
+        protocol: how images become the backbone's input, the default that ``fastgan evaluate`` takes too.
         floors: distance of real training images to the held-out ones at each size.
     """
 
@@ -63,6 +68,7 @@ class Scorer:
         self.reference = random_part(held_out, n)
         self.sketches = None if sketches == "none" else sketches_of(self.reference, sketches)
         self.backbone: Backbone = load_backbone(default_backbone() if backbone == "auto" else backbone, device=device)
+        self.protocol = choose_protocol(self.backbone, None)
         self.label = "FID" if self.backbone.name == "inception" else f"Frechet distance ({self.backbone.name})"
         self._references = self._stats(self._features(self.reference.images))
         self.floors = self._distances(self._features(random_part(train, n).images))
@@ -74,16 +80,23 @@ class Scorer:
         return Score(step, self._distances(self._features(images)))
 
     def _features(self, images: Tensor) -> Tensor:
-        batches = (as_float(batch).float().add(1).div(2).clamp(0, 1) for batch in images.split(_BATCH))
+        batches = (to_pixels(as_float(batch)) for batch in images.split(_BATCH))  # the 8 bits that files would have
         return torch.cat([self.backbone(pixels) for pixels in batches])
 
     def _stats(self, features: Tensor) -> dict[int, FeatureStats]:
-        name = self.backbone.name
-        return {n: FeatureStats(backbone=name, resize="clean").update(features[:n]) for n in self.sizes}
+        return {n: empty_stats(self.backbone, self.protocol).update(features[:n]) for n in self.sizes}
 
     def _distances(self, features: Tensor) -> dict[int, float]:
         stats = self._stats(features)
         return {n: frechet_distance(stats[n], self._references[n]) for n in self.sizes if n <= len(features)}
+
+
+def score_backbone(recipe: Recipe) -> str:
+    """The network that scores a run, in its log and in ``fastgan evaluate RUN``: the recipe's, where ``"auto"`` is
+    Inception if its weights are at hand and the data is not digits, and else EfficientNet-lite0."""
+    if recipe.log.backbone != "auto":
+        return recipe.log.backbone
+    return "efficientnet_lite0" if recipe.data.source == "digits" else default_backbone()
 
 
 def random_part(data: LabelledImages, n: int) -> LabelledImages:

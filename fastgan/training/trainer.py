@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
+from fastgan.data.images import mostly_color
 from fastgan.data.loader import part_size
 from fastgan.distributed import World, current_world
 from fastgan.recipes.schema import DataConfig, TrainConfig
@@ -114,6 +115,10 @@ class Trainer:
     ) -> None:
         self.world = current_world() if world is None else world
         if isinstance(data, LabelledImages):
+            if data.images.is_floating_point():
+                least, most = data.images.aminmax()
+                if not (least >= -1 and most <= 1):
+                    raise ValueError(f"images must be in [-1, 1], got [{float(least):.4g}, {float(most):.4g}]")
             for name, network in (("generator", generator), ("discriminator", discriminator)):
                 if network.n_classes not in (0, data.n_classes):
                     raise ValueError(f"{name} must have the data's {data.n_classes} classes, got {network.n_classes}")
@@ -130,13 +135,15 @@ class Trainer:
             raise ValueError("sketches must be 'edges', 'paired' or 'unpaired' for a generator that starts from them")
         if self.gan.sees_sketch and images.sketches == "unpaired":
             raise ValueError("sketches must be 'edges' or 'paired' for a discriminator that sees them, got 'unpaired'")
+        if config.pixel_weight and images.sketches == "unpaired":
+            raise ValueError("pixel_weight must be 0 for unpaired sketches, which belong to no image")
         self.loader: DeviceLoader | StreamLoader
         if isinstance(data, LabelledImages):
             self.loader = DeviceLoader(
                 data.to(self.device) if images.on_device else data,
                 config.batch_size,
                 seed=config.seed,
-                flip=images.flip,
+                flip=mostly_color(data.images) if images.flip is None else images.flip,
                 dequantise=images.dequantise,
                 sketches=images.sketches,
                 device=self.device,
@@ -360,7 +367,7 @@ class ProgressBar(Callback):
             )
             self._bar.start()
         assert self._bar is not None
-        self._task = self._bar.add_task("training", total=steps)
+        self._task = self._bar.add_task("training", total=trainer.step + steps, completed=trainer.step)
         self._clock = time.perf_counter()
 
     def on_losses(self, trainer: Trainer, rows: list[dict[str, float]]) -> None:
@@ -381,17 +388,27 @@ class ProgressBar(Callback):
 
 
 class Every(Callback):
-    """Calls ``action(trainer)`` after every ``interval`` steps, and with ``at_end`` after the last one too."""
+    """Calls ``action(trainer)`` after every ``interval`` steps.
 
-    def __init__(self, interval: int, action: Callable[[Trainer], None], *, at_end: bool = False) -> None:
+    Args:
+        interval: in steps.
+        action: called with the trainer.
+        at_end: also after the last step.
+        early: also after a tenth of the first interval.
+    """
+
+    def __init__(
+        self, interval: int, action: Callable[[Trainer], None], *, at_end: bool = False, early: bool = False
+    ) -> None:
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.interval, self.action, self.at_end = interval, action, at_end
+        self._early = interval // 10 if early else None
         self._last: int | None = None
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
         self._last = trainer.step + steps if self.at_end else None
 
     def on_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.interval == 0 or trainer.step == self._last:
+        if trainer.step % self.interval == 0 or trainer.step in (self._early, self._last):
             self.action(trainer)

@@ -14,7 +14,7 @@ from tests.cli.commands import assert_one_line_error, run
 from tests.data.resizing import resize_array
 
 RNG = np.random.default_rng(0)
-REAL, FAKE = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8), RNG.integers(80, 256, (30, 6, 6, 3), dtype=np.uint8)
+REAL, FAKE = RNG.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8), RNG.integers(80, 256, (50, 6, 6, 3), dtype=np.uint8)
 
 
 class Pooled(torch.nn.Module):
@@ -33,11 +33,11 @@ def small_backbone(monkeypatch):
     from fastgan.metrics import Backbone
 
     def load(name, **options):
-        assert name == "efficientnet_lite0"
-        return Backbone(Pooled(), name=name, dim=12, input_size=8, head=lambda features: 9 * features)
+        assert name in ("inception", "efficientnet_lite0")
+        return Backbone(Pooled(), name="efficientnet_lite0", dim=12, input_size=8, head=lambda features: 9 * features)
 
     monkeypatch.setattr("fastgan.metrics.options.load_backbone", load)
-    monkeypatch.setattr("fastgan.metrics.options.default_backbone", lambda: "efficientnet_lite0")
+    monkeypatch.setattr("fastgan.metrics.options.local_weights", lambda: "at hand")
     monkeypatch.setenv("FASTGAN_OFFLINE", "1")
     Pooled.calls = 0
 
@@ -67,18 +67,20 @@ def test_several_metrics_in_one_pass(sets, features, tmp_path):
     options = ("--metrics", "all", "--subset-size", 20, "--subsets", 5, "-k", 3, "--splits", 2)
     result = run("evaluate", *sets, *options, "--json", "--plot", tmp_path / "bias.png")
     found = json.loads(result.stdout)
-    assert Pooled.calls == 70
+    assert Pooled.calls == 90
     assert found["fid"] == pytest.approx(frechet_distance(*(FeatureStats().update(x) for x in (fake, real))), rel=1e-5)
     assert found["kid"]["mean"] == pytest.approx(kernel_distance(real, fake, subsets=5, subset_size=20).mean, rel=1e-4)
     assert found["prdc"]["recall"] == pytest.approx(precision_recall(real, fake, k=3).recall)
     assert found["is"]["mean"] > 1
     assert found["fid_infinity"]["standard_error"] > 0
-    assert found["bias_curve"]["sizes"] == [30]
-    assert (found["n"], found["metric"], found["precision"]) == ([30, 40], "FD (efficientnet_lite0)", "fp32")
+    assert found["bias_curve"]["sizes"] == [50]
+    assert (found["n"], found["metric"], found["precision"]) == ([50, 40], "FD (efficientnet_lite0)", "fp32")
     assert Image.open(tmp_path / "bias.png").size[0] > 300
 
     lines = run("evaluate", *sets, *options).stdout.splitlines()
-    assert lines[0] == f"{sets[0]}: N = 30, backbone efficientnet_lite0 (12 features), resize clean, precision fp32"
+    assert (
+        lines[0] == f"{sets[0]}: N = 50, backbone efficientnet_lite0 (12 features), protocol clean-fid, precision fp32"
+    )
     assert lines[1].startswith(f"{sets[1]}: N = 40, ")
     assert lines[2].startswith("KD (efficientnet_lite0):  ")
     assert lines[3].startswith("class score (efficientnet_lite0):  ")
@@ -90,7 +92,7 @@ def test_several_metrics_in_one_pass(sets, features, tmp_path):
 def test_many_images_are_worth_a_compilation(sets, monkeypatch):
     compiled = []
     monkeypatch.setattr("fastgan.metrics.Backbone.compile", lambda self: compiled.append(self.name))
-    for threshold, expected in ((71, 0), (70, 1)):  # 30 and 40 images
+    for threshold, expected in ((91, 0), (90, 1)):  # 50 and 40 images
         monkeypatch.setattr("fastgan.metrics.backbones.base._COMPILE_FROM", threshold)
         run("fid", *sets)
         assert len(compiled) == expected
@@ -105,7 +107,7 @@ def test_the_floor(sets, features, tmp_path):
     for command in ("fid", "evaluate"):
         found = json.loads(run(command, *sets, "--floor", split, "--json").stdout)
         assert found["floor"] == pytest.approx(expected, rel=1e-5)
-        assert (found["floor_path"], found["floor_n"]) == (str(split), 30)
+        assert (found["floor_path"], found["floor_n"]) == (str(split), 50)
         assert "floor, the last two sets' FD (efficientnet_lite0):  " in run(command, *sets, "--floor", split).stdout
 
 
@@ -146,8 +148,8 @@ def test_what_evaluate_refuses(sets, tmp_path):
         ((fake, real, "--plot", tmp_path / "none" / "a.png"), "its folder does not exist"),
         ((fake, real, "--plot", tmp_path / "a.xyz"), "a.xyz: its name must end in one of "),
         ((fake, tmp_path / "nothing"), "no such folder"),
-        ((fake, real, "--metrics", "is", "--splits", 31), "is needs at least 31 images, "),
-        ((fake, real, "-k", 30), f"prdc needs at least 31 images, {fake} holds 30"),
+        ((fake, real, "--metrics", "is", "--splits", 51), "is needs at least 51 images, "),
+        ((fake, real, "-k", 45), f"prdc needs at least 46 images, {real} holds 40"),
         ((tmp_path / "few.npz", real, "--metrics", "fid-infinity"), "fid-infinity needs at least 24 images, "),
         ((fake, tmp_path / "one.npz"), "kid needs at least 2 images, "),
         ((fake, tmp_path / "one.npz", "--metrics", "fid"), "at least 2 images for a covariance, it holds 1"),
@@ -179,7 +181,7 @@ def test_statistics_go_on_after_an_interruption(sets, tmp_path, monkeypatch):
     assert len(list((tmp_path / "unfinished").iterdir())) == 1
     Pooled.calls = 0
     resumed = run("stats", "save", fake, tmp_path / "a.npz", *options)
-    assert Pooled.calls == 30 - 20
+    assert Pooled.calls == 50 - 20
     assert resumed.stdout == expected.replace("whole.npz", "a.npz")
     assert "2 unreadable left out" in resumed.stdout
     whole, again = (FeatureStats.load(tmp_path / name) for name in ("whole.npz", "a.npz"))
@@ -194,7 +196,7 @@ def test_an_evaluation_goes_on_in_its_second_set(sets, tmp_path, monkeypatch):
     monkeypatch.setattr("fastgan.metrics.features._SAVE_EVERY", 0.0)
     options = (*options, "--batch-size", 8, "--checkpoint", tmp_path / "unfinished")
     with monkeypatch.context() as patch:
-        interrupt(patch, after=30 + 16)
+        interrupt(patch, after=50 + 16)
         assert run("evaluate", *sets, *options).exit_code != 0
     assert len(list((tmp_path / "unfinished").iterdir())) == 2
     Pooled.calls = 0

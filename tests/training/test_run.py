@@ -15,6 +15,7 @@ from fastgan.models import Generator
 from fastgan.recipes import available
 from fastgan.training import Callback, scoring
 from fastgan.training.checkpoint import Checkpoints, DiskFullError
+from fastgan.training.pictures import encoded
 from fastgan.training.reports import make_writers
 from fastgan.training.run import RunError, load_generator, resume_run, start_run
 from tests.training.tiny_runs import PIXELS, assert_same, tiny
@@ -50,7 +51,7 @@ def test_every_recipe_trains_resumes_and_samples(name, tmp_path):
     assert run.trainer.step == 2
     assert len(run.scores) == 2
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "metrics.jsonl", "curves.png", "grids/000002.png"}
+    expected = {"config.yaml", "data.json", "metrics.jsonl", "curves.png", "grids/000000.png", "grids/000002.png"}
     expected |= {"checkpoints/last.pt", "generator/config.json", "generator/model.safetensors"}
     assert expected <= names <= expected | {"checkpoints/best.pt"}
     again = resume(tmp_path)
@@ -263,3 +264,150 @@ def test_a_restarted_run_goes_on_or_begins_anew(tmp_path):
     for other, restarted in ((recipe, False), (tiny("dcgan", "steps=5"), True)):
         with pytest.raises(InputError, match="holds a run already"):
             start(other, tmp_path, restarted=restarted)
+
+
+def test_a_run_without_checkpoints_is_started_over(tmp_path):
+    start(tiny("dcgan", "steps=5"), tmp_path).trainer.run(1)  # ends before the first checkpoint
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"no checkpoint to go on from: .*; start the run again with --out"):
+        resume(tmp_path)
+    run = start(tiny("dcgan", "batch_size=8"), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    run.train()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert load_generator(tmp_path)[1] == 2
+
+
+def test_overwrite_replaces_a_run_only_when_the_new_one_can_start(tmp_path):
+    start(tiny("dcgan"), tmp_path).train()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="or add --overwrite"):
+        start(tiny("dcgan"), tmp_path)
+    with pytest.raises(InputError, match="batch_size must be"):
+        start(tiny("dcgan", "batch_size=5000"), tmp_path, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    start(tiny("dcgan", "steps=7"), tmp_path, overwrite=True)
+    assert not (tmp_path / "checkpoints").exists()
+    assert "steps: 7" in (tmp_path / "config.yaml").read_text()
+
+
+def test_the_best_checkpoint_alone_is_resumed(tmp_path):
+    run = start(tiny("dcgan", "steps=3"), tmp_path)
+    run.trainer.run(2)
+    run._save_best()
+    assert resume(tmp_path).trainer.step == 2
+
+
+def folder_of_images(folder, n=12):
+    rng = torch.Generator().manual_seed(0)
+    for i in range(n):
+        path = folder / f"c{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(torch.randint(0, 256, (3, 20, 20), generator=rng, dtype=torch.uint8)))
+    return folder
+
+
+def test_data_may_move_but_not_change(tmp_path, monkeypatch):
+    folder_of_images(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny("dcgan", "data.source=d", "held_out=0.25")
+    start(recipe, tmp_path / "run").train()
+    monkeypatch.chdir("/")
+    assert resume(tmp_path / "run").trainer.step == 2
+    (tmp_path / "d").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"/d, the data of .*, does not exist: say with --data where"):
+        resume(tmp_path / "run")
+    moved = f"data.source={tmp_path / 'moved'}"
+    again = resume(tmp_path / "run", overrides=[moved])
+    assert resume(tmp_path / "run").recipe == again.recipe  # the new place is kept
+    (tmp_path / "moved/c0/0.png").write_bytes((tmp_path / "moved/c1/1.png").read_bytes())
+    (tmp_path / "moved/c2/2.png").rename(tmp_path / "moved/c2/99.png")
+    with pytest.raises(
+        InputError, match=r"1 file is gone: c2/2.png; 1 file is new: c2/99.png; 1 file is changed: c0/0"
+    ):
+        resume(tmp_path / "run")
+    with pytest.raises(InputError, match="data.source is .* in the run, 'digits' was asked for"):
+        resume(tmp_path / "run", overrides=["data.source=digits"])
+
+
+def test_flips_follow_from_the_data(tmp_path):
+    assert start(tiny("dcgan"), tmp_path / "digits").trainer.loader.flip is False
+    assert "flip: false" in (tmp_path / "digits" / "config.yaml").read_text()
+    source = f"data.source={folder_of_images(tmp_path / 'd')}"
+    run = start(tiny("dcgan", source, "held_out=0.25"), tmp_path / "color")
+    assert run.trainer.loader.flip is True
+    run.train()
+    assert resume(tmp_path / "color", recipe=tiny("dcgan", source, "held_out=0.25")).trainer.loader.flip is True
+    grey = start(tiny("dcgan", source, "held_out=0.25", "channels=1"), tmp_path / "grey")
+    assert grey.trainer.loader.flip is False
+
+
+def test_places_that_cannot_be_written_are_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.training.run.load_data_of", None)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "run", tmp_path / "file", "/proc/run"):
+        with pytest.raises(InputError, match=f"{place} cannot be written to: "):
+            start(tiny("dcgan"), place)
+
+
+def sketch_folders(folder, paired=True, n=12):
+    folder_of_images(folder / "images", n)
+    for path in sorted((folder / "images").rglob("*.png")):
+        drawn = folder / "sketches" / path.parent.name / (path.name if paired else f"drawn-{path.name}")
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        drawn.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "sees"), [("paired", True), ("unpaired", False), ("edges", True)])
+def test_the_data_decides_where_sketches_come_from(kind, sees, tmp_path):
+    source = sketch_folders(tmp_path / "d", kind == "paired")
+    source = source / "images" if kind == "edges" else source
+    notes = []
+    run = start(tiny("sketch-cgan", f"data.source={source}", "held_out=0.25"), tmp_path / "run", notes)
+    assert run.recipe.data.sketches == kind
+    assert run.trainer.gan.sees_sketch is sees
+    assert ("which the discriminator sees" in " ".join(notes)) is sees
+    run.train()
+    assert resume(tmp_path / "run").recipe == run.recipe
+
+
+def test_a_pixel_loss_ties_images_to_their_sketches(tmp_path):
+    source = f"data.source={sketch_folders(tmp_path / 'd')}"
+    run = start(tiny("sketch-cgan", source, "held_out=0.25", "pixel_weight=100"), tmp_path / "run")
+    run.train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(0 < row.get("loss/generator/pixel", 0) <= 200 for row in rows)
+    with pytest.raises(InputError, match="pixel_weight must be 0 for unpaired sketches"):
+        start(tiny("sketch-cgan", source, "held_out=0.25", "pixel_weight=1", "sketches=unpaired"), tmp_path / "other")
+    with pytest.raises(InputError, match="pixel_weight must be 0 for a generator from noise"):
+        start(tiny("dcgan", "pixel_weight=1"), tmp_path / "other")
+
+
+def test_what_was_found_is_told_and_kept(tmp_path):
+    folder_of_images(tmp_path / "d")
+    notes = []
+    start(tiny("sagan", f"data.source={tmp_path / 'd'}", "held_out=0.25"), tmp_path / "run", notes)
+    assert notes[0] == "12 images 20x20 RGB, 3 classes: c0 4, c1 4, c2 4"
+    assert notes[1] == "9 to train on, 3 held out, at 16x16; mirrored at random"
+    kept = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert kept["found"] == notes[0]
+    assert kept["class_names"] == ["c0", "c1", "c2"]
+    assert (kept["train"], kept["held_out"]) == ([3] * 3, [1] * 3)
+
+
+@pytest.mark.parametrize("name", ["acgan", "sagan", "csagan-w", "wgan-gp-ac"])
+def test_a_conditional_recipe_on_one_class(name, tmp_path):
+    folder_of_images(tmp_path / "d")
+    (tmp_path / "d" / "cover.png").write_bytes((tmp_path / "d/c0/0.png").read_bytes())
+    with pytest.raises(InputError, match=f"recipe {name} needs at least two classes.*cover.png lies beside"):
+        start(tiny(name, f"data.source={tmp_path / 'd'}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_resolution_follows_from_the_data(tmp_path):
+    source = f"data.source={folder_of_images(tmp_path / 'd')}"
+    run = start(tiny("dcgan", source, "resolution=auto"), tmp_path / "run")
+    assert (run.recipe.model.resolution, run.generator.resolution) == (32, 32)
+    assert "resolution: 32" in (tmp_path / "run" / "config.yaml").read_text()

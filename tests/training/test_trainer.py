@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgan.backend import BackendWarning
-from fastgan.training import Callback, Every, NonFiniteLossError, TrainConfig, Trainer
+from fastgan.training import Callback, Every, NonFiniteLossError, ProgressBar, TrainConfig, Trainer
 from tests.training.small_trainers import data, trainer
 
 
@@ -328,3 +328,26 @@ def test_rich_losses_captured(options):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize("worst", [1.01, -1.5, float("nan"), 255.0])
+def test_images_outside_their_range_are_refused(worst):
+    whole = data()
+    whole.images[3, 0, 2, 2] = worst
+    networks = trainer().generator, trainer().discriminator
+    with pytest.raises(ValueError, match=r"images must be in \[-1, 1\], got "):
+        Trainer(*networks, whole, TrainConfig(batch_size=4))
+
+
+def test_early_actions_and_the_bar_of_a_run_that_goes_on():
+    found = []
+    run = trainer(steps=31)
+    run.run(2)
+    bar = ProgressBar()
+    run.run(callbacks=[bar, Every(20, lambda t: found.append(t.step), at_end=True, early=True)])
+    assert found == [20, 31]  # the tenth of 20 was before
+    assert bar._bar.tasks[0].total == bar._bar.tasks[0].completed == 31
+    found.clear()
+    run = trainer(steps=5)
+    run.run(callbacks=[Every(20, lambda t: found.append(t.step), early=True)])
+    assert found == [2]

@@ -56,6 +56,8 @@ def load_backbone(
     """
     if isinstance(backbone, Backbone):
         return backbone
+    if isinstance(dims, str) and dims.isdecimal():
+        dims = int(dims)
     if not isinstance(backbone, str):
         if weights is not None or dims is not None:
             raise ValueError("weights and dims must be None for a module of your own: load them into it first")

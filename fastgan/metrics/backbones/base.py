@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan._checks import FLOATS, InputError, check_tensor
-from fastgan.data.resize import check_resize, resize_tensor
+from fastgan.data.resize import resize_tensor
+from fastgan.metrics.protocols import Protocol, choose_protocol
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
@@ -25,8 +26,11 @@ _GPU_CHUNK = 256
 _COMPILE_FROM, _COMPILE_PACKED_FROM = 1500, 15_000
 
 
-class Backbone:
-    """A network that maps images to feature vectors.
+class Backbone(nn.Module):
+    """A network that maps images to feature vectors: a module that moves with its parent, and changes in nothing else.
+
+    The network is a constant. It follows ``.to``, ``.cuda()`` and the like to another device, also within a parent
+    module, but keeps its precision and eval mode; it has no entry in ``parameters()`` or ``state_dict()``.
 
     Args:
         network: any module or callable from images (n, 3, h, w), float32, after ``normalize``, to features (n, dim), or
@@ -34,7 +38,8 @@ class Backbone:
         name: reported with every distance.
         dim: features per image; None takes it from the first call.
         input_size: height and width of the network's input; None feeds images at the size they have.
-        normalize: from pixels in [0, 255] to the network's input; None divides by 255.
+        normalize: from pixels in [0, 255] to the network's input; None divides by 255. ``"protocol"`` leaves the range
+            to the protocol, as for Inception.
         device: where the network runs.
         precision: of the network's arithmetic: ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``, see
             :func:`resolve_precision`. The features are float32 in all cases.
@@ -42,7 +47,15 @@ class Backbone:
             at each call, and :meth:`compile` may compile it.
         head: from features (n, dim) to class scores (n, classes), for the inception score.
         pack: of an ``own`` network: called once its weights are final, if it runs on a CPU where :func:`can_pack`.
+
+    >>> from fastgan.metrics import Backbone
+    >>> mean_color = Backbone(lambda x: x.mean((2, 3)), name="mean color")
+    >>> mean_color(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
+
+    head: Callable[[Tensor], Tensor] | None
+    _network: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
@@ -51,80 +64,129 @@ class Backbone:
         name: str,
         dim: int | None = None,
         input_size: int | None = None,
-        normalize: Callable[[Tensor], Tensor] | None = None,
+        normalize: Callable[[Tensor], Tensor] | str | None = None,
         device: torch.device | str = "cpu",
         precision: str = "auto",
         own: bool = False,
         head: Callable[[Tensor], Tensor] | None = None,
         pack: Callable[[], Any] | None = None,
     ) -> None:
+        super().__init__()
         self.name = name
         self.dim = dim
         self.input_size = input_size
         self.device = torch.device(device)
-        self.precision = resolve_precision(precision, self.device)
-        self.head = head.to(self.device) if isinstance(head, nn.Module) else head
-        self._normalize = normalize or _to_unit_range
-        self._network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
+        self._wanted_precision = precision
+        resolve_precision(precision, self.device)  # raises
+        self._normalize = _to_unit_range if normalize is None else normalize
+        if isinstance(self._normalize, str) and self._normalize != "protocol":
+            raise ValueError(f"normalize must be a callable, 'protocol' or None, got {normalize!r}")
         self._own = own and isinstance(network, nn.Module)
         self._input_dtype = torch.bfloat16 if self._own and self.precision == "bf16" else torch.float32
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._compiled_size = 0
-        if self._own and isinstance(self._network, nn.Module):
-            self._network.to(self._input_dtype)
-        self._packed = pack is not None and self.device.type == "cpu" and can_pack(self._input_dtype)
-        if self._packed and pack is not None:
-            pack()
+        # not as submodules: no parent's optimizer, state dict, dtype or training mode may reach a constant
+        self.__dict__["_network"] = network
+        self.__dict__["head"] = head
+        for module in self._modules_held():
+            module.to(self.device).eval()
+        if self._own and isinstance(network, nn.Module):
+            network.to(self._input_dtype)
+        self._pack = pack
+        self._packed = False
+        self._pack_weights()
+        self.eval()
+
+    @property
+    def precision(self) -> str:
+        """Of the network's arithmetic on its device: ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
+        return resolve_precision(self._wanted_precision, self.device)
 
     @property
     def compile_from(self) -> int:
         """Number of images from which on the compilation costs less time than it saves."""
         return _COMPILE_PACKED_FROM if self._packed else _COMPILE_FROM
 
-    def compile(self) -> Backbone:
+    def compile(self) -> Backbone:  # type: ignore[override]
         """Compile the network at its next call, which takes half a minute or so on a CPU; the features stay, to
         rounding. A network that is not ``own`` is left as it is. Returns self."""
         if self._own and self._compiled is None:
             self._compiled = torch.compile(self._network, dynamic=False)
         return self
 
-    def __call__(self, images: Tensor, *, resize: str = "clean") -> Tensor:
+    def forward(self, images: Tensor, *, protocol: str | Protocol | None = None, resize: str | None = None) -> Tensor:
         """Features (n, dim), float32, of images (n, 3, h, w) or greyscale (n, 1, h, w), which are repeated.
 
-        Images are uint8 in [0, 255] or floating-point in [0, 1], on any device. ``resize`` is a method of
-        :mod:`fastgan.data.resize`.
+        Images are uint8 in [0, 255] or floating-point in [0, 1], on any device. ``protocol`` is a name of
+        :mod:`fastgan.metrics.protocols`, by default the network's own, and ``resize`` replaces its resize method.
 
         Raises:
             ValueError: ``images`` has another rank, number of channels or dtype, is empty, or is floating-point with
-                values outside [0, 1] or not finite.
+                values outside [0, 1] or not finite; or there is no such protocol.
         """
         check_images(images)
-        check_resize(resize)
+        chosen = choose_protocol(self, protocol, resize)
         features = []
         for part in images.detach().split(self._chunk):
             pixels = part.to(self.device)
+            if chosen.truncate and pixels.is_floating_point():
+                pixels = (pixels * 255).to(torch.uint8)
             # float64 images too are pixels of at most 16 bits; half precision would round the resized ones
             pixels = pixels.float() if pixels.dtype == torch.uint8 else pixels.float() * 255
             if self.input_size is not None:
-                pixels = resize_tensor(pixels, self.input_size, resize)
-            features.append(self._forward(pixels.expand(-1, 3, -1, -1)))
+                pixels = resize_tensor(pixels, self.input_size, chosen.resize)
+            features.append(self._features(pixels.expand(-1, 3, -1, -1), chosen))
         return torch.cat(features)
 
-    def from_pixels(self, pixels: Tensor) -> Tensor:
+    def from_pixels(self, pixels: Tensor, protocol: str | Protocol | None = None) -> Tensor:
         """Features of float32 images (n, 3, h, w) of the network's size, in [0, 255]."""
-        return torch.cat([self._forward(part.to(self.device)) for part in pixels.split(self._chunk)])
+        chosen = choose_protocol(self, protocol)
+        return torch.cat([self._features(part.to(self.device), chosen) for part in pixels.split(self._chunk)])
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode, whatever ``mode`` says. Returns self."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """Take the device alone from what ``.to``, ``.cuda()``, ``.half()`` and the like would do."""
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            self.device = device
+            for module in self._modules_held():
+                module.to(device)
+            compiled, self._compiled = self._compiled is not None, None
+            self._pack_weights()
+            if compiled:
+                self.compile()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the compiled network; copies compile their own if asked to."""
+        return {**self.__dict__, "_compiled": None}
+
+    def _modules_held(self) -> list[nn.Module]:
+        return [held for held in (self._network, self.head) if isinstance(held, nn.Module)]
+
+    def _pack_weights(self) -> None:
+        if self._pack is not None and not self._packed and self.device.type == "cpu" and can_pack(self._input_dtype):
+            self._pack()
+            self._packed = True
 
     @property
     def _chunk(self) -> int:
         return _CPU_CHUNK if self.device.type == "cpu" else _GPU_CHUNK
 
-    def _forward(self, pixels: Tensor) -> Tensor:
-        n = pixels.shape[0]
+    def _features(self, pixels: Tensor, protocol: Protocol) -> Tensor:
+        n, precision = pixels.shape[0], self.precision
         autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16" and self._input_dtype == torch.float32
+            self.device.type, torch.bfloat16, enabled=precision == "bf16" and self._input_dtype == torch.float32
         )
-        with torch.inference_mode(), autocast, float32_arithmetic(self.precision, self.device):
-            inputs = self._normalize(pixels).to(self._input_dtype).contiguous(memory_format=torch.channels_last)
+        for module in self._modules_held():
+            if module.training:  # a parent of it may have been put in train mode
+                module.eval()
+        normalize = protocol.to_inception if isinstance(self._normalize, str) else self._normalize
+        with torch.inference_mode(), autocast, float32_arithmetic(precision, self.device):
+            inputs = normalize(pixels).to(self._input_dtype).contiguous(memory_format=torch.channels_last)
             features = self._run_compiled(inputs) if self._compiled is not None else self._network(inputs)
         if features.ndim == 4:
             features = features.float().mean(dim=(2, 3))

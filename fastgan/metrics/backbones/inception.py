@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone, load_state, load_weights, sha256
-from fastgan.metrics.backbones.inception_network import CLASSES, DIMS, InceptionV3
+from fastgan.metrics.backbones.inception_network import CLASSES, DIMS, LOGITS, InceptionV3
 
 INPUT_SIZE = 299
 
@@ -39,7 +39,8 @@ def load(
     """FID's Inception-v3 on 299x299 images.
 
     ``dims`` is 2048 for the last pooled features (the FID's), 64, 192 or 768 for the averaged maps after the first and
-    second max-pool and before the auxiliary head, or ``"logits"`` for the 1008 class scores.
+    second max-pool and before the auxiliary head, ``"logits"`` for the 1008 class scores, or
+    ``"logits_unbiased"`` for these without their bias.
 
     The weights come from ``weights``, else from the file that FASTGAN_INCEPTION_WEIGHTS names, else from torch.hub's
     cache, into which they are downloaded once. Weights with another hash than the published file's give a backbone of
@@ -50,8 +51,9 @@ def load(
             not fit.
     """
     dims = DIMS[-1] if dims is None else dims
-    if dims not in (*DIMS, "logits"):
-        raise InputError(f"dims must be one of {', '.join(map(str, DIMS))} or logits for inception, got {dims}")
+    if isinstance(dims, bool) or dims not in (*DIMS, *LOGITS):
+        names = ", ".join(map(str, (*DIMS, *LOGITS)))
+        raise InputError(f"dims must be one of {names} for inception, got {dims!r}")
     path = Path(weights) if weights is not None else local_weights() or download()
     with torch.device("meta"):  # its 24 million parameters are not drawn only to be replaced
         network = InceptionV3(dims)
@@ -61,9 +63,9 @@ def load(
     return Backbone(
         network.float().eval().fold_batch_norm().to(memory_format=torch.channels_last),
         name=name,
-        dim=CLASSES if dims == "logits" else int(dims),
+        dim=CLASSES if dims in LOGITS else int(dims),
         input_size=INPUT_SIZE,
-        normalize=_normalize,
+        normalize="protocol",
         device=device,
         precision=precision,
         own=True,
@@ -109,7 +111,8 @@ def download() -> Path:
     except (URLError, OSError, RuntimeError) as error:  # no network, no space, or another file than asked for
         raise InputError(
             f"Inception's weights are not at hand and could not be downloaded ({error}): fetch {URL} and "
-            f"put it at {path}, or name it with --weights or {ENVIRONMENT}"
+            f"put it at {path}, or name it with --weights or {ENVIRONMENT}, or ask for another metric with "
+            f"--backbone efficientnet_lite0"
         ) from error
     return path
 
@@ -126,7 +129,3 @@ class UnbiasedHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight.to(features.dtype))
-
-
-def _normalize(pixels: Tensor) -> Tensor:
-    return pixels / 127.5 - 1

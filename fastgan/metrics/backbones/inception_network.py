@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastgan.metrics.backbones.base import PackedConvolution, fold_batch_norm
 
 DIMS = (64, 192, 768, 2048)
+LOGITS = ("logits", "logits_unbiased")
 CLASSES = 1008
 
 
@@ -46,7 +47,9 @@ class InceptionV3(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self._maps(images).float().mean(dim=(2, 3))
-        return F.linear(x, self.fc.weight.float(), self.fc.bias.float()) if self.dims == "logits" else x
+        if self.dims not in LOGITS:
+            return x
+        return F.linear(x, self.fc.weight.float(), self.fc.bias.float() if self.dims == "logits" else None)
 
     def _maps(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images))), 3, stride=2)
@@ -95,7 +98,7 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None and not torch.compiler.is_compiling():
+        if self.packed is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return self.packed(x)
         return F.relu(self.bn(self.conv(x)), inplace=True)
 

@@ -530,8 +530,8 @@ _HEAD = """# Models that fuse was run on
 Made by `python -m tests.nn.fusion.public_models`. Each network is fused as its package makes it, then compared with
 the original: outputs, first gradients, the gradients of a gradient penalty, three optimizer steps, eval mode, state
 dicts loaded both ways, three steps of a deep copy and after `unfuse`, and a forward under `torch.compile`. "equal"
-means up to {tolerances} of the norm. "as the original" means that the original fails too, "only fused" that only the fused
-model works.
+means up to {tolerances} of the norm. "as the original" means that the original fails
+too, "only fused" that only the fused model works.
 """
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastgan.training import NetworkUpdate, TrainStep
 from fastgan.training.step.optimizers import OptimizerState
 from tests.training.step.small_steps import OPTIMIZERS, moments
 
@@ -58,3 +59,23 @@ def test_states_of_another_memory_layout_continue(name):
             state.update(traced, {id(continued): gradient * 2}, state.tensors(), state.rates)
         results.append([continued, *moments([same])])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 3])  # while calls are compared, and later
+def test_a_state_that_was_cleared_begins_anew(name, steps):
+    """As after ``optimizer.state.clear()``, which some loops call when they change the learning rate."""
+    results = []
+    for mode in ("eager", "compile"):
+        torch.manual_seed(2)
+        net = nn.Linear(4, 3)
+        optimizer = OPTIMIZERS[name](net.parameters())
+        update = NetworkUpdate(lambda batch, draws, net=net: net(batch["x"]).square().mean(), "net", optimizer)
+        step = TrainStep.of_updates({"net": net}, {"net": update}, mode=mode, backend="eager")
+        for i in range(steps + 2):
+            if i == steps:
+                optimizer.state.clear()
+            step.update("net", {"x": torch.ones(2, 4)})
+        results.append([*net.parameters(), *moments([optimizer])])
+        assert step.compilations == (mode == "compile")
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,78 @@
+// Operators on CPU tensors for attention and its gradients, whose passes are those of attention.h. Outputs are given.
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "workspace.h"
+
+namespace fastgan {
+namespace {
+
+using torch::stable::Tensor;
+
+// (B, N, d) or (B, H, N, d).
+View view_of(const Tensor& x) {
+  const int64_t last = x.dim() - 1, head = x.dim() == 4 ? x.stride(1) : 0;
+  return {x.data_ptr(), x.stride(0), head, x.stride(last - 1), x.stride(last)};
+}
+
+AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  const int64_t last = q.dim() - 1, heads = q.dim() == 4 ? q.size(1) : 1;
+  return {q.size(0), heads, q.size(last - 1), k.size(last - 1), q.size(last), v.size(last), scale};
+}
+
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale, Tensor o, Tensor stats) {
+  const AttentionShape s = shape_of(q, k, v, scale);
+  const AttentionKernels& kernels = attention_kernels(element_of(q));
+  Workspace workspace(q);
+  AttentionForward x{s, view_of(q), view_of(k), view_of(v), view_of(o), stats.data_ptr(), {}, {}};
+  workspace.take(s.slices(), x.sizes());
+  in_parallel(s.slices() * s.tiles(), kernels.forward_pack, x);
+  in_parallel(s.slices() * s.strips(), kernels.forward, x, workspace.bytes(forward_room(s)));
+}
+
+void attention_bwd(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                   const Tensor& stats, double scale, Tensor dq, Tensor dk, Tensor dv) {
+  const AttentionShape s = shape_of(q, k, v, scale);
+  const AttentionKernels& kernels = attention_kernels(element_of(q));
+  Workspace workspace(q);
+  AttentionBackward x{};
+  x.shape = s;
+  x.grad_o = view_of(grad_o), x.q = view_of(q), x.k = view_of(k), x.v = view_of(v), x.o = view_of(o);
+  x.stats = stats.data_ptr();
+  x.dq = view_of(dq), x.dk = view_of(dk), x.dv = view_of(dv);
+  workspace.take(s.slices(), x.sizes());
+  in_parallel(s.slices() * s.tiles(), kernels.backward_pack_keys, x);
+  in_parallel(s.slices() * s.strips(), kernels.backward_pack_rows, x);
+  in_parallel(s.slices() * s.groups(), kernels.backward, x, workspace.bytes(backward_room(s)));
+  in_parallel(s.slices() * s.strips(), kernels.backward_sum, x);
+}
+
+void attention_bwd_bwd(const Tensor& ggq, const Tensor& ggk, const Tensor& ggv, const Tensor& grad_o, const Tensor& q,
+                       const Tensor& k, const Tensor& v, const Tensor& stats, double scale, Tensor g_do, Tensor gq,
+                       Tensor gk, Tensor gv) {
+  const AttentionShape s = shape_of(q, k, v, scale);
+  const AttentionKernels& kernels = attention_kernels(element_of(q));
+  Workspace workspace(q);
+  AttentionBackward2 x{};
+  x.shape = s;
+  x.ggq = view_of(ggq), x.ggk = view_of(ggk), x.ggv = view_of(ggv), x.grad_o = view_of(grad_o);
+  x.q = view_of(q), x.k = view_of(k), x.v = view_of(v);
+  x.stats = stats.data_ptr();
+  x.g_do = view_of(g_do), x.gq = view_of(gq), x.gk = view_of(gk), x.gv = view_of(gv);
+  workspace.take(s.slices(), x.sizes());
+  in_parallel(s.slices() * s.tiles(), kernels.backward2_pack_keys, x);
+  in_parallel(s.slices() * s.strips(), kernels.backward2_rows, x, workspace.bytes(backward2_rows_room(s)));
+  in_parallel(s.slices() * s.tiles(), kernels.backward2_keys, x, workspace.bytes(backward2_keys_room(s)));
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&fastgan::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&fastgan::attention_bwd));
+  m.impl("attention_bwd_bwd", TORCH_BOX(&fastgan::attention_bwd_bwd));
+}

@@ -1,0 +1,382 @@
+// The passes of attention.h for one instruction set; included as simd.h is, behind it.
+
+template <typename T>
+struct Matrix {  // of one slice
+  T* data;
+  int64_t row, channel;
+  T* at(int64_t i) const { return data + i * row; }
+};
+
+template <typename T>
+FASTGAN_INLINE Matrix<T> slice_of(const View& view, const AttentionShape& shape, int64_t slice) {
+  T* data = static_cast<T*>(view.data) + slice / shape.heads * view.batch + slice % shape.heads * view.head;
+  return {data, view.row, view.channel};
+}
+
+template <typename W>
+FASTGAN_INLINE W* part_of(const Packed& packed, int64_t slice) {
+  return static_cast<W*>(packed.data) + slice * packed.slice;
+}
+
+FASTGAN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows [first, first + count) times `factor`, to rows of `stride` elements; what is beyond their channels becomes zero.
+template <typename T>
+void pack_rows(const Matrix<const T>& from, int64_t first, int64_t count, int64_t channels, Wide<T> factor, Wide<T>* to,
+               int64_t stride) {
+  convert(from.at(first), from.row, from.channel, to, stride, 1, count, channels, factor);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = channels; j < stride; ++j) to[i * stride + j] = 0;
+}
+
+// The same for a tile of keys, transposed; keys that there are not become zero.
+template <typename T>
+void pack_tile(const Matrix<const T>& from, int64_t first, int64_t count, int64_t channels, Wide<T> factor,
+               Wide<T>* to) {
+  convert(from.at(first), from.row, from.channel, to, 1, kTile, count, channels, factor);
+  for (int64_t j = 0; j < channels; ++j)
+    for (int64_t i = count; i < kTile; ++i) to[j * kTile + i] = 0;
+}
+
+template <typename T>
+void unpack(const Wide<T>* from, int64_t row, int64_t channel, const Matrix<T>& to, int64_t first, int64_t count,
+            int64_t channels, Wide<T> factor) {
+  convert(from, row, channel, to.at(first), to.row, to.channel, count, channels, factor);
+}
+
+// maps (rows, keys of a tile) <- a b^T, or + with `add`.
+template <typename W>
+FASTGAN_INLINE void tile_product(const W* a, int64_t channels, const W* packed_tile, int64_t rows, int64_t keys, W* map,
+                                 int64_t stride, bool add = false) {
+  product<false>(a, quads(channels), packed_tile, kTile, channels, rows, keys, map, stride, add);
+}
+
+// Keys that fill the last vector get no weight.
+template <typename W>
+FASTGAN_INLINE void mask_tail(W* map, int64_t stride, int64_t rows, int64_t keys) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = keys; c < whole_vectors<W>(keys); ++c) map[r * stride + c] = -W(__builtin_inf());
+}
+
+// s <- exp(scale (s - top)); `scale` is in units of log(2).
+template <typename W>
+FASTGAN_INLINE Vec<W> weight(const W* s, W top, W scale) {
+  return exp2_of_negative<W>((load(s) - top) * scale);
+}
+
+template <typename T>
+void attention_forward_pack(const AttentionForward& x, int64_t begin, int64_t end) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.tiles(), first = task % s.tiles() * kTile, count = smaller(kTile, s.m - first);
+    const auto k = slice_of<const T>(x.k, s, slice), v = slice_of<const T>(x.v, s, slice);
+    pack_tile<T>(k, first, count, s.d, W(1), part_of<W>(x.kt, slice) + first * s.d);
+    pack_rows<T>(v, first, count, s.e, W(1), part_of<W>(x.v_rows, slice) + first * padded(s.e), padded(s.e));
+  }
+}
+
+// The largest of each row of logits and 1 / the sum of the exponentials that take their place.
+template <typename W>
+FASTGAN_INLINE void softmax_row(W* row, int64_t keys, W scale, W* stats) {
+  Vec<W> largest = broadcast<W>(-W(__builtin_inf())), sum{};
+  for (int64_t c = 0; c < keys; c += kWidth<W>) {
+    const Vec<W> logits = load(row + c);
+    largest = logits > largest ? logits : largest;
+  }
+  const W top = max_lanes<W>(largest);
+  for (int64_t c = 0; c < keys; c += kWidth<W>) {
+    const Vec<W> p = weight(row + c, top, scale);
+    store(row + c, p);
+    sum += p;
+  }
+  stats[0] = top;
+  stats[1] = 1 / sum_lanes<W>(sum);
+}
+
+template <typename T>
+void attention_forward(const AttentionForward& x, int64_t begin, int64_t end, void* room) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  const int64_t stride = map_stride(s), width = padded(s.e);
+  W *q = static_cast<W*>(room), *map = q + kStrip * quads(s.d), *sums = map + kStrip * stride;
+  const W scale = W(s.scale * kLog2E);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.strips(), first = task % s.strips() * kStrip, rows = smaller(kStrip, s.n - first);
+    const int64_t computed = whole_rows(rows);
+    const W *kt = part_of<W>(x.kt, slice), *v = part_of<W>(x.v_rows, slice);
+    W* stats = static_cast<W*>(x.stats) + 2 * (slice * s.n + first);
+    for (int64_t i = 0; i < computed * quads(s.d); ++i) q[i] = 0;
+    pack_rows<T>(slice_of<const T>(x.q, s, slice), first, rows, s.d, W(1), q, quads(s.d));
+    for (int64_t key = 0; key < s.m; key += kTile)
+      tile_product(q, s.d, kt + key * s.d, computed, smaller(kTile, s.m - key), map + key, stride);
+    mask_tail(map, stride, computed, s.m);
+    for (int64_t r = 0; r < rows; ++r) softmax_row(map + r * stride, s.m, scale, stats + 2 * r);
+    product<false>(map, stride, v, width, s.m, computed, s.e, sums, width, false);
+    const auto o = slice_of<T>(x.o, s, slice);
+    for (int64_t r = 0; r < rows; ++r) unpack<T>(sums + r * width, width, 1, o, first + r, 1, s.e, stats[2 * r + 1]);
+  }
+}
+
+template <typename T>
+void attention_backward_pack_keys(const AttentionBackward& x, int64_t begin, int64_t end) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.tiles(), first = task % s.tiles() * kTile, count = smaller(kTile, s.m - first);
+    const auto k = slice_of<const T>(x.k, s, slice), v = slice_of<const T>(x.v, s, slice);
+    pack_tile<T>(k, first, count, s.d, W(1), part_of<W>(x.kt, slice) + first * s.d);
+    pack_tile<T>(v, first, count, s.e, W(1), part_of<W>(x.vt, slice) + first * s.e);
+    pack_rows<T>(k, first, count, s.d, W(1), part_of<W>(x.k_rows, slice) + first * padded(s.d), padded(s.d));
+  }
+}
+
+// Rows that there are not become zero.
+template <typename T>
+void pack_strip(const Matrix<const T>& from, int64_t first, int64_t rows, int64_t channels, Wide<T> factor,
+                Wide<T>* to) {
+  const int64_t stride = quads(channels);
+  pack_rows<T>(from, first, rows, channels, factor, to, stride);
+  for (int64_t i = rows * stride; i < kStrip * stride; ++i) to[i] = 0;
+}
+
+template <typename T>
+void attention_backward_pack_rows(const AttentionBackward& x, int64_t begin, int64_t end) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.strips(), first = task % s.strips() * kStrip, rows = smaller(kStrip, s.n - first);
+    const auto o = slice_of<const T>(x.o, s, slice);
+    const W* stats = static_cast<const W*>(x.stats) + 2 * (slice * s.n + first);
+    W* go = part_of<W>(x.go_rows, slice) + first * quads(s.e);
+    pack_strip<T>(slice_of<const T>(x.q, s, slice), first, rows, s.d, W(1), part_of<W>(x.q_rows, slice) + first * quads(s.d));
+    pack_strip<T>(slice_of<const T>(x.grad_o, s, slice), first, rows, s.e, W(1), go);
+    for (int64_t r = 0; r < rows; ++r) {
+      W delta = 0, *row = go + r * quads(s.e);
+      for (int64_t j = 0; j < s.e; ++j) {
+        row[j] *= stats[2 * r + 1];
+        delta += row[j] * widen(o.data[(first + r) * o.row + j * o.channel]);
+      }
+      part_of<W>(x.tops, slice)[first + r] = stats[2 * r];
+      // Infinity becomes NaN: a row of dP with infinite entries has the sum infinity - infinity.
+      part_of<W>(x.deltas, slice)[first + r] = delta + 0 * delta;
+    }
+  }
+}
+
+template <typename T>
+void attention_backward(const AttentionBackward& x, int64_t begin, int64_t end, void* room) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  const int64_t groups = s.groups(), group_tiles = ceil_div(s.tiles(), groups);
+  W *p = static_cast<W*>(room), *ds = p + kRowBlock * kTile, *dk = ds + kRowBlock * kTile, *dv = dk + padded(s.d) * kTile;
+  const W scale = W(s.scale * kLog2E);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / groups, group = task % groups;
+    const W *q = part_of<W>(x.q_rows, slice), *go = part_of<W>(x.go_rows, slice);
+    const W *tops = part_of<W>(x.tops, slice), *deltas = part_of<W>(x.deltas, slice);
+    W* dq = part_of<W>(x.dq_groups, slice) + group * s.padded_n() * padded(s.d);
+    const int64_t first_tile = group * group_tiles, last_tile = smaller(s.tiles(), first_tile + group_tiles);
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const int64_t key = tile * kTile, keys = smaller(kTile, s.m - key);
+      const W *kt = part_of<W>(x.kt, slice) + key * s.d, *vt = part_of<W>(x.vt, slice) + key * s.e;
+      const W* k = part_of<W>(x.k_rows, slice) + key * padded(s.d);
+      for (int64_t i = 0; i < (padded(s.d) + padded(s.e)) * kTile; ++i) dk[i] = 0;  // and dv
+      for (int64_t n = 0; n < s.n; n += kRowBlock) {
+        const int64_t rows = smaller(kRowBlock, s.n - n), computed = whole_rows(rows);
+        tile_product(q + n * quads(s.d), s.d, kt, computed, keys, p, kTile);
+        tile_product(go + n * quads(s.e), s.e, vt, computed, keys, ds, kTile);
+        mask_tail(p, kTile, rows, keys);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = r * kTile; c < r * kTile + keys; c += kWidth<W>) {
+            const Vec<W> e = weight(p + c, tops[n + r], scale);
+            store(p + c, e);
+            store(ds + c, e * (load(ds + c) - deltas[n + r]));
+          }
+        product<false>(ds, kTile, k, padded(s.d), keys, computed, s.d, dq + n * padded(s.d), padded(s.d),
+                       tile > first_tile);
+        product<true>(q + n * quads(s.d), quads(s.d), ds, kTile, rows, s.d, keys, dk, kTile, true);
+        product<true>(go + n * quads(s.e), quads(s.e), p, kTile, rows, s.e, keys, dv, kTile, true);
+      }
+      unpack<T>(dk, 1, kTile, slice_of<T>(x.dk, s, slice), key, keys, s.d, W(s.scale));
+      unpack<T>(dv, 1, kTile, slice_of<T>(x.dv, s, slice), key, keys, s.e, W(1));
+    }
+  }
+}
+
+template <typename T>
+void attention_backward_sum(const AttentionBackward& x, int64_t begin, int64_t end) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  const int64_t width = padded(s.d), group_size = s.padded_n() * width;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.strips(), first = task % s.strips() * kStrip, rows = smaller(kStrip, s.n - first);
+    W* sum = part_of<W>(x.dq_groups, slice) + first * width;
+    for (int64_t group = 1; group < s.groups(); ++group)
+      for (int64_t i = 0; i < rows * width; ++i) sum[i] += sum[group * group_size + i];
+    unpack<T>(sum, width, 1, slice_of<T>(x.dq, s, slice), first, rows, s.d, W(s.scale));
+  }
+}
+
+// A tile of keys, both transposed and as rows.
+template <typename T>
+void pack_both(const Matrix<const T>& from, int64_t first, int64_t count, int64_t channels, Wide<T> factor,
+               Wide<T>* tiles, Wide<T>* rows) {
+  const int64_t width = padded(channels);
+  pack_tile<T>(from, first, count, channels, factor, tiles + first * channels);
+  pack_rows<T>(from, first, count, channels, factor, rows + first * width, width);
+}
+
+template <typename T>
+void attention_backward2_pack_keys(const AttentionBackward2& x, int64_t begin, int64_t end) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.tiles(), first = task % s.tiles() * kTile, count = smaller(kTile, s.m - first);
+    pack_both<T>(slice_of<const T>(x.k, s, slice), first, count, s.d, W(1), part_of<W>(x.kt, slice),
+                 part_of<W>(x.k_rows, slice));
+    pack_both<T>(slice_of<const T>(x.v, s, slice), first, count, s.e, W(1), part_of<W>(x.vt, slice),
+                 part_of<W>(x.v_rows, slice));
+    pack_both<T>(slice_of<const T>(x.ggk, s, slice), first, count, s.d, W(s.scale), part_of<W>(x.ggkt, slice),
+                 part_of<W>(x.ggk_rows, slice));
+    pack_both<T>(slice_of<const T>(x.ggv, s, slice), first, count, s.e, W(1), part_of<W>(x.ggvt, slice),
+                 part_of<W>(x.ggv_rows, slice));
+  }
+}
+
+// Maps of rows x keys: the logits, which become weights P; dP = dO V^T; A = ggq K^T + Q ggk^T, of
+// ggq and ggk times the scale; T = dO ggv^T.
+template <typename W>
+struct Maps {
+  W *p, *dp, *a, *t;
+  int64_t stride;
+
+  Maps(W* room, int64_t rows, int64_t columns)
+      : p(room), dp(p + rows * columns), a(dp + rows * columns), t(a + rows * columns), stride(columns) {}
+
+  FASTGAN_INLINE void fill(const AttentionBackward2& x, int64_t slice, const W* q, const W* ggq, const W* go, int64_t rows,
+                           int64_t key, int64_t keys, int64_t column) {
+    const AttentionShape& s = x.shape;
+    const W *kt = part_of<W>(x.kt, slice) + key * s.d, *ggkt = part_of<W>(x.ggkt, slice) + key * s.d;
+    const W *vt = part_of<W>(x.vt, slice) + key * s.e, *ggvt = part_of<W>(x.ggvt, slice) + key * s.e;
+    tile_product(q, s.d, kt, rows, keys, p + column, stride);
+    tile_product(ggq, s.d, kt, rows, keys, a + column, stride);
+    tile_product(q, s.d, ggkt, rows, keys, a + column, stride, true);
+    tile_product(go, s.e, vt, rows, keys, dp + column, stride);
+    tile_product(go, s.e, ggvt, rows, keys, t + column, stride);
+  }
+};
+
+// Of a row: 2 statistics of P, then delta = rowsum(P dP), a = rowsum(P A) and b = rowsum(P B), where
+// B = (A - a) (dP - delta) + T.
+template <typename W>
+struct RowSums {
+  W top, inverse, delta, a, b;
+};
+
+// In place of a row's maps: dP <- dS = P (dP - delta), T <- scale S2 = scale P (B - b), A <- E = P (A - a).
+template <typename W>
+FASTGAN_INLINE void finish_row(const Maps<W>& maps, int64_t row, int64_t keys, const RowSums<W>& sums, W scale) {
+  for (int64_t c = row * maps.stride; c < row * maps.stride + keys; c += kWidth<W>) {
+    const Vec<W> p = load(maps.p + c), centred = load(maps.dp + c) - sums.delta, a = load(maps.a + c) - sums.a;
+    store(maps.t + c, p * scale * (a * centred + load(maps.t + c) - sums.b));
+    store(maps.a + c, p * a);
+    store(maps.dp + c, p * centred);
+  }
+}
+
+// P in place of the logits, and the sums of a row.
+template <typename W>
+FASTGAN_INLINE void sum_row(const Maps<W>& maps, int64_t row, int64_t keys, RowSums<W>& sums, W log_scale) {
+  const int64_t begin = row * maps.stride, end = begin + keys;
+  Vec<W> delta{}, a{}, b{};
+  for (int64_t c = begin; c < end; c += kWidth<W>) {
+    const Vec<W> p = weight(maps.p + c, sums.top, log_scale) * sums.inverse;
+    store(maps.p + c, p);
+    delta += p * load(maps.dp + c);
+    a += p * load(maps.a + c);
+  }
+  sums.delta = sum_lanes<W>(delta);
+  sums.a = sum_lanes<W>(a);
+  for (int64_t c = begin; c < end; c += kWidth<W>) {
+    const Vec<W> centred = load(maps.dp + c) - sums.delta;
+    b += load(maps.p + c) * ((load(maps.a + c) - sums.a) * centred + load(maps.t + c));
+  }
+  sums.b = sum_lanes<W>(b);
+}
+
+template <typename T>
+void attention_backward2_rows(const AttentionBackward2& x, int64_t begin, int64_t end, void* room) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  const int64_t stride = map_stride(s), wide_d = padded(s.d), wide_e = padded(s.e);
+  Maps<W> maps(static_cast<W*>(room), kStrip, stride);
+  W *gq = maps.t + kStrip * stride, *g_do = gq + kStrip * wide_d;
+  const W scale = W(s.scale), log_scale = W(s.scale * kLog2E);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.strips(), first = task % s.strips() * kStrip, rows = smaller(kStrip, s.n - first);
+    const int64_t computed = whole_rows(rows);
+    W *q = part_of<W>(x.q_rows, slice) + first * quads(s.d), *ggq = part_of<W>(x.ggq_rows, slice) + first * quads(s.d);
+    W* go = part_of<W>(x.go_rows, slice) + first * quads(s.e);
+    pack_strip<T>(slice_of<const T>(x.q, s, slice), first, rows, s.d, W(1), q);
+    pack_strip<T>(slice_of<const T>(x.ggq, s, slice), first, rows, s.d, scale, ggq);
+    pack_strip<T>(slice_of<const T>(x.grad_o, s, slice), first, rows, s.e, W(1), go);
+    for (int64_t key = 0; key < s.m; key += kTile)
+      maps.fill(x, slice, q, ggq, go, computed, key, smaller(kTile, s.m - key), key);
+    mask_tail(maps.p, stride, rows, s.m);
+    const W* stats = static_cast<const W*>(x.stats) + 2 * (slice * s.n + first);
+    auto* sums = reinterpret_cast<RowSums<W>*>(part_of<W>(x.sums, slice)) + first;
+    for (int64_t r = 0; r < rows; ++r) {
+      sums[r].top = stats[2 * r];
+      sums[r].inverse = stats[2 * r + 1];
+      sum_row(maps, r, s.m, sums[r], log_scale);
+      finish_row(maps, r, s.m, sums[r], scale);
+    }
+    const W *k = part_of<W>(x.k_rows, slice), *ggk = part_of<W>(x.ggk_rows, slice);
+    const W *v = part_of<W>(x.v_rows, slice), *ggv = part_of<W>(x.ggv_rows, slice);
+    product<false>(maps.t, stride, k, wide_d, s.m, computed, s.d, gq, wide_d, false);
+    product<false>(maps.dp, stride, ggk, wide_d, s.m, computed, s.d, gq, wide_d, true);
+    product<false>(maps.a, stride, v, wide_e, s.m, computed, s.e, g_do, wide_e, false);
+    product<false>(maps.p, stride, ggv, wide_e, s.m, computed, s.e, g_do, wide_e, true);
+    unpack<T>(gq, wide_d, 1, slice_of<T>(x.gq, s, slice), first, rows, s.d, W(1));
+    unpack<T>(g_do, wide_e, 1, slice_of<T>(x.g_do, s, slice), first, rows, s.e, W(1));
+  }
+}
+
+template <typename T>
+void attention_backward2_keys(const AttentionBackward2& x, int64_t begin, int64_t end, void* room) {
+  using W = Wide<T>;
+  const AttentionShape& s = x.shape;
+  Maps<W> maps(static_cast<W*>(room), kStrip2, kTile);
+  W *gk = maps.t + kStrip2 * kTile, *gv = gk + padded(s.d) * kTile;
+  const W scale = W(s.scale), log_scale = W(s.scale * kLog2E);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / s.tiles(), key = task % s.tiles() * kTile, keys = smaller(kTile, s.m - key);
+    const W *q = part_of<W>(x.q_rows, slice), *ggq = part_of<W>(x.ggq_rows, slice), *go = part_of<W>(x.go_rows, slice);
+    const auto* sums = reinterpret_cast<const RowSums<W>*>(part_of<W>(x.sums, slice));
+    for (int64_t i = 0; i < (padded(s.d) + padded(s.e)) * kTile; ++i) gk[i] = 0;  // and gv
+    for (int64_t n = 0; n < s.n; n += kStrip2) {
+      const int64_t rows = smaller(kStrip2, s.n - n), computed = whole_rows(rows);
+      const W *q_rows = q + n * quads(s.d), *ggq_rows = ggq + n * quads(s.d), *go_rows = go + n * quads(s.e);
+      maps.fill(x, slice, q_rows, ggq_rows, go_rows, computed, key, keys, 0);
+      mask_tail(maps.p, kTile, rows, keys);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = r * kTile; c < r * kTile + keys; c += kWidth<W>)
+          store(maps.p + c, weight(maps.p + c, sums[n + r].top, log_scale) * sums[n + r].inverse);
+        finish_row(maps, r, keys, sums[n + r], scale);
+      }
+      product<true>(q_rows, quads(s.d), maps.t, kTile, rows, s.d, keys, gk, kTile, true);
+      product<true>(ggq_rows, quads(s.d), maps.dp, kTile, rows, s.d, keys, gk, kTile, true);
+      product<true>(go_rows, quads(s.e), maps.a, kTile, rows, s.e, keys, gv, kTile, true);
+    }
+    unpack<T>(gk, 1, kTile, slice_of<T>(x.gk, s, slice), key, keys, s.d, W(1));
+    unpack<T>(gv, 1, kTile, slice_of<T>(x.gv, s, slice), key, keys, s.e, W(1));
+  }
+}
+
+template <typename T>
+constexpr AttentionKernels attention_table() {
+  return {attention_forward_pack<T>,       attention_forward<T>,       attention_backward_pack_keys<T>,
+          attention_backward_pack_rows<T>, attention_backward<T>,      attention_backward_sum<T>,
+          attention_backward2_pack_keys<T>, attention_backward2_rows<T>, attention_backward2_keys<T>};
+}

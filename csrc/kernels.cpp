@@ -1,0 +1,11 @@
+// The CPU kernels for whatever the compiler makes of plain C++: x86-64's baseline, or NEON on aarch64.
+#include "attention.h"
+
+#define FASTGAN_VARIANT plain
+#define FASTGAN_VECTOR_BYTES 16
+#ifdef __aarch64__
+#define FASTGAN_BLOCK_ROWS 8
+#else
+#define FASTGAN_BLOCK_ROWS 4
+#endif
+#include "kernels.h"

@@ -1,0 +1,57 @@
+"""Attention O = softmax(scale Q K^T) V and its first and second gradients by the C++ extension, on a CPU.
+
+The signatures are those of ``fastgan.reference.attention``. Two statistics of each row are kept, from which the
+probabilities are recomputed tile by tile; half-precision operands are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan._layout import empty_rows_like
+from fastgan.backend import load_extension
+
+load_extension()
+_fwd = torch.ops.fastgan_C.attention_fwd.default
+_bwd = torch.ops.fastgan_C.attention_bwd.default
+_bwd_bwd = torch.ops.fastgan_C.attention_bwd_bwd.default
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the output (B, N, e) in q's dtype and layout, and the rows' statistics."""
+    o, stats = empty_rows_like(q, v.shape[2]), empty_stats(q)
+    _fwd(q, k, v, scale, o, stats)
+    return o, stats
+
+
+def empty_stats(q: Tensor) -> Tensor:
+    """Return an uninitialised (B, N, 2): each row's largest q k^T, and 1 / the sum of exponentials relative to it."""
+    return q.new_empty(*q.shape[:2], 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def attention_bwd(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) of <grad_o, O>."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _bwd(grad_o, q, k, v, o, stats, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+def attention_bwd_bwd(
+    ggq: Tensor,
+    ggk: Tensor,
+    ggv: Tensor,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    stats: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to (grad_o, q, k, v) of <ggq, dq> + <ggk, dk> + <ggv, dv>, as in the reference."""
+    g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, stats, scale, g_do, gq, gk, gv)
+    return g_do, gq, gk, gv

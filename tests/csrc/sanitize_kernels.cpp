@@ -1,0 +1,195 @@
+// The passes of attention on plain buffers of just the size that they ask for, with no torch: for AddressSanitizer and
+// UBSan (`make sanitize`). Checked against the textbook formula, and the double backward against differences of it.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "attention.h"
+
+namespace {
+
+using namespace fastgan;
+using Values = std::vector<double>;
+
+std::mt19937 generator(0);
+
+Values random_values(int64_t size) {
+  std::normal_distribution<double> normal;
+  Values x(size);
+  for (double& value : x) value = normal(generator);
+  return x;
+}
+
+struct Operands {
+  Values q, k, v, go;
+};
+
+struct Gradients {
+  Values o, dq, dk, dv;
+};
+
+// One slice by the definition.
+Gradients textbook(const AttentionShape& s, const Operands& x) {
+  Gradients g{Values(s.n * s.e), Values(s.n * s.d), Values(s.m * s.d), Values(s.m * s.e)};
+  for (int64_t n = 0; n < s.n; ++n) {
+    Values p(s.m), dp(s.m);
+    double total = 0, delta = 0;
+    for (int64_t m = 0; m < s.m; ++m) {
+      for (int64_t i = 0; i < s.d; ++i) p[m] += s.scale * x.q[n * s.d + i] * x.k[m * s.d + i];
+      total += p[m] = std::exp(p[m]);
+    }
+    for (int64_t m = 0; m < s.m; ++m) {
+      p[m] /= total;
+      for (int64_t j = 0; j < s.e; ++j) {
+        g.o[n * s.e + j] += p[m] * x.v[m * s.e + j];
+        dp[m] += x.go[n * s.e + j] * x.v[m * s.e + j];
+        g.dv[m * s.e + j] += p[m] * x.go[n * s.e + j];
+      }
+      delta += p[m] * dp[m];
+    }
+    for (int64_t m = 0; m < s.m; ++m)
+      for (int64_t i = 0; i < s.d; ++i) {
+        const double ds = s.scale * p[m] * (dp[m] - delta);
+        g.dq[n * s.d + i] += ds * x.k[m * s.d + i];
+        g.dk[m * s.d + i] += ds * x.q[n * s.d + i];
+      }
+  }
+  return g;
+}
+
+template <typename T>
+std::vector<T> as(const Values& x) {
+  return {x.begin(), x.end()};
+}
+
+template <typename T>
+View view(std::vector<T>& x, int64_t rows, int64_t channels) {
+  return {x.data(), rows * channels, 0, channels, 1};
+}
+
+class Memory {
+ public:
+  explicit Memory(int64_t element) : element_(element) {}
+
+  void* room(int64_t elements) {
+    held_.push_back(std::make_unique<char[]>(elements * element_));
+    return held_.back().get();
+  }
+
+  template <typename Pass>
+  void give(Pass& x) {
+    for (const auto& [packed, elements] : x.sizes()) *packed = {room(elements * x.shape.slices()), elements};
+  }
+
+ private:
+  int64_t element_;
+  std::vector<std::unique_ptr<char[]>> held_;
+};
+
+int failures = 0;
+
+template <typename T>
+void expect(const char* what, const std::vector<T>& found, const Values& truth) {
+  double difference = 0, length = 0;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    difference += std::pow(found[i] - truth[i], 2);
+    length += std::pow(truth[i], 2);
+  }
+  const double error = std::sqrt(difference / std::max(length, 1e-30));
+  const bool good = found.size() == truth.size() && error < (sizeof(T) == 4 ? 1e-5 : 1e-12);
+  if (!good) ++failures;
+  std::printf("%-4s %-40s relative error %.1e\n", good ? "ok" : "FAIL", what, error);
+}
+
+double dot(const Values& a, const Values& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+template <typename T>
+void test(const AttentionShape& s) {
+  const Operands wide{random_values(s.n * s.d), random_values(s.m * s.d), random_values(s.m * s.e),
+                      random_values(s.n * s.e)};
+  auto q = as<T>(wide.q), k = as<T>(wide.k), v = as<T>(wide.v), go = as<T>(wide.go);
+  std::vector<T> o(s.n * s.e), stats(2 * s.n), dq(s.n * s.d), dk(s.m * s.d), dv(s.m * s.e);
+  const AttentionKernels& kernels = attention_kernels(sizeof(T) == 4 ? Element::kFloat : Element::kDouble);
+  Memory memory(sizeof(T));
+
+  AttentionForward forward{};
+  forward.shape = s;
+  forward.q = view(q, s.n, s.d), forward.k = view(k, s.m, s.d), forward.v = view(v, s.m, s.e);
+  forward.o = view(o, s.n, s.e), forward.stats = stats.data();
+  memory.give(forward);
+  kernels.forward_pack(forward, 0, s.tiles());
+  kernels.forward(forward, 0, s.strips(), memory.room(forward_room(s)));
+
+  AttentionBackward backward{};
+  backward.shape = s;
+  backward.q = forward.q, backward.k = forward.k, backward.v = forward.v, backward.o = forward.o;
+  backward.grad_o = view(go, s.n, s.e), backward.stats = stats.data();
+  backward.dq = view(dq, s.n, s.d), backward.dk = view(dk, s.m, s.d), backward.dv = view(dv, s.m, s.e);
+  memory.give(backward);
+  kernels.backward_pack_keys(backward, 0, s.tiles());
+  kernels.backward_pack_rows(backward, 0, s.strips());
+  kernels.backward(backward, 0, s.groups(), memory.room(backward_room(s)));
+  kernels.backward_sum(backward, 0, s.strips());
+
+  const Gradients truth = textbook(s, wide);
+  expect("attention", o, truth.o);
+  expect("attention, gradient of q", dq, truth.dq);
+  expect("attention, gradient of k", dk, truth.dk);
+  expect("attention, gradient of v", dv, truth.dv);
+
+  const Operands given{random_values(s.n * s.d), random_values(s.m * s.d), random_values(s.m * s.e), {}};
+  auto ggq = as<T>(given.q), ggk = as<T>(given.k), ggv = as<T>(given.v);
+  std::vector<T> g_do(s.n * s.e), gq(s.n * s.d), gk(s.m * s.d), gv(s.m * s.e);
+  AttentionBackward2 second{};
+  second.shape = s;
+  second.q = forward.q, second.k = forward.k, second.v = forward.v, second.grad_o = backward.grad_o;
+  second.stats = stats.data();
+  second.ggq = view(ggq, s.n, s.d), second.ggk = view(ggk, s.m, s.d), second.ggv = view(ggv, s.m, s.e);
+  second.g_do = view(g_do, s.n, s.e), second.gq = view(gq, s.n, s.d);
+  second.gk = view(gk, s.m, s.d), second.gv = view(gv, s.m, s.e);
+  memory.give(second);
+  kernels.backward2_pack_keys(second, 0, s.tiles());
+  kernels.backward2_rows(second, 0, s.strips(), memory.room(backward2_rows_room(s)));
+  kernels.backward2_keys(second, 0, s.tiles(), memory.room(backward2_keys_room(s)));
+
+  // Along a direction, and by a central difference of the textbook's gradients.
+  const Operands way{random_values(s.n * s.d), random_values(s.m * s.d), random_values(s.m * s.e),
+                     random_values(s.n * s.e)};
+  const auto slope = dot(way.q, Values(gq.begin(), gq.end())) + dot(way.k, Values(gk.begin(), gk.end())) +
+                     dot(way.v, Values(gv.begin(), gv.end())) + dot(way.go, Values(g_do.begin(), g_do.end()));
+  const double step = 1e-5;
+  double differences = 0;
+  for (const double sign : {-1.0, 1.0}) {
+    Operands moved = wide;
+    const auto move = [&](Values& x, const Values& by) {
+      for (size_t i = 0; i < x.size(); ++i) x[i] += sign * step * by[i];
+    };
+    move(moved.q, way.q), move(moved.k, way.k), move(moved.v, way.v), move(moved.go, way.go);
+    const Gradients g = textbook(s, moved);
+    differences += sign / (2 * step) * (dot(given.q, g.dq) + dot(given.k, g.dk) + dot(given.v, g.dv));
+  }
+  const double error = std::abs(slope - differences) / std::max(1.0, std::abs(differences));
+  const bool good = error < (sizeof(T) == 4 ? 1e-3 : 1e-6);
+  if (!good) ++failures;
+  std::printf("%-4s %-40s relative error %.1e\n", good ? "ok" : "FAIL", "attention, second gradients", error);
+}
+
+}  // namespace
+
+int main() {
+  std::printf("vectors of %d bits\n", int(fastgan::vector_bits()));
+  for (const AttentionShape& s : {AttentionShape{1, 1, 5, 4, 3, 6, 0.7}, AttentionShape{1, 1, 1, 1, 1, 1, 1.0},
+                                  AttentionShape{1, 1, 33, 65, 5, 17, 0.3}, AttentionShape{1, 1, 40, 130, 8, 32, 0.4},
+                                  AttentionShape{1, 1, 70, 2000, 2, 3, 0.5}}) {
+    test<float>(s);
+    test<double>(s);
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
