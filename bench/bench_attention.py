@@ -28,7 +28,7 @@ OTHERS = ((256, 16), (256, 32), (96, 64), (128, 64), (192, 64), (384, 64))
 SHAPES_ON_A_CPU = ((256, 16), TYPICAL, LARGER)
 PASSES = ("forward", "backward", "penalty")
 TOKENS = {"cuda": (1024, 4096), "cpu": (1024,)}
-# What one H100 can do: exponentials and float16 products a second, bytes of device memory a second.
+# Limits of one H100: exponentials and float16 products per second, bytes of device memory per second.
 EXPONENTIALS, PRODUCTS, BYTES = 4e12, 8e14, 3.0e12
 
 
@@ -183,7 +183,7 @@ def _passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: s
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """SDPA's fused backends, q and k padded to v's channels where those are more."""
+    """Call one of SDPA's fused backends; q and k are padded to v's channels if v has more."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         width = max(q.shape[2], v.shape[2])

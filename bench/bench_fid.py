@@ -243,7 +243,7 @@ def image_folders(n: int) -> tuple[Path, Path]:
 
 
 def decoded_by_threads(n: int, resize: str) -> Tensor:
-    """The sum of all images, at Inception's size where the reading threads resize them."""
+    """Sum all images, at Inception's size if the reading threads resize them."""
     from fastgan.metrics import ImageFolder
 
     total = torch.zeros(3, dtype=torch.float64)

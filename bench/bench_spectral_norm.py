@@ -1,7 +1,7 @@
 """All spectral norms of a network: one grouped update against torch's parametrization, its older hook, torch.compile.
 
-The networks hold the weights of published critics and generators and nothing else, so that what is timed is spectral
-normalisation. Each weight has one singular value of 1 among small ones and starts at its vectors: every order of
+The networks hold the weights of published critics and generators and nothing else, so that only spectral normalization
+is timed. Each weight has one singular value of 1 among small ones and starts at its vectors: every order of
 updates then gives the same sigma, and the implementations can be compared.
 """
 

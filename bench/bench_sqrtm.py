@@ -4,8 +4,8 @@ The time that unsymmetric eigensolvers take depends on the spectra, fastgan's do
 one population with eigenvalues down to 1e-6, is hard for them, ``unrelated`` is easy. Features of photographs, whose
 eigenvalues span as much, were found nearer to ``unrelated`` (EfficientNet's, 1280 dimensions).
 
-Errors are relative to the workload's reference: of singular values of factors, which keep all digits for any spectrum,
-where that is affordable. Inputs are made when a workload is first run.
+Errors are relative to the workload's reference. If affordable, that is the singular values of factors, which keep all
+digits for any spectrum. Inputs are made when a workload is first run.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def unrelated(d: int, device: str) -> Workload:
 
 
 def rank_deficient(d: int, device: str) -> Workload:
-    """Of samples with fewer vectors than dimensions: scipy's square root of the singular product loses digits."""
+    """Compare covariances of fewer samples than dimensions: scipy's root of the singular product loses digits."""
     n = 1000 if d == 2048 else d // 2
     pair = partial(two_samples, n, d, device)
 
@@ -265,7 +265,7 @@ def covariance(n: int, d: int, seed: int, device: str, population: int = 0, smal
 
 @functools.lru_cache(maxsize=1)
 def saved_root(n: int, d: int, device: str) -> Tensor:
-    """As a file of statistics holds it."""
+    """Return the factor of a covariance as a file of statistics holds it."""
     return torch.linalg.cholesky(covariance(n, d, 1, device)).mT.contiguous()
 
 
@@ -300,7 +300,7 @@ def eigenvector_root(a: Tensor) -> Tensor:
 
 
 def eigenvalue_trace(a: Tensor, b: Tensor) -> Tensor:
-    """What torchmetrics does."""
+    """Compute the trace from eigenvalues of the product, as torchmetrics does."""
     return torch.linalg.eigvals(a @ b).sqrt().real.sum(-1)
 
 

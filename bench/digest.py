@@ -18,7 +18,7 @@ SELECTED = {
 }
 """Workloads that the README shows of a suite, if it has any of them; all of the others."""
 DEFAULTS = ("fastgan", "fastgan auto")
-"""What a user gets who chooses nothing: shown, and what ratios are against, even where another is faster."""
+"""Implementations that a user gets by default. They are shown and ratios refer to them, even if another is faster."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Line:
     Args:
         suite: its suite.
         workload: its name.
-        own: fastgan's default, or the fastest of its implementations where there is none.
+        own: fastgan's default, or the fastest of its implementations if there is no default.
         fastest: the fastest of fastgan's implementations, which may be ``own``.
         baselines: the others that were timed, the fastest first.
     """
@@ -41,7 +41,7 @@ class Line:
 
 
 def times(slower: Record, faster: Record) -> float:
-    """How many times as long the median of ``slower`` is."""
+    """Return the median of ``slower`` divided by that of ``faster``."""
     return seconds(slower) / seconds(faster)
 
 
@@ -53,7 +53,7 @@ def seconds(record: Record) -> float:
 
 
 def read_runs(folder: Path) -> dict[str, Run]:
-    """The runs of one device by suite: the full one, or the quick one where there is no other."""
+    """Read the runs of one device by suite: the full run, or the quick one if there is no other."""
     runs: dict[str, Run] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem.endswith("-quick")):
         runs.setdefault(path.stem.removesuffix("-quick"), read_run(path))

@@ -21,7 +21,7 @@ LABEL_HEIGHTS = (0.2, -0.2, 0.38, -0.38)
 
 
 def write_plots(runs: dict[str, Run], folder: Path) -> None:
-    """Draw what the runs of one device allow into its folder."""
+    """Draw every plot that the runs of one device have records for."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What one run does worse than another, beyond the noise."""
+"""Find what one run does worse than another, beyond the noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def regressions(old: Run, new: Run) -> list[str]:
     """A line for everything that is worse in ``new``: slower, larger, more launches, or failed.
 
     Slower means that the 20 % quantile of the new times lies above the 80 % quantile of the old ones, and that the
-    median grew by at least 5 % (20 % where either is a single run).
+    median grew by at least 5 % (20 % if either is a single run).
 
     Raises:
         RecordError: the runs are of different devices, or have nothing in common.
@@ -32,7 +32,7 @@ def regressions(old: Run, new: Run) -> list[str]:
 
 
 def notes(old: Run, new: Run) -> list[str]:
-    """A line for what differs in the environment, and for what only one of the runs holds."""
+    """Return one line per difference of the environments and per workload that only one of the runs holds."""
     keys = sorted(old.environment.keys() | new.environment.keys())
     values = [(key, old.environment.get(key, "?"), new.environment.get(key, "?")) for key in keys]
     lines = [f"{key}: {a} -> {b}" for key, a, b in values if a != b]

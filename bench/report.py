@@ -1,4 +1,4 @@
-"""``python -m bench report``: tables and plots of the records, beside them and in README.md between markers."""
+"""``python -m bench report``: tables and plots of the records, in their folders and between README.md's markers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIGURE = re.compile(rf"(?<![\w.])\d[\d.,]*\s?(?:{UNITS})(?![\w/])")
 
 
 def write_report(root: Path = ROOT) -> list[str]:
-    """Write every table and plot; what then is still wrong, a line each."""
+    """Write every table and plot; return one line per problem that is left."""
     for path, text in _documents(root).items():
         write_text(path, text)
     try:
@@ -34,7 +34,7 @@ def write_report(root: Path = ROOT) -> list[str]:
 
 
 def check_report(root: Path = ROOT) -> list[str]:
-    """A line for every document or plot that is not what the records give, and every figure without a record."""
+    """Return one line per document or plot that differs from the records and per figure without a record."""
     problems = [
         f"{path.relative_to(root)} is not up to date: run `python -m bench report`"
         for path, text in _documents(root).items()
@@ -177,7 +177,7 @@ def _record_table(records: Sequence[Record]) -> str:
 
 
 def _training(root: Path) -> str:
-    """What training on digits came to."""
+    """Return the table of the training runs on digits."""
     header = ("recipe", "updates", "N", "distance before", "after", "real against real", "right class", "CPU time")
     rows = []
     for path in sorted((root / "bench" / "results" / "training").glob("*/metrics.json")):

@@ -27,7 +27,7 @@ def load(suite: str, quick: bool, device: str) -> Iterable[Workload]:
 
 @dataclass
 class Session:
-    """How to run suites and where their files go.
+    """Run suites and write their files.
 
     Args:
         folder: of the JSON files.
@@ -58,7 +58,7 @@ class Session:
     def run_suite(self, suite: str) -> list[str]:
         """Run a suite and write its file; a line for every reference or fastgan implementation that failed.
 
-        The file is written after each workload, so that an interrupted run leaves what it has measured.
+        The file is written after each workload, so an interrupted run keeps its measurements.
         """
         start = time.perf_counter()
         path = self.folder / f"{suite}{'-quick' if self.quick else ''}.json"

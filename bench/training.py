@@ -1,4 +1,4 @@
-"""``python -m bench.training``: train recipes on the handwritten digits and keep what shows that they learn.
+"""``python -m bench.training``: train recipes on the handwritten digits and keep the evidence that they learn.
 
 For each, ``bench/results/training/<recipe>/`` gets the final grid, the curves, and ``metrics.json`` with distances over
 the steps, the agreement of a classifier with the classes asked for, the variety within a class, images a second, seed,
@@ -54,7 +54,7 @@ def main(
     ] = None,
     change: Annotated[list[str] | None, typer.Option(help="key=value, a setting of the recipe to change.")] = None,
 ) -> None:
-    """Train on digits and write what came out."""
+    """Train on digits and write the results."""
     unknown = set(recipes or ()) - set(RECIPES)
     if unknown:
         raise typer.BadParameter(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
@@ -66,7 +66,7 @@ def main(
 
 
 def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Train one recipe in ``folder``, or go on with what is there; judge it, and write ``results``."""
+    """Train one recipe in ``folder``, or resume it there; judge it and write ``results``."""
     start = time.process_time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"device": device, "tell": typer.echo, "show_progress": False}
@@ -104,7 +104,7 @@ def train(name: str, folder: Path, results: Path, changes: Sequence[str] = ()) -
 
 
 def judge(run: Run) -> dict[str, Any]:
-    """What a support vector classifier of real pixels makes of generated images, and how they vary."""
+    """Measure how often a support vector classifier of real pixels agrees with the labels, and the variety."""
     data, held_out = run.data.train, run.data.held_out
     classify = pixel_classifier(data)
     accuracy = (classify(held_out.images) == held_out.labels).double().mean().item()
@@ -131,8 +131,10 @@ def judge(run: Run) -> dict[str, Any]:
 
 
 def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: LabelledImages) -> dict[str, Any]:
-    """How far images of one class lie apart, as a part of what real ones do, and how the pixels of generated and of
-    held-out images lie in each other's neighbourhoods; both for as many of the images trained on, too."""
+    """Compare the spread within classes, and the neighbourhoods of pixels, with those of held-out real images.
+
+    The same is done for as many of the training images, for scale.
+    """
     real, seen = held_out.images.flatten(1), train.images[: len(images)].flatten(1)
     spreads = _spreads(images.flatten(1), labels) / _spreads(real, held_out.labels)
     seen_spreads = _spreads(seen, train.labels[: len(images)]) / _spreads(real, held_out.labels)
@@ -149,7 +151,7 @@ def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: La
 
 
 def _spreads(pixels: Tensor, labels: Tensor) -> Tensor:
-    """Mean distance of two images of a class, for each class; NaN where there are not two."""
+    """Return the mean distance of two images of a class, for each class; NaN if it has fewer than two."""
     return torch.stack([torch.pdist(pixels[labels == label].double()).mean() for label in range(N_CLASSES)])
 
 

@@ -20,10 +20,14 @@ The first three need torch, triton and numpy alone; everything else is imported 
 """
 
 import sys
+from importlib import metadata
 
 from fastgan.backend import backend_status
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("fastgan")
+except metadata.PackageNotFoundError:  # run from a source tree
+    __version__ = "0+unknown"
 __all__ = ["__version__", "backend_status"]
 
 _MOVED = {

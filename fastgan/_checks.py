@@ -11,10 +11,10 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class InputError(ValueError):
-    """The data, files or options given cannot be used; the message says which and what is allowed.
+    """Data, files or options that cannot be used; the message names them and what is allowed.
 
     A ``ValueError`` like every other argument error of the library. The ``fastgan`` command prints it as one line and
-    exits with status 2, where any other exception keeps its traceback.
+    exits with status 2; any other exception keeps its traceback.
     """
 
 

@@ -52,7 +52,7 @@ def outside_autocast(function: F) -> F:
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
-    """Return whether autograd records what is computed from these tensors."""
+    """Return whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -67,12 +67,12 @@ def is_transforming() -> bool:
 
 
 def is_exporting() -> bool:
-    """Return whether ``torch.export``, ``torch.onnx.export`` or ``torch.jit.trace`` records what is computed.
+    """Return whether ``torch.export``, ``torch.onnx.export`` or ``torch.jit.trace`` is recording.
 
-    The graph may be run where there is no fastgan, so that it must consist of torch's own operators.
+    The graph may be run without fastgan, so it must consist of torch's own operators.
     """
     if torch.compiler.is_compiling():
-        # What torch.compiler.is_exporting() returns, which the dynamo of torch 2.11 takes to be True in every graph.
+        # torch.compiler.is_exporting() returns this flag, but torch 2.11's dynamo takes it to be True in any graph.
         return bool(torch.compiler._is_exporting_flag)
     return torch._C._get_tracing_state() is not None
 
@@ -80,8 +80,8 @@ def is_exporting() -> bool:
 def runs_at_once(*tensors: Tensor) -> bool:
     """Return whether nothing stands between a call and these tensors' memory: no trace, transform, mode or subclass.
 
-    What needs no gradient may then be computed without a pass through torch's dispatcher, which costs some
-    microseconds of Python per tensor.
+    If so, operations that need no gradient can bypass torch's dispatcher, which costs some microseconds of Python per
+    tensor.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place and moved there."""
+"""Atomic files: written under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgan._checks import InputError
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside ``path`` (whose folder is made if need be), moved there if the block succeeds."""
+    """Yield a temporary path in the folder of ``path``, made if missing; rename it to ``path`` after the block."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)

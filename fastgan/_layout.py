@@ -1,4 +1,4 @@
-"""Memory layouts of outputs: ops answer in the layout of their input, so that no copy is needed around them."""
+"""Memory layouts of outputs: ops keep the layout of their input, so no copy is needed around them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 
 def empty_rows_like(x: Tensor, channels: int) -> Tensor:
-    """An uninitialised (B, N, channels) tensor for x (B, N, d), channels-first in memory where x is.
+    """Return an uninitialized (B, N, channels) tensor for x (B, N, d), channels-first in memory if x is.
 
-    For x (B, H, N, d) it is (B, H, N, channels), with heads next to one another in each row of memory where x has them
-    so.
+    For x (B, H, N, d) it is (B, H, N, channels), with heads next to one another in each row of memory if x has them so.
     """
     if x.ndim == 4:
         b, h, n, _ = x.shape
@@ -24,17 +23,17 @@ def empty_rows_like(x: Tensor, channels: int) -> Tensor:
 
 
 def is_channels_first(x: Tensor) -> bool:
-    """True where the rows of x (B, N, d) lie next to one another in memory, channel by channel."""
+    """Return whether the N entries of each channel of x (B, N, d) are contiguous in memory."""
     return x.stride(1) == 1 and x.stride(2) != 1
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C), a view where each row of the image follows the one above it in memory."""
+    """Return x (B, C, H, W) as (B, H W, C): a view if each row of the image follows the one above it in memory."""
     return x.flatten(2).transpose(1, 2)
 
 
 def image_like(x: Tensor) -> Tensor:
-    """An uninitialised tensor like x (B, C, H, W): channels-last in memory where x is, else channels-first."""
+    """Return an uninitialized tensor like x (B, C, H, W): channels-last in memory if x is, else channels-first."""
     channels_last = x.stride(1) == 1 and x.shape[1] > 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

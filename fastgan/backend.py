@@ -1,4 +1,4 @@
-"""Which implementations this machine can run, why the others cannot, and the choice between them.
+"""Find out which implementations this machine can run, and choose between them.
 
 Every public function takes ``impl="auto" | "triton" | "extension" | "reference"``. ``auto`` means the Triton kernel for
 CUDA tensors of a dtype it supports, the C++ extension for CPU tensors, and plain PyTorch otherwise. A missing backend
@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 IMPLS = ("auto", "triton", "extension", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Sentences on kernels that the installed Triton spills, which those who launch them append.
+# Sentences on kernels that the installed Triton spills; launchers append to it.
 SPILLED: list[str] = []
 
 
@@ -45,7 +45,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What :func:`backend_status` returns; prints as a table and indexes by name."""
+    """The result of :func:`backend_status`; prints as a table and is indexed by name."""
 
     backends: tuple[Backend, ...]
 
@@ -80,20 +80,22 @@ def backend_status() -> BackendStatus:
 
 
 def interpreting() -> bool:
-    """True where Triton kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
+    """Return whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def _called_when_traced(function: F) -> F:
-    """As ``torch.compiler.assume_constant_result``, which would import the compiler: Dynamo calls such a function and
-    does not trace it."""
+    """Make Dynamo call ``function`` and not trace it.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports the compiler.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_called_when_traced
 def _triton_missing() -> str:
-    """Why Triton cannot be used; "" where it can."""
+    """Return the reason why Triton cannot be used, or "" if it can."""
     triton = _triton()
     return "" if triton.available else triton.detail
 
@@ -127,7 +129,7 @@ def load_extension() -> str:
     """Load the C++/CUDA extension ``fastgan/_C*.so``; return "" on success, else the reason why it is missing."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
-        return "not built: reinstall with `pip install --no-build-isolation .` where a C++ compiler is at hand"
+        return "not built: `pip install .` builds it in an environment with torch and a C++ compiler"
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
@@ -170,7 +172,7 @@ def warn_once(message: str) -> None:
 
 @functools.cache
 def warn_anew(message: str) -> None:
-    """What :func:`warn_once` remembers: ``cache_clear`` makes it forget."""
+    """Warn, and remember it for :func:`warn_once`; ``cache_clear`` forgets all messages."""
     warnings.warn(message, BackendWarning, stacklevel=4)
 
 
@@ -215,7 +217,7 @@ def resolve(impl: str, tensor: Tensor) -> str:
     return "triton"
 
 
-# Launchers of kernels, imported when they are first asked for: Triton may be missing.
+# Launchers of kernels, imported at their first use, since Triton may be missing.
 _LAUNCHERS = {
     "attention": "attention.launch",
     "multihead": "attention.multihead",
@@ -225,6 +227,8 @@ _LAUNCHERS = {
 
 
 def implementation(op: str, impl: str) -> ModuleType:
-    """Return the module that computes ``op``, given what :func:`resolve` chose: kernels' launchers, the extension's
-    callers or plain PyTorch."""
+    """Return the module that computes ``op`` by the ``impl`` that :func:`resolve` chose.
+
+    It holds launchers of kernels, callers of the extension or plain PyTorch.
+    """
     return importlib.import_module(f"fastgan.kernels.{_LAUNCHERS[op]}" if impl == "triton" else f"fastgan.{impl}.{op}")

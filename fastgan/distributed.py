@@ -35,7 +35,7 @@ if "WORLD_SIZE" in os.environ and dist.is_available():
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that share the work: of ``group``, or of the default process group."""
+    """This process's rank among the processes of ``group``, or of the default process group, that share the work."""
 
     rank: int = 0
     size: int = 1
@@ -47,13 +47,15 @@ class World:
         return self.rank == 0
 
     def share(self, n: int) -> range:
-        """The part of ``range(n)`` that is this process's: one block, in the order of the ranks."""
+        """Return this process's part of ``range(n)``: one block, in the order of the ranks."""
         return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Where the block raises an ``InputError`` in one process, all raise it, so that none waits for one that has
-        given up. Every process must come here; nothing within the block may wait for another."""
+        """Raise an ``InputError`` of one process's block in all of them, so that none waits for one that has given up.
+
+        Every process must enter the block; nothing within it may wait for another process.
+        """
         problem = None
         try:
             yield
@@ -66,12 +68,12 @@ class World:
             raise InputError(problems[0])
 
     def gather(self, value: Any) -> list[Any]:
-        """``value`` of every process, in rank order."""
+        """Return ``value`` of every process, in rank order."""
         return [value] if self.size == 1 else gather_objects(value, self.group)
 
 
 def current_world(group: dist.ProcessGroup | None = None) -> World:
-    """The processes of ``group``, of the default process group if it is initialized, or this process alone."""
+    """Return the processes of ``group``, of the default process group if it is initialized, or this process alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(group), dist.get_world_size(group), group)
@@ -79,7 +81,7 @@ def current_world(group: dist.ProcessGroup | None = None) -> World:
 
 @contextmanager
 def launched_world(device: torch.device) -> Iterator[World]:
-    """The world that torchrun started this process in, its process group up while the block runs."""
+    """Yield the world that torchrun started this process in; its process group exists while the block runs."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not dist.is_available() or dist.is_initialized():
         yield current_world()
@@ -93,8 +95,10 @@ def launched_world(device: torch.device) -> Iterator[World]:
 
 
 def told_by_one(line: str, tell: Callable[[str], None]) -> None:
-    """``tell(line)`` in one of the processes that torchrun started, the first to come here with this line; the others
-    return after it has. Where they cannot reach each other, each tells. Needs no process group."""
+    """Call ``tell(line)`` in the first of the processes started by torchrun that gets here with this line.
+
+    The others return after it has. If they cannot reach each other, each calls ``tell``. Needs no process group.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         tell(line)
         return
@@ -103,7 +107,7 @@ def told_by_one(line: str, tell: Callable[[str], None]) -> None:
         if store.add(f"fastgan/comers to {line}", 1) > 1:
             store.wait([f"fastgan/told {line}"])
             return
-    except (RuntimeError, ValueError):  # no store, or nobody who has told
+    except (RuntimeError, ValueError):  # there is no store, or the first process did not get through
         tell(line)
         return
     tell(line)
@@ -111,7 +115,7 @@ def told_by_one(line: str, tell: Callable[[str], None]) -> None:
 
 
 def local_device() -> torch.device:
-    """The GPU of this process where there is one for each of the node's processes, else the CPU."""
+    """Return this process's GPU, by its local rank, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -120,14 +124,14 @@ def local_device() -> torch.device:
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
-    """The rows (n_i, dim) of all processes in rank order, (sum n_i, dim), the same on each."""
+    """Return the rows (n_i, dim) of all processes in rank order as one (sum n_i, dim), the same on each process."""
     if world.size == 1:
         return rows
     return torch.cat(gather_parts(rows, world.gather(len(rows)))).to(rows.device)
 
 
 def gather_parts(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The rows (count, dim) of each process, on the device of collectives, padded to one size on the way."""
+    """Return the rows (count, dim) of each process, on the device of collectives; they travel padded to one size."""
     padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=collective_device(group))
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in counts]
@@ -136,14 +140,14 @@ def gather_parts(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup |
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """``value`` of every process of ``group``, in rank order."""
+    """Return ``value`` of every process of ``group``, in rank order."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
-    """Where tensors must be for a collective call."""
+    """Return the device on which tensors must be for a collective call."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -6,12 +6,12 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.
 
 
 def relative_error(actual, truth):
-    """|actual - truth| / |truth| in the Frobenius norm; infinite where anything is not finite."""
+    """Return |actual - truth| / |truth| in the Frobenius norm; infinite if anything is not finite."""
     difference = (actual.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
     return difference.item() if difference.isfinite() else float("inf")
 
 
 def assert_as_accurate(actual, plain, truth, name="output"):
-    """``plain`` is what eager torch gets in the dtype of ``actual``; ``truth`` is float64."""
+    """Compare errors: ``plain`` is eager torch's result in the dtype of ``actual``, ``truth`` is float64."""
     error, allowed = relative_error(actual, truth), 2 * relative_error(plain, truth) + FLOOR[actual.dtype]
     assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

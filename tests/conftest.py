@@ -20,7 +20,7 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
-    """``-m gpu`` takes what needs a GPU and, where there is one, every test that runs its kernels on it."""
+    """``-m gpu`` selects tests that need a GPU and, if there is one, every test that runs its kernels on it."""
     for item in items:
         if torch.cuda.is_available() and "device" in item.fixturenames:
             item.add_marker(pytest.mark.gpu)
@@ -35,7 +35,7 @@ def seed():
 
 @pytest.fixture
 def device():
-    """Where kernels run: the GPU where there is one, else the CPU with Triton's interpreter."""
+    """The device that runs kernels: the GPU if there is one, else the CPU with Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

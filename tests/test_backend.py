@@ -82,7 +82,7 @@ class Calls:
 
 
 def public_calls():
-    """Functions of impl, each of which makes one public call and returns what can be differentiated."""
+    """Return functions of impl, each of which makes one public call and returns a differentiable result."""
     x = torch.randn(2, 16, 4, 6, requires_grad=True)
     q, k, v = (torch.randn(2, 5, n, requires_grad=True) for n in (3, 3, 4))
     weight, u, w = torch.randn(6, 16, requires_grad=True), torch.randn(6), torch.randn(16)

@@ -150,7 +150,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(images):
-    """What one process finds."""
+    """Return the findings of one process."""
     return {
         name: json.loads(CliRunner().invoke(app, command(images, *arguments), catch_exceptions=False).stdout)
         for name, arguments in (("fid", ("fid",)), ("evaluate", EVALUATE))

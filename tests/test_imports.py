@@ -38,7 +38,7 @@ ALLOWED = {
     "training": GROUND | {"_twice_differentiable", "losses", "data", "models", "recipes", "metrics"},
     "bench": GROUND | {"reference", "ops", "nn", "linalg", "models"},
 }
-"""What each package of fastgan may import besides itself and the version; ``cli`` and ``demo`` may import anything."""
+"""Packages that each package of fastgan may import, besides itself and the version; ``cli``, ``demo``: anything."""
 
 
 def source_files():

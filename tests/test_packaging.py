@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ IGNORED = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what a source distribution holds, without built files."""
+    """A copy of the files of a source distribution, without built ones."""
     target = tmp_path / "tree"
     target.mkdir()
     for name in SOURCES:
@@ -40,7 +42,7 @@ def no_torch(tmp_path):
 
 
 def setup_py(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run setup.py, in an environment where nothing but ``environment`` says what to build."""
+    """Run setup.py in an environment whose only build settings are ``environment``."""
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith("FASTGAN_") and k not in ("CUDA_HOME", "CUDA_PATH")
     }
@@ -104,6 +106,72 @@ def test_pure_python_wheel_works(tree, no_torch, tmp_path):
     path, value = done.stdout.split()
     assert Path(path).is_relative_to(tmp_path)
     assert float(value) == pytest.approx(6, rel=1e-15)
+
+
+@pytest.fixture
+def isolated(tmp_path):
+    """A directory for PYTHONPATH that hides installed packages but for the build tools, as pip's isolated builds do."""
+    directory = tmp_path / "isolated"
+    directory.mkdir()
+    for name in ("setuptools", "_distutils_hack", "pkg_resources"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            (directory / name).symlink_to(Path(spec.origin).parent)
+    hide = "import sys\nsys.path = [path for path in sys.path if 'site-packages' not in path]\n"
+    (directory / "sitecustomize.py").write_text(hide)
+    return directory
+
+
+def test_an_isolated_build_uses_the_installed_torch(tree, isolated):
+    hidden = subprocess.run([sys.executable, "-c", "import torch"], env={**os.environ, "PYTHONPATH": str(isolated)})
+    assert hidden.returncode != 0
+    done = setup_py(tree, "--version", PYTHONPATH=str(isolated), FASTGAN_EXTENSION="1", FASTGAN_CUDA="0")
+    assert done.returncode == 0, done.stderr
+
+
+def git(tree: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *who, *arguments], cwd=tree, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_version_is_that_of_the_tag(tree):
+    pytest.importorskip("setuptools_scm", reason="without it the version is the fallback")
+    git(tree, "init")
+    git(tree, "add", ".")
+    git(tree, "commit", "-m", "first")
+    untagged = setup_py(tree, "--version", FASTGAN_EXTENSION="0").stdout.strip()
+    assert re.fullmatch(r"0\.1\.0\.dev\d+\+g[0-9a-f]+", untagged)
+    git(tree, "tag", "v1.2.3")
+    assert setup_py(tree, "--version", FASTGAN_EXTENSION="0").stdout.strip() == "1.2.3"
+    git(tree, "commit", "--allow-empty", "-m", "second")
+    assert setup_py(tree, "--version", FASTGAN_EXTENSION="0").stdout.startswith("1.2.4.dev1+g")
+
+
+def test_the_version_without_git_is_that_of_the_source_distribution_or_a_fallback(tree):
+    done = setup_py(tree, "--version", FASTGAN_EXTENSION="0")
+    assert done.stdout.strip() == "0.1.0.dev0", done.stderr
+    pytest.importorskip("setuptools_scm", reason="without it the version is the fallback")
+    (tree / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: fastgan\nVersion: 4.5.6\n")
+    assert setup_py(tree, "--version", FASTGAN_EXTENSION="0").stdout.strip() == "4.5.6"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_cuda_half_that_does_not_compile_leaves_the_cpu_half(tree, tmp_path):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'release {torch.version.cuda}, V0' || exit 1\n")
+    nvcc.chmod(0o755)
+    script = tree / "setup.py"
+    script.write_text(script.read_text().replace('/ "nvidia" /', '/ "none" /'))
+    settings = {"CUDA_HOME": str(nvcc.parents[1]), "PATH": f"{nvcc.parent}:/usr/bin:/bin"}
+    done = setup_py(tree, "build_ext", "--inplace", **settings)
+    assert done.returncode == 0, done.stderr
+    if torch.version.cuda is not None:
+        assert "WARNING: the CUDA half is left out: building it failed" in done.stderr
+    assert "installing without the C++ extension" not in done.stderr
+    assert list((tree / "fastgan").glob("_C*"))
 
 
 @pytest.mark.parametrize("variable", ["FASTGAN_EXTENSION", "FASTGAN_CUDA"])

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,29 @@ import pytest
 from fastgan.training import GAN
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/layers.md", "docs/training.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/layers.md",
+    "docs/training.md",
+    "docs/howto/convert.md",
+    "docs/howto/export.md",
+    "docs/howto/gradient_penalty.md",
+    "docs/howto/many_gpus.md",
+)
 PUBLIC = ("nn", "ops", "metrics", "models", "data", "training", "recipes")
 MODULES = ("backend", "linalg", "losses", "reference")
 
 
 def snippets_of(document: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    text = (ROOT / document).read_text()
+    return [textwrap.dedent(s) for s in re.findall(r"^ *```python\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_snippets_run(document, tmp_path, monkeypatch):
     snippets = snippets_of(document)
-    assert len(snippets) >= 3
+    assert snippets
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "document"}
     for snippet in snippets:
@@ -31,8 +42,8 @@ def test_snippets_run(document, tmp_path, monkeypatch):
 
 def test_every_document_with_snippets_is_tested():
     documents = [
-        ROOT / "README.md",
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("*/README.md"),
         *ROOT.glob("fastgan/*/README.md"),
     ]
@@ -45,11 +56,61 @@ def test_the_readme_has_an_example_for_each_use_of_about_ten_lines():
     assert max(lengths) <= 12
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "bench/README.md", "fastgan/metrics/README.md"])
-def test_links_lead_somewhere(document):
-    path = ROOT / document
-    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
-    assert [link for link in links if not (path.parent / link).exists()] == []
+def pages() -> list[Path]:
+    folders = ("", "bench/", "docs/**/", "fastgan/**/")
+    return sorted(path for folder in folders for path in ROOT.glob(f"{folder}*.md"))
+
+
+def anchors_of(path: Path) -> set[str]:
+    """Return the anchors of a page's headings as GitHub makes them; included pages count."""
+    text = path.read_text()
+    included = re.findall(r"^```{include} (\S+)", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    own = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return own.union(*(anchors_of(path.parent / name) for name in included))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_all_environment_variables_are_documented():
+    """Names in Python, shell, make and workflows, but for macros of the C++ sources, which stand behind -D."""
+    patterns = (
+        "*.py",
+        "fastgan/**/*.py",
+        "bench/**/*.py",
+        "bench/*.sh",
+        "kernels/**/*.py",
+        "tests/**/*.py",
+        "Makefile",
+    )
+    sources = {path for pattern in (*patterns, ".ci/*", ".github/**/*.yml") for path in ROOT.glob(pattern)}
+    assert ROOT / "setup.py" in sources
+    named = {
+        name
+        for path in sources - {Path(__file__)}
+        for name in re.findall(r"(?<!-D)\bFASTGAN_[A-Z_]*[A-Z]\b(?!\()", path.read_text())
+    }
+    macros = set(re.findall(r"#\s*(?:define|ifdef|ifndef)\s+(FASTGAN_\w+)", sources_of_the_extension()))
+    documented = set(re.findall(r"^\| `(FASTGAN_\w+)`", (ROOT / "docs/environment.md").read_text(), flags=re.MULTILINE))
+    assert {"FASTGAN_CUDA", "FASTGAN_OFFLINE"} <= named
+    assert named - macros == documented
+
+
+def sources_of_the_extension() -> str:
+    files = [path for folder in ("csrc", "tests/csrc") for path in ROOT.glob(f"{folder}/**/*.*")]
+    return "\n".join(path.read_text() for path in files if path.suffix in (".h", ".cpp", ".cu"))
 
 
 def public_objects():
@@ -77,7 +138,7 @@ def test_public_names_have_docstrings():
 
 
 def undocumented_members(value):
-    """Of one's own, neither a module's forward, which the class describes, nor what the protocol describes."""
+    """List a class's own public members without docstrings, but for forward and the members of the GAN protocol."""
     described = {"forward"} | (set(vars(GAN)) if value is not GAN else set())
     members = {k: v for k, v in vars(value).items() if not k.startswith("_") and k not in described}
     functions = {k for k, v in members.items() if callable(v) or isinstance(v, property | classmethod)}

@@ -30,16 +30,16 @@ class Workload:
     Args:
         name: unique within its suite.
         implementations: name to callable; each call does the whole work and returns its result.
-        reference: the implementation whose result is right; run first, and timed with the others.
+        reference: the implementation whose result counts as right; it runs first and is timed with the others.
         check: (result, result of the reference) -> relative error.
-        parameters: what was asked for: sizes, dtype.
+        parameters: sizes and dtype, for the records.
         tolerance: an implementation with a larger error is not timed.
-        floor: seconds below which this device cannot do the work, where known.
-        once: a run takes so long that the one that is checked is also the one that is timed.
-        once_above: the same for an implementation that takes more than these seconds.
+        floor: seconds below which this device cannot do the work, if known.
+        once: time the checked run itself, for work that takes long.
+        once_above: the same for each implementation that takes more than these seconds.
         images: real images that one call consumes; images per second are reported.
-        cold: on a GPU the second-level cache is overwritten before each timed call, as for work that is bound by
-            memory and whose operands come from there in a real step.
+        cold: on a GPU, overwrite the second-level cache before each timed call, for memory-bound work whose operands
+            come from device memory in a real step.
         warmup: untimed calls of each implementation after the one that is checked.
         min_rounds: the least number of timed calls of each.
     """
@@ -69,9 +69,9 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
 
     Args:
         suite: the suite's name, for the records.
-        workload: what to measure.
+        workload: the work to measure.
         seconds: about how long to time the workload, all implementations together.
-        device: ``cpu`` or ``cuda``, where the work is done; a GPU where there is one.
+        device: ``cpu`` or ``cuda``, where the work is done; by default a GPU if there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = check_all(suite, workload, device)
@@ -96,9 +96,9 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
 
 
 def check_all(suite: str, workload: Workload, device: str) -> dict[str, Record]:
-    """One call of each implementation; a record has a ``failure`` where it raised or differs from the reference.
+    """Call each implementation once; its record has a ``failure`` if it raised or differs from the reference.
 
-    The reference's record is the first. Where the reference is of a package that is not installed, the next
+    The reference's record is the first. If the reference needs a package that is not installed, the next
     implementation takes its place.
     """
     torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly, and would be timed so
@@ -119,7 +119,7 @@ def check_all(suite: str, workload: Workload, device: str) -> dict[str, Record]:
 def _check(
     suite: str, workload: Workload, name: str, expected: Any, device: str, *, is_reference: bool
 ) -> tuple[Record, Any]:
-    """The record, without times, and the result or what was raised in its place."""
+    """Return the record, without times, and the result or the exception raised instead."""
     record = Record(suite, workload.name, name, workload.parameters, floor=workload.floor, images=workload.images)
     if isinstance(expected, Exception):
         return replace(record, failure="the reference failed"), expected
@@ -146,7 +146,7 @@ def _first_line(error: Exception) -> str:
 
 
 def measure(implementation: Callable[[], Any], seconds: float, device: str) -> dict[str, Any]:
-    """Peak memory and kernel launches of one call that takes about ``seconds``; None where they are not known."""
+    """Measure peak memory and kernel launches of one call that takes about ``seconds``; None if unknown."""
     profiled = seconds < LONG
     return {
         "peak_memory": peak_memory(implementation, device) if profiled or device == "cuda" else None,
@@ -155,7 +155,7 @@ def measure(implementation: Callable[[], Any], seconds: float, device: str) -> d
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> int | None:
-    """Return the most bytes that torch's allocator held during the call above what it held before; None if nothing.
+    """Return the peak of torch's allocator during the call, in bytes above its level before; None if unchanged.
 
     Memory that SciPy and LAPACK take for themselves is not counted.
     """
@@ -191,7 +191,7 @@ def flush_cache() -> None:
 
 
 def wait(device: str) -> None:
-    """Until the GPU has done what was asked of it; at once on a CPU."""
+    """Wait until the GPU has finished its work; return at once on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -204,13 +204,13 @@ def relative_norm(result: Tensor, reference: Tensor) -> float:
 
 
 def largest_relative_norm(results: Sequence[Tensor | None], references: Sequence[Tensor | None]) -> float:
-    """The largest :func:`relative_norm` of a pair; where the reference is zero or None there is none."""
+    """Return the largest :func:`relative_norm` of a pair; pairs with a zero or None as reference are left out."""
     pairs = [(a, b) for a, b in zip(results, references, strict=True) if b is not None and bool(b.count_nonzero())]
     return max(math.inf if a is None else relative_norm(a, b) for a, b in pairs)
 
 
 def relative_difference(result: Tensor | float, reference: Tensor | float) -> float:
-    """The largest relative difference of an entry."""
+    """Return the largest relative difference of an entry."""
     b = torch.as_tensor(reference).detach().double()
     a = torch.as_tensor(result).detach().to(b.device).double()
     return ((a - b).abs() / b.abs()).max().item()

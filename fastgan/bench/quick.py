@@ -20,7 +20,7 @@ CRITIC_WIDTH = 64
 
 
 class Weights(nn.Module):
-    """Layers whose weights are read, as a forward would read them, and not used."""
+    """Layers whose forward reads every weight and uses none."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Weights(nn.Module):
 
 
 def workloads(device: str, sqrtm_dim: int) -> Iterator[Workload]:
-    """Yield attention, a critic's spectral norms and the trace of a matrix square root, beside what is usual."""
+    """Yield attention, a critic's spectral norms and the trace of a matrix square root, with the usual baselines."""
     import scipy.linalg
 
     b, n, m, d, e = ATTENTION_SHAPE

@@ -1,4 +1,4 @@
-"""What a run of a suite leaves: records, and the JSON file that holds them (described in bench/README.md).
+"""Records of a suite's run, and the JSON file that holds them (described in bench/README.md).
 
 Files are validated when they are written and when they are read; they are written whole or not at all.
 """
@@ -54,7 +54,7 @@ class Record:
     first_call: float | None = None
     """Seconds of the first call in the process: compilation, allocation of workspaces, and the work itself."""
     peak_memory: int | None = None
-    """Most bytes that torch's allocator held at once above what it held before."""
+    """Peak of torch's allocator, in bytes above its level before the call."""
     launches: int | None = None
     """Kernels and copies that one call starts on a GPU."""
     floor: float | None = None
@@ -65,7 +65,7 @@ class Record:
 
     @property
     def own(self) -> bool:
-        """Whether this is fastgan and not a baseline."""
+        """True for fastgan, False for a baseline."""
         return "fastgan" in self.implementation
 
 
@@ -102,7 +102,7 @@ def write_run(run: Run, path: Path) -> None:
 
 
 def read_run(path: Path | str) -> Run:
-    """The run in a file that :func:`write_run` wrote.
+    """Read a file that :func:`write_run` wrote.
 
     Raises:
         RecordError: not such a file, or of another schema.
@@ -185,7 +185,7 @@ def _list(what: str, names: Sequence[str]) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the figures depend on: device, driver, versions, revision of the code."""
+    """Return what measurements depend on: device, driver, versions, revision of the code."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "numpy", "scipy"):
         try:
@@ -202,7 +202,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def results_folder(device: str) -> str:
-    """The folder in bench/results of what is measured here: ``cpu``, or one named after the GPU."""
+    """Return the folder of bench/results for records of this machine: ``cpu``, or one named after the GPU."""
     if device != "cuda":
         return device
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -213,9 +213,9 @@ def _driver() -> str:
 
 
 def _revision() -> str:
-    """The commit, with ``-dirty`` where files other than results were changed since.
+    """Return the commit, with ``-dirty`` if files other than results have changed since.
 
-    Of a copy without its repository, what the environment variable ``FASTGAN_REVISION`` says.
+    Without a repository, it is the value of the environment variable ``FASTGAN_REVISION``.
     """
     commit = _output(["git", "rev-parse", "--short=12", "HEAD"])
     if commit == "unknown":

@@ -38,8 +38,8 @@ def time_interleaved(
         seconds: stop after about this much measured time, once ``min_rounds`` rounds are done.
         min_rounds: the least number of rounds.
         warmup: untimed calls of each implementation first.
-        device: ``cuda`` times with events on the current stream, ``cpu`` with the clock; the default is a GPU where
-            there is one.
+        device: ``cuda`` times with events on the current stream, ``cpu`` with the clock; by default a GPU if there is
+            one.
         prepare: called before each timed call, outside its time.
     """
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
@@ -79,7 +79,7 @@ def _summary(times: list[float]) -> Timing:
 
 
 def device_name(device: str) -> str:
-    """What times depend on: the GPU's name for ``cuda``, else the number of threads that torch uses and the CPU's."""
+    """Return the GPU's name for ``cuda``, else the number of torch's threads and the CPU's name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()

@@ -1,10 +1,10 @@
 """Matrix functions of covariances: batched, differentiable, and right to the last digits also for singular ones.
 
-Derivatives are those of reverse mode, of forward mode and of ``torch.func``, in any nesting with ``torch.vmap``.
-``torch.compile`` runs what is below a transform eagerly.
+Reverse mode, forward mode and ``torch.func`` work, in any nesting with ``torch.vmap``. ``torch.compile`` runs calls
+under a transform eagerly.
 
-Within a CUDA graph no value can be read. Operands are then not checked, and results and gradients of those that are
-indefinite or need an eigensolver, as most singular ones do, are NaN.
+Within a CUDA graph no value can be read, so operands are not checked there. Results and gradients are NaN for operands
+that are indefinite or need an eigensolver, as most singular ones do.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TraceSqrtInfo:
-    """Methods and error bounds of the values of :func:`trace_sqrt_product` and its kin, or of :func:`nuclear_norm`.
+    """Methods and error bounds of values of :func:`nuclear_norm`, :func:`trace_sqrt_product` or its form for factors.
 
     Attributes:
         method: the costliest of ``methods``; ``"lowrank"`` from :func:`trace_sqrt_product_from_factors`.
         methods: the method used for each matrix or pair of the flattened batch.
-        lower, upper: float64, shape of the value: bounds of the result of exact arithmetic on the entries as they are.
+        lower, upper: float64, shape of the value: bounds of the result that exact arithmetic on the same entries gives.
         iterations: int64, shape of the value: steps of an iteration, 0 for the direct methods.
         implementation: ``"extension"`` if the C++/CUDA extension could take its part, else ``"reference"``.
     """
@@ -66,22 +66,22 @@ class TraceSqrtInfo:
 
 
 def sqrtm(a: Tensor, *, method: str = "auto", inverse: bool = False, impl: str = "auto") -> Tensor:
-    """The symmetric positive semi-definite root A^{1/2}, or A^{-1/2}, of symmetric positive semi-definite matrices.
+    """Compute the symmetric root A^{1/2}, or A^{-1/2}, of symmetric positive semi-definite matrices.
 
     Args:
         a: shape (..., d, d), float32 or float64. May be singular unless ``inverse``. Computed in float64.
-        method: ``"eigh"`` takes eigenvectors; ``"newton_schulz"`` the coupled Newton-Schulz iteration, matrix products
-            alone (Higham, "Functions of Matrices", 2008), which resolves eigenvalues down to 1e-10 of |A|_F, 1e-16 for
-            the inverse. ``"auto"`` is ``"eigh"`` on a CPU; on a GPU, where eigensolvers are slow, ``"newton_schulz"``,
-            and ``"eigh"`` for what does not converge.
-        inverse: the root of the inverse; ``a`` must be positive definite.
-        impl: ``"extension"`` uses C++/CUDA for what gains by it: the iteration on a GPU, the scaling of the matrices on
-            a CPU. ``"reference"`` is plain PyTorch, with the same steps. ``"auto"`` is the first available.
+        method: ``"eigh"`` uses eigenvectors. ``"newton_schulz"`` uses the coupled Newton-Schulz iteration, which
+            consists of matrix products (Higham, "Functions of Matrices", 2008) and resolves eigenvalues down to 1e-10
+            of |A|_F, 1e-16 for the inverse. ``"auto"`` is ``"eigh"`` on a CPU. On a GPU, whose eigensolvers are slow,
+            it is ``"newton_schulz"``, and ``"eigh"`` for matrices that do not converge.
+        inverse: return A^{-1/2}; ``a`` must be positive definite.
+        impl: ``"extension"`` uses C++/CUDA for the iteration on a GPU and for scaling the matrices on a CPU.
+            ``"reference"`` is plain PyTorch, with the same steps. ``"auto"`` is the first available.
 
     Returns:
-        The root, of the shape and dtype of ``a``; differentiable any number of times. Gradients are symmetric, solve
-        the Lyapunov equation S X + X S = G in the eigenbasis (on a GPU, for definite S, by Newton-Schulz steps), and
-        are zero, not infinite, between directions that a singular matrix lacks.
+        The root, of the shape and dtype of ``a``; differentiable any number of times. Gradients are symmetric and solve
+        the Lyapunov equation S X + X S = G in the eigenbasis (on a GPU, for definite S, by Newton-Schulz steps). In
+        the null space of a singular matrix they are zero, not infinite.
 
     Raises:
         ValueError: ``a`` is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry or
@@ -112,22 +112,22 @@ def nuclear_norm(
 def nuclear_norm(
     m: Tensor, *, method: str = "auto", impl: str = "auto", return_info: bool = False
 ) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
-    """||M||_*, the sum of the singular values.
+    """Compute the nuclear norm ||M||_*, the sum of the singular values.
 
     Args:
         m: shape (..., rows, cols), float32 or float64. Computed in float64, but for the first iterations of ``"polar"``
             on float32 matrices.
-        method: ``"gram"`` takes eigenvalues of M M^T (of the smaller side), ``"svd"`` singular values. ``"polar"`` is
-            <U, M> by the polar factor U, from matrix products alone: scaled Newton-Schulz (Chen & Chow, 2014).
-            ``"auto"``: on a CPU ``"gram"`` where its error bound is below 1e-9 of the value (1e-7 for float32), else
-            ``"svd"``; on a GPU ``"polar"``.
-        impl: the polar iteration on a GPU is ``"extension"`` (CUDA) or ``"reference"`` (plain PyTorch, the same steps);
-            ``"auto"`` is the first available. On a CPU all of them are PyTorch.
+        method: ``"gram"`` uses eigenvalues of M M^T (of the smaller side), ``"svd"`` singular values. ``"polar"`` is
+            <U, M> with the polar factor U, from matrix products alone by scaled Newton-Schulz (Chen & Chow, 2014).
+            ``"auto"`` on a CPU is ``"gram"`` if its error bound is below 1e-9 of the value (1e-7 for float32), else
+            ``"svd"``; on a GPU it is ``"polar"``.
+        impl: ``"extension"`` (CUDA) or ``"reference"`` (plain PyTorch, the same steps) for the polar iteration on a
+            GPU; ``"auto"`` is the first available. On a CPU all methods are PyTorch.
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
         The value, of the batch shape and dtype of ``m``, differentiable twice: the gradient is the polar factor, and
-        zero in directions that a rank-deficient M lacks.
+        zero in the null space of a rank-deficient M.
 
     Raises:
         ValueError: ``m`` has under two dimensions or an empty one, another dtype, or entries that are not finite.
@@ -162,28 +162,27 @@ def trace_sqrt_product(
     return_info: bool = False,
     factors: object = None,
 ) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
-    """tr((A B)^{1/2}) for symmetric positive semi-definite A and B, the cross term of the Frechet distance.
+    """Compute tr((A B)^{1/2}) of symmetric positive semi-definite A and B, the cross term of the Frechet distance.
 
-    It is the sum of the singular values of F^T H, where A = F F^T and B = H H^T (Dowson & Landau, "The Frechet distance
-    between multivariate normal distributions", 1982). Returned in the operands' dtype but computed in float64 also for
-    float32 ones: a square root of an eigenvalue at rounding level keeps half the digits only. The entries are taken as
-    exact; eigenvalues below zero, and in a singular matrix those up to d * 8.9e-16 of the largest, as zero. So a
-    singular covariance that was rounded to float32 brings a relative error of about 1e-4 for each missing direction
-    along: keep covariances in float64, or give factors to :func:`trace_sqrt_product_from_factors`.
+    It is the sum of the singular values of F^T H with A = F F^T and B = H H^T (Dowson & Landau, "The Frechet distance
+    between multivariate normal distributions", 1982). It is computed in float64 and returned in the operands' dtype,
+    since the square root of an eigenvalue at rounding level keeps only half the digits. The entries are taken as exact.
+    Eigenvalues below zero count as zero; so do, in a singular matrix, those up to d * 8.9e-16 of the largest. A
+    singular covariance that was rounded to float32 therefore causes a relative error of about 1e-4 per missing
+    direction: keep covariances in float64, or pass factors to :func:`trace_sqrt_product_from_factors`.
 
     Methods:
 
-    - ``"cholesky"``: eigenvalues of L^T B L, with A = L L^T of the operand that has fewer matrices, which must be
-      positive definite.
-    - ``"pivoted"``: the same with a factor by pivoted Cholesky, which has as many columns as A has rank, or of B if
-      that has fewer; on a CPU, for singular A.
-    - ``"eigh"``: the same with a factor by eigenvectors: slow, also for A with eigenvalues below zero that are not
-      quite rounding.
-    - ``"svd"``: singular values of the product of two such factors: slow, for any spectrum.
-    - ``"polar"``: matrix products alone: the polar factor U of M = F^T H by scaled Newton-Schulz, then <U, M>; float32
-      iterations first for float32 operands.
-    - ``"jacobi"``: pivoted Cholesky and one-sided Jacobi of each pair, d <= 64, one kernel for the whole batch; needs
-      the extension.
+    - ``"cholesky"``: eigenvalues of L^T B L with A = L L^T. A, the operand that has fewer matrices, must be positive
+      definite.
+    - ``"pivoted"``: the same for singular A, on a CPU, with a factor by pivoted Cholesky that has as many columns as A
+      has rank; or a factor of B, if its rank is lower.
+    - ``"eigh"``: the same with a factor by eigenvectors. Slow; tolerates eigenvalues of A slightly below zero.
+    - ``"svd"``: singular values of the product of two such factors. Slow; for any spectrum.
+    - ``"polar"``: the polar factor U of M = F^T H by scaled Newton-Schulz, then <U, M>: matrix products alone. For
+      float32 operands the first iterations are float32.
+    - ``"jacobi"``: pivoted Cholesky and one-sided Jacobi of each pair, in one kernel for the whole batch. Needs d <= 64
+      and the extension.
     - ``"auto"`` on a GPU: ``"jacobi"`` for d <= 64 if the extension is built, else ``"polar"``. On a CPU:
       ``"cholesky"`` if its error bound is below 1e-9 of the value (1e-7 for float32); if A or B is singular,
       ``"pivoted"`` of that one, with the same bound, or ``"eigh"`` if it fails; else ``"svd"``, of Cholesky factors if
@@ -192,18 +191,18 @@ def trace_sqrt_product(
     ``python -m bench --suite sqrtm`` times every method that a device can run.
 
     Args:
-        a, b: shape (..., d, d), float32 or float64, same dtype and device. Batch dimensions broadcast; of one reference
-            against K candidates, the reference is factored once.
+        a, b: shape (..., d, d), float32 or float64, same dtype and device. Batch dimensions broadcast; one reference
+            against K candidates is factored once.
         method: one of those above.
-        impl: ``"extension"`` uses C++/CUDA for what gains by it: on a CPU the scaling of the matrices, pivoted Cholesky
-            and ``"jacobi"``, on a GPU ``"polar"`` and ``"jacobi"``. ``"reference"`` is plain PyTorch, with the same
-            steps. ``"auto"`` is the first available.
+        impl: ``"extension"`` uses C++/CUDA: on a CPU for scaling the matrices, pivoted Cholesky and ``"jacobi"``, on a
+            GPU for ``"polar"`` and ``"jacobi"``. ``"reference"`` is plain PyTorch, with the same steps. ``"auto"`` is
+            the first available.
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
         The value, of the broadcast batch shape and the operands' dtype, differentiable twice. Gradients of ``a`` and
-        ``b`` are symmetric. In directions that a singular operand lacks, where the derivative is
-        infinite, they are zero. On a GPU those of definite operands are matrix products and triangular solves alone.
+        ``b`` are symmetric. In the null space of a singular operand, where the derivative is infinite, they are zero.
+        On a GPU, gradients of definite operands take only matrix products and triangular solves.
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry
@@ -262,7 +261,7 @@ def trace_sqrt_product_from_factors(
     impl: str = "auto",
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, TraceSqrtInfo]:
-    """tr((A B)^{1/2}) of A = F^T F and B = G^T G, or a covariance B, without forming or factoring A.
+    """Compute tr((A B)^{1/2}) of A = F^T F and B = G^T G, or a covariance B, without forming or factoring A.
 
     It is the sum of the singular values of F G^T, or of F L with B = L L^T. On a CPU one F of more than d / 2 rows
     against a covariance takes eigenvalues of F B F^T, if their error bound is as small as :func:`trace_sqrt_product`'s.
@@ -271,7 +270,7 @@ def trace_sqrt_product_from_factors(
         f: shape (..., n, d), float32 or float64, for example centered features over sqrt(n - 1), or the result of
             :func:`covariance_factor`.
         g: shape (..., m, d), the factor of the other side, of the same dtype and device. Batch dimensions broadcast.
-        cov: shape (..., d, d), the covariance of the other side, in place of ``g``.
+        cov: shape (..., d, d), the covariance of the other side, instead of ``g``.
         impl: as in :func:`trace_sqrt_product`.
         return_info: return also a :class:`TraceSqrtInfo`.
 
@@ -309,7 +308,7 @@ def trace_sqrt_product_from_factors(
 
 
 def _raise_failure(a: Tensor, b: Tensor, method: str) -> None:
-    """Raise the reason why a pair has no value; it is found after the fact, so that it costs nothing otherwise."""
+    """Raise the reason why a pair has no value. It is sought only after a failure, so it costs nothing otherwise."""
     checks.check_eigenvalues("a", a)
     checks.check_eigenvalues("b", b)
     if method == "cholesky":

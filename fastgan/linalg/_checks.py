@@ -89,7 +89,9 @@ def check_symmetric(name: str, operand: Tensor, impl: str) -> None:
 
 
 def asymmetry(a: Tensor, impl: str) -> Tensor:
-    """Largest magnitudes of A - A^T and of A for ``a`` (n, d, d), as (n, 2); not finite where an entry of A is not.
+    """Return the largest magnitudes of A - A^T and of A for ``a`` (n, d, d), as (n, 2).
+
+    They are not finite if an entry of A is not.
 
     ``impl`` is resolved. On a CPU the extension reads each matrix once.
     """

@@ -51,7 +51,7 @@ def by_products(operand: Tensor) -> bool:
 
 
 def callable_anywhere(compute: Callable[..., Any], op: Any, transformed: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls ``compute``, or ``op`` where autograd or a trace looks on, or ``transformed``.
+    """Return a function that calls ``compute``, ``op`` under autograd or tracing, or ``transformed``.
 
     Args:
         transformed: the op within a ``torch.autograd.Function``, for transforms of ``torch.func`` and forward mode.

@@ -74,9 +74,9 @@ def _singular_factor(cov: Tensor, impl: str) -> Tensor:
 def drop_redundant_row(factor: Tensor) -> Tensor:
     """Return n - 1 rows with the same F^T F for F (..., n, d) whose rows add up to zero, as centered features do.
 
-    A reflection of the rows that turns (1, ..., 1) into the first axis leaves the mean as first row. Without it, no
-    singular value is zero for want of a dimension: a zero one is what an eigensolver gets wrong by half the digits.
-    Other F are returned as they are, and so is a batch, or what ``torch.vmap`` maps over, if one F of it is another.
+    A reflection of the rows that turns (1, ..., 1) into the first axis makes the mean the first row, which is dropped.
+    The centering then causes no zero singular value, which an eigensolver would find with only half the digits. Any
+    other F is returned unchanged, and so is a batch, or a mapped dimension of ``torch.vmap``, that contains one.
     Differentiable.
 
     >>> import torch
@@ -133,7 +133,7 @@ def _is_differentiated(*tensors: Tensor) -> bool:
 
 
 def _is_upper(matrix: Tensor) -> bool:
-    """Whether a matrix is known to be square with zeros alone below its diagonal."""
+    """Return whether a matrix is known to be square and upper triangular."""
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
     return square and not watched() and not bool(values_of(matrix).tril(-1).any())
 

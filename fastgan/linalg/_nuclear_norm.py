@@ -1,8 +1,8 @@
 """``fastgan::nuclear_norm``: ||M||_*, the sum of the singular values, its polar factor and first two derivatives.
 
-Any U with ||U||_2 <= 1 gives <U, M> <= ||M||_*, with equality at the polar factor, where the value is stationary: an
-error e in U costs O(e^2). :func:`polar_factor` finds U from matrix products alone. Matrices within are batched float64,
-(n, rows, cols).
+Any U with ||U||_2 <= 1 gives <U, M> <= ||M||_*, with equality at the polar factor. The value is stationary there, so an
+error e in U costs O(e^2). :func:`polar_factor` finds U from matrix products alone. Internal functions take batches
+(n, rows, cols) of float64 matrices.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def root_sum(eigenvalues: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Ten
     """Sum over the last dimension of the square roots of ``eigenvalues``, which are in ascending order, a bound on its
     error, and whether that is within ``tolerance`` of the sum and no eigenvalue is clearly negative.
 
-    The eigensolver's error E changes the sum by <E, G^{-1/2}> / 2, by Cauchy-Schwarz at most |E| |G^{-1/2}| / 2 in
-    Frobenius norms, where an eigenvalue stands above |E|, and by sqrt(|E|) where it does not.
+    For eigenvalues above |E|, the eigensolver's error E changes the sum by <E, G^{-1/2}> / 2, by Cauchy-Schwarz at most
+    |E| |G^{-1/2}| / 2 in Frobenius norms. Each smaller eigenvalue changes it by at most sqrt(|E|).
     """
     noise = ROUNDING * torch.linalg.vector_norm(eigenvalues, dim=-1)
     roots = eigenvalues.clamp(min=0).sqrt()
@@ -172,9 +172,9 @@ def _norm(matrix: Tensor) -> Tensor:
 def polar_bounds(m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds (n,) of ||M||_* from any approximate polar factor U.
 
-    Lower: <U, M> / ||U||_2, where each eigenvalue g of G = U U^T obeys |g^2 - g| <= |G^2 - G|_F, so that g is at most 1
-    plus that. Upper: (tr(W) tr(M^T W^{-1} M))^{1/2} for any positive definite W, least at W = (M M^T)^{1/2}; here W is
-    the symmetric part of M U^T, shifted by what is known to be wrong with it.
+    Lower: <U, M> / ||U||_2. Each eigenvalue g of G = U U^T obeys |g^2 - g| <= |G^2 - G|_F, so g is at most 1 plus that.
+    Upper: (tr(W) tr(M^T W^{-1} M))^{1/2} for any positive definite W, least at W = (M M^T)^{1/2}. Here W is the
+    symmetric part of M U^T, shifted by its known error.
     """
     value, h, gram = (m * u).sum((1, 2)), m @ u.mT, u @ u.mT
     rows, size = m.shape[1], _norm(m)
@@ -192,9 +192,10 @@ def polar_bounds(m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resolved_polar_factor(m: Tensor) -> Tensor | None:
-    """Polar factors of ``m``, or None if one lacks a direction, or nearly does; within a CUDA graph NaN for that one.
+    """Return the polar factors of ``m``, or None if one is singular or nearly so; in a CUDA graph that one is NaN.
 
-    Iterated to the end: a gradient is of first order in the error of the polar factor, and the value of second.
+    The iteration runs to the end, since a gradient's error is of first order in the error of the polar factor; the
+    value's is of second order.
     """
     if len(m) == 0:
         return m
@@ -236,7 +237,7 @@ call = callable_anywhere(compute, nuclear_norm, transformed)
 
 
 def _polar_change(m: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Polar factors P of M, and what ``direction`` = dM adds to them, a self-adjoint map of dM.
+    """Return polar factors P of M and their change by ``direction`` = dM, a self-adjoint map of dM.
 
     With M = U S V^T, P changes by U Y V^T + U S^{-1} (U^T dM) (I - V V^T), Y_ij = (B - B^T)_ij / (s_i + s_j), B = U^T
     dM V, and, if M lacks rows, by (I - U U^T) dM V S^{-1} V^T.
@@ -253,9 +254,9 @@ def _polar_change(m: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _polar_change_by_products(m: Tensor, direction: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same from matrix products and triangular solves; None if M nearly lacks a direction.
+    """Return the same from matrix products and triangular solves; None if M is nearly singular.
 
-    With H = M U^T, U changes by X U + H^{-1} dM (I - U^T U), where H X + X H is the skew part of 2 dM U^T.
+    With H = M U^T, U changes by X U + H^{-1} dM (I - U^T U); X solves H X + X H = the skew part of 2 dM U^T.
     """
     polar = resolved_polar_factor(m)
     if polar is None:

@@ -1,8 +1,8 @@
 """Cholesky factor with complete pivoting of a symmetric positive semi-definite matrix, on a CPU.
 
-Each step takes the largest diagonal entry of what is left and the last one leaves none above rounding. That reveals the
-rank at a fraction of the cost of an eigendecomposition (Higham, "Analysis of the Cholesky decomposition of a
-semi-definite matrix", 1990). csrc/pivoted_cholesky.h takes the same steps, without a call of torch for each pivot.
+Each step takes the largest diagonal entry of the remainder, until none is above rounding. That reveals the rank at a
+fraction of the cost of an eigendecomposition (Higham, "Analysis of the Cholesky decomposition of a semi-definite
+matrix", 1990). csrc/pivoted_cholesky.h takes the same steps, without a call of torch for each pivot.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def _(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
 
 
 def by_eigenvectors(a: Tensor, method: str) -> bool:
-    """Return whether the roots come from eigenvectors: the eigenvalues then show what is indefinite at no cost."""
+    """Return whether the roots come from eigenvectors. The eigenvalues then reveal indefinite matrices at no cost."""
     return method == "eigh" or (method == "auto" and not a.is_cuda)
 
 
@@ -65,7 +65,11 @@ def _root_of_eigenpairs(values: Tensor, vectors: Tensor, inverse: bool) -> Tenso
 
 
 def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
-    """Roots by Newton-Schulz; what has not converged goes by eigenvectors, or is a RuntimeError, or NaN in a graph."""
+    """Compute roots by Newton-Schulz.
+
+    Matrices that do not converge are NaN within a CUDA graph. Elsewhere they are computed by eigenvectors if
+    ``fall_back``, and are a RuntimeError otherwise.
+    """
     root = torch.ops.fastgan_C.sqrtm(a, inverse) if a.is_cuda and impl == "extension" else newton_schulz(a, inverse)
     target = torch.eye(a.shape[-1]).to(a).expand_as(a) if inverse else a
     difference = (root @ a @ root if inverse else root @ root) - target
@@ -87,9 +91,9 @@ def newton_schulz(a: Tensor, inverse: bool) -> Tensor:
     """Roots from matrix products alone: the coupled iteration (Higham, "Functions of Matrices", 2008, 6.7), scaled.
 
     Y (Z Y)^{-1/2} and (Z Y)^{-1/2} Z stay as they are while Z Y goes to I, so Y ends at A^{1/2} and Z at A^{-1/2}.
-    Eigenvalues are resolved down to 1e-10 of |A|_F, for the inverse to 1e-16: rounding leaves the zeros of a singular
-    matrix at about -1e-17, and what is below zero grows without end if it is given the time. csrc/sqrtm.h takes the
-    same steps on a GPU.
+    Eigenvalues are resolved down to 1e-10 of |A|_F, for the inverse down to 1e-16. Rounding leaves the zero eigenvalues
+    of a singular matrix at about -1e-17, and negative ones grow with every step, so the number of steps is limited.
+    csrc/sqrtm.h takes the same steps on a GPU.
     """
     scale = torch.linalg.matrix_norm(a, keepdim=True)
     y = torch.where(scale > 0, a / scale, 0.0)
@@ -106,7 +110,7 @@ def scaled_newton_schulz(smallest: float) -> list[tuple[float, float]]:
 
     3 rho / 2 and rho^3 / 2 with rho^2 = 3 / (1 + l + l^2) for values in [l, 1] (Chen & Chow, "A stable scaling of
     Newton-Schulz for improving the sign function computation of a Hermitian matrix", 2014), but at most 2.8: near
-    l = 0 the optimum sends 1 to almost 0, where rounding would drown it.
+    l = 0 the optimum sends 1 almost to 0, and rounding errors would dominate it.
     """
     steps, low = [], smallest
     while 1 - low > 1e-8:

@@ -43,7 +43,7 @@ def scaled(matrices: Tensor, impl: str) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_if_definite(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors (..., d, d), and where they fail or have a pivot at rounding level, which is noise.
+    """Return lower factors (..., d, d), and a mask of those that failed or have a pivot at rounding level.
 
     The level is higher than that of pivoted factors: without a choice of pivots, small ones amplify rounding errors.
     """

@@ -37,7 +37,7 @@ def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple
     matrices_a, matrices_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     if method == "auto" and a.is_cuda:
         method = "jacobi" if a.shape[-1] <= JACOBI_SIZE and impl == "extension" else "polar"
-    # made where they are used: within a CUDA graph nothing may be copied to the device
+    # made on the device that uses them: within a CUDA graph nothing may be copied to the device
     device = a.device if method in ("polar", "jacobi") else torch.device("cpu")
     pairs = torch.stack([_indices(operand, shape, device) for operand in (a, b)], 1)
     if len(matrices_b) < len(matrices_a):  # the first operand is factored: let that be the one with fewer matrices
@@ -81,7 +81,7 @@ def _solve(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: str, bounds: 
 
 
 def _batched(a: Tensor, b: Tensor, pairs: Tensor, impl: str) -> Tensor:
-    """The rows of :func:`trace_sqrt_products`, from Cholesky factors of all of ``a`` at once where these will do."""
+    """Return the rows of :func:`trace_sqrt_products`, by one batched Cholesky factorization if that will do."""
     (scale_a, wide_a), (scale_b, wide_b) = scaled(a, impl), scaled(b, impl)
     lower, singular = cholesky_if_definite(wide_a)
     i, j = pairs.unbind(1)
@@ -126,8 +126,8 @@ def _polar(a: Tensor, b: Tensor, pairs: Tensor, impl: str, bounds: bool) -> tupl
 def _factored(matrices: Tensor, impl: str, bounds: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Scales (n,), factors F (n, d, d) with A = F F^T, whether A is clearly indefinite (n,), and F's noise (3, n).
 
-    These are Cholesky factors, or for singular matrices the eigenvectors of eigenvalues above rounding. Within a CUDA
-    graph, where values cannot be read, they are Cholesky factors alone, and singular counts as indefinite.
+    These are Cholesky factors, or for singular matrices the eigenvectors of eigenvalues above rounding. Values cannot
+    be read within a CUDA graph: there they are Cholesky factors only, and a singular matrix counts as indefinite.
     """
     scale, wide = scaled(matrices, impl)
     factor, singular = cholesky_if_definite(wide)

@@ -5,7 +5,7 @@ square roots of the eigenvalues of G, and with B = H H^T the sum of the singular
 eigenvalue at rounding level keeps only half the digits. Singular values of the factors keep them all, at several times
 the cost. Hence the order: Cholesky factor and eigenvalues of G, with a bound on the error; if the bound is too wide,
 singular values of the product of both Cholesky factors; if one of them is too close to singular, the same with factors
-by pivoted Cholesky, which leave out what is at rounding level.
+by pivoted Cholesky, which leave out directions at rounding level.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def trace_sqrt_products(a: Tensor, b: Tensor, pairs: Tensor, method: str, impl: 
         if right_pairs[j]:
             right[j] = y
         value, bound, code = _solve(x, y, method, value_tolerance(a.dtype))
-        # Two factors: the product of the scales may leave the range where the value does not.
+        # Two factors, since the product of the scales may overflow or underflow when the value does not.
         scale_x, scale_y = math.sqrt(x.scale), math.sqrt(y.scale)
         rows.append((value * scale_x * scale_y, bound * scale_x * scale_y, code))
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
@@ -81,20 +81,23 @@ class _Matrix:
 
     @cached_property
     def semidefinite(self) -> bool:
-        """Whether no eigenvalue is clearly below zero, by one Cholesky factorization of A + tolerance I."""
+        """True if no eigenvalue is clearly below zero, by one Cholesky factorization of A + tolerance I."""
         shifted = self.entries.clone()
         shifted.diagonal().add_(INDEFINITE)
         return torch.linalg.cholesky_ex(shifted)[1].item() == 0
 
     @cached_property
     def cholesky(self) -> _Factor | None:
-        """None if the matrix is not positive definite."""
+        """The Cholesky factor, or None if the matrix is not positive definite."""
         lower, info = torch.linalg.cholesky_ex(self.entries)
         return _Factor(lower.mT, "cholesky") if info.item() == 0 else None
 
     @cached_property
     def pivoted(self) -> _Factor | None:
-        """None if the matrix is not semi-definite to rounding; on a GPU, which would wait for each pivot, always."""
+        """The pivoted Cholesky factor, or None if the matrix is not semi-definite up to rounding.
+
+        Always None on a GPU, which would wait for each pivot.
+        """
         found = None if self.entries.is_cuda else semidefinite_rows(self.entries, self.impl)
         return found and _Factor(found[0], "pivoted", order=found[1])
 
@@ -162,9 +165,9 @@ def factor_error(value: Tensor, own: Sequence[Tensor], other_trace: Tensor) -> T
     """Bound of the error that a factor F of A adds to ``value``, about tr((A B)^{1/2}).
 
     ``own`` is |E|, a lower bound of the smallest eigenvalue that F keeps, and the trace of A; ``other_trace`` is B's.
-    F F^T = A + E with |E| at rounding level, which moves F by at most |E| / lambda^{1/2}, lambda the smallest
-    eigenvalue kept, and the sum of the singular values of F^T H by |H| times that; or, to first order, the value by
-    <E, P> / 2, where the trace of P is at most the value over lambda. The product F^T H adds its own rounding.
+    F F^T = A + E with |E| at rounding level. That moves F by at most |E| / lambda^{1/2}, lambda the smallest eigenvalue
+    kept, and the sum of the singular values of F^T H by |H| times that. To first order it moves the value by
+    <E, P> / 2, and the trace of P is at most the value over lambda. The product F^T H adds its own rounding.
     """
     noise, smallest, trace = own
     moved = noise * torch.minimum(0.5 * value / smallest, (other_trace / smallest).sqrt())

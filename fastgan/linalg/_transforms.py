@@ -52,7 +52,7 @@ def _is_wrapped(operand: Tensor) -> bool:
 
 
 def to_front(in_dims: Sequence[int | None], operands: Sequence[Tensor]) -> list[Tensor]:
-    """Move the mapped dimension of each operand to the front, where it broadcasts with those of the others."""
+    """Move the mapped dimension of each operand to the front, so that they broadcast with one another."""
     ndim = max(x.ndim - (dim is not None) for x, dim in zip(operands, in_dims, strict=True))
     moved = []
     for x, dim in zip(operands, in_dims, strict=True):
@@ -118,7 +118,7 @@ class Derivatives:
             ]
 
         class Second(Function):
-            """(directions, operands) -> what the directions add to the gradients, a self-adjoint map of them."""
+            """Map (directions, operands) to the change of the gradients, a self-adjoint map of the directions."""
 
             @staticmethod
             def forward(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     dim: int
     settings: Settings
     dtype: torch.dtype  # of the normalized weight
-    sigma: Tensor | None = None  # takes sigma, where the layer keeps it
+    sigma: Tensor | None = None  # receives sigma, if the layer keeps it
 
 
 class Supply(NamedTuple):
@@ -82,14 +82,14 @@ class NormedWeight:
         supplied[thread_key()] = Supply(weight, source, version, frame)
 
     def withdraw(self, frame: FrameType | None) -> None:
-        """Forget what was supplied for the call in ``frame``."""
+        """Forget the weight that was supplied for the call in ``frame``."""
         key = TRACED if frame is None else thread_key()
         supply = self._supplied.get(key) if self._supplied else None
         if supply is not None and supply.frame is frame:
             del self._supplied[key]  # type: ignore[union-attr]
 
     def is_supplied(self, source: Tensor) -> bool:
-        """Whether a running forward has supplied the weight that belongs to ``source``."""
+        """Return whether a running forward has supplied the weight that belongs to ``source``."""
         return self._supply_for(source) is not None
 
     def _supply_for(self, source: Tensor | None) -> Supply | None:
@@ -123,8 +123,8 @@ class NormedWeight:
             return supplied
         if is_sharded(reading.weight):
             raise RuntimeError(
-                "a weight with a spectral norm must be read where it is whole, it is a DTensor here: under fully_shard "
-                "read it in the forward of the module that gathers it; tensor parallelism is not supported"
+                "a weight with a spectral norm must be a whole tensor when it is read, it is a DTensor: under "
+                "fully_shard read it in the forward of the module that gathers it; tensor parallelism is not supported"
             )
         impl = resolve(reading.settings.impl, reading.weight)
         return scale([reading], update([reading], impl), impl)[0]
@@ -195,7 +195,7 @@ def update(readings: Sequence[Reading], impl: str) -> Vectors:
 
 
 def scale(readings: Sequence[Reading], vectors: Vectors, impl: str) -> list[Tensor]:
-    """W / sigma of every weight in its dtype: one op where all have the same, as they do without autocast."""
+    """Return W / sigma of every weight in its dtype: by one op if all dtypes agree, as they do without autocast."""
     u, v, sigma = vectors
     weights, dims = [r.weight for r in readings], [r.dim for r in readings]
     if len({r.dtype for r in readings}) == 1:
@@ -218,5 +218,5 @@ def scale(readings: Sequence[Reading], vectors: Vectors, impl: str) -> list[Tens
 
 
 def without_supply(state: dict[str, Any]) -> dict[str, Any]:
-    """``__dict__`` of a norm as copies and pickles get it: what was supplied belongs to a forward of the original."""
+    """Return a norm's ``__dict__`` for copies and pickles, without weights supplied for a forward of the original."""
     return state | {"_supplied": {}}

@@ -91,10 +91,10 @@ class SpectralNormGroup:
         self._end_forwards(calling_frame())
 
     def _end_forwards(self, ended: FrameType | None) -> None:
-        """Withdraw what was supplied for the call in the frame ``ended``, and for calls that ended without a hook.
+        """Withdraw the weights supplied for the call in the frame ``ended``, and for calls that ended without a hook.
 
-        Those are calls that KeyboardInterrupt or another exception that is no ``Exception`` went through. Of a compiled
-        forward, which has no frame, none is supposed to be running.
+        The latter were ended by KeyboardInterrupt or another exception that is no ``Exception``. A compiled forward has
+        no frame; no other forward is supposed to be running then.
         """
         for key in {thread_key(), TRACED}:
             running: list[tuple[FrameType | None, list[NormedWeight]]] = []
@@ -158,7 +158,7 @@ class SpectralNormGroup:
             return scale(readings, update(readings, impl), impl)
         cached = self._cache.get(key)
         if cached is None or not _is_current(cached, sources):
-            with torch.inference_mode(False):  # a later forward may save for its backward what is kept
+            with torch.inference_mode(False):  # a later forward may save the kept tensors for its backward
                 vectors = update(readings, impl)
                 owners = [weakref.ref(_owner(t)) for t in sources]
                 cached = self._cache[key] = _Cached(owners, _versions(sources), _sample(sources), vectors, {})
@@ -204,9 +204,9 @@ def _check_vectors_are_whole(reading: Reading) -> None:
 
 
 def _can_be_remembered(sources: list[Tensor]) -> bool:
-    """False while a graph is traced or captured: what is computed there is no value that a later forward may use.
+    """Return False while a graph is traced or captured: its tensors are not values that a later forward may use.
 
-    Neither is it remembered if changes of a source leave no version behind.
+    Also False if a source has no version counter that would reveal a change.
     """
     first = sources[0]
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or first.is_meta:
@@ -342,7 +342,7 @@ def group_of(root: nn.Module) -> SpectralNormGroup | None:
 
 
 def _reason_to_leave_out(module: nn.Module) -> str:
-    """Why a layer gets no norm from the group; empty if it does, or if ``module`` is none of the layers' kinds."""
+    """Return the reason why a layer gets no norm from the group; "" if it does, or if ``module`` is no such layer."""
     if not isinstance(module, _NORMALIZED):
         return ""
     weight = module._parameters.get("weight")

@@ -17,7 +17,7 @@ STORED = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
 
 def parametrizations(module: nn.Module) -> Any:
-    """torch's ModuleDict of ParametrizationLists, whose parts its annotations do not tell."""
+    """Return torch's ModuleDict of ParametrizationLists, as Any: torch does not annotate its parts."""
     return module.parametrizations
 
 
@@ -31,7 +31,7 @@ def only_norm(module: nn.Module, name: str) -> _SpectralNorm | None:
 
 
 def complete(module: nn.Module) -> None:
-    """Give a parametrized module what torch leaves out: copies that share nothing, pickling, older state dicts."""
+    """Give a parametrized module what torch's lacks: independent copies, pickling and loading of older state dicts."""
     cls: Any = type(module)
     if cls.__dict__.get("__reduce_ex__") is not _reduce:
         cls.__reduce_ex__ = _reduce

@@ -108,10 +108,10 @@ def spectral_norm(
 ) -> nn.Module:
     """Spectral normalization of ``module``'s parameter ``name``; a drop-in for torch's parametrization of that name.
 
-    Numbers, random state and state-dict keys are those of :func:`torch.nn.utils.parametrizations.spectral_norm`; state
-    dicts of the older :func:`torch.nn.utils.spectral_norm` and of BigGAN's layers (``weight``, ``u0``, ``sv0``) load
-    too. It differs in three points: the iteration is float32 (float64 for float64 weights) whatever autocast says, a
-    weight of zeros stays zero where torch gives NaN, and the module can be pickled.
+    Results, random state and state-dict keys match :func:`torch.nn.utils.parametrizations.spectral_norm`. State dicts
+    of the older :func:`torch.nn.utils.spectral_norm` and of BigGAN's layers (``weight``, ``u0``, ``sv0``) load too.
+    There are three differences: the iteration is float32 (float64 for float64 weights) even under autocast, a weight
+    of zeros stays zero instead of becoming NaN, and the module can be pickled.
 
     Args:
         module: owner of the parameter.

@@ -129,10 +129,6 @@ def _attend_heads(
 ) -> Tensor:
     """As :func:`attend`, of (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
     impl = asked if asked == "eager" else _able(resolve(asked, q), asked, q, v)
-    if impl == "extension":
-        if mask is None and sinks is None and not is_causal:
-            return _attend_folded(q, k, v, scale, asked)
-        impl = "reference"
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -148,14 +144,6 @@ def _attend_heads(
     if scale <= 0:  # as in attend
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
     return cast(Tensor, multihead(q, k, v, mask, sinks, is_causal, float(scale), impl)[0])
-
-
-def _attend_folded(q: Tensor, k: Tensor, v: Tensor, scale: float, asked: str) -> Tensor:
-    """Unmasked heads as samples of a batch, for the extension."""
-    batch, heads = next(iter(_batches(q, k, v)), 1), q.shape[1]
-    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.expand(batch, -1, -1, -1).flatten(0, 1) for x in (q, k, v))
-    return attend(q, k, v, scale, asked, "extension").unflatten(0, (batch, heads))
 
 
 def _able(impl: str, asked: str, q: Tensor, v: Tensor) -> str:

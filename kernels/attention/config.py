@@ -115,9 +115,9 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (64, 256, Tile(32, 16, 32, 4)),
     ),
     ("bwd_keys", 2, 90): (
-        (16, 64, Tile(64, 64, 64, 4)),
+        (16, 64, Tile(64, 64, 64, 4, 1)),
         (32, 128, Tile(32, 64, 128, 4, 1)),
-        (64, 256, Tile(64, 64, 128, 8)),
+        (64, 256, Tile(64, 64, 128, 4, 1, False)),
     ),
     ("bwd_keys", 4, 90): (
         (16, 32, Tile(16, 64, 32, 4, 1)),
@@ -139,11 +139,13 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (64, 256, Tile(16, 32, 64, 4)),
     ),
     ("bwd_bwd_rows", 2, 90): (
-        (64, 64, Tile(64, 32, 64, 4)),
-        (64, 256, Tile(64, 32, 128, 8)),
+        (16, 64, Tile(64, 32, 64, 4, 1)),
+        (32, 128, Tile(64, 32, 64, 4)),
+        (64, 256, Tile(64, 32, 128, 4, 1, False)),
     ),
     ("bwd_bwd_rows", 4, 90): (
-        (32, 128, Tile(64, 16, 32, 4, 1, False)),
+        (16, 64, Tile(64, 16, 32, 4, 1, False)),
+        (32, 128, Tile(64, 16, 64, 4, 1, False)),
         (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
     ("bwd_bwd_rows", 2, 80): (
@@ -160,12 +162,12 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
     ("bwd_bwd_keys", 2, 90): (
-        (64, 128, Tile(32, 64, 64, 4)),
-        (64, 256, Tile(16, 64, 64, 8)),
+        (16, 64, Tile(32, 64, 64, 4, 1)),
+        (32, 128, Tile(32, 64, 128, 4, 1)),
+        (64, 256, Tile(32, 64, 128, 4, 1, False)),
     ),
     ("bwd_bwd_keys", 4, 90): (
-        (16, 64, Tile(16, 64, 32, 4, 1, False)),
-        (32, 128, Tile(16, 16, 32, 4, 1, False, True)),
+        (32, 128, Tile(16, 64, 32, 4, 1, False)),
         (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
     ),
     ("bwd_bwd_keys", 2, 80): (

@@ -43,7 +43,7 @@ def _columns(g, c):
 
 @triton.jit
 def _is_last(tickets, layer, n_tiles):
-    """True in the program that finishes last of a layer's ``n_tiles``; what the others stored is visible to it."""
+    """Return True in the last of a layer's ``n_tiles`` programs to finish, which sees the stores of all others."""
     tl.debug_barrier()
     last = tl.atomic_add(tickets + layer, 1, sem="acq_rel") == n_tiles - 1
     if last:
@@ -138,8 +138,10 @@ def _store_sigma(sigma, value):
 
 @triton.jit
 def _renew(part, parts, n, out, old, eps, REDUCE_PARTS: tl.constexpr, REDUCE_BLOCK: tl.constexpr):
-    """With x the sum of the partial vectors: ``out`` = ``old`` = x / |x| where |x| is not zero and finite, else the
-    ``old`` one; returns <x, out>."""
+    """Add the partial vectors to x, store x / |x| in ``out`` and ``old``, and return <x, out>.
+
+    If |x| is zero or not finite, ``out`` is the ``old`` vector.
+    """
     squares, dot = _add_parts(part, parts, n, out, old, REDUCE_PARTS, REDUCE_BLOCK)
     norm = tl.sqrt_rn(squares)
     if (norm > 0) & (norm < float("inf")):

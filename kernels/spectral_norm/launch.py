@@ -161,12 +161,12 @@ def _planned(weights: Sequence[Tensor], dims: Sequence[int]) -> tuple[Sequence[T
 
 
 def _plain_vectors(vectors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The vectors themselves where they are contiguous and of ``dtype``, else copies that are."""
+    """Return each vector, or a copy if it is not contiguous or not of ``dtype``."""
     return [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
 
 
 def _laid_out_as(weights: Sequence[Tensor], tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors themselves where they are of ``dtype`` and laid out as the weights, else copies that are."""
+    """Return each tensor, or a copy if it is not of ``dtype`` or not laid out as its weight."""
     return [
         tensor
         if tensor.dtype == dtype and (tensor.stride() == weight.stride() or _strides(tensor) == _strides(weight))
@@ -176,7 +176,7 @@ def _laid_out_as(weights: Sequence[Tensor], tensors: Sequence[Tensor], dtype: to
 
 
 def _restored(results: list[Tensor], walked: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """The results, laid out as the given weight where a copy of it was walked."""
+    """Return the results in the layout of the given weights, copied if the kernel walked a copy of the weight."""
     return [
         result if weight is original else torch.empty_like(original, dtype=result.dtype).copy_(result)
         for result, weight, original in zip(results, walked, given, strict=True)

@@ -1,4 +1,4 @@
-"""What the grouped spectral-norm kernels are told of a network: its geometry, its split over programs, its pointers."""
+"""Arguments of the grouped spectral-norm kernels for a network: its geometry, split over programs and pointers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Layout:
 
 
 def layout_of(shape: Sequence[int], strides: Sequence[int], dim: int) -> Layout | None:
-    """The layout of a weight, or None where its columns take more than two levels."""
+    """Return the layout of a weight, or None if its columns take more than two levels of strides."""
     vector_strides, columns = {}, 1
     for d in reversed([d for d in range(len(shape)) if d != dim]):
         vector_strides[d] = columns
@@ -136,7 +136,7 @@ def walk_of(
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """True where the entries fill a stretch of memory once."""
+    """Return whether the entries fill a contiguous range of memory, each place once."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
@@ -199,7 +199,7 @@ class Table:
     """Addresses of tensors on the device."""
 
     pointers: Tensor  # (lists + 1, layers) int64; the last row, of zeros, counts programs that are done
-    source: Tensor  # on the host, pinned beside a GPU: a captured graph copies from it at each replay
+    source: Tensor  # on the host, pinned if the device is a GPU: a captured graph copies from it at each replay
     aligned: bool  # all addresses are multiples of 16
 
 

@@ -1,4 +1,4 @@
-"""README's tables and the plots are what the committed records give; a figure without a record is found."""
+"""README's tables and the plots follow from the committed records; a figure without a record is found."""
 
 import dataclasses
 import json

@@ -27,7 +27,7 @@ CHECKS = Path(__file__).parent / "emulated_checks.py"
 ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 THREAD = ("-O1", "-fsanitize=thread")
 RACES = ("--operators", "small_trace", "--dims", "3,5")
-"""What ThreadSanitizer, which takes a while to make a fiber, is asked about: the kernel whose threads work together."""
+"""Checks under ThreadSanitizer, which is slow to make fibers: only the kernel whose threads work together."""
 
 _TORCH = Path(torch.__file__).parent
 
@@ -48,7 +48,7 @@ def runtime(sanitizer: str) -> Path | None:
 
 
 def build(flags: tuple[str, ...] = ("-O1",), change: Callable[[str], str] = lambda source: source) -> Path:
-    """Return the library built with ``flags``; what was compiled from the same text is not compiled again.
+    """Return the library built with ``flags``; the same text is not compiled again.
 
     Args:
         flags: of the kernels; the scheduler of the fibers is not instrumented.
@@ -104,7 +104,7 @@ def _make(target: Path, command: list[str]) -> Path:
 
 
 def _operators() -> str:
-    """Return a source that defines the extension's operators, and what torch would say of its stream and cuBLAS."""
+    """Return a source that defines the extension's operators and stands in for torch's stream and cuBLAS handles."""
     schemas = [
         s
         for path in sorted((ROOT / "csrc").glob("*.cpp"))

@@ -13,7 +13,7 @@ import torch
 from fastgan.linalg import nuclear_norm
 
 Check = tuple[str, float, float]
-"""What was compared, its relative error, and the largest one allowed."""
+"""The name of a comparison, its relative error, and the largest one allowed."""
 
 
 def covariance(n: int, d: int, rank: int | None = None, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -36,7 +36,7 @@ def trace_of_root(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest relative error; absolute for a zero, infinite for what is not finite."""
+    """Return the largest relative error: absolute for a zero, infinite for values that are not finite."""
     size = torch.where(expected == 0, 1.0, expected.abs())
     worst = ((found - expected).abs() / size).max().item()
     return worst if math.isfinite(worst) else math.inf

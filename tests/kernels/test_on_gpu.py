@@ -1,6 +1,6 @@
-"""What only a GPU can show: graphs that replay, peak memory, races, a second device, strides in compiled code.
+"""Properties that only a GPU can show: graphs that replay, peak memory, races, a second device, compiled strides.
 
-The bodies also run on a CPU with Triton's interpreter, where a graph is the function itself.
+The bodies also run on a CPU with Triton's interpreter; a graph is then the function itself.
 """
 
 import functools

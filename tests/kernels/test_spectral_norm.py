@@ -1,4 +1,4 @@
-"""The Triton kernels against float64, with the plain PyTorch of the same dtype as the measure of what is accurate."""
+"""The Triton kernels against float64; plain PyTorch in the same dtype sets the tolerance."""
 
 import pytest
 import torch
@@ -170,7 +170,7 @@ def test_plan_is_reused_for_equal_layouts(device):
 
 
 def test_one_long_layer_among_tiny_ones_is_spread_over_the_chip():
-    """20 million entries beside forty weights of 64: 132 multiprocessors all have work, none much more than another."""
+    """Split 20 million entries and forty weights of 64 evenly over 132 multiprocessors."""
     long, tiny = layout_of((1536, 1536 * 9), (1536 * 9, 1), 0), layout_of((8, 8), (8, 1), 0)
     plan = plan_for((*[tiny] * 20, long, *[tiny] * 20), torch.device("cpu"))
     entries = long.rows * long.columns

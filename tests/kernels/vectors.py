@@ -1,4 +1,4 @@
-"""Vectors of a spectral norm, and the accuracy of what is computed from them."""
+"""Vectors of a spectral norm, and the accuracy of results computed from them."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Within a CUDA graph no value can be read: what would be an error or need another method is NaN instead."""
+"""Within a CUDA graph no value can be read: an operand that would be an error or need another method gives NaN."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What trace_sqrt_product refuses: the argument is named, and the violation that was measured."""
+"""Errors of trace_sqrt_product name the argument and the violation that was measured."""
 
 import math
 

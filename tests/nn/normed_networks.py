@@ -1,4 +1,4 @@
-"""A small network with spectral norms, and what the tests of them share."""
+"""A small network with spectral norms, and helpers that the tests of them share."""
 
 import torch
 from torch import nn

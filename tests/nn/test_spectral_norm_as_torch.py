@@ -196,7 +196,7 @@ def test_states_load_both_ways(make, layer_and_input):
 
 @pytest.mark.parametrize("saved", ["now", "before versions", "without v"])
 def test_states_of_the_older_hook_load(make, layer_and_input, saved):
-    """Those of the first release have no version, no v, and the normalized weight beside the raw one."""
+    """State dicts of torch's first release have no version, no v, and the normalized weight besides the raw one."""
     layer, x = layer_and_input
     older = nn.Sequential(older_spectral_norm(copy.deepcopy(layer)))
     for _ in range(4):

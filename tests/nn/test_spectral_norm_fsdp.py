@@ -101,7 +101,7 @@ def work(rank, folder):
     x = images(0)[0].requires_grad_()
     network(x).sum().backward()
     results["part first"] = {"grad": x.grad}, x.detach()
-    # Where a weight is not whole, the error says so.
+    # If a weight is not whole, the error says so.
     unread = sharded(KINDS["grouped"](), "layers")
     bare = sharded(critic(lambda layer: layer), "layers")
     messages = []
@@ -142,7 +142,7 @@ def test_two_processes_train_as_one(tmp_path):
         x = images(0)[0].requires_grad_()
         single(x).sum().backward()
         torch.testing.assert_close(results["part first"][0]["grad"], x.grad)
-        assert "must be read where it is whole" in messages[0]
+        assert "must be a whole tensor when it is read" in messages[0]
         assert "0.0.weight must be whole, got a DTensor" in messages[1]
         assert "weight must be whole, got a DTensor" in messages[2]
         assert "vectors of a spectral norm must not be sharded" in messages[3]

@@ -235,7 +235,7 @@ def test_other_weights_in_the_midst_of_a_forward():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_weights_that_change_in_the_midst_of_a_forward(training):
-    """What comes after the change is normalized anew, by the layer itself."""
+    """A weight changed within a forward is normalized anew by its layer."""
     ours = group_spectral_norm(Critic()).train(training)
     found = []
 

@@ -1,4 +1,4 @@
-"""Self-attention blocks of other code: recognized by their parts, and run by fastgan's op as what they are.
+"""Self-attention blocks of other code: recognized by their parts and computed by fastgan's op.
 
 A fused block stays the same object. Its class becomes a subclass of its own and of :class:`SelfAttention2d`, whose
 forward computes the block's function; its attributes, methods, hooks and state-dict keys stay.
@@ -150,7 +150,7 @@ def _constants(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _serves(plan: Plan, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether the call is of the kind that was compared when the block was fused."""
+    """Return whether the fused block may serve this call: only calls like those compared at fusion are served."""
     if not args or (plan.uses_arguments and any(value is not None for value in (*args[1:], *kwargs.values()))):
         return False
     x, settings = args[0], plan.settings

@@ -1,4 +1,4 @@
-"""Trial runs of :func:`fastgan.nn.fuse`: they leave a module as it was, and compare what it gives."""
+"""Trial runs of :func:`fastgan.nn.fuse`: run a module, compare its results and restore its state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ModuleState:
         self._global = (random.getstate(), np.random.get_state(legacy=True))  # noqa: NPY002
 
     def _keep(self, value: Any) -> Iterable[Any]:
-        """Keep one value; the answer is what to look at below it."""
+        """Keep one value and return the values below it that are to be kept too."""
         if isinstance(value, Tensor):
             self._tensors.append((value, value.detach(), value.detach().clone(), value.requires_grad))
         elif isinstance(value, GENERATORS):
@@ -144,7 +144,7 @@ def random_like(t: Tensor) -> Tensor:
 def run_whole(model: nn.Module, example_input: Any) -> dict[str, Results]:
     """Outputs, gradients and state of two forwards in training mode, then of two in eval mode.
 
-    A mode is left out where the model cannot run in it, or gives what is not finite, as before vectors are trained.
+    A mode is left out if the model cannot run in it or its results are not finite, as with untrained vectors.
     """
     results: dict[str, Results] = {}
     why: Exception | str = ""
@@ -161,12 +161,12 @@ def run_whole(model: nn.Module, example_input: Any) -> dict[str, Results]:
             else:
                 why = "its outputs or gradients are not finite"
     if not results:
-        raise ValueError(f"example_input must be what model can be called with: {why}")
+        raise ValueError(f"example_input must be an input that model accepts: {why}")
     return results
 
 
 def same_whole(model: nn.Module, example_input: Any, before: dict[str, Results]) -> bool:
-    """Return whether the model still gives what :func:`run_whole` gave."""
+    """Return whether the model still gives the results that :func:`run_whole` returned."""
     try:
         after = run_whole(model, example_input)
     except ValueError:

@@ -177,7 +177,7 @@ def vectors_stored(module: Any, spelling: Spelling) -> int:
 
 
 def unknown_norm(module: nn.Module) -> str:
-    """Return what about ``module`` looks like a spectral norm that is none of the known kinds, or ""."""
+    """Describe the part of ``module`` that looks like a spectral norm of no known kind, or return ""."""
     for hook in module._forward_pre_hooks.values():
         name = getattr(hook, "name", None)
         raw = [f"{name}{suffix}" for suffix in ("_orig", "_bar") if f"{name}{suffix}" in module._parameters]

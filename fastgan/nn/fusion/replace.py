@@ -26,7 +26,7 @@ class Fused:
     path: str  # "" is the model itself
     what: str
     swapped: bool
-    reason: str  # why not, where it was not
+    reason: str  # why it was not swapped, if so
     error: float | None = None  # the largest relative difference that the check found
 
     def __str__(self) -> str:
@@ -87,9 +87,8 @@ def fuse(
 
     Args:
         model: any module.
-        example_input: what ``model`` is called with: a tensor, a tuple of arguments or a dict of keywords. With it the
-            whole model is run before and after as well; swaps that change its outputs, its gradients or its state are
-            undone.
+        example_input: an input of ``model``: a tensor, a tuple of arguments or a dict of keywords. If given, the whole
+            model also runs before and after; swaps that change its outputs, gradients or state are undone.
         copy: leave ``model`` as it is and return a fused copy, whose parameters no optimizer made before knows.
         impl: "auto", "triton", "extension" or "reference" for all that is swapped; or "eager" for attention that has
             gradients to any order, with the norms as for "reference".
@@ -97,7 +96,7 @@ def fuse(
             ``o``, ``gamma`` and ``norm`` if the block has them; several such mappings for several kinds of block.
 
     Returns:
-        The model, and a report of what was swapped, and what was not and why.
+        The model, and a report of what was swapped and of what was not and why.
 
     Raises:
         ValueError: ``example_input`` does not fit the model, it has parameters without a shape yet, ``impl`` is none
@@ -173,7 +172,7 @@ def _checked_names(model: nn.Module, names: tuple[Mapping[str, str], ...]) -> tu
 
 
 def _attempt(swap: Swap) -> tuple[float, str]:
-    """Keep the first variant of ``swap`` that equals what is there; its error, or why there is none."""
+    """Keep the first variant of ``swap`` that equals the original; return its error, or the reason why none does."""
     try:
         with trial(swap.module) as seeded:
             reason = seeded(swap.learn)

@@ -42,7 +42,7 @@ from fastgan.nn.spectral_norms import SpectralNorm
 
 
 class Refusal(NamedTuple):
-    """Something that looks like what is swapped and is not tried."""
+    """A part that looks like one to swap but is not tried."""
 
     path: str
     what: str
@@ -111,7 +111,7 @@ class NormSwap(Swap):
 
     def run(self) -> list[list[Tensor]]:
         raw = self.weight()
-        for vector in self.vectors():  # away from convergence, where every order of updates gives the same
+        for vector in self.vectors():  # away from convergence, at which every order of updates gives the same result
             with torch.no_grad():
                 vector.copy_(nn.functional.normalize(torch.randn_like(vector).flatten(), dim=0).view_as(vector))
         raw.requires_grad_()
@@ -264,7 +264,7 @@ class AttentionSwap(Swap):
         block = self.module
         if super().tolerance() > self.tolerance():
             block.float()  # half precision would take one scale or role for another
-        with torch.no_grad():  # zeros, as gamma's or those of a last layer, would hide what is computed
+        with torch.no_grad():  # zeros, such as gamma or a zero-initialized last layer, would hide differences
             for p in (p for p in block.parameters() if p.is_floating_point()):
                 p.copy_(torch.randn_like(p) * (0.5 * p[0].numel() ** -0.5) if p.ndim > 1 else torch.rand_like(p) + 0.5)
         outputs, inputs = [], []

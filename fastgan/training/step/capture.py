@@ -4,8 +4,7 @@
 custom ops and the optimizer come out as one flat graph without autograd. All state goes in as arguments and is updated
 in place. Tracing runs on fake tensors and changes no weight.
 
-Python runs once, while the graph is traced. :class:`Fit` tells whether the values that Python read then are still the
-same.
+Python runs once, while the graph is traced. :class:`Fit` checks whether the values that Python read then are unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Attribute = tuple[nn.Module, str]
 
 
 class Fit:
-    """Tells whether a later call of ``update`` would run the same Python as one with ``batch`` does now."""
+    """Checks whether a later call of ``update`` would run the same Python as one with ``batch`` does now."""
 
     def __init__(self, update: Update | JointUpdate, batch: Batch, written: Sequence[Attribute] = ()) -> None:
         self._update = update
@@ -53,7 +52,7 @@ class Fit:
             self._watch.ignore(vars(module), key)
 
     def misfit(self, batch: Batch) -> str | None:
-        """Name what has changed, or None."""
+        """Return the name of a value that has changed, or None."""
         for (name, now), kept in zip(self._state(batch).items(), self._kept.values(), strict=True):
             if now != kept:
                 return name
@@ -114,7 +113,7 @@ def unseen_hooks(update: Update | JointUpdate, trained: Sequence[Tensor]) -> str
 
 
 class _Traceable(TorchFunctionMode):
-    """Keeps Python from what a trace misses: reading a tensor's value is refused, ``x.data = y`` copies in place."""
+    """Guards against Python that a trace misses: refuses to read a tensor's value; ``x.data = y`` copies in place."""
 
     NAMES = "item tolist numpy __bool__ __float__ __int__ __index__ __complex__ __array__"
     READS = frozenset(getattr(Tensor, name) for name in NAMES.split())
@@ -127,14 +126,14 @@ class _Traceable(TorchFunctionMode):
             tensor, value = args
             if _metadata(value) != _metadata(tensor):
                 raise CaptureError("it gives a tensor's data another shape, layout or dtype")
-            # Backward reads the new value where this tensor was saved, as it does eagerly.
+            # A backward that saved this tensor reads the new value, as it does eagerly.
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):
                 return tensor.copy_(value)
         return func(*args, **(kwargs or {}))
 
 
 class _Part:
-    """One update within a graph: the state that it moves besides the networks, and what tracing finds out."""
+    """One update within a graph: the state that it changes besides the networks, and the findings of tracing."""
 
     def __init__(self, update: Update, *, holds_scaler: bool) -> None:
         self.update, self.trained, self._holds_scaler = update, update.trained(), holds_scaler
@@ -219,7 +218,7 @@ class CapturedUpdate:
                 else:
                     norm = self._apply(part, state, computed.gradients)
                     outputs += [*computed.terms.values(), *norm]
-            # Tensors that modules keep beside their buffers, such as the weight of torch's older spectral norm.
+            # Tensors that modules keep outside their buffers, such as the weight of torch's older spectral norm.
             written = [(m, key, value) for m, key, value in self._attributes() if before.get((m, key)) is not value]
             self.written: list[Attribute] = [(module, key) for module, key, _ in written]
             return outputs + [value.detach() for _, _, value in written]
@@ -256,8 +255,7 @@ class CapturedUpdate:
             self._second = torch.no_grad()(compile(graph, arguments))
 
     def misfit(self, batch: Batch) -> str | None:
-        """Name what the graph was not made for, in this batch or in the networks, losses and optimizer; None if it
-        serves them."""
+        """Return the name of a value in the batch, networks, losses or optimizer that the graph does not fit."""
         return self._fit.misfit(batch)
 
     def __call__(self, batch: Batch, draws: Draws) -> Terms:
@@ -468,5 +466,5 @@ def _draws_itself(graph: GraphModule) -> bool:
 
 
 def _graph_of(function: Callable[..., Any], arguments: Sequence[Tensor]) -> GraphModule:
-    # Constants that a loss closes over may stay what they are.
+    # Tensors that a loss closes over stay constants of the graph.
     return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)

@@ -18,8 +18,7 @@ class CudaGraph:
         function: maps inputs by name to tensors; draws from ``rng`` alone and changes ``state`` alone.
         inputs: an example.
         state: tensors that every replay changes.
-        rng: a generator of the device: each replay draws what an eager call would draw, and leaves it in the same
-            state.
+        rng: a generator of the device. Each replay draws the same numbers as an eager call and leaves the same state.
         pool: memory shared with other graphs, of which one runs at a time.
 
     Attributes:

@@ -188,7 +188,7 @@ class Update:
         return terms
 
     def signature(self, terms: Iterable[str], reached: Sequence[Tensor]) -> dict[str, Any]:
-        """What processes that exchange gradients must have in common."""
+        """Return the properties on which processes that exchange gradients must agree."""
         ids = {id(p) for p in reached}
         named = [(f"{name}.{key}", p) for name, m in self.networks.items() for key, p in m.named_parameters()]
         weights = [name for name, p in named if id(p) in ids]

@@ -34,8 +34,8 @@ class CaptureError(Exception):
 class OptimizerState:
     """Tensors of ``optimizer`` that a captured update reads and writes.
 
-    States that torch makes at the first step are made here, at zero, where torch has them begin. Step counts move to
-    the device of their parameters, as in torch's own capturable and fused variants.
+    States that torch creates at the first step are created here, with the zeros that torch starts from. Step counts
+    move to the device of their parameters, as in torch's own capturable and fused variants.
 
     Args:
         optimizer: Adam, AdamW, RMSprop, or SGD without dampening.
@@ -103,7 +103,7 @@ class OptimizerState:
             gradients: likewise; a parameter without one is left alone.
             states: stand for :meth:`tensors`.
             rates: stand for :attr:`rates`.
-            found_inf: (1,), float32; nothing changes where it is 1.
+            found_inf: (1,), float32; if it is 1, nothing changes.
         """
         position = 0
         for group, rate in zip(self._groups, rates, strict=True):
@@ -230,7 +230,7 @@ def rmsprop_(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    """torch's RMSprop; centred where ``grad_avgs`` is not empty."""
+    """Update as torch's RMSprop does; centered if ``grad_avgs`` is not empty."""
     torch._foreach_add_(list(steps), 1)
     used = _ascended_and_decayed(params, grads, weight_decay, maximize)
     squares = list(square_avgs)

@@ -51,7 +51,7 @@ class ProcessMean:
     Args:
         world: the processes.
         bucket_bytes: a bucket ends with the tensor that makes it at least this large.
-        device: where :attr:`weight` is.
+        device: the device of :attr:`weight`.
 
     Attributes:
         weight: this process's share of the batch, a scalar tensor; all shares add up to 1.
@@ -136,7 +136,7 @@ class ProcessMean:
 
 
 def floating_buffers(networks: Mapping[str, nn.Module]) -> list[Tensor]:
-    """Buffers that a step may change, and that differ where batches differ."""
+    """Return the buffers that a step may change and that depend on the batch."""
     return [b for network in networks.values() for b in network.buffers() if b.is_floating_point()]
 
 
@@ -179,7 +179,7 @@ def broadcast_optimizer_(optimizer: torch.optim.Optimizer, world: World) -> None
 
 
 def _without_common(a: Any, b: Any) -> tuple[Any, Any]:
-    """Two lists without what both have, unless their order alone differs."""
+    """Return two lists without their common entries, unless only their order differs."""
     if isinstance(a, list) and isinstance(b, list) and set(map(repr, a)) != set(map(repr, b)):
         return [x for x in a if x not in b] or "none of these", [x for x in b if x not in a] or "none of these"
     return a, b

@@ -1,7 +1,7 @@
 """Find what a train step can see: modules, tensors, containers, closures and globals; keep it, compare it, watch it.
 
 A captured graph holds the Python values that it was traced with. :class:`Watch` notices when one of them changes,
-:class:`Snapshot` brings everything back after a trial, and :func:`differences` names what two trials left differently.
+:class:`Snapshot` restores everything after a trial, and :func:`differences` lists how the results of two trials differ.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LIMIT = 100_000
 _MISSING = object()
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice, type)
 _SKIPPED = (types.ModuleType, torch.cuda.Stream)
-# Code of these packages is taken to be constant; what users hand to it is not.
+# The code of these packages counts as constant; the values that users pass to it do not.
 _LIBRARIES = {"torch", "torchvision", "functorch", "numpy", "scipy", "triton", "fastgan", *sys.stdlib_module_names}
-# Other updates' machinery, and what counts by itself.
+# The machinery of other updates, and objects that count steps by themselves.
 _OURS = ("fastgan.training.step", "fastgan.training.trainer")
 _WITH_COUNTERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 _ROOTS_WITH_COUNTERS = ("optimizer", "scaler")
@@ -85,7 +85,7 @@ class Reachable:
             pending.extend(self._below(path, value))
 
     def _now_read(self, pending: deque[tuple[str, Any]]) -> bool:
-        """Whether attributes that were left out are named by code that was found since; they are entered then."""
+        """Enter attributes that were left out and are named by code found since; return whether any are pending."""
         pending.extend((path, value) for path, key, value in self._unread if key in self.read)
         self._unread = [(path, key, value) for path, key, value in self._unread if key not in self.read]
         return bool(pending)
@@ -188,7 +188,7 @@ class Reachable:
 
 
 class Watch:
-    """Tells in a few comparisons, most of them in C, whether a Python value that a graph may hold has changed."""
+    """Checks, by a few comparisons mostly in C, whether a Python value that a graph may hold has changed."""
 
     def __init__(self, roots: dict[str, Any]) -> None:
         reached = Reachable(roots)
@@ -228,7 +228,7 @@ class Watch:
                 self._scopes[i], self._globals[i] = (scope, get, left), get(scope)
 
     def changed(self) -> str | None:
-        """The path of a value that is not what it was, or None."""
+        """Return the path of a value that has changed, or None."""
         try:
             if (
                 self._live == self._kept
@@ -339,11 +339,11 @@ class Snapshot:
 def differences(
     got: Snapshot, expected: Snapshot, start: Snapshot, tolerance: float, *, draws: bool = True
 ) -> list[str]:
-    """Names of what differs between two runs of a step from one start; empty if nothing does.
+    """Return the names of values that differ between two runs of a step from one start; empty if none does.
 
-    A tensor may be off by ``tolerance`` times its change since the start, or times its norm if it is new. What an
-    adaptive optimizer makes of a gradient that is rounding noise is not compared. A missing state of an optimizer
-    equals one of zeros.
+    A tensor may be off by ``tolerance`` times its change since the start, or times its norm if it is new. An adaptive
+    optimizer's steps on gradients that are rounding noise are not compared. A missing state of an optimizer equals one
+    of zeros.
     """
     found = []
     a, b, before = got.leaves(), expected.leaves(), start.leaves()

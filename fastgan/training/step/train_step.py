@@ -254,9 +254,9 @@ class TrainStep:
     def both(self, batch: Batch, *, first: str = "discriminator", second: str = "generator") -> Terms:
         """Run two updates on one batch and the same random numbers, as loops do that generate one fake batch for both.
 
-        What ``shared`` returns is computed once for both. Without it, the second update generates its images again.
-        That gives the same images if the first has not trained the generator; batch norm's running statistics and
-        singular vectors of the generator then move twice.
+        The result of ``shared`` is computed once for both. Without ``shared``, the second update generates its images
+        again. They are the same images if the first update has not trained the generator, but the generator's running
+        statistics and singular vectors are then updated twice.
 
         Returns:
             The terms of both losses, as "discriminator/loss" and so on.
@@ -435,7 +435,7 @@ class _Step:
         return self._compare(graph, batch, draws) if plan == COMPARE else graph(batch, draws)
 
     def _plan(self, batch: Batch) -> tuple[CapturedUpdate | None, int]:
-        """A graph that serves this call, if there is one, and what to do."""
+        """Return a graph that serves this call, if there is one, and the plan for it."""
         if self._is_eager:
             return None, EAGER
         if any([p.grad is not None for p in self._update.trained()]):
@@ -453,7 +453,7 @@ class _Step:
         if len(self._graphs) < MOST_GRAPHS and self._missed is not None and self._missed.misfit(batch) is None:
             self._missed = None
             return None, CAPTURE
-        warn_once(f"a {self._update.name} step runs eagerly: {misfits[-1]} is not what it was captured with")
+        warn_once(f"a {self._update.name} step runs eagerly: {misfits[-1]} has changed since the capture")
         self._missed = Fit(self._update, batch, self._graphs[-1].unread)
         return None, EAGER
 
@@ -527,7 +527,7 @@ class _Step:
     def _compare(self, graph: CapturedUpdate, batch: Batch, draws: Draws) -> Terms:
         """Run the update eagerly, by the traced graph and by the compiled one, each from the same state.
 
-        Leaves what the compiled one leaves if all agree, else what the eager one leaves.
+        If all agree, the compiled one's results stay in place, else the eager one's.
         """
         owner, update = self._owner, self._update
         start = Snapshot(update.state(), owner.rng)
@@ -571,7 +571,7 @@ class _Step:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, GuardOnDataDependentSymNode):  # in a hook of autograd, where no function mode is active
+    if isinstance(error, GuardOnDataDependentSymNode):  # in a hook of autograd, which runs without function modes
         return "it reads a tensor's value"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 

@@ -102,7 +102,7 @@ def module(name: str) -> Any:
 
 
 def without_its_imports(package: str) -> None:
-    """Let modules of ``package`` be imported without what its ``__init__`` imports."""
+    """Let modules of ``package`` be imported without running its ``__init__``."""
     spec = importlib.util.find_spec(package)
     if package not in sys.modules and spec is not None:
         bare: Any = types.ModuleType(package)
@@ -383,7 +383,7 @@ CASES = (
 
 @dataclass
 class Outcome:
-    """A report, and what each check found: "equal", "as the original" for what it cannot do either, or the trouble."""
+    """Return a report and each check's finding: "equal", "as the original" if it fails too, or the trouble."""
 
     report: FuseReport
     checks: dict[str, str]
@@ -529,9 +529,9 @@ _HEAD = """# Models that fuse was run on
 
 Made by `python -m tests.nn.fusion.public_models`. Each network is fused as its package makes it, then compared with
 the original: outputs, first gradients, the gradients of a gradient penalty, three optimizer steps, eval mode, state
-dicts loaded both ways, three steps of a deep copy and after `unfuse`, and a forward under `torch.compile`. "equal" is
-to {tolerances} of the norm. "as the original" is what the original cannot do either, "only fused" what only the fused
-model can.
+dicts loaded both ways, three steps of a deep copy and after `unfuse`, and a forward under `torch.compile`. "equal"
+means up to {tolerances} of the norm. "as the original" means that the original fails
+too, "only fused" that only the fused model works.
 """
 
 

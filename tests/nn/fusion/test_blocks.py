@@ -1,4 +1,4 @@
-"""Self-attention blocks that ``fuse`` recognizes, what a fused block keeps of its own, and what is left alone."""
+"""Self-attention blocks that ``fuse`` recognizes, features that a fused block keeps, and blocks that are left alone."""
 
 import copy
 import pickle
@@ -383,7 +383,7 @@ def test_an_optimizer_an_average_and_a_wrapper_made_before_go_on():
 
 
 def replicated(model):
-    """What ``nn.DataParallel`` makes of a model for one of its devices."""
+    """Return a replica as ``nn.DataParallel`` makes it for one of its devices."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     for module in modules:

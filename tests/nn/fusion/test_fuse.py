@@ -240,7 +240,7 @@ def test_blocks_that_are_something_else_are_left():
             return x + self.gamma * (v @ torch.softmax(q.transpose(1, 2) @ k, -1)).unflatten(2, x.shape[2:])
 
     class Remembering(Attention):
-        """Keeps what a fused block would not make."""
+        """A block that keeps its map, which a fused block would not compute."""
 
         def forward(self, x):
             y = super().forward(x)
@@ -373,12 +373,12 @@ def test_bad_input():
         fuse(lambda x: x)
     with pytest.raises(ValueError, match="impl must be one of"):
         fuse(nn.Linear(2, 2), impl="fast")
-    with pytest.raises(ValueError, match="example_input must be what model can be called with"):
+    with pytest.raises(ValueError, match="example_input must be an input that model accepts"):
         fuse(critic(older_spectral_norm), torch.randn(2, 4))
 
 
 def replicated(model):
-    """What ``nn.DataParallel`` makes of a model for one of its devices."""
+    """Return a replica as ``nn.DataParallel`` makes it for one of its devices."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     for module in modules:

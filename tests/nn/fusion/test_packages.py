@@ -1,4 +1,4 @@
-"""``fuse`` on the models of published packages, as they are. What is not installed is skipped."""
+"""``fuse`` on the models of published packages, unmodified. Packages that are not installed are skipped."""
 
 import pytest
 

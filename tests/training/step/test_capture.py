@@ -195,7 +195,7 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])
 def test_weights_that_the_loss_does_not_reach_stay(name):
-    """As with ``backward`` and ``step``: an optimiser leaves alone what has no gradient."""
+    """A parameter without a gradient is left alone, as by ``backward`` and an optimizer's ``step``."""
 
     results = []
     for mode in ("eager", "compile"):

@@ -398,7 +398,7 @@ def test_a_change_that_stays_is_captured_anew():
 
 
 def test_without_verification_a_counter_is_missed_and_with_it_not():
-    """That is what the two compared calls are for."""
+    """The two compared calls exist to find such differences."""
     with pytest.raises(AssertionError):
         same(lambda mode, backend: Setup(mode, backend, Counts()), options={"verify": False}, steps=1)
     same(lambda mode, backend: Setup(mode, backend, Counts()), steps=1)

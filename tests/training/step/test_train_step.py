@@ -31,7 +31,7 @@ def assert_equal_after_steps(name, backend, tolerance, **options):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_five_captured_steps_equal_eager_ones(name):
-    """And maps keep their layout in the graphs: only the smallest are copied, where they are or become vectors."""
+    """Maps also keep their layout in the graphs: only the smallest, which are or become vectors, are copied."""
     captured = assert_equal_after_steps(name, "eager", TOLERANCE["eager"])
     smallest = (8, 8) if name == "sketch-cgan" else (4, 4)
     assert len(captured.step.graphs) == 2
