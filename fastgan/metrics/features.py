@@ -51,7 +51,7 @@ def folder_stats(
     source = open_images(images)
     if len(source) >= backbone.compile_from:
         backbone.compile()
-    chosen = choose_protocol(backbone, protocol, resize)
+    chosen = choose_protocol(backbone.name, protocol, resize)
     return collect(
         source, backbone, protocol=chosen, batch_size=batch_size, num_workers=num_workers, progress=progress
     ).stats
@@ -78,7 +78,7 @@ def image_stats(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    chosen = choose_protocol(backbone, protocol, resize)
+    chosen = choose_protocol(backbone.name, protocol, resize)
     stats = empty_stats(backbone, chosen)
     if isinstance(images, Tensor):
         for batch in images.split(batch_size):

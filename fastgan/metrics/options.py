@@ -91,7 +91,7 @@ class FeatureOptions:
         recorded = next((stats.protocol for stats in loaded if stats.protocol), None)
         name = self.protocol or recorded
         try:
-            return choose_protocol(network, name, self.resize)
+            return choose_protocol(network.name, name, self.resize)
         except ValueError as error:
             raise InputError(f"the statistics cannot be used: {error}") from error
 

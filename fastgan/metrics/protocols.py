@@ -21,15 +21,11 @@ matters for tensors only. Networks other than Inception keep their own input ran
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fastgan._checks import InputError
 from fastgan.data.resize import check_resize
-
-if TYPE_CHECKING:
-    from fastgan.metrics.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -94,17 +90,17 @@ def get_protocol(name: str | Protocol, resize: str | None = None) -> Protocol:
     return PROTOCOLS[base].resized_by(resize or method or None)
 
 
-def default_protocol(network: Backbone | str) -> str:
-    """The protocol for a network if none is asked for, everywhere: pytorch-fid's for Inception, clean-fid's for others,
-    whose authors resize with antialiasing.
+def default_protocol(network: str) -> str:
+    """Return the protocol for a network of this name if none is asked for, everywhere.
+
+    It is pytorch-fid's for Inception, and clean-fid's for others, whose authors resize with antialiasing.
 
     The classes of :mod:`fastgan.metrics.torchmetrics_api` alone default to ``"torchmetrics"``.
     """
-    name = network if isinstance(network, str) else network.name
-    return "pytorch-fid" if name.startswith("inception") else "clean-fid"
+    return "pytorch-fid" if network.startswith("inception") else "clean-fid"
 
 
-def choose_protocol(network: Backbone, protocol: str | Protocol | None, resize: str | None = None) -> Protocol:
+def choose_protocol(network: str, protocol: str | Protocol | None, resize: str | None = None) -> Protocol:
     """The protocol asked for, else the network's default. Raises as :func:`get_protocol`."""
     return get_protocol(default_protocol(network) if protocol is None else protocol, resize)
 

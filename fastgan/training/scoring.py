@@ -68,7 +68,7 @@ class Scorer:
         self.reference = random_part(held_out, n)
         self.sketches = None if sketches == "none" else sketches_of(self.reference, sketches)
         self.backbone: Backbone = load_backbone(default_backbone() if backbone == "auto" else backbone, device=device)
-        self.protocol = choose_protocol(self.backbone, None)
+        self.protocol = choose_protocol(self.backbone.name, None)
         self.label = "FID" if self.backbone.name == "inception" else f"Frechet distance ({self.backbone.name})"
         self._references = self._stats(self._features(self.reference.images))
         self.floors = self._distances(self._features(random_part(train, n).images))

@@ -117,7 +117,7 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("bwd_keys", 2, 90): (
         (16, 64, Tile(64, 64, 64, 4, 1)),
         (32, 128, Tile(32, 64, 128, 4, 1)),
-        (64, 256, Tile(64, 64, 128, 4, 1, False)),
+        (64, 256, Tile(32, 64, 128, 4, 1, False)),
     ),
     ("bwd_keys", 4, 90): (
         (16, 32, Tile(16, 64, 32, 4, 1)),
@@ -146,7 +146,7 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("bwd_bwd_rows", 4, 90): (
         (16, 64, Tile(64, 16, 32, 4, 1, False)),
         (32, 128, Tile(64, 16, 64, 4, 1, False)),
-        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+        (64, 256, Tile(64, 16, 32, 8, 1, False)),
     ),
     ("bwd_bwd_rows", 2, 80): (
         (64, 64, Tile(32, 32, 64, 4, 2, False)),
@@ -168,7 +168,11 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ),
     ("bwd_bwd_keys", 4, 90): (
         (32, 128, Tile(16, 64, 32, 4, 1, False)),
-        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+        (64, 256, Tile(16, 16, 32, 4, 1, False)),
+    ),
+    ("bwd_bwd_keys", 2, 100): (
+        (64, 128, Tile(32, 64, 64, 4)),
+        (64, 256, Tile(16, 64, 64, 8)),
     ),
     ("bwd_bwd_keys", 2, 80): (
         (64, 128, Tile(32, 64, 64, 4)),

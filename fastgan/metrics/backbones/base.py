@@ -125,7 +125,7 @@ class Backbone(nn.Module):
                 values outside [0, 1] or not finite; or there is no such protocol.
         """
         check_images(images)
-        chosen = choose_protocol(self, protocol, resize)
+        chosen = choose_protocol(self.name, protocol, resize)
         features = []
         for part in images.detach().split(self._chunk):
             pixels = part.to(self.device)
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
 
     def from_pixels(self, pixels: Tensor, protocol: str | Protocol | None = None) -> Tensor:
         """Features of float32 images (n, 3, h, w) of the network's size, in [0, 255]."""
-        chosen = choose_protocol(self, protocol)
+        chosen = choose_protocol(self.name, protocol)
         return torch.cat([self._features(part.to(self.device), chosen) for part in pixels.split(self._chunk)])
 
     def train(self, mode: bool = True) -> Backbone:
