@@ -107,7 +107,7 @@ class ViTDiscriminator(nn.Module):
         """Score images; arguments, results and errors as of :meth:`ResNetDiscriminator.forward`."""
         check_images(images, self.image_channels, self.resolution)
         if self.n_classes:
-            check_label_shape(labels, images.shape[0])
+            check_label_shape(labels, images.shape[0], self.n_classes)
         h = self.to_tokens(images).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             h = block(h)
