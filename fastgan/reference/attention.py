@@ -53,7 +53,7 @@ def attention_eager(
     """
     if q.ndim == 4 and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    logits = q @ k.mT
+    logits = q @ k.transpose(-2, -1)  # ONNX has no translation of mT
     if scale != 1.0:  # as the eager block: no pass over the maps that it would not make
         logits = scale * logits
     if is_causal:
@@ -68,7 +68,9 @@ def attention_eager(
         p = torch.softmax(logits.masked_fill(unseen, 0), dim=-1).masked_fill(unseen, 0)
     else:
         p = torch.softmax(logits, dim=-1)
-    return (v.mT @ p.mT).mT if q.ndim == 3 and is_channels_first(q) else p @ v
+    return (
+        (v.transpose(-2, -1) @ p.transpose(-2, -1)).transpose(-2, -1) if q.ndim == 3 and is_channels_first(q) else p @ v
+    )
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, head: Head = UNMASKED) -> tuple[Tensor, Tensor]:
