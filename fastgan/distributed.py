@@ -27,7 +27,7 @@ def _end_gloo() -> None:
 # Threads of gloo that outlive the process group now and then abort the process as Python ends, without fastgan too. So
 # a group that is left is destroyed at exit; and torch.distributed.nn is imported before there is one, since default
 # arguments there keep the group of the time of the import, which torch.compile makes.
-if "WORLD_SIZE" in os.environ and dist.is_available():
+if dist.is_available():
     import torch.distributed.nn
 
     atexit.register(_end_gloo)

@@ -68,7 +68,7 @@ def test_no_thread_of_a_group_that_a_script_leaves_is_there_at_exit(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "main.py")]
     done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[]", "[]"]
+    assert done.stdout.split() in (["[]", "[]"], ["[][]"])  # two processes print to one pipe
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_no_thread_of_a_process_group_outlives_it(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "main.py")]
     done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[]", "[]"]
+    assert done.stdout.split() in (["[]", "[]"], ["[][]"])  # two processes print to one pipe
 
 
 BACKBONE = ("--backbone", "efficientnet_lite0")
