@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -25,6 +26,8 @@ class SecondOrderAttention(TorchFunctionMode):
             return scaled_dot_product_attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return _multi_head_attention_forward(*args, **kwargs)
+        if func is Tensor.unflatten:  # torch 2.11's compiler cannot trace the method, which calls its super class
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -123,7 +123,7 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
         (16, 32, Tile(16, 64, 32, 4, 1)),
         (16, 64, Tile(32, 64, 64, 4)),
         (32, 128, Tile(32, 64, 64, 4, 1, False)),
-        (64, 256, Tile(32, 64, 32, 4, 2, False)),
+        (64, 256, Tile(32, 64, 32, 4, 1, False)),
     ),
     ("bwd_keys", 4, 100): (
         (64, 128, Tile(16, 64, 64, 8)),
@@ -146,7 +146,7 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("bwd_bwd_rows", 4, 90): (
         (16, 64, Tile(64, 16, 32, 4, 1, False)),
         (32, 128, Tile(64, 16, 64, 4, 1, False)),
-        (64, 256, Tile(64, 16, 32, 8, 1, False)),
+        (64, 256, Tile(64, 16, 16, 8, 1, False)),
     ),
     ("bwd_bwd_rows", 2, 80): (
         (64, 64, Tile(32, 32, 64, 4, 2, False)),
@@ -234,9 +234,8 @@ _HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
         (128, 256, Tile(16, 16, 32, 4, 1)),
     ),
     ("bwd_bwd_rows", 4): (
-        (64, 64, Tile(16, 16, 64, 8, 1, True, True)),
         (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
-        (128, 64, Tile(16, 16, 64, 8, 1, True, True)),
+        (128, 64, Tile(16, 16, 32, 8, 1, True, True)),
         (128, 256, Tile(16, 16, 64, 8, 1, True, True)),
     ),
     ("bwd_bwd_keys", 2): (
