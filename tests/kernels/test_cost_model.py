@@ -68,7 +68,7 @@ MISSED = {
     ("C=128 H=32", "attention_bwd_bwd_keys"): 7,
     ("C=192 H=64", "attention_bwd_bwd_keys"): 6,
     ("C=384 H=32", "attention_bwd_keys"): 8,
-    ("C=384 H=32", "attention_bwd_bwd_rows"): 18,
+    ("C=384 H=32", "attention_bwd_bwd_rows"): 33,
     ("C=384 H=32", "attention_bwd_bwd_keys"): 26,
 }
 
