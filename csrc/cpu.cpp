@@ -248,13 +248,16 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("nuclear_norm(Tensor m, bool low_precision, float tolerance) -> (Tensor, Tensor)");
   m.def("sqrtm(Tensor a, bool inverse) -> Tensor");
   m.def("vector_bits() -> int");
-  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) o, Tensor(b!) stats) -> ()");
   m.def(
-      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, float scale, "
-      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, bool is_causal, float scale, "
+      "Tensor(a!) o, Tensor(b!) stats) -> ()");
   m.def(
-      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_o, Tensor q, Tensor k, Tensor v, "
-      "Tensor stats, float scale, Tensor(a!) g_do, Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv) -> ()");
+      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor o, Tensor stats, "
+      "bool is_causal, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? d_sinks) -> ()");
+  m.def(
+      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor? gg_sinks, Tensor grad_o, Tensor q, Tensor k, "
+      "Tensor v, Tensor? mask, Tensor? sinks, Tensor stats, bool is_causal, float scale, Tensor(a!) g_do, "
+      "Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv, Tensor(e!)? g_sinks) -> ()");
   m.def(
       "pooled_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) q, Tensor(b!) kv, Tensor(c!) index) -> ()");
   m.def(

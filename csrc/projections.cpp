@@ -33,7 +33,7 @@ void pooled_projection(const Tensor& x, const Tensor& weight, std::optional<Tens
   p.q = rows_of(q), p.kv = rows_of(kv), p.index = static_cast<int8_t*>(index.data_ptr());
   const ProjectionKernels& kernels = projection_kernels(element_of(weight));
   Workspace workspace(weight);
-  workspace.take(1, p.sizes());
+  workspace.take(p.sizes());
   in_parallel(p.channels, kernels.pooled_pack, p);
   in_parallel(p.batches * p.tiles(), kernels.pooled, p, workspace.bytes(p.room()));
 }
@@ -46,7 +46,7 @@ void projection_residual(const Tensor& rows, const Tensor& weight, std::optional
   p.x = image_of(x), p.y = image_of(y);
   const ProjectionKernels& kernels = projection_kernels(element_of(weight));
   Workspace workspace(weight);
-  workspace.take(1, p.sizes());
+  workspace.take(p.sizes());
   in_parallel(p.channels, kernels.residual_pack, p);
   in_parallel(p.batches * p.tiles(), kernels.residual, p, workspace.bytes(p.room()));
 }
