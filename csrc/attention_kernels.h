@@ -77,11 +77,11 @@ FASTGAN_INLINE W sink_weight(const Masking& masking, int64_t head, W top) {
 }
 
 template <typename W>
-FASTGAN_INLINE void hide(const uint8_t* __restrict seen, int64_t row, int64_t column, int64_t rows, int64_t keys,
-                         W* __restrict map, int64_t stride) {
+FASTGAN_INLINE void fill_unseen(const uint8_t* __restrict seen, int64_t row, int64_t column, int64_t rows, int64_t keys,
+                                W value, W* __restrict map, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < keys; ++c)
-      map[r * stride + c] = seen[r * row + c * column] ? map[r * stride + c] : -W(__builtin_inf());
+      map[r * stride + c] = seen[r * row + c * column] ? map[r * stride + c] : value;
 }
 
 template <typename X, typename W>
@@ -92,36 +92,47 @@ FASTGAN_INLINE void scale_and_add(const X* __restrict added, int64_t row, int64_
       map[r * stride + c] = scale * map[r * stride + c] + W(widen(added[r * row + c * column]));
 }
 
-// Scales the logits of rows [first, first + rows) and keys [key, key + keys) of a slice if they are to be, and masks them.
-template <typename W>
-void mask_logits(const Masking& x, const AttentionShape& s, int64_t slice, int64_t first, int64_t rows, int64_t key,
-                 int64_t keys, W* map, int64_t stride) {
-  const W scale = W(s.scale);
-  const int64_t row = x.mask.row, column = x.mask.channel;
-  const int64_t offset = slice / s.heads * x.mask.batch + slice % s.heads * x.mask.head + first * row + key * column;
-  const auto add = [&](const auto* mask) __attribute__((always_inline)) {
-    if (column == 1)
-      scale_and_add(mask, row, 1, scale, rows, keys, map, stride);
-    else
-      scale_and_add(mask, row, column, scale, rows, keys, map, stride);
-  };
-  if (x.is_added()) {
-    FASTGAN_FOR_ELEMENTS(x.element, x.mask.data, offset, add)
-  } else if (x.is_scaled()) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < keys; ++c) map[r * stride + c] *= scale;
+// Rows [first, first + rows) and keys [key, key + keys) of the maps of a slice.
+struct Block {
+  int64_t slice, first, rows, key, keys;
+
+  FASTGAN_INLINE int64_t offset(const View& mask, int64_t heads) const {
+    return slice / heads * mask.batch + slice % heads * mask.head + first * mask.row + key * mask.channel;
   }
+};
+
+// map <- `value` where a boolean mask or causal attention hides the key, as torch's masked_fill: also from NaN.
+template <typename W>
+void fill_hidden(const Masking& x, const AttentionShape& s, const Block& b, W value, W* map, int64_t stride) {
   if (x.mask.data && x.is_boolean) {
-    const auto* seen = static_cast<const uint8_t*>(x.mask.data) + offset;
-    if (column == 1)
-      hide(seen, row, 1, rows, keys, map, stride);
+    const auto* seen = static_cast<const uint8_t*>(x.mask.data) + b.offset(x.mask, s.heads);
+    if (x.mask.channel == 1)
+      fill_unseen(seen, x.mask.row, 1, b.rows, b.keys, value, map, stride);
     else
-      hide(seen, row, column, rows, keys, map, stride);
+      fill_unseen(seen, x.mask.row, x.mask.channel, b.rows, b.keys, value, map, stride);
   }
   if (!s.is_causal) return;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = first + r < key ? 0 : first + r + 1 - key; c < keys; ++c)
-      map[r * stride + c] = -W(__builtin_inf());
+  for (int64_t r = 0; r < b.rows; ++r)
+    for (int64_t c = b.first + r < b.key ? 0 : b.first + r + 1 - b.key; c < b.keys; ++c) map[r * stride + c] = value;
+}
+
+// Scales the logits if they are to be, and masks them.
+template <typename W>
+void mask_logits(const Masking& x, const AttentionShape& s, const Block& b, W* map, int64_t stride) {
+  const W scale = W(s.scale);
+  const auto add = [&](const auto* mask) __attribute__((always_inline)) {
+    if (x.mask.channel == 1)
+      scale_and_add(mask, x.mask.row, 1, scale, b.rows, b.keys, map, stride);
+    else
+      scale_and_add(mask, x.mask.row, x.mask.channel, scale, b.rows, b.keys, map, stride);
+  };
+  if (x.is_added()) {
+    FASTGAN_FOR_ELEMENTS(x.element, x.mask.data, b.offset(x.mask, s.heads), add)
+  } else if (x.is_scaled()) {
+    for (int64_t r = 0; r < b.rows; ++r)
+      for (int64_t c = 0; c < b.keys; ++c) map[r * stride + c] *= scale;
+  }
+  fill_hidden(x, s, b, -W(__builtin_inf()), map, stride);
 }
 
 template <typename T>
@@ -177,7 +188,7 @@ void attention_forward(const AttentionForward& x, int64_t begin, int64_t end, vo
     pack_rows<T>(slice_of<const T>(x.q, s.heads, slice), first, rows, s.d, W(1), q, quads(s.d));
     for (int64_t key = 0; key < seen; key += kTile)
       tile_product(q, s.d, kt + key * s.d, computed, smaller(kTile, seen - key), map + key, stride);
-    mask_logits(x.masking, s, slice, first, rows, 0, seen, map, stride);
+    mask_logits(x.masking, s, {slice, first, rows, 0, seen}, map, stride);
     mask_tail(map, stride, computed, seen);
     for (int64_t r = 0; r < rows; ++r)
       softmax_row(map + r * stride, seen, scale, x.masking, slice % s.heads, stats + 2 * r);
@@ -223,16 +234,17 @@ void attention_backward_pack_rows(const AttentionBackward& x, int64_t begin, int
     pack_strip<T>(slice_of<const T>(x.q, s.heads, slice), first, rows, s.d, W(1), part_of<W>(x.q_rows, slice) + first * quads(s.d));
     pack_strip<T>(slice_of<const T>(x.grad_o, s.heads, slice), first, rows, s.e, W(1), go);
     for (int64_t r = 0; r < rows; ++r) {
-      W delta = 0, *row = go + r * quads(s.e);
+      W delta = 0, not_finite = 0, *row = go + r * quads(s.e);
       for (int64_t j = 0; j < s.e; ++j) {
         row[j] *= stats[2 * r + 1];
         delta += row[j] * widen(o.data[(first + r) * o.row + j * o.channel]);
+        not_finite += 0 * row[j];
       }
       part_of<W>(x.tops, slice)[first + r] = stats[2 * r];
+      delta += not_finite;  // NaN, as a row of dP that an infinite cotangent makes has entries of both signs
+      part_of<W>(x.deltas, slice)[first + r] = delta;
       if (x.masking.sinks)  // a key whose dP is 0
         part_of<W>(x.sink_terms, slice)[first + r] = -delta * sink_weight<W>(x.masking, slice % s.heads, stats[2 * r]);
-      // Infinity becomes NaN: a row of dP with infinite entries has the sum infinity - infinity.
-      part_of<W>(x.deltas, slice)[first + r] = delta + 0 * delta;
     }
   }
 }
@@ -262,7 +274,8 @@ void attention_backward(const AttentionBackward& x, int64_t begin, int64_t end, 
           const int64_t rows = smaller(kRowBlock, s.n - n), computed = whole_rows(rows);
           tile_product(q + n * quads(s.d), s.d, kt, computed, keys, p, kTile);
           tile_product(go + n * quads(s.e), s.e, vt, computed, keys, ds, kTile);
-          mask_logits(x.masking, s, slice, n, rows, key, keys, p, kTile);
+          const Block block{slice, n, rows, key, keys};
+          mask_logits(x.masking, s, block, p, kTile);
           mask_tail(p, kTile, rows, keys);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = r * kTile; c < r * kTile + keys; c += kWidth<W>) {
@@ -270,6 +283,7 @@ void attention_backward(const AttentionBackward& x, int64_t begin, int64_t end, 
               store(p + c, e);
               store(ds + c, e * (load(ds + c) - deltas[n + r]));
             }
+          fill_hidden(x.masking, s, block, W(0), ds, kTile);
           product<false>(ds, kTile, k, padded(s.d), keys, computed, s.d, dq + n * padded(s.d), padded(s.d),
                          tile > first_tile);
           product<true>(q + n * quads(s.d), quads(s.d), ds, kTile, rows, s.d, keys, dk, kTile, true);
@@ -361,6 +375,19 @@ struct Maps {
     tile_product(go, s.e, vt, rows, keys, dp + column, stride);
     tile_product(go, s.e, ggvt, rows, keys, t + column, stride);
   }
+
+  // The logits and their cotangent.
+  FASTGAN_INLINE void mask(const AttentionBackward2& x, const Block& block) const {
+    mask_logits(x.masking, x.shape, block, p, stride);
+    mask_tail(p, stride, block.rows, block.keys);
+    fill_hidden(x.masking, x.shape, block, W(0), a, stride);
+  }
+
+  // The gradients with respect to the logits, once finish_row has written them.
+  FASTGAN_INLINE void mask_gradients(const AttentionBackward2& x, const Block& block) const {
+    fill_hidden(x.masking, x.shape, block, W(0), dp, stride);
+    fill_hidden(x.masking, x.shape, block, W(0), t, stride);
+  }
 };
 
 // Of a row: 2 statistics of P, then delta = rowsum(P dP), a = rowsum(P A) and b = rowsum(P B), where
@@ -424,8 +451,8 @@ void attention_backward2_rows(const AttentionBackward2& x, int64_t begin, int64_
     pack_strip<T>(slice_of<const T>(x.grad_o, s.heads, slice), first, rows, s.e, W(1), go);
     for (int64_t key = 0; key < seen; key += kTile)
       maps.fill(x, key_slice, q, ggq, go, computed, key, smaller(kTile, seen - key), key);
-    mask_logits(x.masking, s, slice, first, rows, 0, seen, maps.p, stride);
-    mask_tail(maps.p, stride, rows, seen);
+    const Block block{slice, first, rows, 0, seen};
+    maps.mask(x, block);
     const W* stats = static_cast<const W*>(x.stats) + 2 * (slice * s.n + first);
     auto* sums = reinterpret_cast<RowSums<W>*>(part_of<W>(x.sums, slice)) + first;
     for (int64_t r = 0; r < rows; ++r) {
@@ -440,6 +467,7 @@ void attention_backward2_rows(const AttentionBackward2& x, int64_t begin, int64_
       }
       finish_row(maps, r, seen, sums[r], scale);
     }
+    maps.mask_gradients(x, block);
     const W *k = part_of<W>(x.k_rows, key_slice), *ggk = part_of<W>(x.ggk_rows, key_slice);
     const W *v = part_of<W>(x.v_rows, key_slice), *ggv = part_of<W>(x.ggv_rows, key_slice);
     product<false>(maps.t, stride, k, wide_d, seen, computed, s.d, gq, wide_d, false);
@@ -469,13 +497,14 @@ void attention_backward2_keys(const AttentionBackward2& x, int64_t begin, int64_
         const int64_t rows = smaller(kStrip2, s.n - n), computed = whole_rows(rows);
         const W *q_rows = q + n * quads(s.d), *ggq_rows = ggq + n * quads(s.d), *go_rows = go + n * quads(s.e);
         maps.fill(x, key_slice, q_rows, ggq_rows, go_rows, computed, key, keys, 0);
-        mask_logits(x.masking, s, slice, n, rows, key, keys, maps.p, kTile);
-        mask_tail(maps.p, kTile, rows, keys);
+        const Block block{slice, n, rows, key, keys};
+        maps.mask(x, block);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = r * kTile; c < r * kTile + keys; c += kWidth<W>)
             store(maps.p + c, weight(maps.p + c, sums[n + r].top, log_scale) * sums[n + r].inverse);
           finish_row(maps, r, keys, sums[n + r], scale);
         }
+        maps.mask_gradients(x, block);
         product<true>(q_rows, quads(s.d), maps.t, kTile, rows, s.d, keys, gk, kTile, true);
         product<true>(ggq_rows, quads(s.d), maps.dp, kTile, rows, s.d, keys, gk, kTile, true);
         product<true>(go_rows, quads(s.e), maps.a, kTile, rows, s.e, keys, gv, kTile, true);

