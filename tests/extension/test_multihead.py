@@ -63,7 +63,7 @@ def test_gradients_of_both_orders_match_finite_differences(case, has_sinks):
 # Tiles of 64 keys, strips of 8 rows and blocks of 32: sizes below, at and above their edges, more keys than queries.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shape", [(1, 3, 3, 40, 200, 8, 8), (2, 2, 1, 130, 64, 16, 33)])
+@pytest.mark.parametrize("shape", [(1, 8, 8, 40, 200, 8, 8), (2, 8, 4, 130, 64, 16, 33)])
 def test_is_right_in_every_dtype(shape, case, dtype):
     b, h, _, n, m, d, _ = shape
     options, full = masks(case, b, h, n, m)
@@ -229,10 +229,10 @@ def test_sinks_may_have_any_dtype(sinks_dtype):
     torch.testing.assert_close(gradient.double(), truth, rtol=1e-2, atol=1e-4)
 
 
-def test_auto_is_the_extension_and_a_learnt_mask_keeps_the_maps(monkeypatch):
+def test_auto_is_the_extension_and_a_learnt_mask_keeps_the_maps():
     q, k, v, sinks = head_operands(1, 4, 2, 6, 5, 3, 2)
     options = {"mask": torch.rand(1, 5) < 0.7, "sinks": sinks, "is_causal": True}
-    assert attention(q, k, v, **options).grad_fn.next_functions[0][0].name().startswith("fastgan_multihead")
+    assert attention(q, k, v, **options).grad_fn.name().startswith("fastgan_multihead")
     bias = torch.randn(1, 4, 6, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *x: attention(*x[:3], mask=x[3]), (q, k, v, bias))
     with pytest.raises(ValueError, match="mask must not require a gradient for impl='extension'"):
