@@ -6,6 +6,7 @@ projection to x, which is read once and the sum written once.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan._checks import check_alike, check_tensor
-from fastgan._dispatch import differentiable, outside_autocast
+from fastgan._dispatch import differentiable, needs_no_dispatch, outside_autocast
 from fastgan._layout import image_like
 from fastgan.backend import implementation, resolve
-from fastgan.reference.projections import gradients_of_projection, pooled_projection_bwd, projection_residual_bwd
+from fastgan.reference import projections as reference
 
 
 def pooled_projection(
@@ -127,10 +128,18 @@ def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _pooled_backward(ctx: Any, grad_q: Tensor, grad_kv: Tensor, _grad_index: Tensor | None) -> tuple[Any, ...]:
     x, weight, index = ctx.saved_tensors
     if ctx.impl == "extension":
-        dx, dweight, dbias = gradients_of_projection(_unpool(grad_q, grad_kv, index, x.shape[3]), x, weight)
+        grad = _unpool(grad_q, grad_kv, index, x.shape[3])
+        dx, dweight, dbias = _products(ctx.impl, grad, x, weight).gradients_of_projection(grad, x, weight)
     else:
-        dx, dweight, dbias = pooled_projection_bwd(grad_q, grad_kv, index, x, weight)
+        dx, dweight, dbias = reference.pooled_projection_bwd(grad_q, grad_kv, index, x, weight)
     return dx, dweight, dbias if ctx.has_bias else None, None, None
+
+
+def _products(impl: str, *operands: Tensor) -> ModuleType:
+    """Return the module of a gradient's products: the extension's are of one dtype and have no gradient."""
+    alike = all(x.dtype == operands[0].dtype for x in operands)
+    in_extension = impl == "extension" and alike and needs_no_dispatch(*operands)
+    return implementation("projections", "extension" if in_extension else "reference")
 
 
 # What the gradient of pooled_projection does before its products: linear maps that are each other's gradient.
@@ -188,13 +197,14 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str) -
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, bias, _, _ = inputs
+    rows, weight, bias, _, ctx.impl = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(rows, weight)
 
 
 def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    drows, dweight, dbias = projection_residual_bwd(grad, *ctx.saved_tensors)
+    products = _products(ctx.impl, grad, *ctx.saved_tensors)
+    drows, dweight, dbias = products.projection_residual_bwd(grad, *ctx.saved_tensors)
     return drows, dweight, dbias if ctx.has_bias else None, grad, None
 
 
