@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgan._layout import image_like, rows_of
+from fastgan._layout import image_like
 from fastgan.backend import load_extension
 
 load_extension()
@@ -26,23 +26,13 @@ def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int
     return q, kv, index
 
 
-def gradients_of_projection(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's, for x in the weight's dtype; the gradients have none of their own."""
-    dx, dweight = image_like(x), torch.empty_like(weight)
-    if grad.numel() == 0:
-        return dx, dweight.zero_(), grad.sum(dim=(0, 1))
-    _projection_gradients(grad, rows_of(x), weight, rows_of(dx), dweight)
-    return dx, dweight, grad.sum(dim=(0, 1))
-
-
-def projection_residual_bwd(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's, for ``grad`` in the weight's dtype; the gradients have none of their own."""
+def projection_gradients(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (drows, dweight) of rows weight^T for its gradient (B, P, outputs), rows (B, P, C), all of one dtype."""
     drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
-    grad_rows = rows_of(grad)
     if grad.numel() == 0:
-        return drows, dweight.zero_(), grad_rows.sum(dim=(0, 1))
-    _projection_gradients(grad_rows, rows, weight, drows, dweight)
-    return drows, dweight, grad_rows.sum(dim=(0, 1))
+        return drows, dweight.zero_()
+    _projection_gradients(grad, rows, weight, drows, dweight)
+    return drows, dweight
 
 
 def unpool(grad_q: Tensor, grad_kv: Tensor, index: Tensor, width: int) -> Tensor:

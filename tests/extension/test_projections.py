@@ -11,7 +11,14 @@ from torch.library import opcheck
 from fastgan import backend
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import pooled_projection, projection_residual
-from fastgan.ops._projections import gather_pooled_op, pooled_projection_op, projection_residual_op, unpool_op
+from fastgan.ops._projections import (
+    _projection_gradients,
+    gather_pooled_op,
+    pooled_projection_op,
+    projection_gradients_op,
+    projection_residual_op,
+    unpool_op,
+)
 from tests.accuracy import assert_as_accurate
 from tests.ops.operands import LAYOUTS, plain_pooled, plain_residual, pooled_operands, residual_operands, three_orders
 
@@ -104,6 +111,26 @@ def test_the_gradient_has_an_operator_of_the_extension(monkeypatch):
     loss = torch.compile(lambda *t: sum(y.square().sum() for y in pooled(*t, 3)), fullgraph=True)
     expected = torch.autograd.grad(sum(y.square().sum() for y in plain_pooled(*operands, 3)), operands)
     torch.testing.assert_close(torch.autograd.grad(loss(*operands), operands), expected)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("layout", ["rows", "pixels of the gradient", "pixels of x"])
+def test_gradients_of_the_products(layout, wanted):
+    """All or one of them differentiated."""
+    grad, rows = (torch.randn(2, 9, c, dtype=torch.float64) for c in (3, 4))
+    grad = grad.mT.contiguous().mT if "gradient" in layout else grad
+    rows = rows.mT.contiguous().mT if "x" in layout else rows
+    operands = [t.requires_grad_() for t in (grad, rows, torch.randn(3, 4, dtype=torch.float64))]
+    opcheck(projection_gradients_op, operands)
+
+    def products(grad, rows, weight):
+        both = _projection_gradients(grad, rows, weight)
+        return tuple(both[i] for i in wanted)
+
+    both = (grad @ operands[2], (grad.mT @ rows).sum(0))
+    torch.testing.assert_close(products(*operands), tuple(both[i] for i in wanted))
+    assert torch.autograd.gradcheck(products, operands)
+    assert torch.autograd.gradgradcheck(products, operands)
 
 
 def first_gradients(function, *inputs):
