@@ -30,8 +30,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, photos, cifar10, a folder or a zip file; with --resume a new place of the same files.  "
-            "[default: the recipe's]"
+            help="digits, photos, cifar10, torchvision:NAME, huggingface:NAME, or a folder, archive or array file of "
+            "images; with --resume the new place of the same files.  [default: the recipe's]"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,

@@ -31,6 +31,8 @@ IMAGE_KEYS = ("images", "arr_0", "x", "samples")
 LABEL_KEYS = ("labels", "y")
 """Where an npz may hold their classes."""
 
+_ITEM_IMAGES, _ITEM_LABELS = ("image", "img", "images"), ("label", "labels", "fine_label")
+
 ARRAY_FILES = (".npz", ".npy", ".pt", ".pth", ".h5", ".hdf5")
 """NumPy's, tensors of ``torch.save``, and HDF5's, which need h5py."""
 
@@ -242,7 +244,7 @@ class ImageArray(ImageSource):
 
 class ImageDataset(ImageSource):
     """A dataset of torchvision, Hugging Face or any other with a length: its items are images, ``(image, label)``, or
-    mappings with "image" or "img" and perhaps "label".
+    mappings with "image" or "img" and perhaps "label" or "fine_label".
 
     An image is a Pillow image, an array (h, w, c), or a tensor (c, h, w); uint8, or floating-point in [0, 1].
 
@@ -273,18 +275,23 @@ class ImageDataset(ImageSource):
         return f"{self.label}[{index}]"
 
     def classes(self) -> tuple[tuple[str, ...], list[int]]:
-        labels = [self._item(index)[1] for index in range(len(self))]
+        columns = getattr(self.dataset, "column_names", ())  # Hugging Face's, which need not decode the images for it
+        column = next((name for name in _ITEM_LABELS if name in columns), None)
+        if column is not None:
+            labels, names = [*self.dataset[column]], getattr(self.dataset.features[column], "names", None)
+        else:
+            labels = [self._item(index)[1] for index in range(len(self))]
+            names = getattr(self.dataset, "classes", None)
         if any(label is None for label in labels):
             return super().classes()
         found = _checked_labels(np.asarray(labels), len(self), self.label).tolist()
-        names = getattr(self.dataset, "classes", None) or range(max(found) + 1)
-        return tuple(map(str, names)), found
+        return tuple(map(str, names or range(max(found) + 1))), found
 
     def _item(self, index: int) -> tuple[Any, Any]:
         item = self.dataset[index]
         if isinstance(item, Mapping):
-            image = next((item[name] for name in ("image", "img", "images") if name in item), None)
-            return image, next((item[name] for name in ("label", "labels") if name in item), None)
+            image = next((item[name] for name in _ITEM_IMAGES if name in item), None)
+            return image, next((item[name] for name in _ITEM_LABELS if name in item), None)
         if isinstance(item, tuple | list):
             return item[0], item[1] if len(item) > 1 else None
         return item, None

@@ -58,7 +58,21 @@ def image_folder(
     """
     images = open_images(source, skip_bad=skip_bad)
     images.decoding = decoding
-    names, labels = read_label_file(source, images) or images.classes()
+    classes = read_label_file(source, images) or images.classes()
+    return labelled(images, classes, resolution, channels, fit=fit, tell=tell)
+
+
+def labelled(
+    images: ImageSource,
+    classes: tuple[tuple[str, ...], list[int]],
+    resolution: int,
+    channels: int,
+    *,
+    fit: str,
+    tell: Callable[[str], None],
+) -> LabelledImages:
+    """Read all of ``images``, whose ``classes`` are names and the class of each image; see :func:`image_folder`."""
+    names, labels = classes
     pixels, kept = read_source(images, resolution, channels, fit=fit)
     _tell_left_out(images, tell)
     return LabelledImages(pixels[kept], torch.tensor(labels)[kept], n_classes=max(len(names), 1), class_names=names)
