@@ -295,10 +295,9 @@ def _of_library(
     size = looked.resolution if resolution is None else resolution
     channels = channels or (1 if looked.gray == len(looked) else 3)
     sets = [labelled(part, part.classes(), size, channels, fit=fit, tell=tell) for part in parts]
-    if len(sets) == 1:
-        sets = [*_split(sets[0], held_out)]
-    elif sets[1].n_classes != sets[0].n_classes:
-        raise InputError(f"{source} must have the same classes in both splits, it has {[s.n_classes for s in sets]}")
+    train, test = sets if len(sets) == 2 else _split(sets[0], held_out)
+    if test.n_classes != train.n_classes:
+        raise InputError(f"{source} must have as many classes in both splits, got {train.n_classes}, {test.n_classes}")
     smallest, largest = min(looked.sizes), max(looked.sizes)
     sizes = "{}x{}".format(*smallest) + ("" if smallest == largest else " to {}x{}".format(*largest))
-    return DataSplit(*sets, found=_described(f"{sizes} {'gray' if channels == 1 else 'RGB'}", *sets))
+    return DataSplit(train, test, found=_described(f"{sizes} {'gray' if channels == 1 else 'RGB'}", train, test))
