@@ -32,6 +32,7 @@ from fastgan.models.base import RUN_FOLDER
 from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, load_recipe, override, override_values
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
+from fastgan.training.compile_clock import CompileClock
 from fastgan.training.data_record import RECORD, DataRecord
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
 from fastgan.training.scoring import Score, Scorer, score_backbone
@@ -118,8 +119,7 @@ class Run:
         if done >= steps:
             self._tell(f"{self.out} is finished, {done} of {steps} steps are done: steps={2 * done} would train on")
         elif self.trainer.steps.mode != "eager":
-            self._tell("compiling the train steps, once: expect one to three minutes before the first step")
-            callbacks.append(FirstStep(self._tell))
+            callbacks.append(CompileClock(self._tell))
         try:
             if not done and self.world.is_first:
                 self._draw(self.trainer)
@@ -225,21 +225,6 @@ class Run:
         if self._saved_step is None:
             return "No checkpoint had been written; the same command starts the run over."
         return f"The checkpoint of step {self._saved_step} is kept: {self.resume_command}"
-
-
-class FirstStep(Callback):
-    """Says how long the first step took, with what was compiled for it."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-
-    def on_start(self, trainer: Trainer, steps: int) -> None:
-        self._began: float | None = time.perf_counter()
-
-    def on_step(self, trainer: Trainer) -> None:
-        if self._began is not None:
-            self._tell(f"compiled, with the first step, in {time.perf_counter() - self._began:.0f} s")
-            self._began = None
 
 
 class StopOnSignal(Callback):
