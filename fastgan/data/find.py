@@ -40,6 +40,9 @@ EXTENSIONS = frozenset(
 )
 """File extensions of images, where this machine's Pillow can decode them."""
 
+LABEL_FILES = ("dataset.json", "labels.csv")
+"""Files at the top of a set that hold the classes of its images; they are not counted among what was left out."""
+
 _NEVER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 _LISTED = 4  # extensions in the line about what was left out
 
@@ -69,6 +72,8 @@ class Found:
 
     def add(self, path: PurePath) -> None:
         """Take ``path``, relative to the root, among the images, or count why not."""
+        if str(path) in LABEL_FILES:
+            return
         reason = why_left_out(path.parts)
         extension = path.suffix[1:].lower()
         if reason is None and extension in image_extensions():
