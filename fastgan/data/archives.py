@@ -1,4 +1,4 @@
-"""Open a path as a set of images: a folder, a zip file, a file of an array or a tensor, or what an opener knows.
+"""Open a path as a set of images: a folder, an archive, a file with an array, or whatever an opener recognizes.
 
 :func:`register_opener` adds a kind of source: a function that looks at a path, cheaply, and returns an
 :class:`ImageSource` or None. In this way the folder of a training run becomes a source: its samples are drawn when it
@@ -43,14 +43,16 @@ _openers: list[Opener] = []
 
 
 def register_opener(opener: Opener) -> None:
-    """Let :func:`open_images` ask ``opener`` first. An opener that is registered already is not added again."""
+    """Add ``opener`` to those that :func:`open_images` asks first; a second registration has no effect."""
     if opener not in _openers:
         _openers.append(opener)
 
 
 def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | None = None) -> ImageSource:
-    """The images behind ``path``: a folder, also of tar shards, a zip or tar file, a file of :data:`ARRAY_FILES`, or in
-    Python a dataset with a length whose items :class:`ImageDataset` knows.
+    """Open the images behind ``path``.
+
+    A path may be a folder of images or of tar shards, a zip or tar file, or a file of :data:`ARRAY_FILES`. In Python it
+    may also be a dataset with a length, as :class:`ImageDataset` describes.
 
     Args:
         skip_bad: leave out images that cannot be read.
@@ -84,7 +86,7 @@ def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | No
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
+    """Read all arrays of an npz file without unpickling. Raises ``InputError`` naming the file."""
     try:
         with open(path, "rb") as file:
             beginning = file.read(2)
@@ -177,7 +179,7 @@ class ImageArray(ImageSource):
                     f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}"
                 )
             low, high = array.min(), array.max()
-            if not (low >= 0 and high <= 1):  # also where there is a NaN
+            if not (low >= 0 and high <= 1):  # also if there is a NaN
                 raise InputError(
                     f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
                 )
@@ -243,8 +245,9 @@ class ImageArray(ImageSource):
 
 
 class ImageDataset(ImageSource):
-    """A dataset of torchvision, Hugging Face or any other with a length: its items are images, ``(image, label)``, or
-    mappings with "image" or "img" and perhaps "label" or "fine_label".
+    """Images of a torchvision or Hugging Face dataset, or of any other with a length.
+
+    Items are images, ``(image, label)``, or mappings with "image" or "img" and perhaps "label" or "fine_label".
 
     An image is a Pillow image, an array (h, w, c), or a tensor (c, h, w); uint8, or floating-point in [0, 1].
 
@@ -298,7 +301,7 @@ class ImageDataset(ImageSource):
 
 
 def _read_file(path: Path) -> Any:
-    """The content of a file of :data:`ARRAY_FILES`. Raises ``InputError`` naming it."""
+    """Read a file of :data:`ARRAY_FILES`. Raises ``InputError`` naming it."""
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return read_npz(path)

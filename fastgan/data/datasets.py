@@ -93,7 +93,7 @@ def load_data(
         tell: called with one line, with counts, if files were left out; by default it is logged.
 
     Raises:
-        InputError: there is no such data, or it has not what is asked for.
+        InputError: there is no such data, or it lacks what is asked for.
     """
     how: dict[str, Any]
     if is_named(source):
@@ -150,7 +150,7 @@ _SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "tes
 
 
 def describe_classes(data: LabelledImages) -> str:
-    """Such as ", 4 classes: cat 12, dog 12, ..."; "" if there is one class without a name."""
+    """Describe the classes, as in ", 4 classes: cat 12, dog 12, ..."; "" if there is one class without a name."""
     counts = data.labels.bincount(minlength=data.n_classes).tolist()
     if data.n_classes == 1 and not data.class_names:
         return ""
@@ -162,7 +162,7 @@ def describe_classes(data: LabelledImages) -> str:
 
 
 def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, LabelledImages]:
-    """A stratified split; if that leaves too few images to score against, 2 random ones."""
+    """Split each class alike; hold out 2 random images if that leaves too few to score against."""
     if len(whole) < 2 * _LEAST_HELD_OUT:
         raise ValueError(f"there must be at least {2 * _LEAST_HELD_OUT} images, there are {len(whole)}")
     if round(held_out * len(whole)) > _LEAST_HELD_OUT:
@@ -176,7 +176,7 @@ def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, Labe
 
 
 def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) -> list[str]:
-    """Notes on folders that were not, or should not be, taken for classes.
+    """List notes on folders that were not, or should not be, taken for classes.
 
     Raises:
         InputError: the folders look like the splits of a data set.
@@ -196,7 +196,7 @@ def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) ->
     listed = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
     return [
         f"{lie} beside the folders {listed} in {place}, so that all images are of one class: "
-        "move what is no image of a class away, and each folder is one"
+        "move those that belong to no class away, and each folder becomes a class"
     ]
 
 
@@ -223,7 +223,7 @@ _NARROW = 0.3  # part of a range that leaves images dark
 
 
 def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
-    """The 1797 handwritten 8x8 grey digits inside scikit-learn's wheel, up-sampled; no download.
+    """Load the 1797 handwritten 8x8 gray digits of scikit-learn's wheel, resized; no download.
 
     They are the test part of Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998.
 
@@ -249,10 +249,10 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
         ) from error
     bunch = load_digits()
     names = tuple(map(str, range(10)))
-    grey = torch.from_numpy(bunch.images).float()[:, None] / 16  # the wheel's range is 0 to 16
-    if resolution != grey.shape[-1]:
-        grey = F.interpolate(grey, size=(resolution, resolution), mode="bicubic", antialias=True)
-    images = grey.clamp_(0, 1) * 2 - 1
+    gray = torch.from_numpy(bunch.images).float()[:, None] / 16  # the wheel's range is 0 to 16
+    if resolution != gray.shape[-1]:
+        gray = F.interpolate(gray, size=(resolution, resolution), mode="bicubic", antialias=True)
+    images = gray.clamp_(0, 1) * 2 - 1
     whole = LabelledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10, class_names=names)
     return stratified_split(whole, held_out=held_out, seed=seed)
 

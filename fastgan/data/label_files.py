@@ -16,7 +16,7 @@ _NAMED = 3  # files listed in a message
 
 
 def read_label_file(root: str | Path, images: ImageSource) -> tuple[tuple[str, ...], list[int]] | None:
-    """Class names and the class of each image, of a label file in the folder or zip file ``root``; None without one.
+    """Read class names and the class of each image from the label file of a folder or zip file; None if it has none.
 
     ``dataset.json`` holds ``{"labels": [["00000/img00000.png", 6], ...]}``, or null for no classes; each row of
     ``labels.csv`` a path below ``root`` and a label, perhaps under a header. Labels are numbers from 0, or names, which

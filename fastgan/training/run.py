@@ -58,7 +58,7 @@ class Run:
     Attributes:
         recipe: its configuration, in full.
         data: the images.
-        trainer: networks, optimisers and loop.
+        trainer: networks, optimizers and loop.
         scores: distances so far.
     """
 
@@ -318,7 +318,7 @@ def start_run(
 
 
 def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
-    """Take the weights of a run's last checkpoint, or of a saved generator, where names and shapes agree.
+    """Copy the weights of a run's last checkpoint or of a saved generator whose names and shapes agree.
 
     Optimizers, average count, step and data order begin anew.
 
@@ -356,7 +356,7 @@ def _remove_run(out: Path) -> None:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """``recipe`` with absolute paths, so that a run may be resumed from any folder."""
+    """Make the paths of ``recipe`` absolute, so that a run may be resumed from any folder."""
     if recipe.train.init:
         recipe = replace(recipe, train=replace(recipe.train, init=str(Path(recipe.train.init).absolute())))
     if is_named(recipe.data.source):
@@ -365,13 +365,13 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _without_auto(recipe: Recipe, stored: Recipe) -> Recipe:
-    """``recipe`` with the values of ``stored`` in place of its "auto"."""
+    """Replace each "auto" of ``recipe`` by the value of ``stored``."""
     values = {key: now for key, (now, then) in differences(stored, recipe).items() if then in (None, AUTO)}
     return override_values(recipe, values)
 
 
 def settle(recipe: Recipe, data: DataSplit) -> Recipe:
-    """``recipe`` with what the data decides in place of "auto"."""
+    """Replace each "auto" of ``recipe`` by the value that follows from the data."""
     decided = {
         "data.flip": mostly_color(data.train.images),
         "data.sketches": data.sketches,
@@ -434,7 +434,7 @@ def resume_run(
 
 
 def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
-    """Whether both recipes take their data from folders, and the run recorded its files."""
+    """Return whether both recipes take their data from folders and the run recorded its files."""
     record = DataRecord.read(out)
     return (
         record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))
