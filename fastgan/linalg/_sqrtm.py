@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from fastgan._dispatch import differentiable
 from fastgan.linalg._checks import allowed_spectra, check_spectrum
 from fastgan.linalg._dispatch import by_products, callable_anywhere, nan_unless, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
@@ -261,9 +262,8 @@ class _Lyapunov(Function):
 
 def _solve_lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     """Call ``fastgan::lyapunov`` so that the transform that is active, if any, can differentiate it."""
-    return _Lyapunov.apply(root, rhs) if transform_is_active() else lyapunov(root, rhs)
+    return _Lyapunov.apply(root, rhs) if transform_is_active() else _lyapunov(root, rhs)
 
 
-sqrtm.register_autograd(_backward, setup_context=_save_root)
-lyapunov.register_autograd(_lyapunov_backward, setup_context=_save_equation)
-call = callable_anywhere(compute, sqrtm, untraced(_Sqrtm.apply))
+_lyapunov = differentiable(lyapunov, _lyapunov_backward, _save_equation)
+call = callable_anywhere(differentiable(sqrtm, _backward, _save_root), untraced(_Sqrtm.apply))
