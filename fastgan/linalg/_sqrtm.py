@@ -25,6 +25,9 @@ _RESIDUAL, _INVERSE_RESIDUAL = 1e-8, 1e-6
 """Above these an iteration has not converged."""
 
 
+_ROWS = 128  # of the blocks that products of a factor and its transpose are computed by
+
+
 def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     """A^{1/2}, or A^{-1/2}, of (..., d, d) matrices; computed in float64."""
     flat = a.reshape(-1, *a.shape[-2:])
@@ -42,7 +45,8 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     scale = scale[:, None, None].sqrt()
-    return (root / scale if inverse else root * scale).to(a.dtype).reshape(a.shape).contiguous()
+    root = root.div_(scale) if inverse else root.mul_(scale)
+    return root.to(a.dtype).reshape(a.shape).contiguous()
 
 
 sqrtm = custom_op("fastgan::sqrtm", mutates_args=())(compute)
@@ -59,10 +63,21 @@ def by_eigenvectors(a: Tensor, method: str) -> bool:
 
 
 def _root_of_eigenpairs(values: Tensor, vectors: Tensor, inverse: bool) -> Tensor:
-    """Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
+    """Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse. ``vectors`` are overwritten."""
     floor = values.shape[-1] * _EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
-    return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
+    return _times_transpose(vectors.mul_(roots.sqrt()[..., None, :]))
+
+
+def _times_transpose(f: Tensor) -> Tensor:
+    """F F^T of (..., d, d), symmetric to the last bit: of both triangles but one is computed, by blocks of rows."""
+    out = f.new_empty(f.shape)
+    for i in range(0, f.shape[-1], _ROWS):
+        end = i + _ROWS
+        rows = f[..., i:end, :] @ f[..., :end, :].mT
+        out[..., i:end, :i], out[..., :i, i:end] = rows[..., :i], rows[..., :i].mT
+        out[..., i:end, i:end] = symmetric_part(rows[..., i:])
+    return out
 
 
 def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
