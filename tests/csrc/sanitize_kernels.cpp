@@ -1,6 +1,6 @@
-// The passes of attention, its projections and spectral norms on plain buffers of just the size that they ask for, with
-// no torch: for AddressSanitizer and UBSan (`make sanitize`). Checked against the textbook formula, and the double
-// backward against differences of it.
+// The passes of attention, its projections, spectral norms and definite traces on plain buffers of just the size that
+// they ask for, with no torch: for AddressSanitizer and UBSan (`make sanitize`). Checked against the textbook formula,
+// and the double backward against differences of it.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "projections.h"
+#include "definite_trace.h"
 #include "spectral_norm.h"
 
 namespace {
@@ -335,6 +336,24 @@ void test_spectral_norm(const Lines& shape) {
   expect("spectral norm, gradient", out, true_out);
 }
 
+// Of A = X X^T + I with itself the value is A's trace.
+void test_definite_trace(int64_t d) {
+  const Values x = random_values(d * d);
+  Values a(d * d), lower(definite_elements(d)), room(definite_room(d));
+  double trace = 0;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      a[i * d + j] = i == j;
+      for (int64_t k = 0; k < d; ++k) a[i * d + j] += x[i * d + k] * x[j * d + k];
+      if (i == j) trace += a[i * d + i];
+    }
+  const DefiniteTraceKernels& kernels = definite_trace_kernels(true);
+  const double scale = kernels.factor(a.data(), d, lower.data());
+  double value = 0, bound = 0;
+  const bool found = kernels.trace(lower.data(), scale, a.data(), d, 1e-6, room.data(), &value, &bound);
+  expect("trace of definite matrices", Values{found ? value : 0}, {trace});
+}
+
 }  // namespace
 
 int main() {
@@ -355,6 +374,7 @@ int main() {
   }
   for (const Lines& shape : {Lines{1, 1, 1}, Lines{1, 70, 300}, Lines{9, 5, 16}, Lines{40, 30, 1}})
     test_spectral_norm(shape);
+  for (const int64_t d : {1, 2, 3, 8, 17, 33, 64, 70, 256}) test_definite_trace(d);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
