@@ -52,7 +52,7 @@ _DIGITS = (
     "model.discriminator_width=24",
     "model.max_multiplier=4",
     "train.steps=1200",
-    "log.score_every=300",
+    "log.score_every=600",
     "log.score_sizes=[128, 512]",
 )
 _QUICK_ADAM = ("train.lr_generator=1e-3", "train.lr_discriminator=1e-3", "train.betas=[0.5, 0.99]")
