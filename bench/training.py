@@ -75,12 +75,15 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vit": ("vit-digits", ()),
     "dcgan": ("dcgan", (*_DIGITS, *_QUICK_ADAM)),
     "dcgan-paper": ("dcgan-paper", (*_DIGITS, *_QUICK_ADAM)),
-    "acgan-paper": ("acgan-paper", ()),
+    "acgan-paper": ("acgan-paper", (*_DIGITS, *_QUICK_ADAM)),
     "wgan": ("wgan", (*_DIGITS, *_QUICK_RMSPROP)),
     "wgan-gp-ac": ("wgan-gp-ac", (*_DIGITS, *_QUICK_ADAM)),
     "csagan-w": ("csagan-w", (*_DIGITS, *_QUICK_RMSPROP, "model.attention_resolution=8")),
     "r3gan": ("r3gan", (*_DIGITS, *_QUICK_ADAM)),
-    "dcgan64": ("dcgan64", (*_DIGITS, *_QUICK_ADAM, "model.resolution=64")),
+    "dcgan64": (
+        "dcgan64",
+        (*_DIGITS, *_QUICK_ADAM, "model.resolution=64", "model.generator_width=16", "model.discriminator_width=16"),
+    ),
     "photos-dcgan": ("dcgan", _PHOTOS),
     "photos-csagan-w": ("csagan-w", _PHOTOS),
 }
