@@ -52,10 +52,11 @@ _DIGITS = (
     "model.discriminator_width=24",
     "model.max_multiplier=4",
     "train.steps=1200",
-    "log.score_every=600",
+    "log.score_every=1200",
     "log.score_sizes=[128, 512]",
 )
 _QUICK_ADAM = ("train.lr_generator=1e-3", "train.lr_discriminator=1e-3", "train.betas=[0.5, 0.99]")
+_FEWER_STEPS = ("train.steps=500", "log.score_every=500")
 _QUICK_RMSPROP = ("train.lr_generator=5e-4", "train.lr_discriminator=5e-4")
 _PHOTOS = (
     *_SHORT,
@@ -63,8 +64,8 @@ _PHOTOS = (
     "model.generator_width=32",
     "model.discriminator_width=32",
     "model.max_multiplier=4",
-    "train.steps=2000",
-    "log.score_every=500",
+    "train.steps=1500",
+    "log.score_every=750",
     "log.score_sizes=[128, 1024]",
 )
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -76,16 +77,16 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dcgan": ("dcgan", (*_DIGITS, *_QUICK_ADAM)),
     "dcgan-paper": ("dcgan-paper", (*_DIGITS, *_QUICK_ADAM)),
     "acgan-paper": ("acgan-paper", (*_DIGITS, *_QUICK_ADAM)),
-    "wgan": ("wgan", (*_DIGITS, *_QUICK_RMSPROP)),
-    "wgan-gp-ac": ("wgan-gp-ac", (*_DIGITS, *_QUICK_ADAM)),
-    "csagan-w": ("csagan-w", (*_DIGITS, *_QUICK_RMSPROP, "model.attention_resolution=8")),
-    "r3gan": ("r3gan", (*_DIGITS, *_QUICK_ADAM)),
+    "wgan": ("wgan", (*_DIGITS, *_QUICK_RMSPROP, *_FEWER_STEPS)),
+    "wgan-gp-ac": ("wgan-gp-ac", (*_DIGITS, *_QUICK_ADAM, *_FEWER_STEPS)),
+    "csagan-w": ("csagan-w", (*_DIGITS, *_QUICK_RMSPROP, *_FEWER_STEPS, "model.attention_resolution=8")),
+    "r3gan": ("r3gan", (*_DIGITS, *_QUICK_ADAM, *_FEWER_STEPS)),
     "dcgan64": (
         "dcgan64",
         (*_DIGITS, *_QUICK_ADAM, "model.resolution=64", "model.generator_width=16", "model.discriminator_width=16"),
     ),
-    "photos-dcgan": ("dcgan", _PHOTOS),
-    "photos-csagan-w": ("csagan-w", _PHOTOS),
+    "photos-dcgan": ("dcgan", (*_PHOTOS, "train.lr_generator=5e-4", "train.lr_discriminator=5e-4")),
+    "photos-csagan-w": ("csagan-w", (*_PHOTOS, *_QUICK_RMSPROP, *_FEWER_STEPS)),
 }
 """The recipe of each run, and the settings that make it small enough for a processor."""
 PER_CLASS = 50
