@@ -32,6 +32,12 @@ class Generator(nn.Module):
         image_channels: 1 for grey, 3 for RGB.
         config: the arguments that it was made with.
         class_names: names of the classes in the order of their labels, or none.
+
+    Example:
+        >>> DCGANGenerator(10, resolution=32, width=8).save_pretrained("generator")
+        >>> generator = Generator.from_pretrained("generator")
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([3, 5])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     n_classes: int
@@ -192,7 +198,11 @@ def check_label_shape(labels: Tensor | None, n: int, n_classes: int) -> None:
 
 
 def check_labels(labels: Tensor, n_classes: int) -> None:
-    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device."""
+    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 3]), n_classes=4)
+    """
     check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ValueError(f"labels must be in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}")

@@ -51,7 +51,12 @@ class NonFiniteLossError(FloatingPointError):
 
 @dataclass
 class History:
-    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates."""
+    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates.
+
+    Example:
+        >>> len(History([0.5, 0.4], [1.0, 1.1]))
+        2
+    """
 
     discriminator: list[float] = field(default_factory=list)
     generator: list[float] = field(default_factory=list)
@@ -61,7 +66,13 @@ class History:
 
 
 class Callback:
-    """Base class of what watches a run; override any method. ``trainer.step`` is the number of steps done."""
+    """Base class of what watches a run; override any method. ``trainer.step`` is the number of steps done.
+
+    Example:
+        >>> class Print(Callback):
+        ...     def on_losses(self, trainer, rows):
+        ...         print(trainer.step, rows[-1])
+    """
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
         """Before the first of ``steps`` steps."""
@@ -109,6 +120,14 @@ class Trainer:
     Raises:
         ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
             batch size is not divisible by the number of processes.
+
+    Example:
+        >>> recipe = override(load_recipe("sagan-quick-digits"), ["steps=1", "batch_size=4"])
+        >>> data, held_out = digits(32)
+        >>> networks = build_networks(recipe.model, data.n_classes, image_channels=1)
+        >>> trainer = Trainer(*networks, data, recipe.train)
+        >>> len(trainer.run())
+        1
     """
 
     discriminator_step: Callable[[Batch], Terms]
@@ -429,6 +448,9 @@ class ProgressBar(Callback):
 
     Args:
         progress: a running bar to add a task to; without it the callback owns one.
+
+    Example:
+        >>> callbacks = [ProgressBar()]  # for Trainer.run
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
@@ -476,6 +498,9 @@ class Every(Callback):
         action: called with the trainer.
         at_end: also after the last step.
         early: also after a tenth of the first interval.
+
+    Example:
+        >>> callback = Every(100, lambda trainer: print(trainer.step), at_end=True)
     """
 
     def __init__(
