@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 
 from fastgan._files import write_text
-from fastgan.bench.timing import device_name
+from fastgan.backend import device_name
 
 SCHEMA = 1
 REQUIRED_ENVIRONMENT = ("device", "python", "torch", "revision")

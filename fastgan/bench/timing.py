@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -86,20 +84,3 @@ def _summary(times: list[float]) -> Timing:
         return Timing(times[0], times[0], times[0], len(times))
     quintiles = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), quintiles[0], quintiles[3], len(times))
-
-
-def device_name(device: str) -> str:
-    """Return the GPU's name for ``cuda``, else the number of torch's threads and the CPU's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{threads} thread{'' if threads == 1 else 's'} of {_processor()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()

@@ -150,7 +150,8 @@ class TrainConfig:
             the losses by a ``torch.amp.GradScaler``.
         channels_last: memory layout of weights and images.
         step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or
-            "auto", compiled on a GPU and eager on a CPU.
+            "auto", compiled on a GPU. On a CPU a run that takes more than half an hour is timed both ways, once per
+            machine, and others are eager.
         seed: of weights, noise, labels, augmentation and batch order.
         init: folder of a run or of a saved generator whose weights a new run begins with; empty for none.
 

@@ -33,6 +33,7 @@ from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, l
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
 from fastgan.training.data_record import RECORD, DataRecord
+from fastgan.training.fastest_mode import fastest_mode
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
 from fastgan.training.scoring import Score, Scorer, score_backbone
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
@@ -320,6 +321,10 @@ def start_run(
     settled = settle(recipe, data)
     check_classes(settled, data)
     tell(describe_use(settled, data))
+    if settled.train.step_mode == AUTO and torch.device(device).type == "cpu" and world.size == 1:
+        mode = fastest_mode(settled, data.train, tell=tell)
+        if mode != "eager":  # what "auto" is on a CPU
+            settled = replace(settled, train=replace(settled.train, step_mode=mode))
     recipe = replace(settled, log=replace(settled.log, tensorboard=False, wandb=False)) if dry_run else settled
     run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
     if recipe.train.init:
