@@ -193,8 +193,8 @@ def _picture(report: dict[str, Any], grid: bytes) -> bytes:
     figure = Figure(figsize=(13, 8), layout="constrained", dpi=100)
     versions, distance, quality = report["versions"], report["frechet_distance"], report["quality"]
     figure.suptitle(f"fastgan {versions['fastgan']} on {report['device']}, torch {versions['torch']}", fontsize=12)
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
-    top, bottom = left.subfigures(2, 1, height_ratios=[1, 1.1])
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1.35, 1])
+    top, bottom = halves[0].subfigures(2, 1, height_ratios=[1, 1.1])
 
     axes = top.subplots()
     pairs = _pairs(report)[::-1]
@@ -228,7 +228,7 @@ def _picture(report: dict[str, Any], grid: bytes) -> bytes:
     distances.set(title=f"Frechet distance, N = {distance['n']}", xlabel="step", ylim=(0, None))
     distances.legend(fontsize="small")
 
-    samples = right.subplots()
+    samples = halves[1].subplots()
     samples.imshow(imread(BytesIO(grid)), interpolation="nearest")
     samples.set_axis_off()
     samples.set_title(

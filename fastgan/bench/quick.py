@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -40,14 +41,14 @@ def gradient_penalty(device: str) -> Workload:
 
     return Workload(
         f"gradient penalty through attention, {HEIGHT}x{HEIGHT}",
-        {name: lambda block=block: penalty_gradients(block) for name, block in blocks.items()},
+        {name: functools.partial(penalty_gradients, block) for name, block in blocks.items()},
         reference="eager PyTorch",
         check=largest_relative_norm,
         parameters={"batch": BATCH, "channels": CHANNELS, "height": HEIGHT, "dtype": "float32"},
     )
 
 
-class _Weights(nn.Module):
+class Weights(nn.Module):
     """Layers whose forward reads every weight and uses none."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -61,12 +62,12 @@ class _Weights(nn.Module):
 def spectral_norms(device: str) -> Workload:
     """All spectral norms of a critic, forward and backward, beside torch's parametrization."""
 
-    def critic() -> _Weights:
+    def critic() -> Weights:
         network = SAGANDiscriminator(10, width=CRITIC_WIDTH, spectral_norm=False).to(device)
         layers = [layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding))]
         for layer in layers:
             nn.utils.parametrizations.spectral_norm(layer)
-        return _Weights(layers)
+        return Weights(layers)
 
     single, grouped = critic(), critic()
     group_spectral_norm(grouped).load_state_dict(single.state_dict())
