@@ -77,9 +77,8 @@ def _documents(root: Path) -> dict[Path, str]:
     found = {readme: text}
     for folder, runs in devices.items():
         found[folder / "README.md"] = _full_tables(runs)
-    training = root / "bench" / "results" / "training"
-    if training.is_dir():
-        found[training / "README.md"] = _training(training)
+    if evidence := _evidence(root):
+        found[root / "bench" / "results" / "training" / "README.md"] = _training_page(evidence)
     return found
 
 
@@ -243,27 +242,71 @@ def _record_table(records: Sequence[Record]) -> str:
     return "\n\n".join(part for part in (table, failures) if part)
 
 
-def _training(folder: Path) -> str:
-    """Return the page of the training runs on digits."""
+def _evidence(root: Path) -> dict[str, dict[str, Any]]:
+    """Content of each ``metrics.json`` of the training runs, by the run's name."""
+    paths = sorted((root / "bench" / "results" / "training").glob("*/metrics.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _digits_table(evidence: dict[str, dict[str, Any]]) -> str:
+    """Distances, accuracy and time of the runs on digits."""
     header = ("recipe", "updates", "N", "distance before", "after", "real against real", "right class", "CPU time")
-    rows = [
-        _training_cells(path, json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(folder.glob("*/metrics.json"))
-    ]
-    about = (
-        "Training on 1797 handwritten digits: `python -m bench.training`, then `python -m bench report`. Distances are "
-        'Frechet distances of EfficientNet-Lite0 features. "Right class" is how often a classifier of real digits '
-        "recognizes the class that was asked for."
+    return _table(
+        header, [_training_cells(name, result) for name, result in evidence.items() if "classifier" in result]
     )
-    return "\n\n".join(["# Training runs", about, _table(header, rows)]) + "\n"
 
 
-def _training_cells(path: Path, result: dict[str, Any]) -> tuple[str, ...]:
+def _training_page(evidence: dict[str, dict[str, Any]]) -> str:
+    """All training runs: variety on digits, distances over N and steps on photographs."""
+    header = ("run", "recipe", "updates", "right class", "within-class distance", "precision", "recall", "coverage")
+    rows = [_variety_cells(name, result) for name, result in evidence.items() if "variety" in result]
+    parts = [
+        "# Training runs",
+        "Made by `python -m bench.training` and `python -m bench report`. Each folder holds the last grid, the curves\n"
+        "and `metrics.json`: recipe, seed, machine, its load, wall time. Distances are Frechet distances.",
+        "## Digits",
+        '"Right class" is how often a classifier of real digits recognizes the class that was asked for.',
+        _digits_table(evidence),
+        "Distances between two images of one class, divided by those of held-out digits (1 is as varied as the data),\n"
+        "and neighbourhoods of pixels.",
+        _table(header, rows),
+    ]
+    photos = {name: result for name, result in evidence.items() if "variety" not in result}
+    if photos:
+        parts += ["## Photographs", *(_distance_table(name, result) for name, result in photos.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _variety_cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
+    agreement, near = result["classifier"].get("agreement"), result["variety"]["neighbourhoods"]
+    return (
+        f"[{name}]({name}/grid.png)",
+        result["recipe"]["name"],
+        str(result["distances"][-1]["step"]),
+        "no classes" if agreement is None else f"{agreement:.1%}",
+        f"{result['variety']['distance_within_class']:.2f}",
+        *(f"{near[key]:.2f}" for key in ("precision", "recall", "coverage")),
+    )
+
+
+def _distance_table(name: str, result: dict[str, Any]) -> str:
+    sizes = list(result["real_against_real"])
+    named = {f"step {row['step']}": row for row in result["distances"]}
+    rows = [
+        (step, *("" if size not in row else f"{row[size]:.1f}" for size in sizes))
+        for step, row in [*named.items(), ("training crops", result["real_against_real"])]
+    ]
+    seconds = result["wall_seconds"]
+    about = f"[{name}]({name}/grid.png): {result['recipe']['name']}, {result['metric']}, seed {result['seed']}"
+    return f"{about}, {seconds['total']:.0f} s.\n\n" + _table(("", *sizes), rows)
+
+
+def _training_cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     size = list(result["real_against_real"])[-1]
     first, last = result["distances"][0], result["distances"][-1]
     agreement, processor = result["classifier"].get("agreement"), result["wall_seconds"].get("processor")
     return (
-        f"[{path.parent.name}]({path.parent.name}/grid.png)",
+        f"[{name}]({name}/grid.png)",
         str(last["step"]),
         size.removeprefix("N = "),
         *(f"{value:.1f}" for value in (first[size], last[size], result["real_against_real"][size])),

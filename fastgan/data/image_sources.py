@@ -1,6 +1,6 @@
 """Sets of images that can be read one by one: the interface, and folders of files.
 
-Reading by index is what lets several processes share a set and an interrupted pass go on where it stopped.
+Because images are read by index, several processes can share a set, and an interrupted pass can resume.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PREFETCH_BATCHES = 2
 
 
 class ImageSource(ABC):
-    """A set of images: a folder, a zip file, an array, or what a subclass makes of anything else.
+    """A set of images that are read one by one; subclasses read folders, archives, arrays and more.
 
     Args:
         label: how messages and results name the set.
@@ -33,12 +33,12 @@ class ImageSource(ABC):
             first.
 
     Attributes:
-        reference: what ``fastgan evaluate`` compares this set with where it is given nothing else: another source, or
+        reference: the set that ``fastgan evaluate`` compares this one with by default: another source, or
             the path of one. None for most; the samples of a training run have the run's held-out images.
         decoding: how files become RGB, by default as the metrics have it.
         left_out: counts of the entries that are not of the set, in words; empty if there are none.
-        backbone: the network that scores this set where no other is asked for; a training run has one.
-        second_split: other images of the same data, whose distance to the reference is then told as the floor; those
+        backbone: the network that scores this set by default; a training run has one.
+        second_split: other images of the same data, whose distance to the reference is reported as the floor; those
             that a run was trained on.
 
     Example:
@@ -79,10 +79,10 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a message calls image ``index``."""
+        """Name of image ``index`` in messages."""
 
     def content(self, index: int) -> bytes | None:
-        """The bytes of the file of image ``index``; None if it has no file of its own. Raises as :meth:`read`."""
+        """Bytes of the file of image ``index``; None if it has no file. Raises as :meth:`read`."""
         return None
 
     def key(self, index: int) -> str:
@@ -90,8 +90,9 @@ class ImageSource(ABC):
         return str(index)
 
     def classes(self) -> tuple[tuple[str, ...], list[int]]:
-        """The names of the classes and the class of each image. In folders and archives the top folders are classes, in
-        the order of their names, if no image lies beside them; no names and zeros if there are no classes.
+        """Names of the classes, and the class of each image; no names and zeros if there are no classes.
+
+        In folders and archives the top folders are classes, sorted by name, if no image lies beside them.
 
         Raises:
             InputError: a class has no images; it is named.
@@ -104,7 +105,7 @@ class ImageSource(ABC):
         return ", ".join([*parts, f"{len(self.skipped)} unreadable"] if self.skipped else parts)
 
     def fingerprint(self) -> str:
-        """A digest that differs where the images do, as far as can be told without reading them."""
+        """Digest that changes with the images, as far as can be seen without reading them."""
         digest = hashlib.sha256(os.fsencode(f"{self.label}:{len(self)}"))  # names need be no UTF-8
         for index in range(len(self)):
             digest.update(os.fsencode(self._identity(index)))
@@ -223,8 +224,10 @@ class ImageFolder(ImageSource):
 
 
 def classes_of_folders(paths: Sequence[PurePath]) -> tuple[tuple[str, ...], list[int]]:
-    """Class names and labels of relative ``paths``, by their first folders; no names and zeros where an image lies in
-    no folder."""
+    """Class names and labels of relative ``paths``, by their first folders.
+
+    There are no names, and all labels are zero, if an image lies in no folder.
+    """
     if any(len(path.parts) == 1 for path in paths):
         return (), [0] * len(paths)
     names = tuple(sorted({path.parts[0] for path in paths}))
@@ -233,7 +236,7 @@ def classes_of_folders(paths: Sequence[PurePath]) -> tuple[tuple[str, ...], list
 
 
 def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.device | str) -> Tensor:
-    """(n, 3, size, size), float32; resized where that is still to do."""
+    """Stack a batch to float32 (n, 3, size, size), resizing it if the threads have not."""
     shapes = {tuple(image.shape[1:]) for image in batch}
     if len(shapes) == 1:
         pixels = torch.stack(batch).to(device).float()

@@ -1,4 +1,4 @@
-"""Sets of labelled images, with sketches where there are any, and their splits."""
+"""Sets of labelled images, with sketches if there are any, and their splits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LabelledImages:
         sketches: (m, sketch channels, h, w), pixels likewise; None for none. Without ``sketch_labels`` they are paired:
             m is n, and sketch i belongs to image i.
         sketch_labels: int64 (m,), classes of unpaired sketches; every class of the images must have a sketch.
-        class_names: one a class, or none.
+        class_names: one per class, or none.
 
     Raises:
         ValueError: shapes, dtypes, or a label disagree with that.
@@ -73,7 +73,7 @@ class LabelledImages:
 
     @property
     def paired(self) -> bool:
-        """Each image has a sketch of its own."""
+        """Whether each image has its own sketch."""
         return self.sketches is not None and self.sketch_labels is None
 
     def to(self, device: torch.device | str) -> LabelledImages:
@@ -110,8 +110,8 @@ def mostly_color(images: Tensor) -> bool:
     """Whether more than half of images (n, channels, h, w) have channels that differ."""
     if images.shape[1] == 1:
         return False
-    grey = sum(int((part == part[:, :1]).flatten(1).all(1).sum()) for part in images.split(1000))
-    return 2 * grey < len(images)
+    gray = sum(int((part == part[:, :1]).flatten(1).all(1).sum()) for part in images.split(1000))
+    return 2 * gray < len(images)
 
 
 def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:

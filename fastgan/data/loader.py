@@ -1,4 +1,4 @@
-"""Endless batches from a data set that lies in memory, on the device where it fits."""
+"""Endless batches from a data set in memory, on the device if it fits there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SKETCHES = ("none", "edges", "paired", "unpaired")
 
 
 class DeviceLoader:
-    """Endless shuffled batches: "images" (n, channels, h, w) in [-1, 1], "labels" (n,), and "sketches" where asked for.
+    """Endless shuffled batches: "images" (n, channels, h, w) in [-1, 1], "labels" (n,), and perhaps "sketches".
 
     Every epoch is a fresh permutation, an incomplete last batch is dropped. Order, flips and choice of sketches come
     from a generator of the loader's own on the CPU, dequantisation noise from one on the device; :meth:`state_dict`
@@ -268,7 +268,7 @@ def part_size(batch_size: int, parts: int) -> int:
 
 
 def check_sketches(data: LabelledImages, sketches: str) -> None:
-    """Raise ``ValueError`` where ``sketches`` is not of :data:`SKETCHES` or ``data`` has not what it asks for."""
+    """Raise ``ValueError`` if ``sketches`` is not one of :data:`SKETCHES`, or ``data`` lacks what it asks for."""
     if sketches not in SKETCHES:
         raise ValueError(f"sketches must be one of {', '.join(map(repr, SKETCHES))}, got {sketches!r}")
     if sketches == "paired" and not data.paired:
@@ -310,7 +310,7 @@ def edge_map(images: Tensor) -> Tensor:
     """A line drawing of each image: dark strokes (-1) on white paper (1) where the brightness changes.
 
     The strength of a stroke is the magnitude of the Sobel gradient of the channels' mean, over its maximum in the
-    image; an image of one colour gives blank paper.
+    image; an image of one color gives blank paper.
 
     Args:
         images: (n, channels, h, w), floating-point in [-1, 1].
@@ -323,10 +323,10 @@ def edge_map(images: Tensor) -> Tensor:
         torch.Size([2, 1, 16, 16])
     """
     check_tensor("images", images, ndim=4)
-    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     smooth, difference = images.new_tensor([1.0, 2.0, 1.0]), images.new_tensor([-1.0, 0.0, 1.0])
     across = torch.outer(smooth, difference)
-    gradients = F.conv2d(grey, torch.stack([across, across.T])[:, None])
+    gradients = F.conv2d(gray, torch.stack([across, across.T])[:, None])
     strength = gradients.square().sum(1, keepdim=True).sqrt()
     peak = strength.amax((2, 3), keepdim=True).clamp_min(1e-3)
     return 1 - 2 * strength / peak

@@ -15,6 +15,9 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 RUN_FOLDER = "generator"
 """Where a training run keeps its generator."""
 
+SMALLEST_MAP = 4
+"""Least width of the smallest maps in the networks; they are less than twice as wide."""
+
 G = TypeVar("G", bound="Generator")
 
 
@@ -221,8 +224,9 @@ def check_architecture(
     """Raise ``ValueError`` for an argument that no network of this package can be made with."""
     if n_classes < 0:
         raise ValueError(f"n_classes must be at least 0 (0: unconditional), got {n_classes}")
-    if not is_power_of_two(resolution) or resolution < 16:
-        raise ValueError(f"resolution must be a power of two, at least 16, got {resolution}")
+    base = smallest_map(resolution)
+    if resolution < 16 or base >= 2 * SMALLEST_MAP:
+        raise ValueError(f"resolution must be 4, 5, 6 or 7 times a power of two, at least 16, got {resolution}")
     if image_channels < 1:
         raise ValueError(f"image_channels must be at least 1, got {image_channels}")
     if width < 8 or width % 8:
@@ -233,9 +237,11 @@ def check_architecture(
         raise ValueError(f"dim_z must be at least 1, got {dim_z}")
     if attention_resolution is None:
         return
-    if not is_power_of_two(attention_resolution) or not 8 <= attention_resolution <= resolution // 2:
+    maps = [base * 2**level for level in range(1, log2(resolution // base))]
+    if attention_resolution not in maps:
+        allowed = ", ".join(map(str, maps))
         raise ValueError(
-            f"attention_resolution must be a power of two from 8 to {resolution // 2}, got {attention_resolution}"
+            f"attention_resolution must be one of {allowed} at resolution {resolution}, got {attention_resolution}"
         )
 
 
@@ -247,15 +253,26 @@ def channel_levels(largest: int, smallest: int, width: int, max_multiplier: int)
 
 
 def attention_index(start: int, attention_resolution: int | None) -> int:
-    """Which of the blocks that each halve or double maps, ``start`` wide at first, gives those that attention works on;
-    -1 for none."""
-    return -1 if attention_resolution is None else abs(log2(attention_resolution) - log2(start)) - 1
+    """Index of the block whose output attention works on; -1 for none.
+
+    Each block halves or doubles maps that are ``start`` wide before the first.
+    """
+    if attention_resolution is None:
+        return -1
+    return log2(max(start, attention_resolution) // min(start, attention_resolution)) - 1
+
+
+def smallest_map(resolution: int, least: int = SMALLEST_MAP) -> int:
+    """Width of the smallest map: ``resolution`` halved as often as it stays whole and at least ``least``.
+
+    >>> smallest_map(64), smallest_map(28), smallest_map(96, least=8)
+    (4, 7, 12)
+    """
+    while resolution % 2 == 0 and resolution // 2 >= least:
+        resolution //= 2
+    return resolution
 
 
 def log2(n: int) -> int:
-    """Of a power of two."""
+    """Logarithm of a power of two."""
     return n.bit_length() - 1
-
-
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0

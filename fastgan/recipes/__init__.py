@@ -38,7 +38,7 @@ __all__ = [
 T = TypeVar("T")
 
 AUTO = "auto"
-"""What a recipe writes for a setting that follows from the data; None in Python, unless its values are strings."""
+"""Value, in a recipe, of a setting that follows from the data; None in Python, unless its values are strings."""
 _BY_DATA = ("data.", "model.")
 
 
@@ -82,7 +82,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
 
 def parse_recipe(content: object) -> Recipe:
-    """Build a :class:`Recipe` from nested mappings; see :func:`load_recipe` for what is raised.
+    """Build a :class:`Recipe` from nested mappings; raises as :func:`load_recipe`.
 
     Example:
         >>> parse_recipe({"name": "mine", "train": {"steps": 100}}).train.steps
@@ -92,7 +92,7 @@ def parse_recipe(content: object) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML that :func:`parse_recipe` turns into an equal recipe, every key written out.
+    """Write every key of ``recipe`` as YAML, which :func:`parse_recipe` turns into an equal recipe.
 
     Example:
         >>> print(dump_recipe(load_recipe("sagan")).splitlines()[0])
@@ -104,7 +104,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def explain_recipe(recipe: Recipe) -> str:
-    """YAML of ``recipe`` with a comment on each setting, which :func:`load_recipe` reads back.
+    """Write ``recipe`` as YAML with a comment on each setting; :func:`load_recipe` reads it back.
 
     Example:
         >>> print(explain_recipe(load_recipe("sagan")).splitlines()[0])
@@ -128,7 +128,7 @@ def explain_recipe(recipe: Recipe) -> str:
 
 
 def _meanings(config: type) -> dict[str, str]:
-    """What the docstring of a section says of each setting, with the first name of those described together."""
+    """Descriptions of a section's settings from its docstring; those of several are under the first name."""
     meanings: dict[str, str] = {}
     name = ""
     for line in inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines():
@@ -142,7 +142,7 @@ def _meanings(config: type) -> dict[str, str]:
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
-    """``recipe`` with ``key=value`` assignments applied; values are YAML.
+    """Apply ``key=value`` assignments to ``recipe``; values are YAML.
 
     A key is dotted (``train.steps``), or a field's name alone (``steps``) if only one section has it.
 

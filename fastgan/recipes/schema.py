@@ -19,9 +19,9 @@ class DataConfig:
     """The images.
 
     Args:
-        source: "digits", "photos", "cifar10", or a folder or zip file: images alone, one subfolder per class, or
-            ``images`` and ``sketches``.
-        channels: 1 for grey, 3 for RGB, 0 for those of the data (folders: 3).
+        source: "digits", "photos", "cifar10", "torchvision:NAME", "huggingface:NAME", or a folder, archive or array:
+            images alone, one subfolder per class, or ``images`` and ``sketches``.
+        channels: 1 for gray, 3 for RGB, 0 for those of the data (folders: 3).
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder; or "auto", the
             folder's if it has any, paired if each image has one of its name, else "edges".
         flip: mirror half of the images. "auto": if most are in color; digits and letters are not symmetric.
@@ -67,8 +67,9 @@ class ModelConfig:
     Args:
         architecture: "resnet", "dcgan", "sketch", or "vit": a residual generator and a vision transformer that
             discriminates.
-        conditional: the networks are told the classes.
-        resolution: height and width of the images, a power of two; "auto": that which the images fill, 32 to 128.
+        conditional: the networks see the classes.
+        resolution: height and width of the images, 4, 5, 6 or 7 times a power of two; "auto": the power of two that the
+            images fill, 32 to 128.
         dim_z: length of the noise.
         generator_width, discriminator_width: channels where the maps are largest.
         max_multiplier: no layer has more channels than the width times this.
@@ -78,7 +79,7 @@ class ModelConfig:
             the last three, for both networks.
         depth: blocks of the vision transformer.
         num_heads: heads of each of them.
-        generator_spectral_norm: normalise the generator's weights.
+        generator_spectral_norm: normalize the generator's weights.
         discriminator_norm: "none", "batch", "instance" or "spectral".
         discriminator_dropout: probability of dropout in the discriminator "dcgan", in [0, 1); 0 for none.
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".

@@ -1,4 +1,4 @@
-"""A GAN as a train step sees it: two networks, two losses, and the random numbers that the losses need.
+"""The interface between a GAN and a train step: two networks, two losses, and the random numbers that they need.
 
 The losses are pure tensor code, so that a step can be run eagerly or captured as one graph: they do not branch on a
 tensor's value, read anything back to the host, or draw random numbers themselves.
@@ -25,7 +25,7 @@ Batch = Mapping[str, Tensor]
 Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 
-UNREACHED = "the loss must depend on weights of the network that it is minimised in, it does on none"
+UNREACHED = "the loss must depend on weights of the network that it is minimized in, it depends on none"
 
 
 class SharedBatch(dict[str, Tensor]):
@@ -351,7 +351,7 @@ class RecipeGAN:
 
     @property
     def _shares_labels(self) -> bool:
-        """Generated images have the labels of the real ones beside them, so that what lies between has one class."""
+        """Whether generated images have the labels of the real ones, so that images between two have one class."""
         paired = bool(self.objective.gradient_penalty) or self.objective.loss.is_paired
         return paired or self.from_sketches or not self.n_classes
 

@@ -25,7 +25,7 @@ def class_rows(n_classes: int, per_class: int) -> Tensor:
 
 
 def held_out_index(held_out: LabelledImages, labels: Tensor) -> Tensor:
-    """Index of an image of ``held_out`` for each label, those of a class in turn.
+    """Index of an image of ``held_out`` for each label; a class's images take turns.
 
     Raises:
         ValueError: a class has none.

@@ -66,7 +66,7 @@ class History:
 
 
 class Callback:
-    """Base class of what watches a run; override any method. ``trainer.step`` is the number of steps done.
+    """Base class of a run's observers; override any method. ``trainer.step`` is the number of steps done.
 
     Example:
         >>> class Print(Callback):
@@ -103,7 +103,7 @@ class Trainer:
         config: learning rates, batch size, loss and the rest.
         images: flips, noise and sketches of the batches.
         device: where to train; both networks are moved there.
-        world: the processes; None for those of the default process group, if it is initialized.
+        world: the processes; None for the default process group's, if it is initialized.
 
     Attributes:
         gan: the networks and losses, a :class:`fastgan.training.GAN`.
@@ -279,13 +279,13 @@ class Trainer:
         return copy.deepcopy(self._state())
 
     def _go_back(self, good: dict[str, Any], failed: int) -> str:
-        """Return to the state before the step ``failed`` from a copy before it. Returns what was first not finite."""
+        """Return to the state before the step ``failed``, and name the tensor that was first not finite."""
         self._load(copy.deepcopy(good))  # an optimizer keeps the tensors that it loads
         try:
             while self.step < failed - 1:
                 self.train_step()
                 self.flush()
-        except NonFiniteLossError:  # what is not deterministic may fail earlier
+        except NonFiniteLossError:  # a step that is not deterministic may fail earlier
             self._load(good)
             return ""
         before = self._copied_state()
@@ -363,7 +363,7 @@ class Trainer:
         return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
+        """State that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
         self.flush()
         return self._state() | {"history": asdict(self.history)}
 

@@ -53,6 +53,39 @@ def reported(tmp_path_factory):
     return tmp_path
 
 
+def test_the_page_of_training_runs(repository):
+    folder = repository / "bench" / "results" / "training"
+    shared = {"seed": 3, "metric": "frechet_efficientnet_lite0", "wall_seconds": {"total": 61.2, "processor": 50.0}}
+    digits = {
+        **shared,
+        "recipe": {"name": "acgan-digits"},
+        "real_against_real": {"N = 128": 8.0, "N = 512": 2.7},
+        "distances": [{"step": 0, "N = 128": 210.0, "N = 512": 208.0}, {"step": 9, "N = 128": 20.0, "N = 512": 18.0}],
+        "classifier": {"agreement": 0.985},
+        "variety": {
+            "distance_within_class": 0.876,
+            "neighbourhoods": {"precision": 0.5, "recall": 0.25, "density": 1.0, "coverage": 0.75},
+        },
+    }
+    photos = {
+        **shared,
+        "recipe": {"name": "dcgan"},
+        "real_against_real": {"N = 128": 9.0, "N = 10000": 1.5},
+        "distances": [{"step": 0, "N = 128": 300.0}, {"step": 50, "N = 128": 70.0, "N = 10000": 61.0}],
+    }
+    for name, result in (("acgan", digits), ("photos-dcgan", photos)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "metrics.json").write_text(json.dumps(result))
+    assert "bench/results/training/README.md is not up to date" in " ".join(check_report(repository))
+    assert write_report(repository) == []
+    page = (folder / "README.md").read_text()
+    assert "| [acgan](acgan/grid.png) | acgan-digits | 9 | 98.5% | 0.88 | 0.50 | 0.25 | 0.75 |" in page
+    assert "[photos-dcgan](photos-dcgan/grid.png): dcgan, frechet_efficientnet_lite0, seed 3, 61 s." in page
+    assert "|  | N = 128 | N = 10000 |" in page
+    assert "| step 0 | 300.0 |  |\n| step 50 | 70.0 | 61.0 |\n| training crops | 9.0 | 1.5 |" in page
+    assert "| [acgan](acgan/grid.png) | 9 | 512 | 208.0 | 18.0 | 2.7 | 98.5% | 50 s |" in page
+
+
 @pytest.fixture
 def repository(reported, tmp_path):
     """A copy to change."""

@@ -268,6 +268,21 @@ void test_spectral_norm(const Lines& shape) {
   expect("spectral norm, W v", wv, true_wv);
   expect("spectral norm, W^T u", wu, true_wu);
 
+  // Two parts, whose sums of columns are added.
+  Pass<Iteration> iteration;
+  const int64_t every = (shape.rows + 1) / 2, parts = (shape.rows + every - 1) / every;
+  Values s(shape.rows), part_sums(parts * shape.columns()), wws(shape.columns()), true_wws(shape.columns());
+  iteration.operands.push_back({shape, tagged(w), v.data(), s.data(), part_sums.data(), every});
+  iteration.cut_evenly(shape.rows, every);
+  kernels.iterate(iteration.operands.data(), iteration.parts.data(), 0, int64_t(iteration.parts.size()));
+  for (size_t i = 0; i < part_sums.size(); ++i) wws[i % shape.columns()] += part_sums[i];
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t line = i / shape.length;
+    true_wws[line / shape.rows * shape.length + i % shape.length] += w[i] * true_wv[line % shape.rows];
+  }
+  expect("spectral norm, W v of an iteration", s, true_wv);
+  expect("spectral norm, W^T W v", wws, true_wws);
+
   Pass<Dots> dots;
   dots.operands.push_back({shape, tagged(w), tagged(g), tagged(h), u.data(), v.data()});
   dots.cut(shape.lines(), shape.length);
