@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastgan
 from fastgan._checks import InputError
 from fastgan._files import write_bytes, write_text
+from fastgan._progress import progress_bar
 from fastgan.bench import Record, environment, run
 from fastgan.bench.quick import workloads
 from fastgan.data import LabelledImages, digits
@@ -82,12 +83,11 @@ def run_demo(
         raise ValueError(f"score_images must be from {train.n_classes} to {len(held_out)}, got {score_images}")
 
     from rich.console import Console
-    from rich.progress import Progress
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds: dict[str, float] = {}
     console = Console()
-    with Progress(console=console) as progress:
+    with progress_bar() as progress:
         torch.manual_seed(seed)
         networks = build_networks(recipe.model, train.n_classes, train.images.shape[1])
         trainer = Trainer(*networks, train, recipe.train, images=recipe.data, device=device)

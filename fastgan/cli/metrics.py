@@ -20,6 +20,7 @@ from fastgan.cli.options import (
     NumWorkers,
     Precision,
     ProtocolName,
+    Quiet,
     Resize,
     SkipBad,
     Weights,
@@ -66,6 +67,7 @@ def fid(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
     given = locals()
@@ -134,6 +136,7 @@ def evaluate(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
     given = locals()
@@ -245,6 +248,7 @@ def stats_save(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the feature statistics of a set of images."""
     given = locals()

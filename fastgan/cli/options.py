@@ -58,6 +58,7 @@ Checkpoint = Annotated[
         "it in the end."
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 WithRoot = Annotated[
     bool,
     typer.Option(

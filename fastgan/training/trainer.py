@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 
+from fastgan._progress import progress_bar
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
 from fastgan.data.images import mostly_color
 from fastgan.data.loader import part_size
@@ -457,17 +458,8 @@ class ProgressBar(Callback):
         self._bar, self._owned = progress, progress is None
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
-        from rich import progress
-
         if self._owned:
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
-            )
+            self._bar = progress_bar()
             self._bar.start()
         assert self._bar is not None
         self._task = self._bar.add_task("training", total=trainer.step + steps, completed=trainer.step)
