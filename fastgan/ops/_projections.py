@@ -37,6 +37,12 @@ def pooled_projection(
 
     Raises:
         ValueError: rank, shape, dtype or device do not fit, or ``impl`` cannot be used here.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, 4, 4), torch.randn(6, 8)  # 2 channels of keys, 4 of values
+        >>> keys, values = pooled_projection(x, weight, None, qk_channels=2)
+        >>> keys.shape, values.shape
+        (torch.Size([2, 16, 2]), torch.Size([2, 4, 4]))
     """
     check_tensor("x", x, ndim=4)
     check_tensor("weight", weight, ndim=2)
@@ -75,6 +81,11 @@ def projection_residual(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Te
 
     Raises:
         ValueError: rank, shape, dtype or device do not fit, or ``impl`` cannot be used here.
+
+    Example:
+        >>> rows, weight, x = torch.randn(2, 16, 4), torch.randn(8, 4), torch.randn(2, 8, 4, 4)
+        >>> projection_residual(rows, weight, None, x).shape
+        torch.Size([2, 8, 4, 4])
     """
     check_tensor("rows", rows, ndim=3)
     check_tensor("weight", weight, ndim=2)

@@ -1,6 +1,6 @@
-// The passes of attention, its projections and spectral norms on plain buffers of just the size that they ask for, with
-// no torch: for AddressSanitizer and UBSan (`make sanitize`). Checked against the textbook formula, and the double
-// backward against differences of it.
+// The passes of attention, its projections, spectral norms and definite traces on plain buffers of just the size that
+// they ask for, with no torch: for AddressSanitizer and UBSan (`make sanitize`). Checked against the textbook formula,
+// and the double backward against differences of it.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "projections.h"
+#include "definite_trace.h"
 #include "spectral_norm.h"
 
 namespace {
@@ -340,6 +341,21 @@ void test_spectral_norm(const Lines& shape) {
   expect("spectral norm, W v", wv, true_wv);
   expect("spectral norm, W^T u", wu, true_wu);
 
+  // Two parts, whose sums of columns are added.
+  Pass<Iteration> iteration;
+  const int64_t every = (shape.rows + 1) / 2, parts = (shape.rows + every - 1) / every;
+  Values s(shape.rows), part_sums(parts * shape.columns()), wws(shape.columns()), true_wws(shape.columns());
+  iteration.operands.push_back({shape, tagged(w), v.data(), s.data(), part_sums.data(), every});
+  iteration.cut_evenly(shape.rows, every);
+  kernels.iterate(iteration.operands.data(), iteration.parts.data(), 0, int64_t(iteration.parts.size()));
+  for (size_t i = 0; i < part_sums.size(); ++i) wws[i % shape.columns()] += part_sums[i];
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t line = i / shape.length;
+    true_wws[line / shape.rows * shape.length + i % shape.length] += w[i] * true_wv[line % shape.rows];
+  }
+  expect("spectral norm, W v of an iteration", s, true_wv);
+  expect("spectral norm, W^T W v", wws, true_wws);
+
   Pass<Dots> dots;
   dots.operands.push_back({shape, tagged(w), tagged(g), tagged(h), u.data(), v.data()});
   dots.cut(shape.lines(), shape.length);
@@ -353,6 +369,24 @@ void test_spectral_norm(const Lines& shape) {
   sum.cut(shape.lines(), shape.length);
   kernels.combine(sum.operands.data(), sum.parts.data(), 0, int64_t(sum.parts.size()));
   expect("spectral norm, gradient", out, true_out);
+}
+
+// Of A = X X^T + I with itself the value is A's trace.
+void test_definite_trace(int64_t d) {
+  const Values x = random_values(d * d);
+  Values a(d * d), lower(definite_elements(d)), room(definite_room(d));
+  double trace = 0;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      a[i * d + j] = i == j;
+      for (int64_t k = 0; k < d; ++k) a[i * d + j] += x[i * d + k] * x[j * d + k];
+      if (i == j) trace += a[i * d + i];
+    }
+  const DefiniteTraceKernels& kernels = definite_trace_kernels(true);
+  const double scale = kernels.factor(a.data(), d, lower.data());
+  double value = 0, bound = 0;
+  const bool found = kernels.trace(lower.data(), scale, a.data(), d, 1e-6, room.data(), &value, &bound);
+  expect("trace of definite matrices", Values{found ? value : 0}, {trace});
 }
 
 }  // namespace
@@ -381,6 +415,7 @@ int main() {
     }
   for (const Lines& shape : {Lines{1, 1, 1}, Lines{1, 70, 300}, Lines{9, 5, 16}, Lines{40, 30, 1}})
     test_spectral_norm(shape);
+  for (const int64_t d : {1, 2, 3, 8, 17, 33, 64, 70, 256}) test_definite_trace(d);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }
