@@ -19,6 +19,8 @@ SELECTED = {
 """Workloads that the README shows of a suite, if it has any of them; all of the others."""
 DEFAULTS = ("fastgan", "fastgan auto")
 """Implementations that a user gets by default. They are shown and ratios refer to them, even if another is faster."""
+BY_NAME = ("fastgan extension", "fastgan reference")
+"""Implementations that the default chooses from. They stand in the full tables alone."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def lines(suite: str, run: Run) -> list[Line]:
 
 def _line(suite: str, workload: str, records: Sequence[Record]) -> Line | None:
     timed = sorted((r for r in records if r.median is not None), key=seconds)
+    timed = [r for r in timed if r.implementation not in BY_NAME]
     own = [r for r in timed if r.own and r is not records[0]]
     baselines = tuple(r for r in timed if r not in own)
     if not own or not baselines:
