@@ -20,6 +20,7 @@ from fastgan.cli.options import (
     NumWorkers,
     Precision,
     ProtocolName,
+    Quiet,
     Resize,
     SkipBad,
     Times,
@@ -68,6 +69,7 @@ def fid(
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
     times: Times = False,
+    quiet: Quiet = False,
 ) -> None:
     """The Frechet distance of two sets of images; the FID where the features are Inception's."""
     given = locals()
@@ -142,6 +144,7 @@ def evaluate(
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
     times: Times = False,
+    quiet: Quiet = False,
 ) -> None:
     """Several metrics of a set of images against real ones, in one pass over them."""
     given = locals()
@@ -244,6 +247,7 @@ def stats_save(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the feature statistics of a set of images."""
     given = locals()

@@ -3,9 +3,8 @@ read once."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from fastgan._checks import InputError
+from fastgan._progress import progress_bar
 from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World
@@ -370,7 +370,8 @@ def measure(
     measured = []
     for each, keep in zip(sources, keep_features, strict=True):
         if isinstance(each, ImageSource):
-            with progress_bar(each.label, len(world.share(len(each)))) as advance:
+            with progress_bar(quiet=options.quiet or not world.is_first) as bar:
+                task = bar.add_task(each.label, total=len(world.share(len(each))))
                 each = collect(
                     each,
                     network,
@@ -378,24 +379,9 @@ def measure(
                     batch_size=options.batch_size,
                     num_workers=options.num_workers,
                     keep_features=keep,
-                    progress=advance if world.is_first else None,
+                    progress=functools.partial(bar.advance, task) if world.is_first else None,
                     world=world,
                     checkpoint=options.checkpoint,
                 )
         measured.append(each)
     return measured, network
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -145,6 +145,11 @@ def squared_mmd(
         kernel: such as :func:`gaussian` with its sigma bound; None takes :func:`polynomial`.
         degree, gamma, coef: of the polynomial kernel; gamma None is 1 / dim.
         unbiased: leave a vector's kernel with itself out of the averages.
+
+    Example:
+        >>> x = torch.randn(20, 4)
+        >>> squared_mmd(x, x, unbiased=False)
+        tensor(0., dtype=torch.float64)
     """
     x, y = x.double(), y.double()
     if kernel is None:

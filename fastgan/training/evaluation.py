@@ -209,6 +209,9 @@ def _classifier(
     except ValueError as error:
         raise InputError(f"{samples.folder}: no classifier of {len(data.train)} images: {error}") from error
     state = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
-    write_bytes(weights, save(state))
-    write_text(report, json.dumps(asdict(accuracies), indent=2) + "\n")
+    try:
+        write_bytes(weights, save(state))
+        write_text(report, json.dumps(asdict(accuracies), indent=2) + "\n")
+    except OSError as error:  # a run that may only be read, or a full disk
+        tell(f"the classifier is not kept in {samples.folder}: {error.strerror}")
     return classifier, accuracies
