@@ -60,7 +60,7 @@ def kernel_distance(
     Args:
         real, fake: features (n, dim) and (m, dim), of any floating dtype; tensors or arrays.
         subsets: how many pairs of subsets are drawn.
-        subset_size: vectors of each; all of the smaller set where that has fewer. Drawn without replacement.
+        subset_size: vectors per subset, drawn without replacement; all of the smaller set if it has fewer.
         degree, gamma, coef: of the kernel; gamma None is 1 / dim.
         seed: of the draws.
 

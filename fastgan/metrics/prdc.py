@@ -60,7 +60,7 @@ def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike,
 
 
 def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
-    """What each vector contributes to :func:`precision_recall`, whose values are these means: ``precision`` and
+    """Return each vector's contribution to :func:`precision_recall`, whose values are their means: ``precision`` and
     ``density`` (m,) of the fake vectors, ``recall`` and ``coverage`` (n,) of the real ones, float64."""
     dtype = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)  # float64 stays
     real, fake = real.to(dtype), fake.to(dtype)
