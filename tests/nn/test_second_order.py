@@ -25,6 +25,60 @@ def timm_vit():
     return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, num_classes=1)
 
 
+class HuggingFaceViT(nn.Module):
+    """A critic of images (n, 3, 16, 16) made of transformers' ViT."""
+
+    def __init__(self):
+        transformers = pytest.importorskip("transformers")
+        super().__init__()
+        config = transformers.ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            image_size=16,
+            patch_size=4,
+            num_labels=1,
+            attn_implementation="sdpa",
+        )
+        self.network = transformers.ViTForImageClassification(config)
+        nn.init.normal_(self.network.classifier.weight)  # its own is so small that penalties would be rounding alone
+
+    def forward(self, x):
+        return self.network(pixel_values=x).logits.squeeze(1)
+
+
+class HuggingFaceLlama(nn.Module):
+    """A critic of images (n, 3, 16, 16), their pixels 24 to a token: causal, grouped queries, and masks that hide the
+    last tokens of one of them."""
+
+    def __init__(self):
+        transformers = pytest.importorskip("transformers")
+        super().__init__()
+        config = transformers.LlamaConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            vocab_size=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_implementation="sdpa",
+        )
+        self.network = transformers.LlamaModel(config)
+        self.score = nn.Linear(24, 1)
+
+    def forward(self, x):
+        seen = torch.ones(len(x), 32, dtype=torch.long)
+        seen[0, 20:] = 0
+        hidden = self.network(inputs_embeds=x.flatten(1).unflatten(1, (32, 24)), attention_mask=seen).last_hidden_state
+        return self.score((hidden * seen[..., None]).square()).sum((1, 2))
+
+
 class Encoder(nn.Module):
     """A critic of images (n, 3, 16, 16), their pixels 8 to a token."""
 
@@ -41,6 +95,8 @@ class Encoder(nn.Module):
 
 CRITICS = {
     "timm": timm_vit,
+    "transformers ViT": HuggingFaceViT,
+    "transformers Llama": HuggingFaceLlama,
     "encoder": Encoder,
     "causal encoder": lambda: Encoder(nn.Transformer.generate_square_subsequent_mask(32)),
 }
@@ -77,7 +133,7 @@ def test_penalties_equal_those_of_the_math_backend(make, penalty, is_training):
             assert a.norm() <= floor
 
 
-@pytest.mark.parametrize("make", [timm_vit, Encoder])
+@pytest.mark.parametrize("make", [timm_vit, Encoder, HuggingFaceViT, HuggingFaceLlama])
 def test_every_attention_goes_through_it(make, monkeypatch):
     calls = []
     right = attention_ops._attend_heads

@@ -9,7 +9,8 @@ import torch
 from fastgan._checks import InputError
 from fastgan.data import LabelledImages
 from fastgan.data.archives import open_images, register_opener
-from fastgan.metrics.evaluate import EvaluateOptions, evaluate
+from fastgan.metrics.catalogue import EvaluateOptions
+from fastgan.metrics.evaluate import evaluate
 from fastgan.metrics.options import FeatureOptions
 from fastgan.recipes import load_recipe, override
 from fastgan.training import sample, standing_statistics_
@@ -55,7 +56,8 @@ def test_the_log_and_evaluate_give_one_number(run, monkeypatch):
     scorer = Scorer(run.data.held_out, run.data.train, [40], backbone=score_backbone(run.recipe))
     generator, _ = load_generator(run.out)
     found = evaluate(RunSamples(run.out), None, FeatureOptions(), EvaluateOptions(("fid",)))
-    assert found.fid == pytest.approx(scorer.score(generator, 1).decisive, rel=1e-6)
+    (value,) = found.values.values()
+    assert value.value == pytest.approx(scorer.score(generator, 1).decisive, rel=1e-6)
     assert found.floor == pytest.approx(scorer.floors[40], rel=1e-6)
     assert found.sides[0].stats.protocol == scorer.protocol.name
 
