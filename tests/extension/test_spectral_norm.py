@@ -170,15 +170,3 @@ def test_a_grouped_network_equals_the_reference_through_a_penalty():
         results.append(torch.autograd.grad(y + grad.square().sum(), list(critic.parameters()), allow_unused=True))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_results_do_not_depend_on_the_number_of_threads():
-    before, results = torch.get_num_threads(), []
-    weights, us, vs = operands(SHAPES, DIMS, torch.float32)
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        u, v = [x.clone() for x in us], [x.clone() for x in vs]
-        state = extension.update(weights, u, v, DIMS, 2, 1e-12, False)
-        results.append([*state, *u, *v, *extension.scale(weights, *state, DIMS, torch.float32)])
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
