@@ -75,6 +75,9 @@ def _documents(root: Path) -> dict[Path, str]:
     for name, section in _sections(root, devices).items():
         text = _replace(text, name, section)
     found = {readme: text}
+    scale = root / "docs" / "scale.md"
+    if scale.exists():
+        found[scale] = _replace(scale.read_text(encoding="utf-8"), "scale", _scale(devices), "docs/scale.md")
     for folder, runs in devices.items():
         found[folder / "README.md"] = _full_tables(runs)
     if evidence := _evidence(root):
@@ -82,10 +85,68 @@ def _documents(root: Path) -> dict[Path, str]:
     return found
 
 
-def _replace(text: str, name: str, section: str) -> str:
+IMAGES = {"50 thousand": 50_000, "10 million": 10_000_000, "1 billion": 1_000_000_000}
+"""Columns of the table of costs: numbers of images."""
+
+
+def _scale(devices: dict[Path, dict[str, Run]]) -> str:
+    """Tables of the record of ``python -m bench.scale``: the costs of each stage, measured and extrapolated."""
+    run = next((runs["scale"] for runs in devices.values() if "scale" in runs), None)
+    if run is None:
+        return "**Not measured yet.**"
+    stages = [record for record in run.records if not record.workload.startswith("reduce-")]
+    reductions = [record for record in run.records if record.workload.startswith("reduce-")]
+    costs = [
+        (
+            record.workload,
+            _time(record.median / record.images if record.images else record.median),
+            *(
+                _duration(record.median * n / record.images if record.images else record.median)
+                for n in IMAGES.values()
+            ),
+            _bytes(record.parameters["bytes"]),
+        )
+        for record in stages
+        if record.median is not None
+    ]
+    shared = [
+        (
+            str(record.parameters["processes"]),
+            _time(record.parameters["pass_seconds"]),
+            _time(record.median),
+            _bytes(record.parameters["bytes"]),
+            f"{record.error or 0:.0e}",
+        )
+        for record in reductions
+    ]
+    first = reductions[0].parameters
+    return "\n\n".join(
+        [
+            f"{_condition(run)}. One thread.",
+            _table(("stage", "each", *(f"{name} images" for name in IMAGES), "memory"), costs),
+            f"{first['images']} images of {first['features']} features, shared by gloo processes of one machine:",
+            _table(("processes", "pass", "reduction", "sent by each", "difference"), shared),
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the largest unit of which there is at least one."""
+    for unit, size in (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return _time(seconds)
+
+
+def _bytes(count: float) -> str:
+    """Bytes in kB or MB."""
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
+
+
+def _replace(text: str, name: str, section: str, document: str = "README.md") -> str:
     begin, end = BEGIN.format(name), END.format(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise RecordError(f"README.md must hold the markers {begin} and {end} once each, in this order")
+        raise RecordError(f"{document} must hold the markers {begin} and {end} once each, in this order")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{section}\n{end}{rest.partition(end)[2]}"
 
@@ -318,10 +379,6 @@ def _training_cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
 def _table(header: Sequence[str], rows: Any) -> str:
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join((cell or '').replace('|', '/') for cell in row)} |" for row in cells)
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e6:.1f} MB"
 
 
 def _time(value: float | None) -> str:

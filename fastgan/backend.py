@@ -248,6 +248,7 @@ _LAUNCHERS = {
 }
 
 
+@functools.cache
 def implementation(op: str, impl: str) -> ModuleType:
     """Return the module that computes ``op`` by the ``impl`` that :func:`resolve` chose.
 

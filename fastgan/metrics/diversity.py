@@ -74,11 +74,20 @@ def mifid(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, cosine_
         raise ValueError(f"cosine_distance_eps must be in (0, 1], got {cosine_distance_eps}")
     x, y = _checked(real, fake, least=2)
     distance = frechet_distance(FeatureStats().update(y), FeatureStats().update(x))
-    # vectors that are all zeros are left out, as theirs are; they have no direction
-    real_directions, fake_directions = (F.normalize(rows[rows.sum(1) != 0], dim=1) for rows in (x, y))
+    return distance / (memorization(x, y, cosine_distance_eps=cosine_distance_eps)[1] + 1e-15)
+
+
+def memorization(real: Tensor, fake: Tensor, *, cosine_distance_eps: float = 0.1) -> tuple[Tensor, float]:
+    """Return the cosine distance of each fake vector to its nearest real one (m,), and :func:`mifid`'s divisor.
+
+    The divisor is the mean of these if it is below ``cosine_distance_eps``, else 1. Vectors whose entries sum to 0 are
+    left out, as in the competition's code.
+    """
+    sides = (rows.double()[rows.sum(1) != 0] for rows in (real, fake))
+    real_directions, fake_directions = (F.normalize(rows, dim=1) for rows in sides)
     similarity = torch.cat([(part @ real_directions.mT).abs().amax(1) for part in fake_directions.split(_BLOCK)])
-    memorisation = (1 - similarity).mean().item()
-    return distance / ((memorisation if memorisation < cosine_distance_eps else 1.0) + 1e-15)
+    mean = (1 - similarity).mean().item()
+    return 1 - similarity, mean if mean < cosine_distance_eps else 1.0
 
 
 def auth_pct(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> float:
@@ -98,10 +107,14 @@ def auth_pct(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> floa
         >>> auth_pct(torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.1], [9.0]]))
         50.0
     """
-    x, y = _checked(real, fake, least=2)
-    to_real, index = nearest(y, x)
-    among_real, _ = nearest(x, x, itself=True)
-    return 100 * (to_real > among_real[index]).double().mean().item()
+    return 100 * authentic(*_checked(real, fake, least=2)).double().mean().item()
+
+
+def authentic(real: Tensor, fake: Tensor) -> Tensor:
+    """Return whether each fake vector (m,) is authentic in the sense of :func:`auth_pct`."""
+    to_real, index = nearest(fake, real)
+    among_real, _ = nearest(real, real, itself=True)
+    return to_real > among_real[index]
 
 
 def ct_score(
@@ -142,7 +155,7 @@ def ct_score(
         a, b, c = x[of_train == cell], y[of_test == cell], z[of_fake == cell]
         if not len(a) or not len(c):
             continue
-        total += len(b) * _standardised_u(nearest(c, a)[0], nearest(b, a)[0])
+        total += len(b) * ct_contributions(a, b, c).mean().item()
         weights += len(b)
     if not weights:
         raise InputError("no cell holds train, test and fake vectors")
@@ -188,14 +201,14 @@ def vendi_score(features: Tensor | npt.ArrayLike, *, q: float = 1.0) -> float:
     return score.item()
 
 
-def _standardised_u(fake: Tensor, test: Tensor) -> float:
-    """The Mann-Whitney U of ``fake`` above ``test``, as a number of standard deviations; ties count half."""
+def ct_contributions(train: Tensor, test: Tensor, fake: Tensor) -> Tensor:
+    """Return what each vector of ``fake`` (m, dim) contributes to :func:`ct_score` of one cell, which is their mean."""
     m, n = len(fake), len(test)
-    order = test.sort().values
-    below = torch.searchsorted(order, fake, right=False).double()
-    equal = torch.searchsorted(order, fake, right=True).double() - below
-    u = (below + equal / 2).sum().item()
-    return (u - m * n / 2) / math.sqrt(m * n * (m + n + 1) / 12)
+    distance, of_test = nearest(fake, train)[0], nearest(test, train)[0].sort().values
+    below = torch.searchsorted(of_test, distance, right=False).double()
+    equal = torch.searchsorted(of_test, distance, right=True).double() - below
+    above = below + equal / 2  # ties count half
+    return m * (above - n / 2) / math.sqrt(m * n * (m + n + 1) / 12)
 
 
 def _checked(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, least: int) -> tuple[Tensor, Tensor]:
