@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from bench import limits
-from bench.eager_attention import EagerAttention
 from fastgan.bench import Workload, largest_relative_norm
+from fastgan.bench.eager_attention import EagerAttention
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import attention, pooled_projection, projection_residual, scaled_dot_product_attention
 from fastgan.reference.attention import attention_eager

@@ -295,13 +295,16 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("nuclear_norm(Tensor m, bool low_precision, float tolerance) -> (Tensor, Tensor)");
   m.def("sqrtm(Tensor a, bool inverse) -> Tensor");
   m.def("vector_bits() -> int");
-  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) o, Tensor(b!) stats) -> ()");
   m.def(
-      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, float scale, "
-      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, bool is_causal, float scale, "
+      "Tensor(a!) o, Tensor(b!) stats) -> ()");
   m.def(
-      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_o, Tensor q, Tensor k, Tensor v, "
-      "Tensor stats, float scale, Tensor(a!) g_do, Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv) -> ()");
+      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor o, Tensor stats, "
+      "bool is_causal, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? d_sinks) -> ()");
+  m.def(
+      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor? gg_sinks, Tensor grad_o, Tensor q, Tensor k, "
+      "Tensor v, Tensor? mask, Tensor? sinks, Tensor stats, bool is_causal, float scale, Tensor(a!) g_do, "
+      "Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv, Tensor(e!)? g_sinks) -> ()");
   m.def(
       "pooled_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) q, Tensor(b!) kv, Tensor(c!) index) -> ()");
   m.def(
@@ -315,6 +318,7 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
       "spectral_norm_scale_bwd_bwd(Tensor[] grad_grads, Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, "
       "Tensor sigma, int[] dims, Tensor(a!)[] d_grads, Tensor(b!)[] d_weights) -> ()");
   m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");
+  m.def("gather_pooled(Tensor grad, Tensor index, int width, Tensor(a!) q, Tensor(b!) kv) -> ()");
   m.def("projection_residual(Tensor rows, Tensor weight, Tensor? bias, Tensor x, Tensor(a!) y) -> ()");
 }
 

@@ -26,7 +26,7 @@ struct PooledProjection {
 
   int64_t tiles() const { return ceil_div(height, 2) * ceil_div(width, kTileColumns); }
   int64_t room() const { return 2 * kTileColumns * (channels + padded(outputs)) + kPadding; }
-  Sizes sizes() { return {{&weight_t, channels * padded(outputs)}, {&biases, padded(outputs)}}; }
+  Sizes sizes() { return {{&weight_t, 1, channels * padded(outputs)}, {&biases, 1, padded(outputs)}}; }
 };
 
 // y <- x + rows weight^T + bias. Pixels of x and y follow one another at a stride of `column`.
@@ -39,7 +39,7 @@ struct ProjectionResidual {
   bool channels_last() const { return y.channel == 1; }
   int64_t tiles() const { return ceil_div(pixels, kTile); }
   int64_t room() const { return kTile * (padded(e) + padded(channels)); }
-  Sizes sizes() { return {{&packed, padded(e) * padded(channels)}, {&biases, padded(channels)}}; }
+  Sizes sizes() { return {{&packed, 1, padded(e) * padded(channels)}, {&biases, 1, padded(channels)}}; }
 };
 
 struct ProjectionKernels {

@@ -1,14 +1,5 @@
 // The passes of projections.h for one instruction set; included as simd.h is, behind attention_kernels.h.
 
-// Calls f with a pointer to the type of the image's elements, at `offset`.
-#define FASTGAN_FOR_ELEMENTS(image, offset, f)                                        \
-  switch ((image).element) {                                                          \
-    case Element::kFloat: f(static_cast<float*>((image).data) + (offset)); break;     \
-    case Element::kDouble: f(static_cast<double*>((image).data) + (offset)); break;   \
-    case Element::kBFloat16: f(static_cast<BFloat16*>((image).data) + (offset)); break; \
-    case Element::kHalf: f(static_cast<Half*>((image).data) + (offset)); break;       \
-  }
-
 template <typename T>
 void pooled_pack(const PooledProjection& x, int64_t begin, int64_t end) {
   using W = Wide<T>;
@@ -62,7 +53,7 @@ void pooled(const PooledProjection& x, int64_t begin, int64_t end, void* room) {
       const auto pack = [&](const auto* from) __attribute__((always_inline)) {
         convert(from, x.x.channel, x.x.column, pixels + r * kTileColumns, stride, 1, x.channels, columns, W(1));
       };
-      FASTGAN_FOR_ELEMENTS(x.x, batch * x.x.batch + (h + r) * x.x.row + w * x.x.column, pack)
+      FASTGAN_FOR_ELEMENTS(x.x.element, x.x.data, batch * x.x.batch + (h + r) * x.x.row + w * x.x.column, pack)
     }
     for (int64_t p = 0; p < rows * kTileColumns; ++p)
       for (int64_t o = 0; o < width; ++o) y[p * width + o] = biases[o];
@@ -144,7 +135,7 @@ void residual(const ProjectionResidual& x, int64_t begin, int64_t end, void* roo
       else
         add_image(sums, width, image, x.x.channel, x.x.column, y, x.y.channel, x.y.column, x.channels, count);
     };
-    FASTGAN_FOR_ELEMENTS(x.x, from_offset, add)
+    FASTGAN_FOR_ELEMENTS(x.x.element, x.x.data, from_offset, add)
   }
 }
 

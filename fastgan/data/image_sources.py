@@ -20,6 +20,7 @@ from fastgan.data.decode import AS_METRICS, load_ahead, read_image
 from fastgan.data.find import find_images as find_images
 from fastgan.data.find import search_folder, why_left_out
 from fastgan.data.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
+from fastgan.data.stage_times import StageTimes
 
 _PREFETCH_BATCHES = 2
 
@@ -40,6 +41,19 @@ class ImageSource(ABC):
         backbone: the network that scores this set by default; a training run has one.
         second_split: other images of the same data, whose distance to the reference is reported as the floor; those
             that a run was trained on.
+
+    Example:
+        >>> class Noise(ImageSource):
+        ...     def __len__(self):
+        ...         return 10
+        ...
+        ...     def read(self, i):
+        ...         return torch.rand(3, 32, 32)
+        ...
+        ...     def name(self, i):
+        ...         return f"noise {i}"
+        >>> len(Noise("noise"))
+        10
     """
 
     def __init__(self, label: str, *, skip_bad: bool = False) -> None:
@@ -111,6 +125,7 @@ class ImageSource(ABC):
         indices: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] | None = None,
+        times: StageTimes | None = None,
     ) -> Iterator[Tensor]:
         """Yield float32 batches (<= batch_size, 3, size, size) in [0, 255], decoded by ``num_workers`` threads.
 
@@ -123,6 +138,7 @@ class ImageSource(ABC):
             indices: which images, in which order; None takes all.
             device: of the batches.
             progress: called with the number of images done since the last call.
+            times: to which the seconds of decoding, waiting and resizing are added.
 
         Raises:
             InputError: an image cannot be read (it is named), unless ``skip_bad``.
@@ -135,17 +151,27 @@ class ImageSource(ABC):
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
 
+        times = times or StageTimes()
+        times.threads = num_workers
+
         def load(index: int) -> Tensor:
-            image = self.read(index)
-            if size is None or resize != "clean":
-                return torch.from_numpy(channels_first(image))
-            return torch.from_numpy(clean_with_pillow(image, size))
+            with times.measure("decode"):
+                image = self.read(index)
+                if size is None or resize != "clean":
+                    return torch.from_numpy(channels_first(image))
+                return torch.from_numpy(clean_with_pillow(image, size))
+
+        def resized(batch: list[Tensor]) -> Tensor:
+            with times.measure("resize"):
+                return _to_batch(batch, size, resize, device)
 
         indices = range(len(self)) if indices is None else indices
         batch: list[Tensor] = []
         for index, result in load_ahead(load, indices, num_workers, batch_size * _PREFETCH_BATCHES):
             try:
-                batch.append(result())
+                with times.measure("waiting"):
+                    image = result()
+                batch.append(image)
             except InputError:
                 if not self.skip_bad:
                     raise
@@ -153,10 +179,10 @@ class ImageSource(ABC):
             if progress is not None:
                 progress(1)
             if len(batch) == batch_size:
-                yield _to_batch(batch, size, resize, device)
+                yield resized(batch)
                 batch = []
         if batch:
-            yield _to_batch(batch, size, resize, device)
+            yield resized(batch)
 
 
 class ImageFolder(ImageSource):
@@ -167,6 +193,12 @@ class ImageFolder(ImageSource):
 
     Raises:
         InputError: ``root`` is no folder, or holds no images.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> save_image(torch.rand(3, 8, 8), "a.png")
+        >>> len(ImageFolder("."))
+        1
     """
 
     def __init__(self, root: str | Path, *, skip_bad: bool = False) -> None:

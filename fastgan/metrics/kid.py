@@ -130,6 +130,11 @@ def squared_mmd(
         kernel: such as :func:`gaussian` with its sigma bound; None takes :func:`polynomial`.
         degree, gamma, coef: of the polynomial kernel; gamma None is 1 / dim.
         unbiased: leave a vector's kernel with itself out of the averages.
+
+    Example:
+        >>> x = torch.randn(20, 4)
+        >>> squared_mmd(x, x, unbiased=False)
+        tensor(0., dtype=torch.float64)
     """
     x, y = x.double(), y.double()
     if kernel is None:
@@ -157,8 +162,7 @@ def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.
     for rows in (real, fake):
         if len(rows) < 2 * _GROUPS:
             return float("nan")
-        chosen = rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double()
-        groups.append(chosen.tensor_split(_GROUPS))
+        groups.append(draw_at_most(rows, generator).tensor_split(_GROUPS))
     x, y = groups
     # sums of the kernel over pairs of groups, of which each leave-one-out MMD is made
     within = [torch.stack([torch.stack([kernel(a, b).sum() for b in side]) for a in side]) for side in groups]
@@ -185,16 +189,9 @@ def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.
     return variance**0.5
 
 
-def mmd_influences(real: Tensor, fake: Tensor, kernel: Kernel, *, seed: int = 0) -> Tensor:
-    """The first-order influence of each vector of ``fake`` (m, dim) on the squared MMD to ``real``: (m,) float64, of
-    mean 0. The expectations in it are taken over at most 4000 vectors of each side."""
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (
-        rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double() for rows in (real, fake)
-    )
-    blocks = (2 * (kernel(block, y).mean(1) - kernel(block, x).mean(1)) for block in fake.double().split(_BLOCK))
-    influences = torch.cat(list(blocks))
-    return influences - influences.mean()
+def draw_at_most(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Return ``rows`` (n, dim) in a random order as float64, or 4000 of them if there are more."""
+    return rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double()
 
 
 def _block_sum(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

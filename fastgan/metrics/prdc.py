@@ -43,6 +43,12 @@ def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike,
     Raises:
         InputError: the features are not two finite sets of more than ``k`` vectors and one dim.
         ValueError: ``k`` under 1.
+
+    Example:
+        >>> features = torch.randn(20, 4)
+        >>> result = precision_recall(features, features, k=3)
+        >>> result.precision, result.recall
+        (1.0, 1.0)
     """
     check_count("k", k, 1)
     real, fake = as_features("real", real), as_features("fake", fake)
@@ -56,12 +62,12 @@ def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
     ``density`` (m,) of the fake vectors, ``recall`` and ``coverage`` (n,) of the real ones, float64."""
     dtype = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)  # float64 stays
     real, fake = real.to(dtype), fake.to(dtype)
-    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
+    real_radius, fake_radius = radii(real, k), radii(fake, k)
     hits = []
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for block, radius in zip(fake.split(_BLOCK), fake_radius.split(_BLOCK), strict=True):
-        distance = _distances(block, real)
+        distance = distances(block, real)
         in_real_ball = distance <= real_radius
         hits.append(in_real_ball.sum(dim=1))
         covered |= in_real_ball.any(dim=0)
@@ -75,27 +81,28 @@ def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
     }
 
 
-def _radii(rows: Tensor, k: int) -> Tensor:
-    """Distance of each vector to its k-th nearest neighbour, itself not counted."""
+def radii(rows: Tensor, k: int) -> Tensor:
+    """Return the distance of each vector to its k-th nearest neighbour, itself not counted."""
     # the distance to itself is the smallest, so the (k + 1)-th smallest is the k-th neighbour's
-    return torch.cat([_distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
+    return torch.cat([distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
 
 
 def nearest(x: Tensor, y: Tensor, *, itself: bool = False) -> tuple[Tensor, Tensor]:
     """The distance of each row of ``x`` to its nearest row of ``y``, and that row's index; with ``itself``, ``x`` is
     ``y`` and a row is no neighbour of its own."""
-    distances, indices = [], []
+    found_distances, indices = [], []
     for start in range(0, len(x), _BLOCK):
-        block = _distances(x[start : start + _BLOCK], y)
+        block = distances(x[start : start + _BLOCK], y)
         if itself:
             rows = torch.arange(len(block), device=block.device)
             block[rows, rows + start] = float("inf")
         found = block.min(dim=1)
-        distances.append(found.values)
+        found_distances.append(found.values)
         indices.append(found.indices)
-    return torch.cat(distances), torch.cat(indices)
+    return torch.cat(found_distances), torch.cat(indices)
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the Euclidean distances (n, m) of the rows of ``x`` to those of ``y``, exact for near ones."""
     # without matrix products: |x|^2 + |y|^2 - 2 x.y loses the digits of near neighbours
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

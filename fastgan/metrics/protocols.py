@@ -37,6 +37,10 @@ class Protocol:
         resize: a method of :mod:`fastgan.data.resize`.
         center, scale: Inception's input is (pixel - center) / scale, for pixels in [0, 255].
         truncate: floating-point images in [0, 1] are multiplied by 255 and cut to 8 bits before they are resized.
+
+    Example:
+        >>> get_protocol("clean-fid").resize
+        'clean'
     """
 
     name: str

@@ -54,6 +54,11 @@ class FeatureStats:
         resize: the protocol's way to the network's input size.
         precision: of the network's arithmetic; ``"mixed"`` once statistics of several are merged. It moves a distance
             by little, so that statistics of different precisions are compared, but it is told with each.
+
+    Example:
+        >>> stats = FeatureStats().update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> stats.n, stats.mean
+        (2, tensor([2., 0.], dtype=torch.float64))
     """
 
     def __init__(

@@ -346,6 +346,12 @@ class KernelInceptionDistance(_KeptFeatures):
         subsets, subset_size, degree, gamma, coef, seed: as in :func:`fastgan.metrics.kernel_distance`; fewer than
             ``subset_size`` images on a side are an error, as in torchmetrics.
         args, kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> metric = KernelInceptionDistance(nn.Flatten(), subset_size=10, subsets=2, normalize=True)
+        >>> metric.update(torch.zeros(10, 3, 2, 2), real=True)
+        >>> metric.update(torch.ones(10, 3, 2, 2), real=False)
+        >>> mean, std = metric.compute()
     """
 
     plot_upper_bound = 1.0
@@ -386,6 +392,13 @@ class PrecisionRecall(_KeptFeatures):
         feature: as in :class:`FeatureMetric`.
         k: the neighbour that a ball reaches to.
         args, kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> metric = PrecisionRecall(nn.Flatten(), k=3, normalize=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=False)
+        >>> sorted(metric.compute())
+        ['coverage', 'density', 'precision', 'recall']
     """
 
     higher_is_better = True
@@ -410,6 +423,12 @@ class InceptionScore(FeatureMetric):
         splits, seed: as in :func:`fastgan.metrics.inception_score`.
         normalize: as in :class:`FeatureMetric`.
         kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> logits = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+        >>> metric = InceptionScore(logits, splits=2, normalize=True, input_img_size=(3, 2, 2))
+        >>> metric.update(torch.rand(20, 3, 2, 2))
+        >>> mean, std = metric.compute()
     """
 
     higher_is_better = True
@@ -457,6 +476,14 @@ class ClassFrechetDistance(_KeptFeatures):
     Args:
         num_classes: labels are in [0, num_classes).
         feature, args, kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> metric = ClassFrechetDistance(2, nn.Flatten(), input_img_size=(3, 2, 2), normalize=True)
+        >>> images, labels = torch.zeros(8, 3, 2, 2), torch.arange(8) % 2
+        >>> metric.update(images, labels, real=True)
+        >>> metric.update(images + labels.view(-1, 1, 1, 1), labels, real=False)
+        >>> metric.compute()
+        tensor([ 0., 12.], dtype=torch.float64)
     """
 
     real_labels: list[Tensor]

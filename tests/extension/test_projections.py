@@ -11,7 +11,7 @@ from torch.library import opcheck
 from fastgan import backend
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import pooled_projection, projection_residual
-from fastgan.ops._projections import pooled_projection_op, projection_residual_op
+from fastgan.ops._projections import gather_pooled_op, pooled_projection_op, projection_residual_op, unpool_op
 from tests.accuracy import assert_as_accurate
 from tests.ops.operands import LAYOUTS, plain_pooled, plain_residual, pooled_operands, residual_operands, three_orders
 
@@ -65,6 +65,45 @@ def test_strided_operands():
     rows, weight, bias, _ = residual_operands((2, 3, 6, 7), 8)
     rows, weight = torch.cat([rows, rows], dim=1)[:, ::2, ::2], weight[:, ::2]
     assert_close(three_orders(residual, rows, weight, bias, x), three_orders(plain_residual, rows, weight, bias, x))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 3, 2, 4)])
+def test_unpooling_and_gathering_are_each_others_gradient(shape):
+    """Windows do not cover the last row and column of odd images; third derivatives exist."""
+    x, weight, bias = pooled_operands(shape, 7)
+    *_, index = pooled_projection_op(x, weight, bias, 3, "extension")
+    pixels, width = shape[2] * shape[3], shape[3]
+    grad = torch.randn(shape[0], pixels, 7, dtype=torch.float64, requires_grad=True)
+    q, kv = gather_pooled_op(grad, index, width)
+    other = [torch.randn_like(t).requires_grad_() for t in (q, kv)]
+    spread = unpool_op(*other, index, width)
+    torch.testing.assert_close((spread * grad).sum(), sum((a * b).sum() for a, b in zip(other, (q, kv), strict=True)))
+    opcheck(unpool_op, (*other, index, width))
+    opcheck(gather_pooled_op, (grad, index, width))
+    strided = torch.stack([grad, grad], dim=3)[..., 0]
+    assert all(torch.equal(a, b) for a, b in zip(gather_pooled_op(strided, index, width), (q, kv), strict=True))
+
+
+def test_the_gradient_has_an_operator_of_the_extension(monkeypatch):
+    """The reference is not called for a gradient that is differentiated itself, nor for a compiled one."""
+    monkeypatch.setattr("fastgan.ops._projections.pooled_projection_bwd", None)
+    operands = pooled_operands((2, 6, 5, 7), 9)
+
+    def penalty(x, weight, bias):
+        q, kv = pooled(x, weight, bias, 3)
+        (gradient,) = torch.autograd.grad(q.square().sum() + kv.square().sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    def plain(x, weight, bias):
+        q, kv = plain_pooled(x, weight, bias, 3)
+        (gradient,) = torch.autograd.grad(q.square().sum() + kv.square().sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    expected = torch.autograd.grad(plain(*operands), operands)
+    torch.testing.assert_close(torch.autograd.grad(penalty(*operands), operands), expected)
+    loss = torch.compile(lambda *t: sum(y.square().sum() for y in pooled(*t, 3)), fullgraph=True)
+    expected = torch.autograd.grad(sum(y.square().sum() for y in plain_pooled(*operands, 3)), operands)
+    torch.testing.assert_close(torch.autograd.grad(loss(*operands), operands), expected)
 
 
 def test_gradients_of_both_orders_match_finite_differences():
