@@ -390,7 +390,7 @@ def differing_terms(got: dict[str, Tensor], expected: dict[str, Tensor], toleran
     """Names of the terms of a loss that differ, in relation to the largest of them."""
     if got.keys() != expected.keys():
         return sorted(got.keys() ^ expected.keys())
-    largest = max(float(term.abs()) for term in expected.values())
+    largest = max((float(term.abs()) for term in expected.values() if term.isfinite()), default=0.0)
     floor = 8 * max(torch.finfo(term.dtype).eps for term in expected.values())
     return [
         name

@@ -15,6 +15,7 @@ from torch import nn
 from fastgan.backend import BackendWarning, warn_anew
 from fastgan.losses.noise import normal
 from fastgan.training import EMA, FunctionalGAN, TrainStep
+from fastgan.training.step.reachable import differing_terms
 
 BACKENDS = ["eager", "aot_eager"]
 SLOPE = 0.1
@@ -507,3 +508,13 @@ def test_an_attribute_that_another_update_writes():
 
         told, _ = same(prepared, steps=6)
         assert len(told) == expected
+
+
+def test_terms_that_are_not_finite_are_compared():
+    expected = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(float("inf"))}
+    assert differing_terms(dict(expected), expected, 1e-3) == []
+    assert differing_terms(expected | {"a": torch.tensor(1.1)}, expected, 1e-3) == ["a"]
+    assert differing_terms(expected | {"b": torch.tensor(1.0)}, expected, 1e-3) == ["b"]
+    assert differing_terms(expected | {"c": torch.tensor(1e30)}, expected, 1e-3) == ["c"]
+    nothing = {"a": torch.tensor(float("nan"))}
+    assert differing_terms(dict(nothing), nothing, 1e-3) == []
