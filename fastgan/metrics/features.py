@@ -1,4 +1,4 @@
-"""From images to :class:`FeatureStats`: of a folder, of tensors, or of a source that processes share."""
+"""Compute :class:`FeatureStats` of images: of a folder, of tensors, or of a source that processes share."""
 
 from __future__ import annotations
 

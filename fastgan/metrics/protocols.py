@@ -30,7 +30,7 @@ from fastgan.data.resize import check_resize
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images become a network's input.
+    """The way from an image to a network's input.
 
     Attributes:
         name: as printed and kept in files of statistics.
@@ -50,7 +50,7 @@ class Protocol:
     truncate: bool = False
 
     def to_inception(self, pixels: Tensor) -> Tensor:
-        """From pixels in [0, 255] to Inception's input."""
+        """Map pixels in [0, 255] to Inception's input."""
         return (pixels - self.center) / self.scale
 
     def resized_by(self, method: str | None) -> Protocol:

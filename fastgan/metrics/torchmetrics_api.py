@@ -115,6 +115,11 @@ class FeatureMetric(Metric):
         self.num_features = self._number_of_features(input_img_size)
         self._reference = None if reference is None else self._checked_reference(reference)
 
+    @property
+    def inception(self) -> nn.Module:
+        """The network, by torchmetrics' name for it."""
+        return self._network
+
     def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int:
         extractor = self.extractor
         found = extractor.dim if isinstance(extractor, Backbone) else getattr(extractor, "num_features", None)
@@ -273,6 +278,16 @@ class FrechetInceptionDistance(FeatureMetric):
                 raise TooFewImages(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
             stats.append(FeatureStats.from_moments(mean, scatter / (n - 1), n=n))
         return self._scalar(frechet_distance(*stats))
+
+    def __getattr__(self, name: str) -> Any:
+        """Compute torchmetrics' states ``{real,fake}_features_{sum,cov_sum,num_samples}`` from the moments."""
+        side, _, state = name.partition("_features_")
+        if side not in _SIDES or state not in ("sum", "cov_sum", "num_samples"):
+            return super().__getattr__(name)
+        count, mean, scatter = _unpacked(getattr(self, side))
+        if state == "num_samples":
+            return count.long()
+        return count * mean if state == "sum" else scatter + count * torch.outer(mean, mean)
 
     def _checked_reference(self, reference: Any) -> FeatureStats:
         if not isinstance(reference, FeatureStats):

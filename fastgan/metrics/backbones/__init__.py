@@ -85,7 +85,7 @@ def load_backbone(
 
 
 def is_backbone_name(name: str) -> bool:
-    """Whether :func:`load_backbone` knows a network of this name, or where to ask for it."""
+    """Return whether :func:`load_backbone` knows a network of this name, or a library to ask for it."""
     library, _, model = name.partition(":")
     return name in BACKBONES or (library in ("timm", "torchvision") and bool(model))
 
