@@ -259,8 +259,8 @@ def _training_page(evidence: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Training runs",
         "Made by `python -m bench.training` and `python -m bench report`. Each folder holds the last grid, the curves\n"
-        "and `metrics.json`: recipe, seed, machine, its load, wall time. Distances are Frechet distances. The recipes are\n"
-        "made small enough for a processor: `bench/training.py` says how, and one seed decides no close comparison.",
+        "and `metrics.json`: recipe, seed, machine, its load, wall time. Distances are Frechet distances. Recipes are made\n"
+        "small enough for a processor, as `bench/training.py` says. One seed decides no close comparison.",
         "## Digits",
         "Distances between two images of one class, divided by those of held-out digits (1 is as varied as the data),\n"
         "and neighbourhoods of pixels.",
