@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from bench.eager_attention import EagerAttention
 from fastgan.bench import Workload, relative_norm
+from fastgan.bench.eager_attention import EagerAttention
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.recipes import load_recipe
 from fastgan.training import EMA, Objective, RecipeGAN, TrainStep, build_networks

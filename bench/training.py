@@ -25,7 +25,7 @@ from torch import Tensor
 from fastgan._files import write_text
 from fastgan.bench.records import environment
 from fastgan.data import LabelledImages, sketches_of
-from fastgan.demo import pixel_classifier
+from fastgan.demo import distances_within_classes, pixel_classifier
 from fastgan.metrics import precision_recall
 from fastgan.recipes import load_recipe, override
 from fastgan.training import class_rows, sample
@@ -205,8 +205,9 @@ def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: La
     The same is done for as many of the training images, for scale.
     """
     real, seen = held_out.images.flatten(1), train.images[: len(images)].flatten(1)
-    spreads = _spreads(images.flatten(1), labels) / _spreads(real, held_out.labels)
-    seen_spreads = _spreads(seen, train.labels[: len(images)]) / _spreads(real, held_out.labels)
+    real_spreads = distances_within_classes(real, held_out.labels, N_CLASSES)
+    spreads = distances_within_classes(images, labels, N_CLASSES) / real_spreads
+    seen_spreads = distances_within_classes(seen, train.labels[: len(images)], N_CLASSES) / real_spreads
     near, seen_near = precision_recall(real, images.flatten(1)), precision_recall(real, seen)
     least = spreads.nan_to_num(0.0).min()
     return {
@@ -218,11 +219,6 @@ def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: La
         f"{least:.2f}); recall {near.recall:.2f}, coverage {near.coverage:.2f} (images trained on: "
         f"{seen_near.recall:.2f}, {seen_near.coverage:.2f})",
     }
-
-
-def _spreads(pixels: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean distance of two images of a class, for each class; NaN if it has fewer than two."""
-    return torch.stack([torch.pdist(pixels[labels == label].double()).mean() for label in range(N_CLASSES)])
 
 
 def _generated(run: Run, held_out: LabelledImages) -> tuple[Tensor, Tensor]:

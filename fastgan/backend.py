@@ -64,7 +64,12 @@ class BackendStatus:
 
 
 def backend_status() -> BackendStatus:
-    """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension."""
+    """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension.
+
+    Example:
+        >>> backend_status()["torch"].available
+        True
+    """
     triton = _triton()
     interpreter = "is set: kernels run on the CPU, slowly" if interpreting() else "not set"
     return BackendStatus(

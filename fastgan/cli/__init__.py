@@ -18,7 +18,6 @@ app = typer.Typer(
     cls=OneLineErrors,
     help="Train and score GANs: Frechet distances, statistics, the demonstration.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

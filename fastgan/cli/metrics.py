@@ -20,6 +20,7 @@ from fastgan.cli.options import (
     NumWorkers,
     Precision,
     ProtocolName,
+    Quiet,
     Resize,
     SkipBad,
     Times,
@@ -68,8 +69,9 @@ def fid(
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
     times: Times = False,
+    quiet: Quiet = False,
 ) -> None:
-    """The Frechet distance of two sets of images; the FID where the features are Inception's."""
+    """Print the Frechet distance of two sets of images: the FID if the features are Inception's."""
     given = locals()
     if save_stats:
         _save(a, b, given, root=root, as_json=as_json)
@@ -88,8 +90,8 @@ def evaluate(
     sets: Annotated[
         list[Path],
         typer.Argument(
-            help="The images to judge, as for fid, or a run, which knows its reference; then the real images, or for "
-            "fid alone an .npz of their statistics. With --against any number of sets to judge."
+            help="The images to judge, as for fid, or a training run, which knows its real images; then the real "
+            "images. With --against, any number of sets to judge."
         ),
     ],
     against: Annotated[
@@ -117,15 +119,15 @@ def evaluate(
     splits: Annotated[int, typer.Option(help="Number of splits of the inception score.")] = 10,
     classify: Annotated[
         bool,
-        typer.Option(help="Of a training run with classes: let a classifier of its real images judge its samples."),
+        typer.Option(help="For a training run with classes: judge its samples by a classifier of its real images."),
     ] = True,
     truncation: Annotated[
-        float | None, typer.Option(help="Of a training run: cut the noise of its samples off at plus and minus this.")
+        float | None, typer.Option(help="For a training run: truncate the noise of its samples at plus and minus this.")
     ] = None,
-    sample_seed: Annotated[int, typer.Option(help="Of a training run: seed of its samples' noise.")] = 1,
+    sample_seed: Annotated[int, typer.Option(help="For a training run: seed of its samples' noise.")] = 1,
     standing_statistics: Annotated[
         int,
-        typer.Option(min=0, help="Of a training run: take batch norm's statistics anew over this many batches of 64."),
+        typer.Option(min=0, help="For a training run: recompute batch norm's statistics over this many batches of 64."),
     ] = 0,
     k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -142,8 +144,9 @@ def evaluate(
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
     times: Times = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Several metrics of a set of images against real ones, in one pass over them."""
+    """Print several metrics of a set of images against real ones, from one pass over them."""
     given = locals()
     with feature_options(given) as (options, world, echo):
         from fastgan._checks import InputError
@@ -244,6 +247,7 @@ def stats_save(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the feature statistics of a set of images."""
     given = locals()
@@ -255,7 +259,7 @@ def stats_show(
     file: Annotated[Path, typer.Argument(help="An .npz file of statistics.")],
     as_json: AsJson = False,
 ) -> None:
-    """What a file of statistics holds."""
+    """Show the content of a file of statistics."""
     with user_errors():
         from fastgan.metrics import FeatureStats
 

@@ -67,6 +67,7 @@ Times = Annotated[
         "--times", help="Print the seconds of decoding, resizing, the network and the statistics, and the bound."
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 WithRoot = Annotated[
     bool,
     typer.Option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgan.cli.errors import user_errors
+from fastgan.cli.options import Quiet
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of the run to resume.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda if available]")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Quiet = False,
     init: Annotated[
         Path | None, typer.Option(help="A run or a saved generator whose weights a new run begins with.")
     ] = None,

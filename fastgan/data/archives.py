@@ -61,6 +61,12 @@ def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | No
 
     Raises:
         InputError: there are no images, or they cannot be read.
+
+    Example:
+        >>> import numpy as np
+        >>> np.save("images.npy", np.zeros((5, 8, 8, 3), dtype=np.uint8))
+        >>> len(open_images("images.npy"))
+        5
     """
     if not isinstance(path, str | Path):
         return path if isinstance(path, ImageSource) else ImageDataset(path, skip_bad=skip_bad)

@@ -53,6 +53,12 @@ class DataSplit:
         found: description of both parts together, such as "48 images 64x64 RGB, 4 classes: cat 12, dog 12, ...".
         notes: what a user should know about them, one sentence each.
         sketches: where sketches come from, as in :class:`fastgan.data.DeviceLoader`.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> split = DataSplit(*stratified_split(data, held_out=0.2))
+        >>> len(split.train), len(split.held_out)
+        (16, 4)
     """
 
     train: LabelledImages
@@ -94,6 +100,11 @@ def load_data(
 
     Raises:
         InputError: there is no such data, or it lacks what is asked for.
+
+    Example:
+        >>> split = load_data("digits", 16)
+        >>> len(split.train), len(split.held_out)
+        (1198, 599)
     """
     how: dict[str, Any]
     if is_named(source):
@@ -238,6 +249,11 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
     Raises:
         ImportError: scikit-learn is missing.
         ValueError: ``resolution`` or ``held_out`` is outside its range.
+
+    Example:
+        >>> train, held_out = digits(16)
+        >>> train.images.shape, len(held_out)
+        (torch.Size([1198, 1, 16, 16]), 599)
     """
     if resolution < 1:
         raise ValueError(f"resolution must be at least 1, got {resolution}")

@@ -56,6 +56,12 @@ def image_folder(
 
     Raises:
         InputError: no such source, no images in it or in one of its classes, or a file that cannot be read.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> save_image(torch.rand(3, 20, 20), "a.png")
+        >>> image_folder(".", 16).images.shape
+        torch.Size([1, 3, 16, 16])
     """
     images = open_images(source, skip_bad=skip_bad)
     images.decoding = decoding
@@ -104,6 +110,15 @@ def sketch_folder(
     Raises:
         InputError: a folder is missing or empty, an image or a sketch has no partner (it is named), or the two sides
             differ in their classes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from torchvision.utils import save_image
+        >>> for name in ("images", "sketches"):
+        ...     Path(name).mkdir()
+        ...     save_image(torch.rand(3, 20, 20), f"{name}/a.png")
+        >>> sketch_folder(".", 16, paired=True).sketches.shape
+        torch.Size([1, 1, 16, 16])
     """
     root = Path(folder)
     for part in (IMAGES, SKETCHES):

@@ -41,6 +41,19 @@ class ImageSource(ABC):
         backbone: the network that scores this set by default; a training run has one.
         second_split: other images of the same data, whose distance to the reference is reported as the floor; those
             that a run was trained on.
+
+    Example:
+        >>> class Noise(ImageSource):
+        ...     def __len__(self):
+        ...         return 10
+        ...
+        ...     def read(self, i):
+        ...         return torch.rand(3, 32, 32)
+        ...
+        ...     def name(self, i):
+        ...         return f"noise {i}"
+        >>> len(Noise("noise"))
+        10
     """
 
     def __init__(self, label: str, *, skip_bad: bool = False) -> None:
@@ -180,6 +193,12 @@ class ImageFolder(ImageSource):
 
     Raises:
         InputError: ``root`` is no folder, or holds no images.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> save_image(torch.rand(3, 8, 8), "a.png")
+        >>> len(ImageFolder("."))
+        1
     """
 
     def __init__(self, root: str | Path, *, skip_bad: bool = False) -> None:

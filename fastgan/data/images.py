@@ -26,6 +26,11 @@ class LabelledImages:
 
     Raises:
         ValueError: shapes, dtypes, or a label disagree with that.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> len(data), len(data.subset(torch.arange(5)))
+        (20, 5)
     """
 
     images: Tensor
@@ -92,7 +97,12 @@ def _check_labels(name: str, labels: Tensor, n: int, n_classes: int, of: str) ->
 
 
 def as_float(pixels: Tensor) -> Tensor:
-    """Floating-point pixels in [-1, 1] as they are; uint8 ones as float32, 0 to -1 and 255 to 1."""
+    """Floating-point pixels in [-1, 1] as they are; uint8 ones as float32, 0 to -1 and 255 to 1.
+
+    Example:
+        >>> as_float(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([-1.,  1.])
+    """
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
 
 
@@ -111,6 +121,12 @@ def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) ->
 
     Raises:
         ValueError: ``held_out`` is not in (0, 1), or leaves one of the sets empty.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> train, held_out = stratified_split(data, held_out=0.2)
+        >>> held_out.labels.bincount()
+        tensor([2, 2])
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be in (0, 1), got {held_out}")

@@ -39,6 +39,12 @@ class DeviceLoader:
 
     Raises:
         ValueError: an argument is outside its range, or the data has not the sketches asked for.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> batch = DeviceLoader(data, 8).next()
+        >>> batch["images"].shape, batch["labels"].shape
+        (torch.Size([8, 3, 8, 8]), torch.Size([8]))
     """
 
     def __init__(
@@ -151,6 +157,11 @@ class StreamLoader:
     Raises:
         TypeError, ValueError: while batches are read, the first that is wrong is named: images must be floating-point
             (n, channels, h, w) in [-1, 1], labels int64 (n,) in [0, n_classes).
+
+    Example:
+        >>> batches = [torch.rand(8, 3, 16, 16) * 2 - 1] * 3
+        >>> StreamLoader(batches, 8).next()["images"].shape
+        torch.Size([8, 3, 16, 16])
     """
 
     def __init__(
@@ -272,6 +283,11 @@ def sketches_of(data: LabelledImages, sketches: str) -> Tensor:
 
     Raises:
         ValueError: as :func:`check_sketches`, or ``sketches`` is "none".
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> sketches_of(data, "edges").shape
+        torch.Size([20, 1, 8, 8])
     """
     check_sketches(data, sketches)
     if sketches == "none":
@@ -301,6 +317,10 @@ def edge_map(images: Tensor) -> Tensor:
 
     Returns:
         (n, 1, h, w) in [-1, 1].
+
+    Example:
+        >>> edge_map(torch.rand(2, 3, 16, 16) * 2 - 1).shape
+        torch.Size([2, 1, 16, 16])
     """
     check_tensor("images", images, ndim=4)
     gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")

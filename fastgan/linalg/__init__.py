@@ -51,6 +51,11 @@ class TraceSqrtInfo:
         lower, upper: float64, shape of the value: bounds of the result that exact arithmetic on the same entries gives.
         iterations: int64, shape of the value: steps of an iteration, 0 for the direct methods.
         implementation: ``"extension"`` if the C++/CUDA extension could take its part, else ``"reference"``.
+
+    Example:
+        >>> value, info = trace_sqrt_product(torch.eye(4), torch.eye(4), return_info=True)
+        >>> bool(info.lower <= value <= info.upper)
+        True
     """
 
     method: str

@@ -124,7 +124,12 @@ def check_policy(policy: Sequence[str]) -> None:
 
 
 def augment_draws(policy: Sequence[str], n: int, height: int, width: int, prefix: str = "augment") -> dict[str, Draw]:
-    """What :func:`augment` needs for ``n`` images: keys ``<prefix>.<augmentation>.<number>``."""
+    """What :func:`augment` needs for ``n`` images: keys ``<prefix>.<augmentation>.<number>``.
+
+    Example:
+        >>> sorted(augment_draws(["flip"], 4, 8, 8))
+        ['augment.flip.mirrored']
+    """
     check_policy(policy)
     return {
         f"{prefix}.{name}.{key}": spec
@@ -139,6 +144,12 @@ def augment(images: Tensor, policy: Sequence[str], drawn: Mapping[str, Tensor], 
     Raises:
         ValueError: a name is not in :data:`AUGMENTATIONS`, ``images`` is not (n, channels, h, w), or ``drawn`` lacks
             numbers or has them for another n.
+
+    Example:
+        >>> images = torch.rand(4, 3, 8, 8)
+        >>> drawn = draw(augment_draws(["flip", "translation"], 4, 8, 8), None, "cpu")
+        >>> augment(images, ["flip", "translation"], drawn).shape
+        torch.Size([4, 3, 8, 8])
     """
     check_tensor("images", images, ndim=4)
     check_policy(policy)

@@ -111,7 +111,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Sets:
-    """What a metric is computed from: the generated images, the real ones, a second set of these, and class scores."""
+    """Input of a metric: the generated images, the real ones, a second set of these, and a head for class scores."""
 
     fake: Measured
     real: Measured | None = None
@@ -159,7 +159,7 @@ class Metric:
 
 
 def named(inceptions: str, others: str, stats: FeatureStats) -> str:
-    """``inceptions`` for Inception's features, else ``others`` with the backbone in parentheses."""
+    """Return ``inceptions`` for Inception's features, else ``others`` with the backbone in parentheses."""
     backbone = stats.backbone or "unknown backbone"
     if backbone.startswith("inception") and stats.dim == SPATIAL_DIM:
         return "sFID" if (inceptions, backbone) == ("FID", "inception") else f"{others} ({backbone}, spatial features)"
@@ -315,7 +315,7 @@ METRICS: dict[str, Metric] = {
     "vendi": Metric(_vendi, real=""),
     "intra-fid": Metric(_intra_fid, IMAGES, IMAGES, classes=True),
 }
-"""By their names on the command line, in the order in which they are computed and printed; the FID comes last."""
+"""The metrics by their names on the command line."""
 
 
 def unmet(
@@ -327,7 +327,7 @@ def unmet(
     *,
     knows_reference: bool = False,
 ) -> str | None:
-    """What ``metric`` needs and these sets do not have, or None.
+    """Return what ``metric`` needs and these sets do not have, or None.
 
     ``knows_reference``: the real images are the ones that ``fake`` itself names, which were not trained on.
     """
@@ -356,7 +356,7 @@ def unmet(
 
 
 def unmet_by_network(metric: str, network: Backbone | None, dim: int, fake: Source) -> str | None:
-    """What ``metric`` needs and the network, with ``dim`` features, does not give, or None."""
+    """Return what ``metric`` needs and the network, with ``dim`` features, does not give, or None."""
     n, needed = number_of(fake), least_for_infinity(dim)
     if metric == "fid-infinity" and n is not None and n < needed:
         return f"needs at least {needed} images for {dim} features, {fake.label} holds {n}"
@@ -368,14 +368,14 @@ def unmet_by_network(metric: str, network: Backbone | None, dim: int, fake: Sour
 
 
 def number_of(source: Source | None) -> int | None:
-    """Images of a source, as far as known."""
+    """Return the number of images of a source, None if it is not known."""
     if isinstance(source, ImageSource):
         return len(source)
     return None if source is None else source.stats.n
 
 
 def classes_of(source: ImageSource) -> tuple[tuple[str, ...], list[int]]:
-    """Class names and the class of each image: of a label file beside the images, else of the source itself."""
+    """Return class names and the class of each image, from a label file beside the images, else from the source."""
     root = Path(source.label)
     found = read_label_file(root, source) if root.is_dir() or root.suffix.lower() == ".zip" else None
     return found or source.classes()

@@ -48,7 +48,7 @@ class Comparison:
         return list(self.rows[0].values)
 
     def lines(self) -> list[str]:
-        """A table for people: values to the precision of their intervals, and whether the next row differs."""
+        """Return a table with values rounded to the precision of their intervals, and whether the next row differs."""
         header = ["set", "N", *self.names, "next differs (p)"]
         table = [header]
         for row in self.rows:
@@ -65,12 +65,12 @@ class Comparison:
         ]
 
     def times(self) -> list[str]:
-        """For people: a line per set whose images were read, with the seconds of each stage."""
+        """Return one line per set whose images were read, with the seconds of each stage."""
         sides = [self.reference, *(row.measured for row in self.rows)]
         return [f"{side.label}: {side.times.describe()}" for side in sides if side.times is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, in the shape of :mod:`fastgan.metrics.results`."""
+        """Return the object for JSON, in the shape of :mod:`fastgan.metrics.results`."""
         interval = {"level": LEVEL, "resamples": RESAMPLES}
         return result_dict(self.rows, self.reference, interval=interval, not_computed=self.not_computed)
 
@@ -175,7 +175,9 @@ def compare(
 
 
 def resampled(found: Found, *, seed: int) -> Tensor | None:
-    """What :data:`RESAMPLES` bootstrap samples change of a number, float64 of about mean 0; None if it is not known.
+    """Return the changes of a number in :data:`RESAMPLES` bootstrap samples, float64 of mean about 0.
+
+    None if they are not known.
 
     The metric's own random draws, such as KID's subsets, add their noise.
     """
@@ -192,7 +194,7 @@ def resampled(found: Found, *, seed: int) -> Tensor | None:
 
 
 def interval(found: Found, noise: Tensor | None) -> tuple[float | None, float | None]:
-    """The bounds of the :data:`LEVEL` interval around a number, which never leave the metric's range below."""
+    """Return the bounds of the :data:`LEVEL` interval around a number, not below the metric's least value."""
     if noise is None:
         return None, None
     tail = (1 - LEVEL) / 2
@@ -201,7 +203,7 @@ def interval(found: Found, noise: Tensor | None) -> tuple[float | None, float | 
 
 
 def difference_p(difference: float, noise: Tensor | None, other: Tensor | None) -> float | None:
-    """The two-sided p-value of the difference of two sets' numbers, whose images are independent."""
+    """Return the two-sided p-value of the difference between two sets' numbers; their images are independent."""
     if noise is None or other is None:
         return None
     beyond = ((noise - other).abs() >= abs(difference)).sum().item()

@@ -66,6 +66,9 @@ def mifid(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, cosine_
     Raises:
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
         ValueError: ``cosine_distance_eps`` is out of its range.
+
+    Example:
+        >>> value = mifid(torch.randn(50, 4), torch.randn(50, 4))
     """
     if not 0 < cosine_distance_eps <= 1:
         raise ValueError(f"cosine_distance_eps must be in (0, 1], got {cosine_distance_eps}")
@@ -99,6 +102,10 @@ def auth_pct(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> floa
 
     Raises:
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
+
+    Example:
+        >>> auth_pct(torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.1], [9.0]]))
+        50.0
     """
     return 100 * authentic(*_checked(real, fake, least=2)).double().mean().item()
 
@@ -130,6 +137,10 @@ def ct_score(
 
     Raises:
         InputError: the features are not finite sets of one dim, or no cell holds test and fake vectors.
+
+    Example:
+        >>> train, test, fake = torch.randn(40, 4), torch.randn(40, 4), torch.randn(40, 4)
+        >>> score = ct_score(train, test, fake)  # clearly below 0 if the generated ones copy the training set
     """
     x, y = _checked(train, test, least=1)
     _, z = _checked(train, fake, least=1)

@@ -3,9 +3,8 @@ read once."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from fastgan._checks import InputError
+from fastgan._progress import progress_bar
 from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World
@@ -81,7 +81,7 @@ class Evaluation:
         return named("FID", "FD", self.result.measured.stats)
 
     def lines(self) -> list[str]:
-        """For people: the sets, then a line per number, the FID last."""
+        """Return one line per set, then one per number, the FID last."""
         lines = [side.describe() for side in self.sides]
         if self.floor is not None:
             lines.append(f"floor, the last two sets' {self.distance_name}:  {self.floor:.6g}")
@@ -90,11 +90,11 @@ class Evaluation:
         return [*lines, *(line for line in numbers if line not in last), *last]
 
     def times(self) -> list[str]:
-        """For people: a line per set whose images were read, with the seconds of each stage."""
+        """Return one line per set whose images were read, with the seconds of each stage."""
         return [f"{side.label}: {side.times.describe()}" for side in self.sides if side.times is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, in the shape of :mod:`fastgan.metrics.results`."""
+        """Return the object for JSON, in the shape of :mod:`fastgan.metrics.results`."""
         floor = None if self.second_split is None else measured_dict(self.second_split) | {"value": self.floor}
         curve = None if self.curve is None else asdict(self.curve)
         others = {"floor": floor, "bias_curve": curve, "not_computed": self.not_computed}
@@ -194,22 +194,22 @@ class Choice:
                 self.leave_out(metric, unmet_by_network(metric, network, dim, fake))
 
     def needs(self, side: str) -> bool:
-        """Whether a metric needs features of ``"fake"``, ``"real"`` or ``"test"``."""
+        """Return whether a metric needs features of ``"fake"``, ``"real"`` or ``"test"``."""
         return any(getattr(METRICS[name], side) not in ("", STATISTICS) and name != "sfid" for name in self.metrics)
 
 
 def compute(metrics: Sequence[str], sets: Sets, what: EvaluateOptions) -> list[tuple[str, Found]]:
-    """The numbers of ``metrics``, each with the metric it belongs to."""
+    """Return the numbers of ``metrics``, each with the metric that it belongs to."""
     return [(metric, one) for metric in metrics for one in METRICS[metric].compute(sets, what)]
 
 
 def printed(found: Found) -> dict[str, Any]:
-    """The fields of a :class:`Value` that it has from the metric."""
+    """Return the fields of a :class:`Value` that come from the metric."""
     return {key: getattr(found, key) for key in ("spread", "note", "details", "higher_is_better")}
 
 
 def head_of(network: Backbone | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """From features (n, dim) on any device to class scores, or None if the network has none."""
+    """Return a function from features (n, dim) on any device to class scores; None if the network has none."""
     if network is None or network.head is None:
         return None
     head, device = network.head, network.device
@@ -217,7 +217,7 @@ def head_of(network: Backbone | None) -> Callable[[torch.Tensor], torch.Tensor] 
 
 
 def with_classes(side: Measured, source: Source) -> Measured:
-    """``side`` with the class of each row of its features."""
+    """Return ``side`` with the class of each row of its features."""
     if not isinstance(source, ImageSource):
         return side
     names, labels = classes_of(source)
@@ -297,7 +297,7 @@ def open_source(source: Path | ImageSource | Measured, options: FeatureOptions) 
 
 
 def _holds_features(path: Path) -> bool:
-    """Whether an npy file holds vectors (n, dim) and not images."""
+    """Return whether an npy file holds vectors (n, dim) rather than images."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).ndim == 2
     except (OSError, ValueError, EOFError):
@@ -307,7 +307,7 @@ def _holds_features(path: Path) -> bool:
 def _references(
     fakes: Source, b: Path | Source | None, floor: Path | None, options: FeatureOptions, what: EvaluateOptions
 ) -> tuple[Source | None, Source | None]:
-    """The images to compare with, and the second split of them; None where there is none."""
+    """Return the images to compare with and a second split of them, each None if there is none."""
     own = fakes if b is None and isinstance(fakes, ImageSource) else None
     given = b if own is None else own.reference
     if given is None:
@@ -370,7 +370,8 @@ def measure(
     measured = []
     for each, keep in zip(sources, keep_features, strict=True):
         if isinstance(each, ImageSource):
-            with progress_bar(each.label, len(world.share(len(each)))) as advance:
+            with progress_bar(quiet=options.quiet or not world.is_first) as bar:
+                task = bar.add_task(each.label, total=len(world.share(len(each))))
                 each = collect(
                     each,
                     network,
@@ -378,24 +379,9 @@ def measure(
                     batch_size=options.batch_size,
                     num_workers=options.num_workers,
                     keep_features=keep,
-                    progress=advance if world.is_first else None,
+                    progress=functools.partial(bar.advance, task) if world.is_first else None,
                     world=world,
                     checkpoint=options.checkpoint,
                 )
         measured.append(each)
     return measured, network
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -1,4 +1,4 @@
-"""From images to :class:`FeatureStats`: of a folder, of tensors, or of a source that processes share."""
+"""Compute :class:`FeatureStats` of images: of a folder, of tensors, or of a source that processes share."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def folder_stats(
 
     Raises:
         InputError: no images, a file that cannot be read, or fewer than two that can.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> for i in range(3):
+        ...     save_image(torch.rand(3, 8, 8), f"{i}.png")
+        >>> folder_stats(".", load_backbone(lambda images: images.float().mean((2, 3))), num_workers=0).n
+        3
     """
     source = open_images(images)
     if len(source) >= backbone.compile_from:
@@ -77,6 +84,11 @@ def image_stats(
 
     Raises:
         ValueError: as :meth:`Backbone.__call__`; a batch is named by its number.
+
+    Example:
+        >>> backbone = load_backbone(lambda images: images.float().mean((2, 3)))
+        >>> image_stats(torch.rand(5, 3, 8, 8), backbone).n
+        5
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -40,6 +40,7 @@ class FeatureOptions:
     num_workers: int | None = None
     skip_bad: bool = False
     checkpoint: Path | None = None
+    quiet: bool = False
     note: Callable[[str], None] = lambda line: None
     """Called with each line the user should know of."""
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from fastgan._checks import InputError, check_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 RUN_FOLDER = "generator"
 """Where a training run keeps its generator."""
 
@@ -35,6 +39,12 @@ class Generator(nn.Module):
         image_channels: 1 for grey, 3 for RGB.
         config: the arguments that it was made with.
         class_names: names of the classes in the order of their labels, or none.
+
+    Example:
+        >>> DCGANGenerator(10, resolution=32, width=8).save_pretrained("generator")
+        >>> generator = Generator.from_pretrained("generator")
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([3, 5])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     n_classes: int
@@ -107,15 +117,42 @@ class Generator(nn.Module):
         write_bytes(folder / WEIGHTS_FILE, save(state))
         write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
-    @classmethod
-    def from_pretrained(cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu") -> G:
-        """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, and return the address of the commit.
 
-        ``folder`` may be that of a training run, which keeps the moving average of its generator in ``generator``.
+        Args:
+            repo_id: "user/repo", created if it does not exist.
+            private: whether a new repository is private; by default as the account says.
+            token: by default that of ``hf auth login``.
 
         Raises:
-            InputError: a file is missing or damaged, the class is unknown or another one, or the weights do not fit.
+            InputError: huggingface_hub is not installed, or ``FASTGAN_OFFLINE`` is set.
         """
+        hub = _hub(f"push_to_hub({repo_id!r})")
+        api = hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a generator"))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> G:
+        """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
+
+        Args:
+            folder: also that of a training run, which keeps the moving average of its generator in ``generator``; or
+                "user/repo" on the Hugging Face Hub, as a string, if there is no such folder.
+            device: where the weights are put.
+            revision: branch, tag or commit of a repository on the Hub.
+
+        Raises:
+            InputError: a file is missing or damaged, the class is unknown or another one, the weights do not fit, or
+                a repository cannot be read.
+        """
+        if isinstance(folder, str) and _REPOSITORY.fullmatch(folder) and not Path(folder).exists():
+            folder = _download(folder, revision)
         folder = Path(folder)
         if not (folder / CONFIG_FILE).exists() and (folder / RUN_FOLDER / CONFIG_FILE).exists():
             folder = folder / RUN_FOLDER
@@ -127,6 +164,27 @@ class Generator(nn.Module):
             raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
         _load_weights(generator, folder / WEIGHTS_FILE)
         return generator.to(device).eval()
+
+
+def _hub(wanted: str) -> Any:
+    """The module huggingface_hub."""
+    if os.environ.get("FASTGAN_OFFLINE"):
+        raise InputError(f"{wanted} needs the network, and FASTGAN_OFFLINE is set")
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:
+        raise InputError(f"{wanted} needs huggingface_hub: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
+def _download(repo_id: str, revision: str | None) -> str:
+    """The local folder of a repository's two files on the Hugging Face Hub."""
+    hub = _hub(f"folder {repo_id!r} does not exist; to read it from the Hugging Face Hub")
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE]
+        return str(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no folder and no repository on the Hugging Face Hub: {repo_id!r}: {error}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -195,7 +253,11 @@ def check_label_shape(labels: Tensor | None, n: int, n_classes: int) -> None:
 
 
 def check_labels(labels: Tensor, n_classes: int) -> None:
-    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device."""
+    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 3]), n_classes=4)
+    """
     check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ValueError(f"labels must be in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}")

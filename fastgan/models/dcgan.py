@@ -49,6 +49,11 @@ class DCGANGenerator(Generator):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = DCGANGenerator(10, resolution=32, width=8)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -124,6 +129,10 @@ class DCGANDiscriminator(nn.Module):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> DCGANDiscriminator(resolution=32, width=8)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -50,6 +50,11 @@ class ResNetGenerator(Generator):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = ResNetGenerator(10, width=8)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -127,6 +132,10 @@ class ResNetDiscriminator(nn.Module):
         head: "plain", "projection" (looks at the labels) or "auxiliary" (gives class logits too).
 
     Other arguments as for :class:`ResNetGenerator`. There is no batch norm, so a gradient penalty is well defined.
+
+    Example:
+        >>> ResNetDiscriminator(10, width=8, head="projection")(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -208,6 +217,11 @@ class SAGANGenerator(ResNetGenerator):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = SAGANGenerator(10, width=8)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -241,6 +255,10 @@ class SAGANDiscriminator(ResNetDiscriminator):
     """Logits of images given their labels: a :class:`ResNetDiscriminator` with attention and a projection head.
 
     Arguments as for :class:`SAGANGenerator`.
+
+    Example:
+        >>> SAGANDiscriminator(10, width=8)(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2])
     """
 
     def __init__(

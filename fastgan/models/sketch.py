@@ -44,6 +44,11 @@ class SketchGenerator(Generator):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = SketchGenerator(10, resolution=32, width=8)
+        >>> generator(torch.randn(2, 1, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     dim_z = 0
@@ -101,6 +106,11 @@ class SketchDiscriminator(nn.Module):
         sees_sketch: the sketch joins the image's channels too; the data must then be paired.
 
     Other arguments as for :class:`SketchGenerator`.
+
+    Example:
+        >>> critic = SketchDiscriminator(10, resolution=32, width=8)
+        >>> critic(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -21,6 +21,10 @@ class TransformerBlock(nn.Module):
 
     Shape:
         x (n, tokens, C) -> (n, tokens, C).
+
+    Example:
+        >>> TransformerBlock(16, 4)(torch.randn(2, 10, 16)).shape
+        torch.Size([2, 10, 16])
     """
 
     def __init__(

@@ -32,6 +32,10 @@ class DataConfig:
         background: RGB color from 0 to 255 that transparent images are composited on.
         value_range: values of 16-bit or floating-point gray images that become black and white; empty for 0 and 65535.
         on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.
+
+    Example:
+        >>> DataConfig(source="photos").channels
+        0
     """
 
     source: str = "digits"
@@ -81,6 +85,10 @@ class ModelConfig:
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
         label_channels: length of the sketch generator's label embedding.
         sees_sketch: the sketch discriminator sees the sketch beside the image. "auto": if sketches belong to images.
+
+    Example:
+        >>> ModelConfig(resolution=64).architecture
+        'resnet'
     """
 
     architecture: str = "resnet"
@@ -147,6 +155,10 @@ class TrainConfig:
             machine, and others are eager.
         seed: of weights, noise, labels, augmentation and batch order.
         init: folder of a run or of a saved generator whose weights a new run begins with; empty for none.
+
+    Example:
+        >>> TrainConfig(loss="wasserstein", gradient_penalty=10.0).batch_size
+        64
     """
 
     steps: int = 100_000
@@ -231,6 +243,10 @@ class LogConfig:
         backbone: "inception", "efficientnet_lite0", or "auto": Inception if its weights are at hand and the data is
             not the digits.
         tensorboard, wandb: write there too.
+
+    Example:
+        >>> LogConfig(score_every=100).grid_every
+        1000
     """
 
     grid_every: int = 1000
@@ -249,7 +265,12 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named system: data, networks, training and reports."""
+    """A named system: data, networks, training and reports.
+
+    Example:
+        >>> Recipe("mine", train=TrainConfig(steps=100)).train.steps
+        100
+    """
 
     name: str
     about: str = ""

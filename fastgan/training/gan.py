@@ -41,6 +41,17 @@ class GAN(Protocol):
     A GAN may also have ``shared(batch, draws)``, which returns tensors by name. :meth:`fastgan.training.TrainStep.both`
     computes them once, and both losses find them in their batch, a :class:`SharedBatch`. And it may have ``state``, a
     module whose buffers the losses move.
+
+    Example:
+        >>> net, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+        >>> gan = FunctionalGAN(
+        ...     net,
+        ...     critic,
+        ...     lambda batch, draws: critic(net(draws["z"]).detach()).mean() - critic(batch["images"]).mean(),
+        ...     lambda batch, draws: -critic(net(draws["z"])).mean(),
+        ...     draws=lambda n: {"z": normal(n, 4)},
+        ... )
+        >>> step = TrainStep(gan, *(torch.optim.Adam(m.parameters()) for m in (net, critic)))  # takes any GAN
     """
 
     @property
@@ -82,6 +93,17 @@ class FunctionalGAN:
             (:func:`fastgan.losses.noise.normal` and its kin). Each loss gets freshly drawn ones.
         shared: ``(batch, draws)`` -> tensors by name that both losses find in their batch, such as generated images.
             :meth:`fastgan.training.TrainStep.both` computes them once for both, separate updates once for each.
+
+    Example:
+        >>> net, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+        >>> gan = FunctionalGAN(
+        ...     net,
+        ...     critic,
+        ...     lambda batch, draws: critic(net(draws["z"]).detach()).mean() - critic(batch["images"]).mean(),
+        ...     lambda batch, draws: -critic(net(draws["z"])).mean(),
+        ...     draws=lambda n: {"z": normal(n, 4)},
+        ... )
+        >>> step = TrainStep(gan, *(torch.optim.Adam(m.parameters()) for m in (net, critic)))
     """
 
     def __init__(
@@ -129,7 +151,11 @@ def checked_terms(name: str, loss: Tensor | Terms) -> Terms:
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses of a recipe; see :class:`fastgan.recipes.TrainConfig` for the fields."""
+    """Losses of a recipe; see :class:`fastgan.recipes.TrainConfig` for the fields.
+
+    Example:
+        >>> objective = Objective(gan_loss("hinge"), gradient_penalty=10.0)
+    """
 
     loss: GANLoss
     gradient_penalty: float = 0.0
@@ -172,6 +198,11 @@ class RecipeGAN:
 
     Raises:
         ValueError: the objective does not fit the networks.
+
+    Example:
+        >>> recipe = override(load_recipe("sagan-quick-digits"), ["steps=1", "batch_size=4"])
+        >>> networks = build_networks(recipe.model, 10, image_channels=1)
+        >>> gan = RecipeGAN(*networks, Objective(gan_loss("hinge")))
     """
 
     def __init__(

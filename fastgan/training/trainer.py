@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 
+from fastgan._progress import progress_bar
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
 from fastgan.data.images import mostly_color
 from fastgan.data.loader import part_size
@@ -51,7 +52,12 @@ class NonFiniteLossError(FloatingPointError):
 
 @dataclass
 class History:
-    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates."""
+    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates.
+
+    Example:
+        >>> len(History([0.5, 0.4], [1.0, 1.1]))
+        2
+    """
 
     discriminator: list[float] = field(default_factory=list)
     generator: list[float] = field(default_factory=list)
@@ -61,7 +67,13 @@ class History:
 
 
 class Callback:
-    """Base class of a run's observers; override any method. ``trainer.step`` is the number of steps done."""
+    """Base class of a run's observers; override any method. ``trainer.step`` is the number of steps done.
+
+    Example:
+        >>> class Print(Callback):
+        ...     def on_losses(self, trainer, rows):
+        ...         print(trainer.step, rows[-1])
+    """
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
         """Before the first of ``steps`` steps."""
@@ -109,6 +121,14 @@ class Trainer:
     Raises:
         ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
             batch size is not divisible by the number of processes.
+
+    Example:
+        >>> recipe = override(load_recipe("sagan-quick-digits"), ["steps=1", "batch_size=4"])
+        >>> data, held_out = digits(32)
+        >>> networks = build_networks(recipe.model, data.n_classes, image_channels=1)
+        >>> trainer = Trainer(*networks, data, recipe.train)
+        >>> len(trainer.run())
+        1
     """
 
     discriminator_step: Callable[[Batch], Terms]
@@ -429,23 +449,17 @@ class ProgressBar(Callback):
 
     Args:
         progress: a running bar to add a task to; without it the callback owns one.
+
+    Example:
+        >>> callbacks = [ProgressBar()]  # for Trainer.run
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._bar, self._owned = progress, progress is None
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
-        from rich import progress
-
         if self._owned:
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
-            )
+            self._bar = progress_bar()
             self._bar.start()
         assert self._bar is not None
         self._task = self._bar.add_task("training", total=trainer.step + steps, completed=trainer.step)
@@ -476,6 +490,9 @@ class Every(Callback):
         action: called with the trainer.
         at_end: also after the last step.
         early: also after a tenth of the first interval.
+
+    Example:
+        >>> callback = Every(100, lambda trainer: print(trainer.step), at_end=True)
     """
 
     def __init__(

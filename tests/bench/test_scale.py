@@ -41,7 +41,7 @@ def test_the_record_and_its_tables(tmp_path):
     text = _scale({tmp_path: {"scale": run}})
     decode = records["decode"]
     assert f"| decode | {_time(decode.median / 4)} | {_duration(decode.median / 4 * 50_000)} |" in text
-    assert text.count("\n| ") == 2 * 1 + 6 + 3
+    assert text.count("\n| ") == 2 * 2 + 6 + 3  # headers, separators, rows
     assert _scale({}) == "**Not measured yet.**"
 
 

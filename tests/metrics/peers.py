@@ -9,6 +9,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,10 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+import fastgan.metrics
 from fastgan.metrics.backbones.inception import FILE_NAME
 from fastgan.metrics.backbones.inception_network import InceptionV3
 from tests.metrics.random_weights import randomize
 
+README = Path(fastgan.metrics.__file__).with_name("README.md")
 TOLERANCE = 1e-6
 DIMS = 64  # fewer than images, so that no covariance is singular and SciPy's root is exact
 N = 80
@@ -99,9 +103,10 @@ def differences(folder: Path, n: int = N) -> list[Difference]:
     """Every number of the packages that are installed, beside fastgan's. Images and weights are made in ``folder``."""
     rng = np.random.default_rng(1)
     a, b = folder / "a", folder / "b"
-    for root, low in ((a, 0), (b, 60)):
+    for root, darkest in ((a, 0), (b, 90)):  # of a range of brightness, so that the sets overlap in part
         root.mkdir()
         for i in range(n):
+            low = rng.integers(darkest, darkest + 120)
             Image.fromarray(rng.integers(low, 256, (24, 24, 3), dtype=np.uint8)).save(root / f"{i:03}.png")
     weights = folder / "hub" / "checkpoints" / FILE_NAME  # where pytorch-fid looks for them, in TORCH_HOME
     weights.parent.mkdir(parents=True)
@@ -114,10 +119,12 @@ def differences(folder: Path, n: int = N) -> list[Difference]:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def fastgan(protocol: str, metrics: str = "fid", *options: object) -> dict[str, float]:
-        sizes = ("--subsets", 1, "--subset-size", n, "--splits", 1, "-k", 5)
-        chosen = ("--weights", weights, "--dims", DIMS, "--protocol", protocol, "--metrics", metrics, "--json")
-        found = json.loads(run("-m", "fastgan", "evaluate", a, b, *chosen, *sizes, *options))
+    def fastgan(package: str) -> dict[str, float]:
+        """The numbers of the command that the table in fastgan/metrics/README.md names for ``package``."""
+        words = shlex.split(same_number()[package])
+        command = [{"A": a, "B": b}.get(word, word) for word in words]
+        sizes = ("--subsets", 1, "--subset-size", n) if words[1] == "evaluate" else ()
+        found = json.loads(run("-m", *command, "--weights", weights, "--dims", DIMS, "--json", *sizes))
         values = found["sets"][0]["metrics"]
         return {name.partition(" (")[0]: value["value"] for name, value in values.items()}
 
@@ -134,19 +141,25 @@ def differences(folder: Path, n: int = N) -> list[Difference]:
         options += ("--feature-layer-fid", DIMS, "--feature-layer-kid", DIMS, "--no-cache")
         options += ("--feature-extractor-weights-path", weights)
         theirs = json.loads(run("-c", TORCH_FIDELITY, "--input1", a, "--input2", b, *options))
-        ours = fastgan("torch-fidelity", "fid,kid")
+        ours = fastgan("torch-fidelity")
         for key, name in (("frechet_inception_distance", "FD"), ("kernel_inception_distance_mean", "KD")):
             found.append(Difference("torch-fidelity", name.replace("D", "ID"), theirs[key], ours[name]))
     if _installed("torchmetrics", "torch_fidelity"):
         theirs = [float(value) for value in run("-c", TORCHMETRICS, a, b, DIMS, weights).split()]
-        ours = fastgan("torchmetrics", "fid,kid")
+        ours = fastgan("torchmetrics")
         found.append(Difference("torchmetrics", "FID", theirs[0], ours["FD"]))
         found.append(Difference("torchmetrics", "KID", theirs[1], ours["KD"]))
     if _installed("prdc", "pytorch_fid"):
         theirs = json.loads(run("-c", PRDC, a, b).splitlines()[-1])
-        ours = fastgan("pytorch-fid", "prdc")
+        ours = fastgan("prdc")
         found += [Difference("prdc", name, value, ours[name]) for name, value in theirs.items()]
     return found
+
+
+def same_number() -> dict[str, str]:
+    """The table of fastgan/metrics/README.md: fastgan's command by package."""
+    rows = re.findall(r"^\| ([\w-]+) \| `.*` \| `(fastgan .*)` \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(rows)
 
 
 def _installed(*modules: str) -> bool:

@@ -102,7 +102,7 @@ class Backbone(nn.Module):
 
     @property
     def precision(self) -> str:
-        """Of the network's arithmetic on its device: ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
+        """Precision of the network's arithmetic on its device: ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
         return resolve_precision(self._wanted_precision, self.device)
 
     @property
@@ -296,7 +296,7 @@ class PackedConvolution:
 
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch has the calls, which are no public ones, and they compute what they should."""
+    """Return whether this torch has the private calls that packing needs, and they compute what they should."""
     conv = nn.utils.skip_init(nn.Conv2d, 3, 4, 3, stride=2, padding=1, dtype=dtype)
     with torch.inference_mode():
         for values in (x := torch.empty(1, 3, 7, 5, dtype=dtype), conv.weight, conv.bias):

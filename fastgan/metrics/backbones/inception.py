@@ -93,7 +93,7 @@ def _number_of_features(dims: int | str) -> int:
 
 
 def local_weights() -> Path | None:
-    """The weights file that FASTGAN_INCEPTION_WEIGHTS names or that torch.hub's cache holds; None where there is none.
+    """The weights file that FASTGAN_INCEPTION_WEIGHTS names or that torch.hub's cache holds; None if there is none.
 
     Raises:
         InputError: the variable names no file, or the cached file is damaged.

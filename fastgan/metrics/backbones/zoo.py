@@ -22,7 +22,7 @@ from fastgan.metrics.backbones.base import Backbone, load_state, load_weights, s
 
 ALIASES = {"dinov2": "timm:vit_large_patch14_dinov2.lvd142m", "clip": "timm:vit_base_patch32_clip_224.openai"}
 DINOV2_FILE = "dinov2_vitl14_pretrain.pth"
-"""Where torch.hub caches the published weights of ``dinov2``, below its folder ``checkpoints``."""
+"""Name of the published weights of ``dinov2`` in torch.hub's folder ``checkpoints``."""
 
 _DINOV2_SIZE, _DINOV2_OFFSET = 224, 0.1
 
@@ -81,7 +81,7 @@ def _timm(model: str, *, pretrained: bool) -> tuple[nn.Module, int, Any, Any]:
 
 
 def _is_dinov2(model: str) -> bool:
-    """Whether ``model`` is a DINOv2 without register tokens."""
+    """Return whether ``model`` is a DINOv2 without register tokens."""
     return "dinov2" in model and "_reg" not in model
 
 
@@ -127,7 +127,7 @@ def _features_of(network: nn.Module, size: int) -> int:
 
 
 class _Normalize:
-    """From [0, 255] to zero mean and unit deviation of each channel."""
+    """Map pixels in [0, 255] to zero mean and unit deviation per channel."""
 
     def __init__(self, mean: Any, std: Any) -> None:
         self.mean = 255 * torch.tensor(mean).view(1, 3, 1, 1)

@@ -95,6 +95,19 @@ class TrainStep:
     Raises:
         ValueError: an unknown mode, an optimizer with none of its network's weights or with others', sharded weights,
             or a negative bound.
+
+    Example:
+        >>> net, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+        >>> gan = FunctionalGAN(
+        ...     net,
+        ...     critic,
+        ...     lambda batch, draws: critic(net(draws["z"]).detach()).mean() - critic(batch["images"]).mean(),
+        ...     lambda batch, draws: -critic(net(draws["z"])).mean(),
+        ...     draws=lambda n: {"z": normal(n, 4)},
+        ... )
+        >>> step = TrainStep(gan, *(torch.optim.Adam(m.parameters()) for m in (net, critic)))
+        >>> loss_d = step.discriminator({"images": torch.randn(8, 2)})["loss"]
+        >>> loss_g = step.generator({"images": torch.randn(8, 2)})["loss"]
     """
 
     def __init__(
@@ -352,6 +365,14 @@ class NetworkUpdate:
         ema: an average of the first of ``trains`` that moves after each step.
         lazy: terms that only every n-th update has, by name.
         shares_weights: another update may train weights of this one too, with an optimizer of its own.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> loss = lambda batch, draws: (net(draws["z"]) - batch["target"]).square().mean()
+        >>> update = NetworkUpdate(loss, "net", torch.optim.Adam(net.parameters()), draws=lambda n: {"z": normal(n, 4)})
+        >>> step = TrainStep.of_updates({"net": net}, {"net": update})
+        >>> sorted(step.update("net", {"target": torch.zeros(8, 2)}))
+        ['loss']
     """
 
     loss: Callable[[Batch, Draws], Tensor | Terms]
