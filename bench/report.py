@@ -325,8 +325,9 @@ def _training_page(evidence: dict[str, dict[str, Any]]) -> str:
     rows = [_variety_cells(name, result) for name, result in evidence.items() if "variety" in result]
     parts = [
         "# Training runs",
-        "Made by `python -m bench.training` and `python -m bench report`. Each folder holds the last grid, the curves\n"
-        "and `metrics.json`: recipe, seed, machine, its load, wall time. Distances are Frechet distances.",
+        "Made by `python -m bench.training` and `python -m bench report`. Each folder holds the last grid, the\n"
+        "curves and `metrics.json`: recipe, seed, machine, its load, wall time. Distances are Frechet distances.\n"
+        "Recipes are made small, as `bench/training.py` says. One seed decides no close comparison.",
         "## Digits",
         '"Right class" is how often a classifier of real digits recognizes the class that was asked for.',
         _digits_table(evidence),

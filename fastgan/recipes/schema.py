@@ -25,10 +25,10 @@ class DataConfig:
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder; or "auto", the
             folder's if it has any, paired if each image has one of its name, else "edges".
         flip: mirror half of the images. "auto": if most are in color; digits and letters are not symmetric.
-        dequantise: add noise of one grey level.
+        dequantise: add noise of one gray level.
         held_out: share of a folder's images that is scored against and not trained on.
         skip_bad: leave out images that cannot be read, and count them.
-        fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
+        fit: way in which images become square: "crop" to the center, "pad" with the background, or "stretch".
         background: RGB color from 0 to 255 that transparent images are composited on.
         value_range: values of 16-bit or floating-point gray images that become black and white; empty for 0 and 65535.
         on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.

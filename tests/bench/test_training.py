@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.training import N_CLASSES, RUNS, _spreads
+from bench.training import N_CLASSES, RUNS
 from fastgan.recipes import available, load_recipe, override
 from fastgan.recipes.build import build_networks
 
@@ -29,10 +29,3 @@ def test_each_recipe_sized_for_digits_has_a_run():
     trained = {recipe for recipe, _ in RUNS.values()}
     sized = {name for name in available() if name.endswith("-digits")}
     assert sized - trained == {"sagan-quick-digits"}  # for a quick look
-
-
-def test_spreads_within_classes():
-    pixels, labels = torch.tensor([[0.0], [3.0], [1.0], [2.0], [4.0]]), torch.tensor([0, 0, 1, 1, 1])
-    spreads = _spreads(pixels, labels)
-    assert spreads[:2].tolist() == [3.0, 2.0]
-    assert spreads[2:].isnan().all()
