@@ -177,7 +177,7 @@ def _on_gpu(runs: dict[str, Run]) -> bool:
 
 
 def _highlight_table(runs: dict[str, Run], use: str) -> str:
-    """Of each row fastgan, the fastest other and the usual one."""
+    """One row per highlight: fastgan, the fastest other and the usual one."""
     rows = []
     for highlight, line in highlights(runs):
         if highlight.use == use:

@@ -341,7 +341,7 @@ def _checked_roles(roles: Mapping[str, str]) -> dict[str, str]:
     if len(set(roles.values())) != len(roles):
         raise ValueError(f"roles must be different names, got {dict(roles)}")
     exchanged = [part for part, name in roles.items() if name in ("theta", "phi") and name != part]
-    if exchanged:  # a state dict of this very module could not be told from the other
+    if exchanged:  # a state dict of this very module looks the same as the other
         raise ValueError(f"roles must not give {exchanged[0]} the name of another part, got {roles[exchanged[0]]!r}")
     return dict(roles)
 
