@@ -178,27 +178,24 @@ void spectral_norm_dots(const Dots* operands, const Part* parts, int64_t begin, 
   }
 }
 
-// The quotient as rounded once. In float64, float32 numbers may be multiplied by the inverse, which is faster.
-FASTGAN_INLINE float quotient(float x, double, double inverse) { return float(double(x) * inverse); }
-FASTGAN_INLINE double quotient(double x, double divisor, double) { return x / divisor; }
-
 // From the last task to the first, since what the pass before has read last may still be in the cache.
 template <typename W>
 void spectral_norm_combine(const Combination* operands, const Part* parts, int64_t begin, int64_t end) {
-  W x_buffer[kBuffer], y_buffer[kBuffer], sum[kBuffer];
+  W x_buffer[kBuffer], y_buffer[kBuffer], buffer[kBuffer];
   for (int64_t task = end; task-- > begin;) {
     const Part& part = parts[task];
     const Combination& c = operands[part.operand];
-    const double inverse = 1 / c.sigma;
-    const W p = W(c.p);
+    const W sigma = W(c.sigma), p = W(c.p);
+    const bool is_wide = c.out.element == (sizeof(W) == sizeof(double) ? Element::kDouble : Element::kFloat);
     for (int64_t line = part.first; line < part.first + part.count; ++line) {
       const int64_t block = line / c.shape.rows;
       const W q = c.u ? W(c.q * static_cast<const W*>(c.u)[line % c.shape.rows]) : 0;
       for (int64_t k = 0; k < c.shape.length; k += kBuffer) {
         const int64_t count = smaller(kBuffer, c.shape.length - k), first = line * c.shape.length + k;
+        W* sum = is_wide ? static_cast<W*>(const_cast<void*>(c.out.data)) + first : buffer;
         if (c.x.data) {
           const W* x = widened(c.x, first, count, x_buffer);
-          for (int64_t i = 0; i < count; ++i) sum[i] = quotient(x[i], c.sigma, inverse);
+          for (int64_t i = 0; i < count; ++i) sum[i] = x[i] / sigma;
         } else {
           for (int64_t i = 0; i < count; ++i) sum[i] = 0;
         }
@@ -210,7 +207,7 @@ void spectral_norm_combine(const Combination* operands, const Part* parts, int64
           const W* v = static_cast<const W*>(c.v) + block * c.shape.length + k;
           for (int64_t i = 0; i < count; ++i) sum[i] += q * v[i];
         }
-        narrowed(sum, c.out, first, count);
+        if (!is_wide) narrowed(sum, c.out, first, count);
       }
     }
   }
