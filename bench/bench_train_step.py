@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from bench.eager_attention import EagerAttention
 from fastgan.bench import Workload, relative_norm
+from fastgan.bench.eager_attention import EagerAttention
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 from fastgan.recipes import load_recipe
 from fastgan.training import EMA, Objective, RecipeGAN, TrainStep, build_networks
+from fastgan.training.step.capture import Fit
+from fastgan.training.step.eager import Update
 
 CLASSES = 10
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
@@ -95,6 +97,35 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
                 tolerance=0.2 if case.bf16 else 1e-3,
                 images=case.batch if network == "discriminator" else None,
             )
+    if not quick:
+        for name in ("discriminator", "generator"):
+            yield Workload(
+                name=f"guards of a captured step, sagan 128x128 with biggan-128's widths, {name}",
+                implementations={"fastgan": _guards(name, device)},
+                reference="fastgan",
+                check=lambda misfit, _: float(misfit is not None),
+                parameters={"device": device},
+            )
+
+
+def _guards(name: str, device: str) -> Callable[[], str | None]:
+    """The comparison, before each captured update, of everything that the graph may hold."""
+
+    @functools.cache
+    def fit() -> tuple[Fit, dict[str, Tensor]]:
+        case = Case("sagan", 128, width=96, batch=2)
+        generator, discriminator = (network.to(device) for network in _networks(case, "fastgan"))
+        gan = RecipeGAN(generator, discriminator, Objective.of(load_recipe(case.recipe).train))
+        trained = generator if name == "generator" else discriminator
+        update = Update.of_gan(gan, name, torch.optim.Adam(trained.parameters()), ema=None)
+        batch = _batch(case, device)
+        return Fit(update, batch), batch
+
+    def misfit() -> str | None:
+        kept, batch = fit()
+        return kept.misfit(batch)
+
+    return misfit
 
 
 def _variants(case: Case, device: str) -> dict[str, Callable[[], _Updates]]:

@@ -10,14 +10,18 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench.digest import lines, seconds, times
+from bench.digest import bars, lines, seconds, times
 from fastgan._files import atomic_path
 from fastgan.bench.records import Record, Run
 
 DIGEST = "fastgan-records"
+SAMPLES = Path(__file__).parent / "results" / "training" / "sagan" / "grid.png"
+"""Generated digits at the right of README's picture."""
+SAMPLE_CELL = 68
+"""Pixels from one image of the grid to the next; a border of 4 pixels is at the left and the top."""
 COLOUR, GREY = "#1f6fb4", "#9aa5b1"
 LABEL_HEIGHTS = (0.2, -0.2, 0.38, -0.38)
-"""Of the names of points in a row, so that neighbours do not cover one another."""
+"""Vertical offsets of neighboring labels, so that they do not overlap."""
 
 
 def write_plots(runs: dict[str, Run], folder: Path) -> None:
@@ -31,7 +35,7 @@ def write_plots(runs: dict[str, Run], folder: Path) -> None:
         figure = Figure(layout="constrained", dpi=110)
         draw(figure, runs)
         with atomic_path(folder / f"{name}.png") as path:
-            figure.savefig(path, metadata={DIGEST: _digest(runs)})
+            figure.savefig(path, metadata={DIGEST: _digest(name, runs)})
 
 
 def expected_plots(runs: dict[str, Run], folder: Path) -> list[Path]:
@@ -50,14 +54,15 @@ def stale_plots(runs: dict[str, Run], folder: Path) -> list[Path]:
             stale.append(path)
             continue
         with Image.open(path) as image:
-            if image.info.get(DIGEST) != _digest(runs):
+            if image.info.get(DIGEST) != _digest(path.stem, runs):
                 stale.append(path)
     return stale
 
 
-def _digest(runs: dict[str, Run]) -> str:
-    content = json.dumps({suite: asdict(run) for suite, run in runs.items()}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _digest(name: str, runs: dict[str, Run]) -> str:
+    content = json.dumps({suite: asdict(run) for suite, run in runs.items()}, sort_keys=True).encode()
+    samples = SAMPLES.read_bytes() if name.startswith("front") and SAMPLES.exists() else b""
+    return hashlib.sha256(content + samples).hexdigest()[:16]
 
 
 def _drawable(runs: dict[str, Run]) -> dict[str, Callable[[Any, dict[str, Run]], None]]:
@@ -65,6 +70,9 @@ def _drawable(runs: dict[str, Run]) -> dict[str, Callable[[Any, dict[str, Run]],
     plots: dict[str, Callable[[Any, dict[str, Run]], None]] = {}
     if any(lines(suite, run) for suite, run in runs.items()):
         plots["speedup"] = _speedup
+    if bars(runs):
+        plots["front"] = _front
+        plots["front-dark"] = lambda figure, runs: _front(figure, runs, dark=True)
     if attention:
         plots["attention-time"] = lambda figure, _: _against_n(figure, attention, "median", "ms", 1e3)
     if any(r.peak_memory for r in attention):
@@ -82,7 +90,7 @@ def _timed(runs: dict[str, Run], suite: str) -> list[Record]:
 
 
 def _speedup(figure: Any, runs: dict[str, Run]) -> None:
-    """Baselines' times over fastgan's, for the workloads of the README."""
+    """Baselines' times over fastgan's, for the workloads of the summary."""
     found = [line for suite, run in runs.items() for line in lines(suite, run)][::-1]
     figure.set_size_inches(10, 1.2 + 0.55 * len(found))
     axes = figure.subplots()
@@ -101,8 +109,49 @@ def _speedup(figure: Any, runs: dict[str, Run]) -> None:
     axes.set_title(next(iter(runs.values())).environment["device"], fontsize=9)
 
 
+def _front(figure: Any, runs: dict[str, Run], dark: bool = False) -> None:
+    """README's picture, 900 pixels wide: how many times faster at the left, generated images at the right."""
+    from matplotlib.image import imread
+
+    background, text, faint, color = (
+        ("#0d1117", "#f0f6fc", "#9198a1", "#58a6ff") if dark else ("#ffffff", "#1f2328", "#59636e", COLOUR)
+    )
+    found = bars(runs)
+    figure.set_layout_engine("none")
+    figure.set_size_inches(900 / figure.dpi, (70 + 56 * len(found)) / figure.dpi)
+    figure.set_facecolor(background)
+    heading: dict[str, Any] = {"fontsize": 14, "weight": "bold", "color": text, "va": "top"}
+    left = 0.66 if SAMPLES.exists() else 0.95
+
+    axes = figure.add_axes((0.015, 0.08, left, 0.83))
+    longest = max(ratio for _, _, ratio in found)
+    for row, (label, other, ratio) in enumerate(reversed(found)):
+        axes.barh(row - 0.17, ratio, height=0.36, color=color)
+        axes.text(0, row + 0.07, label[0].upper() + label[1:], fontsize=12, color=text, va="bottom")
+        figures = f"{ratio:.1f}×"
+        for words, skip, style in (
+            (figures, 6, {"weight": "bold", "color": text}),
+            (other, 14 + 9 * len(figures), {"color": faint}),
+        ):
+            axes.annotate(
+                words, (ratio, row - 0.18), (skip, 0), textcoords="offset points", va="center", fontsize=12, **style
+            )
+    axes.set(xlim=(0, 1.85 * longest), ylim=(-0.5, len(found) - 0.4))
+    axes.axis("off")
+    figure.text(0.015, 0.985, "Times faster than", **heading)
+    device = next(iter(runs.values())).environment["device"]
+    figure.text(0.015, 0.02, f"Medians on {device}", fontsize=10, color=faint, va="bottom")
+
+    if SAMPLES.exists():
+        images = imread(SAMPLES)[: 4 + 5 * SAMPLE_CELL, : 4 + 4 * SAMPLE_CELL]  # 5 rows of 4
+        grid = figure.add_axes((0.68, 0.08, 0.305, 0.83))
+        grid.imshow(images, interpolation="nearest")
+        grid.axis("off")
+        figure.text(0.8325, 0.985, "Generated digits", ha="center", **heading)
+
+
 def _against_n(figure: Any, records: Iterable[Record], field: str, unit: str, factor: float) -> None:
-    """One panel a pass: ``field`` of the attention core against its number of queries."""
+    """One panel per pass: ``field`` of the attention core against its number of queries."""
     records = list(records)
     modes = list(dict.fromkeys(r.parameters["mode"] for r in records))
     figure.set_size_inches(4 * len(modes), 3.6)
@@ -147,7 +196,7 @@ def _curve(axes: Any, records: list[Record], field: str, factor: float) -> None:
 
 
 def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
-    """Error against time, a panel a workload of full rank."""
+    """Error against time, one panel per full-rank workload."""
     workloads = {
         name: [r for r in records if r.median is not None and r.error is not None]
         for name, records in runs["sqrtm"].workloads().items()
@@ -167,7 +216,7 @@ def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
 
 
 def _images(figure: Any, runs: dict[str, Run]) -> None:
-    """Real images a second."""
+    """Real images per second."""
     found = [(suite, r) for suite in runs for r in _timed(runs, suite) if r.images][::-1]
     figure.set_size_inches(9, 1.0 + 0.25 * len(found))
     axes = figure.subplots()
@@ -176,7 +225,7 @@ def _images(figure: Any, runs: dict[str, Run]) -> None:
     bars = axes.barh(range(len(found)), rates, color=colours)
     axes.set_yticks(range(len(found)), [f"{suite}: {r.workload}: {r.implementation}" for suite, r in found], fontsize=7)
     axes.bar_label(bars, [f" {float(f'{rate:.3g}'):g}" for rate in rates], fontsize=7)
-    axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images a second")
+    axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images per second")
     _plain_ticks(axes.xaxis)
 
 

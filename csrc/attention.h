@@ -3,10 +3,10 @@
 //
 // Each pass first packs its operands, in float or double: keys in tiles of kTile, transposed (channels x kTile, one tile
 // behind the other) or as rows; queries as rows. The tasks of a pass write to places of their own and depend on the
-// shape alone, so that results do not depend on the number of threads.
+// shape alone, so that results do not depend on the number of threads. Several heads of queries may share one of keys
+// and values, whose gradients a single task sums over them.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "variants.h"
@@ -32,18 +32,40 @@ struct View {
   int64_t batch, head, row, channel;
 };
 
+// Queries (batches, heads, n, d), keys (batches, key_heads, m, d), values (batches, key_heads, m, e).
 struct AttentionShape {
-  int64_t batches, heads, n, m, d, e;  // queries (batches, heads, n, d), keys (.., m, d), values (.., m, e)
-  double scale;                        // above zero
+  int64_t batches, heads, key_heads, n, m, d, e;
+  double scale;    // above zero
+  bool is_causal;  // query i sees the keys up to i alone
 
   int64_t slices() const { return batches * heads; }
+  int64_t key_slices() const { return batches * key_heads; }
+  int64_t sharing() const { return heads / key_heads; }  // heads of queries to one of keys
   int64_t tiles() const { return ceil_div(m, kTile); }
   int64_t padded_n() const { return ceil_div(n, kRowBlock) * kRowBlock; }
   int64_t strips() const { return ceil_div(n, kStrip); }
   int64_t groups() const {  // of tiles
-    const int64_t wanted = slices() ? ceil_div(kTasks, slices()) : 1;
+    const int64_t wanted = key_slices() ? ceil_div(kTasks, key_slices()) : 1;
     return ceil_div(tiles(), ceil_div(tiles(), wanted < tiles() ? wanted : tiles()));
   }
+
+  // How many keys rows [first, first + rows) see at most, and the first row that may see a key.
+  int64_t seen(int64_t first, int64_t rows) const { return is_causal && first + rows < m ? first + rows : m; }
+  int64_t first_row(int64_t key) const { return is_causal ? key : 0; }
+  // The i-th of `count` strips or tiles. If causal, they are unequal work: from either end by turns, a range is the
+  // same work wherever it lies.
+  int64_t nth(int64_t i, int64_t count) const { return !is_causal ? i : i % 2 ? count - 1 - i / 2 : i / 2; }
+};
+
+// What else changes the weights.
+struct Masking {
+  View mask;          // (batches, heads, n, m); no data if there is none
+  bool is_boolean;    // bytes, 0 where a query may not see a key; otherwise the mask is added to the scaled logits
+  Element element;    // of a mask that is added
+  const void* sinks;  // (heads), in float or double: one more logit per head, which has no value; or null
+
+  bool is_added() const { return mask.data && !is_boolean; }
+  bool is_scaled() const { return sinks || is_added(); }  // whether logits are scaled before the softmax
 };
 
 // A packed operand of all slices, in float or double.
@@ -52,80 +74,99 @@ struct Packed {
   int64_t slice;  // elements of one
 };
 
-using Sizes = std::vector<std::pair<Packed*, int64_t>>;  // operands and the elements that a slice of each needs
+struct Size {
+  Packed* operand;
+  int64_t slices, elements;  // of each slice
+};
+using Sizes = std::vector<Size>;
 
 struct AttentionForward {
   AttentionShape shape;
+  Masking masking;
   View q, k, v, o;
-  void* stats;   // (slices, n, 2): the largest of q K^T, and 1 / the sum of exponentials relative to it
+  // (slices, n, 2): the largest logit, scaled if Masking::is_scaled, and 1 / the sum of exponentials relative to it. Of
+  // a row that sees no key both are 0, which makes its weights and gradients 0.
+  void* stats;
   Packed kt, v_rows;
 
   Sizes sizes() {
-    const int64_t keys = shape.tiles() * kTile;
-    return {{&kt, keys * shape.d}, {&v_rows, keys * padded(shape.e)}};
+    const int64_t keys = shape.tiles() * kTile, key_slices = shape.key_slices();
+    return {{&kt, key_slices, keys * shape.d}, {&v_rows, key_slices, keys * padded(shape.e)}};
   }
 };
 
 struct AttentionBackward {
   AttentionShape shape;
+  Masking masking;
   View grad_o, q, k, v, o;
   const void* stats;
   View dq, dk, dv;
+  void* d_sinks;              // (heads), in float or double
   Packed kt, vt, k_rows;      // keys
   Packed q_rows, go_rows;     // queries; grad_o is divided by the sum of exponentials
   Packed tops, deltas;        // per query: stats[0], and rowsum(go_rows * o)
+  Packed sink_terms;          // per query: its part of d_sinks
   Packed dq_groups;           // of each group of tiles
 
   Sizes sizes() {
     const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
-    return {{&kt, keys * d},
-            {&vt, keys * e},
-            {&k_rows, keys * padded(d)},
-            {&q_rows, rows * quads(d)},
-            {&go_rows, rows * quads(e)},
-            {&tops, rows},
-            {&deltas, rows},
-            {&dq_groups, shape.groups() * rows * padded(d)}};
+    const int64_t slices = shape.slices(), key_slices = shape.key_slices();
+    return {{&kt, key_slices, keys * d},
+            {&vt, key_slices, keys * e},
+            {&k_rows, key_slices, keys * padded(d)},
+            {&q_rows, slices, rows * quads(d)},
+            {&go_rows, slices, rows * quads(e)},
+            {&tops, slices, rows},
+            {&deltas, slices, rows},
+            {&sink_terms, masking.sinks ? slices : 0, rows},
+            {&dq_groups, slices, shape.groups() * rows * padded(d)}};
   }
 };
 
 struct AttentionBackward2 {
   AttentionShape shape;
+  Masking masking;
   View ggq, ggk, ggv, grad_o, q, k, v;
-  const void* stats;
+  const void *stats, *gg_sinks;  // gg_sinks and g_sinks as sinks
   View g_do, gq, gk, gv;
+  void* g_sinks;
   Packed kt, vt, ggkt, ggvt, k_rows, v_rows, ggk_rows, ggv_rows;
   Packed q_rows, ggq_rows, go_rows;
-  Packed sums;  // kRowSums of each query
+  Packed sums;        // kRowSums of each query
+  Packed sink_terms;  // per query: its part of g_sinks
 
   Sizes sizes() {
     const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
-    return {{&kt, keys * d},
-            {&vt, keys * e},
-            {&ggkt, keys * d},
-            {&ggvt, keys * e},
-            {&k_rows, keys * padded(d)},
-            {&v_rows, keys * padded(e)},
-            {&ggk_rows, keys * padded(d)},
-            {&ggv_rows, keys * padded(e)},
-            {&q_rows, rows * quads(d)},
-            {&ggq_rows, rows * quads(d)},
-            {&go_rows, rows * quads(e)},
-            {&sums, rows * kRowSums}};
+    const int64_t slices = shape.slices(), key_slices = shape.key_slices();
+    return {{&kt, key_slices, keys * d},
+            {&vt, key_slices, keys * e},
+            {&ggkt, key_slices, keys * d},
+            {&ggvt, key_slices, keys * e},
+            {&k_rows, key_slices, keys * padded(d)},
+            {&v_rows, key_slices, keys * padded(e)},
+            {&ggk_rows, key_slices, keys * padded(d)},
+            {&ggv_rows, key_slices, keys * padded(e)},
+            {&q_rows, slices, rows * quads(d)},
+            {&ggq_rows, slices, rows * quads(d)},
+            {&go_rows, slices, rows * quads(e)},
+            {&sums, slices, rows * kRowSums},
+            {&sink_terms, masking.sinks ? slices : 0, rows}};
   }
 };
 
 // Each takes a range of tasks and, where it says so, room of its thread's own, in elements.
 struct AttentionKernels {
-  void (*forward_pack)(const AttentionForward&, int64_t begin, int64_t end);               // slices x tiles
+  void (*forward_pack)(const AttentionForward&, int64_t begin, int64_t end);               // key slices x tiles
   void (*forward)(const AttentionForward&, int64_t begin, int64_t end, void* room);        // slices x strips
-  void (*backward_pack_keys)(const AttentionBackward&, int64_t begin, int64_t end);        // slices x tiles
+  void (*backward_pack_keys)(const AttentionBackward&, int64_t begin, int64_t end);        // key slices x tiles
   void (*backward_pack_rows)(const AttentionBackward&, int64_t begin, int64_t end);        // slices x strips
-  void (*backward)(const AttentionBackward&, int64_t begin, int64_t end, void* room);      // slices x groups
+  void (*backward)(const AttentionBackward&, int64_t begin, int64_t end, void* room);      // key slices x groups
   void (*backward_sum)(const AttentionBackward&, int64_t begin, int64_t end);              // slices x strips
-  void (*backward2_pack_keys)(const AttentionBackward2&, int64_t begin, int64_t end);             // slices x tiles
+  void (*backward_sinks)(const AttentionBackward&, int64_t begin, int64_t end);            // heads
+  void (*backward2_pack_keys)(const AttentionBackward2&, int64_t begin, int64_t end);             // key slices x tiles
   void (*backward2_rows)(const AttentionBackward2&, int64_t begin, int64_t end, void* room);      // slices x strips
-  void (*backward2_keys)(const AttentionBackward2&, int64_t begin, int64_t end, void* room);      // slices x tiles
+  void (*backward2_keys)(const AttentionBackward2&, int64_t begin, int64_t end, void* room);      // key slices x tiles
+  void (*backward2_sinks)(const AttentionBackward2&, int64_t begin, int64_t end);                 // heads
 };
 
 // Elements between the rows of a strip's maps: not a power of two, whose lines would meet in the same few places of a cache.

@@ -8,15 +8,18 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <tuple>
 #include <vector>
 
+#include "definite_trace.h"
 #include "pivoted_cholesky.h"
 #include "small_trace.h"
 #include "variants.h"
+#include "workspace.h"
 
 namespace fastgan {
 namespace {
@@ -228,6 +231,49 @@ Tensor small_trace(const Tensor& a, const Tensor& b, const Tensor& pairs) {
   return rows;
 }
 
+// Values (*shape), rows (lower bound, upper bound, 0, 0), and whether all of them were found, of a (..., d, d) and
+// b (*shape, d, d), d <= kLargestDefinite. `a` has one matrix, or as many as b. If one was not found, others may be
+// missing too.
+std::tuple<Tensor, Tensor, bool> definite_trace(const Tensor& a, const Tensor& b, std::vector<int64_t> shape,
+                                                double tolerance) {
+  const Tensor dense_a = torch::stable::contiguous(a), dense_b = torch::stable::contiguous(b);
+  const int64_t d = a.size(a.dim() - 1), factors = a.numel() / (d * d), pairs = b.numel() / (d * d);
+  Tensor values = torch::stable::new_empty(a, shape);
+  shape.push_back(4);
+  Tensor report = torch::stable::new_empty(a, shape, ScalarType::Double);
+  const DefiniteTraceKernels& kernels = definite_trace_kernels(a.scalar_type() == ScalarType::Double);
+  std::atomic<bool> found{true};
+  for_type_of(a, [&](auto zero) {
+    using T = decltype(zero);
+    const T *x = data_of<T>(dense_a), *y = data_of<T>(dense_b);
+    T* value = data_of<T>(values);
+    auto* row = data_of<double>(report);
+    const auto room_of = [](int64_t elements) { return Room(elements * sizeof(double)); };
+    const Room shared = room_of(factors == 1 ? definite_elements(d) : 0);
+    double shared_scale = 0;
+    if (factors == 1) shared_scale = kernels.factor(x, d, static_cast<double*>(shared.data()));
+    torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
+      const Room room = room_of(definite_elements(d) + definite_room(d));
+      auto* own = static_cast<double*>(room.data());
+      for (int64_t n = begin; n < end && found; ++n) {
+        const double scale = factors == 1 ? shared_scale : kernels.factor(x + n * d * d, d, own);
+        const double* lower = factors == 1 ? static_cast<double*>(shared.data()) : own;
+        double trace = 0, bound = 0;
+        if (scale == 0 ||
+            !kernels.trace(lower, scale, y + n * d * d, d, tolerance, own + definite_elements(d), &trace, &bound)) {
+          found = false;
+          return;
+        }
+        value[n] = T(trace);
+        row[4 * n] = std::max(trace - bound, 0.0);
+        row[4 * n + 1] = trace + bound;
+        row[4 * n + 2] = row[4 * n + 3] = 0;
+      }
+    });
+  });
+  return {values, report, found};
+}
+
 bool has_cuda() {
 #ifdef USE_CUDA
   return true;
@@ -245,16 +291,20 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def("scaled(Tensor a) -> (Tensor, Tensor)");
   m.def("pivoted_cholesky(Tensor a) -> (Tensor, Tensor, Tensor)");
   m.def("small_trace(Tensor a, Tensor b, Tensor pairs) -> Tensor");
+  m.def("definite_trace(Tensor a, Tensor b, int[] shape, float tolerance) -> (Tensor, Tensor, bool)");
   m.def("nuclear_norm(Tensor m, bool low_precision, float tolerance) -> (Tensor, Tensor)");
   m.def("sqrtm(Tensor a, bool inverse) -> Tensor");
   m.def("vector_bits() -> int");
-  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) o, Tensor(b!) stats) -> ()");
   m.def(
-      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, float scale, "
-      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, bool is_causal, float scale, "
+      "Tensor(a!) o, Tensor(b!) stats) -> ()");
   m.def(
-      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_o, Tensor q, Tensor k, Tensor v, "
-      "Tensor stats, float scale, Tensor(a!) g_do, Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv) -> ()");
+      "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor o, Tensor stats, "
+      "bool is_causal, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? d_sinks) -> ()");
+  m.def(
+      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor? gg_sinks, Tensor grad_o, Tensor q, Tensor k, "
+      "Tensor v, Tensor? mask, Tensor? sinks, Tensor stats, bool is_causal, float scale, Tensor(a!) g_do, "
+      "Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv, Tensor(e!)? g_sinks) -> ()");
   m.def(
       "pooled_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) q, Tensor(b!) kv, Tensor(c!) index) -> ()");
   m.def(
@@ -267,7 +317,10 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def(
       "spectral_norm_scale_bwd_bwd(Tensor[] grad_grads, Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, "
       "Tensor sigma, int[] dims, Tensor(a!)[] d_grads, Tensor(b!)[] d_weights) -> ()");
+  m.def(
+      "projection_gradients(Tensor dy, Tensor x, Tensor weight, Tensor(a!) dx, Tensor(b!) dweight) -> ()");
   m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");
+  m.def("gather_pooled(Tensor grad, Tensor index, int width, Tensor(a!) q, Tensor(b!) kv) -> ()");
   m.def("projection_residual(Tensor rows, Tensor weight, Tensor? bias, Tensor x, Tensor(a!) y) -> ()");
 }
 
@@ -281,4 +334,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
   m.impl("scaled", TORCH_BOX(&fastgan::scaled));
   m.impl("pivoted_cholesky", TORCH_BOX(&fastgan::pivoted_factor));
   m.impl("small_trace", TORCH_BOX(&fastgan::small_trace));
+  m.impl("definite_trace", TORCH_BOX(&fastgan::definite_trace));
 }

@@ -1,4 +1,5 @@
 // The CPU kernels for whatever the compiler makes of plain C++: x86-64's baseline, or NEON on aarch64.
+#include "definite_trace.h"
 #include "projections.h"
 #include "spectral_norm.h"
 

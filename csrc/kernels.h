@@ -1,6 +1,6 @@
 // The kernels of one instruction set. A file that includes this has set the target and defined FASTGAN_VARIANT,
-// FASTGAN_VECTOR_BYTES and FASTGAN_BLOCK_ROWS, and has included projections.h
-// and spectral_norm.h.
+// FASTGAN_VECTOR_BYTES and FASTGAN_BLOCK_ROWS, and has included definite_trace.h,
+// projections.h and spectral_norm.h.
 #define FASTGAN_INLINE inline __attribute__((always_inline))
 
 namespace fastgan {
@@ -19,6 +19,8 @@ constexpr int64_t kLeastRows = 4;
 
 #include "spectral_norm_kernels.h"
 
+#include "definite_trace_kernels.h"
+
 }  // namespace
 
 extern const AttentionKernels attention[4] = {attention_table<float>(), attention_table<double>(),
@@ -28,6 +30,8 @@ extern const ProjectionKernels projections[4] = {projection_table<float>(), proj
                                                 projection_table<BFloat16>(), projection_table<Half>()};
 
 extern const SpectralNormKernels spectral_norms[2] = {spectral_norm_table<float>(), spectral_norm_table<double>()};
+
+extern const DefiniteTraceKernels definite_traces[2] = {definite_trace_table<float>(), definite_trace_table<double>()};
 
 }  // namespace FASTGAN_VARIANT
 }  // namespace fastgan

@@ -1,4 +1,5 @@
 // The CPU kernels for x86-64-v3; elsewhere this file is empty.
+#include "definite_trace.h"
 #include "projections.h"
 #include "spectral_norm.h"
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "workspace.h"
 
@@ -33,7 +34,7 @@ void pooled_projection(const Tensor& x, const Tensor& weight, std::optional<Tens
   p.q = rows_of(q), p.kv = rows_of(kv), p.index = static_cast<int8_t*>(index.data_ptr());
   const ProjectionKernels& kernels = projection_kernels(element_of(weight));
   Workspace workspace(weight);
-  workspace.take(1, p.sizes());
+  workspace.take(p.sizes());
   in_parallel(p.channels, kernels.pooled_pack, p);
   in_parallel(p.batches * p.tiles(), kernels.pooled, p, workspace.bytes(p.room()));
 }
@@ -46,9 +47,22 @@ void projection_residual(const Tensor& rows, const Tensor& weight, std::optional
   p.x = image_of(x), p.y = image_of(y);
   const ProjectionKernels& kernels = projection_kernels(element_of(weight));
   Workspace workspace(weight);
-  workspace.take(1, p.sizes());
+  workspace.take(p.sizes());
   in_parallel(p.channels, kernels.residual_pack, p);
   in_parallel(p.batches * p.tiles(), kernels.residual, p, workspace.bytes(p.room()));
+}
+
+void projection_gradients(const Tensor& dy, const Tensor& x, const Tensor& weight, Tensor dx, Tensor dweight) {
+  ProjectionGradients p{};
+  p.batches = dy.size(0), p.pixels = dy.size(1), p.outputs = dy.size(2), p.channels = x.size(2);
+  p.dy = rows_of(dy), p.x = rows_of(x), p.dx = rows_of(dx);
+  p.weight = weight_of(weight), p.dweight = weight_of(dweight);
+  const ProjectionKernels& kernels = projection_kernels(element_of(weight));
+  Workspace workspace(weight);
+  workspace.take(p.sizes());
+  in_parallel(p.outputs, kernels.gradients_pack, p);
+  in_parallel(p.chunks(), kernels.gradients, p, workspace.bytes(p.room()));
+  in_parallel(p.sum_rows(), kernels.gradients_sum, p);
 }
 
 // Each pixel's gradient with respect to all outputs: that of q, and that of kv where this pixel was the largest of its
@@ -77,18 +91,58 @@ void unpool_rows(const View& grad_q, const View& grad_kv, const int8_t* index, B
   }
 }
 
+// The transpose of unpool_rows: q's channels of each pixel, and of each window those of the pixel that was largest.
+template <typename Bits>
+void gather_rows(const View& grad, const int8_t* index, const View& q, const View& kv, int64_t height, int64_t width,
+                 int64_t d, int64_t channels, int64_t begin, int64_t end) {
+  const int64_t pooled_height = height / 2, pooled_width = width / 2;
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t batch = line / height, h = line % height;
+    const Bits* from = static_cast<const Bits*>(grad.data) + batch * grad.batch + h * width * grad.row;
+    Bits* to = static_cast<Bits*>(q.data) + batch * q.batch + h * width * q.row;
+    for (int64_t w = 0; w < width; ++w)
+      for (int64_t i = 0; i < d; ++i) to[w * q.row + i * q.channel] = from[w * grad.row + i * grad.channel];
+    if (h % 2 || h / 2 == pooled_height) continue;
+    for (int64_t w = 0; w < pooled_width; ++w) {
+      const int64_t pixel = h / 2 * pooled_width + w;
+      const int8_t* largest = index + (batch * pooled_height * pooled_width + pixel) * channels;
+      const Bits* window = from + 2 * w * grad.row + d * grad.channel;
+      to = static_cast<Bits*>(kv.data) + batch * kv.batch + pixel * kv.row;
+      for (int64_t c = 0; c < channels; ++c)
+        to[c * kv.channel] = window[(largest[c] / 2 * width + largest[c] % 2) * grad.row + c * grad.channel];
+    }
+  }
+}
+
+// Calls f with a null pointer to numbers that are as many bits as the tensor's.
+template <typename F>
+void for_bits_of(const Tensor& tensor, const F& f) {
+  switch (element_of(tensor)) {
+    case Element::kFloat: return f(static_cast<uint32_t*>(nullptr));
+    case Element::kDouble: return f(static_cast<uint64_t*>(nullptr));
+    default: return f(static_cast<uint16_t*>(nullptr));
+  }
+}
+
+void gather_pooled(const Tensor& grad, const Tensor& index, int64_t width, Tensor q, Tensor kv) {
+  const int64_t height = width ? grad.size(1) / width : 0, d = q.size(2), channels = kv.size(2);
+  const auto* largest = static_cast<const int8_t*>(index.data_ptr());
+  torch::stable::parallel_for(0, grad.size(0) * height, 1, [&](int64_t begin, int64_t end) {
+    for_bits_of(grad, [&](auto* null) {
+      using Bits = std::remove_pointer_t<decltype(null)>;
+      gather_rows<Bits>(rows_of(grad), largest, rows_of(q), rows_of(kv), height, width, d, channels, begin, end);
+    });
+  });
+}
+
 void unpool(const Tensor& grad_q, const Tensor& grad_kv, const Tensor& index, int64_t width, Tensor out) {
   const int64_t height = width ? out.size(1) / width : 0, d = grad_q.size(2), channels = grad_kv.size(2);
   const auto* largest = static_cast<const int8_t*>(index.data_ptr());
   torch::stable::parallel_for(0, out.size(0) * height, 1, [&](int64_t begin, int64_t end) {
-    const auto rows = [&](auto* to) {
+    for_bits_of(out, [&](auto* null) {
+      auto* to = static_cast<decltype(null)>(out.data_ptr());
       unpool_rows(rows_of(grad_q), rows_of(grad_kv), largest, to, height, width, d, channels, begin, end);
-    };
-    switch (element_of(out)) {
-      case Element::kFloat: return rows(static_cast<uint32_t*>(out.data_ptr()));
-      case Element::kDouble: return rows(static_cast<uint64_t*>(out.data_ptr()));
-      default: return rows(static_cast<uint16_t*>(out.data_ptr()));
-    }
+    });
   });
 }
 
@@ -97,6 +151,8 @@ void unpool(const Tensor& grad_q, const Tensor& grad_kv, const Tensor& index, in
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
   m.impl("pooled_projection", TORCH_BOX(&fastgan::pooled_projection));
+  m.impl("projection_gradients", TORCH_BOX(&fastgan::projection_gradients));
   m.impl("unpool", TORCH_BOX(&fastgan::unpool));
+  m.impl("gather_pooled", TORCH_BOX(&fastgan::gather_pooled));
   m.impl("projection_residual", TORCH_BOX(&fastgan::projection_residual));
 }

@@ -7,6 +7,7 @@
 namespace fastgan {
 
 constexpr int64_t kTileColumns = 16;  // pixels of a tile of pooled_projection, in each of two image rows
+constexpr int64_t kChunks = 16;       // of tiles, each with a sum of the weight's gradient
 
 // A feature map (batch, channels, height, width) of elements of its own type; strides in elements.
 struct Image {
@@ -26,7 +27,7 @@ struct PooledProjection {
 
   int64_t tiles() const { return ceil_div(height, 2) * ceil_div(width, kTileColumns); }
   int64_t room() const { return 2 * kTileColumns * (channels + padded(outputs)) + kPadding; }
-  Sizes sizes() { return {{&weight_t, channels * padded(outputs)}, {&biases, padded(outputs)}}; }
+  Sizes sizes() { return {{&weight_t, 1, channels * padded(outputs)}, {&biases, 1, padded(outputs)}}; }
 };
 
 // y <- x + rows weight^T + bias. Pixels of x and y follow one another at a stride of `column`.
@@ -39,7 +40,31 @@ struct ProjectionResidual {
   bool channels_last() const { return y.channel == 1; }
   int64_t tiles() const { return ceil_div(pixels, kTile); }
   int64_t room() const { return kTile * (padded(e) + padded(channels)); }
-  Sizes sizes() { return {{&packed, padded(e) * padded(channels)}, {&biases, padded(channels)}}; }
+  Sizes sizes() { return {{&packed, 1, padded(e) * padded(channels)}, {&biases, 1, padded(channels)}}; }
+};
+
+// Gradients of y = x weight^T, whose rows are pixels: dx <- dy weight, dweight <- dy^T x.
+struct ProjectionGradients {
+  int64_t batches, pixels, outputs, channels;
+  View dy, x, dx;        // (batches, 1, pixels, outputs), (batches, 1, pixels, channels) twice
+  View weight, dweight;  // (outputs, channels)
+  Packed packed;         // the weight
+  Packed sums;           // dweight of each chunk of tiles, transposed if x is
+
+  // Whether the pixels of a channel follow one another.
+  bool dy_transposed() const { return dy.row == 1 && dy.channel != 1; }
+  bool x_transposed() const { return x.row == 1 && x.channel != 1 && !dy_transposed(); }
+  int64_t tiles() const { return batches * ceil_div(pixels, kTile); }
+  int64_t chunks() const { return tiles() < kChunks ? tiles() : kChunks; }
+  // Elements between rows: not a power of two, as map_stride.
+  int64_t stride_of_outputs() const { return padded(outputs) + kPadding; }
+  int64_t stride_of_channels() const { return padded(channels) + kPadding; }
+  int64_t sum_rows() const { return x_transposed() ? channels : outputs; }
+  int64_t sum_stride() const { return x_transposed() ? stride_of_outputs() : stride_of_channels(); }
+  int64_t room() const { return 2 * kTile * (stride_of_outputs() + stride_of_channels()); }
+  Sizes sizes() {
+    return {{&packed, 1, outputs * stride_of_channels()}, {&sums, chunks(), quads(sum_rows()) * sum_stride()}};
+  }
 };
 
 struct ProjectionKernels {
@@ -47,6 +72,9 @@ struct ProjectionKernels {
   void (*pooled)(const PooledProjection&, int64_t begin, int64_t end, void* room);    // batches x tiles
   void (*residual_pack)(const ProjectionResidual&, int64_t begin, int64_t end);       // channels
   void (*residual)(const ProjectionResidual&, int64_t begin, int64_t end, void* room);  // batches x tiles
+  void (*gradients_pack)(const ProjectionGradients&, int64_t begin, int64_t end);       // outputs
+  void (*gradients)(const ProjectionGradients&, int64_t begin, int64_t end, void* room);  // chunks
+  void (*gradients_sum)(const ProjectionGradients&, int64_t begin, int64_t end);        // sum_rows
 };
 
 const ProjectionKernels& projection_kernels(Element element);

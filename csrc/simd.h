@@ -153,6 +153,15 @@ struct WideOf<double> {
 template <typename T>
 using Wide = typename WideOf<T>::type;
 
+// Calls f with a pointer to elements of this type, at `offset`.
+#define FASTGAN_FOR_ELEMENTS(element, data, offset, f)                       \
+  switch (element) {                                                         \
+    case Element::kFloat: f(static_cast<float*>(data) + (offset)); break;     \
+    case Element::kDouble: f(static_cast<double*>(data) + (offset)); break;   \
+    case Element::kBFloat16: f(static_cast<BFloat16*>(data) + (offset)); break; \
+    case Element::kHalf: f(static_cast<Half*>(data) + (offset)); break;       \
+  }
+
 // out[i][j] <- factor in[i][j], each with strides of its own, between any two types.
 template <typename From, typename To, typename Factor>
 FASTGAN_INLINE void convert_strided(const From* in, int64_t in_row, int64_t in_column, To* out, int64_t out_row,

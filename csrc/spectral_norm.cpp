@@ -9,10 +9,17 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "workspace.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace fastgan {
 namespace {
@@ -48,55 +55,155 @@ void run(Kernel kernel, const Pass<Operand>& pass, Rest... rest) {
   });
 }
 
+template <typename W>
+double norm(const W* x, int64_t size) {
+  double squares = 0;
+  for (int64_t i = 0; i < size; ++i) squares += double(x[i]) * double(x[i]);
+  return std::sqrt(squares);
+}
+
 // old <- product / max(|product|, eps), if that length is above zero and finite.
 template <typename W>
 void normalize(const W* product, W* old, int64_t size, double eps) {
-  double squares = 0;
-  for (int64_t i = 0; i < size; ++i) squares += double(product[i]) * double(product[i]);
-  const double length = std::sqrt(squares);
+  const double length = norm(product, size);
   if (!(length > 0 && std::isfinite(W(length)))) return;
   const W divisor = W(std::max(length, eps));
   for (int64_t i = 0; i < size; ++i) old[i] = product[i] / divisor;
 }
 
+// The power method on all weights.
 template <typename W>
-void update_vectors(const Network& network, const Tensors& weights, int64_t iterations, double eps, bool v_first, W* u,
-                    W* v, W* sigma) {
-  const SpectralNormKernels& kernels = spectral_norm_kernels(sizeof(W) == sizeof(double));
-  const size_t count = weights.size();
-  std::vector<W> u_product(network.u_at.back()), v_product(network.v_at.back());
-  Pass<Product> rows, columns;
-  for (size_t i = 0; i < count; ++i) {
-    const Lines& shape = network.shapes[i];
-    rows.operands.push_back({shape, tagged(weights[i]), v + network.v_at[i], &u_product[network.u_at[i]]});
-    rows.cut(shape.rows, shape.columns());
-    columns.operands.push_back({shape, tagged(weights[i]), u + network.u_at[i], &v_product[network.v_at[i]]});
-    columns.cut(shape.columns(), shape.rows, kLeastColumns);
+class PowerMethod {
+ public:
+  PowerMethod(const Network& network, const Tensors& weights, double eps, W* u, W* v)
+      : network_(network),
+        kernels_(spectral_norm_kernels(sizeof(W) == sizeof(double))),
+        weights_(weights),
+        eps_(eps),
+        u_(u),
+        v_(v),
+        u_product_(network.u_at.back()),
+        v_product_(network.v_at.back()) {}
+
+  void run(int64_t iterations, bool v_first, W* sigma) {
+    if (iterations && !v_first) set_up_iterations();
+    for (int64_t n = 0; n < iterations; ++n) {
+      if (v_first) {
+        multiply_by_u(all());
+        normalize_all(v_product_, v_, network_.v_at);
+        multiply_by_v();
+        normalize_all(u_product_, u_, network_.u_at);
+      } else {
+        iterate();
+      }
+    }
+    if (iterations == 0) v_first ? multiply_by_v() : multiply_by_u(all());
+    const std::vector<W>& product = v_first ? u_product_ : v_product_;
+    const std::vector<int64_t>& at = v_first ? network_.u_at : network_.v_at;
+    const W* vector = v_first ? u_ : v_;
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      double sum = 0;
+      for (int64_t k = at[i]; k < at[i + 1]; ++k) sum += double(product[k]) * double(vector[k]);
+      sigma[i] = sum == 0 ? W(1) : W(sum);
+    }
   }
-  const auto renew_u = [&] {
-    run(kernels.rows, rows);
-    for (size_t i = 0; i < count; ++i)
-      normalize(&u_product[network.u_at[i]], u + network.u_at[i], network.shapes[i].rows, eps);
-  };
-  const auto renew_v = [&] {
-    run(kernels.columns, columns);
-    for (size_t i = 0; i < count; ++i)
-      normalize(&v_product[network.v_at[i]], v + network.v_at[i], network.shapes[i].columns(), eps);
-  };
-  for (int64_t n = 0; n < iterations; ++n) {
-    v_first ? renew_v() : renew_u();
-    v_first ? renew_u() : renew_v();
+
+ private:
+  static constexpr int64_t kLeastRows = 32, kMostParts = 8;  // of an iteration: each part has sums of all columns
+  // W^T s is the product with u, times |s|, unless it may have left W's range.
+  static constexpr double kLeastNorm = 0x1p-20, kLargestNorm = 0x1p20;
+
+  std::vector<size_t> all() const {
+    std::vector<size_t> indices(weights_.size());
+    std::iota(indices.begin(), indices.end(), size_t(0));
+    return indices;
   }
-  if (iterations == 0) run(v_first ? kernels.rows : kernels.columns, v_first ? rows : columns);
-  const std::vector<W>& product = v_first ? u_product : v_product;
-  const std::vector<int64_t>& at = v_first ? network.u_at : network.v_at;
-  const W* vector = v_first ? u : v;
-  for (size_t i = 0; i < count; ++i) {
-    double sum = 0;
-    for (int64_t k = at[i]; k < at[i + 1]; ++k) sum += double(product[k]) * double(vector[k]);
-    sigma[i] = sum == 0 ? W(1) : W(sum);
+
+  void multiply_by_v() {
+    Pass<Product> pass;
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      const Lines& shape = network_.shapes[i];
+      pass.operands.push_back({shape, tagged(weights_[i]), v_ + network_.v_at[i], &u_product_[network_.u_at[i]]});
+      pass.cut(shape.rows, shape.columns());
+    }
+    fastgan::run(kernels_.rows, pass);
   }
-}
+
+  void multiply_by_u(const std::vector<size_t>& indices) {
+    Pass<Product> pass;
+    for (size_t i : indices) {
+      const Lines& shape = network_.shapes[i];
+      pass.operands.push_back({shape, tagged(weights_[i]), u_ + network_.u_at[i], &v_product_[network_.v_at[i]]});
+      pass.cut(shape.columns(), shape.rows, kLeastColumns);
+    }
+    fastgan::run(kernels_.columns, pass);
+  }
+
+  void normalize_all(const std::vector<W>& products, W* vectors, const std::vector<int64_t>& at) {
+    for (size_t i = 0; i < weights_.size(); ++i) normalize(&products[at[i]], vectors + at[i], at[i + 1] - at[i], eps_);
+  }
+
+  void set_up_iterations() {
+    int64_t size = 0;
+    std::vector<int64_t> sums_at;
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      const Lines& shape = network_.shapes[i];
+      const int64_t parts =
+          std::clamp(shape.rows * shape.columns() / (4 * kTaskElements), int64_t(1),
+                     std::min(kMostParts, 1 + shape.rows / kLeastRows));
+      const int64_t every = (shape.rows + parts - 1) / parts;
+      iterations_.operands.push_back(
+          {shape, tagged(weights_[i]), v_ + network_.v_at[i], &u_product_[network_.u_at[i]], nullptr, every});
+      iterations_.cut_evenly(shape.rows, every);
+      sums_at.push_back(size);
+      size += parts * shape.columns();
+    }
+    sums_.reset(new W[size]);
+    for (size_t i = 0; i < weights_.size(); ++i) iterations_.operands[i].sums = &sums_[sums_at[i]];
+  }
+
+  // u <- W v / |W v| and v <- W^T u / |W^T u|, all weights in one pass over memory.
+  void iterate() {
+    fastgan::run(kernels_.iterate, iterations_);
+    std::vector<char> in_range(weights_.size());
+    torch::stable::parallel_for(0, int64_t(weights_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) in_range[i] = take_products(i);
+    });
+    std::vector<size_t> others;
+    for (size_t i = 0; i < weights_.size(); ++i)
+      if (!in_range[i]) others.push_back(i);
+    if (!others.empty()) multiply_by_u(others);
+    normalize_all(v_product_, v_, network_.v_at);
+  }
+
+  // Renews u, and returns whether W^T u is known then.
+  bool take_products(size_t i) {
+    const Iteration& x = iterations_.operands[i];
+    const int64_t rows = x.shape.rows, columns = x.shape.columns();
+    const W *s = static_cast<const W*>(x.s), *sums = static_cast<const W*>(x.sums);
+    const double length = norm(s, rows);
+    normalize(s, u_ + network_.u_at[i], rows, eps_);
+    if (!(length >= kLeastNorm && length <= kLargestNorm)) return false;
+    W* product = &v_product_[network_.v_at[i]];
+    std::copy_n(sums, columns, product);
+    for (int64_t first = x.every; first < rows; first += x.every) {
+      sums += columns;
+      for (int64_t j = 0; j < columns; ++j) product[j] += sums[j];
+    }
+    const W divisor = W(std::max(length, eps_));
+    for (int64_t j = 0; j < columns; ++j) product[j] /= divisor;
+    return std::isfinite(norm(product, columns));
+  }
+
+  const Network& network_;
+  const SpectralNormKernels& kernels_;
+  const Tensors& weights_;
+  const double eps_;
+  W *const u_, *const v_;
+  std::vector<W> u_product_, v_product_;
+  Pass<Iteration> iterations_;
+  std::unique_ptr<W[]> sums_;
+};
 
 void copy_vectors(const Tensors& parts, const Tensor& flat, const std::vector<int64_t>& at, int64_t size, bool back) {
   auto* whole = static_cast<char*>(flat.data_ptr());
@@ -115,8 +222,8 @@ void spectral_norm_update(Tensors weights, Tensors us, Tensors vs, std::vector<i
   copy_vectors(vs, v, network.v_at, size, false);
   const auto update = [&](auto zero) {
     using W = decltype(zero);
-    update_vectors(network, weights, iterations, eps, v_first, static_cast<W*>(u.data_ptr()),
-                   static_cast<W*>(v.data_ptr()), static_cast<W*>(sigma.data_ptr()));
+    PowerMethod<W> method(network, weights, eps, static_cast<W*>(u.data_ptr()), static_cast<W*>(v.data_ptr()));
+    method.run(iterations, v_first, static_cast<W*>(sigma.data_ptr()));
   };
   is_double ? update(double()) : update(float());
   if (iterations == 0) return;
@@ -150,6 +257,17 @@ void combine(const Normed& normed, Pass<Combination>& pass) {
   run(spectral_norm_kernels(normed.is_double).combine, pass);
 }
 
+// Asks for huge pages for a new output: the first writes to pages of the usual size cost several times as much as a pass
+// over them. torch does so for all its memory if THP_MEM_ALLOC_ENABLE=1 is set. Nothing is done where there are none.
+void ask_for_huge_pages([[maybe_unused]] const Tensor& out) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+  const auto start = reinterpret_cast<uintptr_t>(out.data_ptr()), end = start + out.numel() * out.element_size();
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 void add(Pass<Combination>& pass, const Combination& x) {
   pass.operands.push_back(x);
   pass.cut(x.shape.lines(), x.shape.length);
@@ -157,6 +275,7 @@ void add(Pass<Combination>& pass, const Combination& x) {
 
 void spectral_norm_scale(Tensors weights, Tensor u, Tensor v, Tensor sigma, std::vector<int64_t> dims, Tensors out) {
   const Normed normed(weights, u, v, sigma, dims);
+  for (const Tensor& x : out) ask_for_huge_pages(x);
   Pass<Combination> pass;
   for (size_t i = 0; i < weights.size(); ++i)
     add(pass, {normed.network.shapes[i], tagged(weights[i]), {}, tagged(out[i]), normed.sigma(i), 0, 0, nullptr, nullptr});
@@ -182,6 +301,7 @@ std::vector<std::array<double, 3>> dots(const Normed& normed, const Tensors& h, 
 void spectral_norm_scale_bwd(Tensors grads, Tensors weights, Tensor u, Tensor v, Tensor sigma,
                              std::vector<int64_t> dims, Tensors out) {
   const Normed normed(weights, u, v, sigma, dims);
+  for (const Tensor& x : out) ask_for_huge_pages(x);
   const auto sums = dots(normed, {}, grads, weights);
   Pass<Combination> pass;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -195,6 +315,8 @@ void spectral_norm_scale_bwd(Tensors grads, Tensors weights, Tensor u, Tensor v,
 void spectral_norm_scale_bwd_bwd(Tensors grad_grads, Tensors grads, Tensors weights, Tensor u, Tensor v, Tensor sigma,
                                  std::vector<int64_t> dims, Tensors d_grads, Tensors d_weights) {
   const Normed normed(weights, u, v, sigma, dims);
+  for (const Tensor& x : d_grads) ask_for_huge_pages(x);
+  for (const Tensor& x : d_weights) ask_for_huge_pages(x);
   const auto sums = dots(normed, grad_grads, grads, weights);
   Pass<Combination> pass;
   for (size_t i = 0; i < weights.size(); ++i) {

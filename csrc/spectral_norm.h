@@ -35,6 +35,15 @@ struct Product {
   void* out;
 };
 
+// s = W v, and W^T s as a sum over the parts: `every` rows each, whose sums lie one behind the other in `sums`.
+struct Iteration {
+  Lines shape;
+  Tagged w;
+  const void* v;
+  void *s, *sums;
+  int64_t every;
+};
+
 // <g, w>, <h, g> and <h, u v^T>; what is null counts as zero.
 struct Dots {
   Lines shape;
@@ -50,7 +59,7 @@ struct Combination {
   const void *u, *v;
 };
 
-// Lines [first, first + count) of an operand; of W v, rows, and of W^T u, columns.
+// Lines [first, first + count) of an operand; of W v and of iterations, rows, and of W^T u, columns.
 struct Part {
   int64_t operand, first, count;
 };
@@ -62,7 +71,12 @@ struct Pass {
 
   // Cuts `size` lines, rows or columns of the last operand, `elements` of the weight each, at least so many at a time.
   void cut(int64_t size, int64_t elements, int64_t least = 1) {
-    const int64_t wanted = kTaskElements / (elements ? elements : 1), count = wanted > least ? wanted : least;
+    const int64_t wanted = kTaskElements / (elements ? elements : 1);
+    cut_evenly(size, wanted > least ? wanted : least);
+  }
+
+  // Cuts `count` lines, rows or columns at a time.
+  void cut_evenly(int64_t size, int64_t count) {
     for (int64_t first = 0; first < size; first += count)
       parts.push_back({int64_t(operands.size()) - 1, first, size - first < count ? size - first : count});
   }
@@ -71,6 +85,7 @@ struct Pass {
 struct SpectralNormKernels {
   void (*rows)(const Product*, const Part*, int64_t begin, int64_t end);
   void (*columns)(const Product*, const Part*, int64_t begin, int64_t end);
+  void (*iterate)(const Iteration*, const Part*, int64_t begin, int64_t end);
   void (*dots)(const Dots*, const Part*, int64_t begin, int64_t end, double* sums);  // three for each part
   void (*combine)(const Combination*, const Part*, int64_t begin, int64_t end);
 };

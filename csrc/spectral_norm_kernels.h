@@ -94,6 +94,60 @@ void spectral_norm_columns(const Product* operands, const Part* parts, int64_t b
   }
 }
 
+// Rows [r, r + kCount) of an iteration: they are read from memory for s, and from the cache for W^T s.
+template <int kCount, typename W>
+FASTGAN_INLINE void iterate_rows(const Iteration& x, int64_t r, W* sums) {
+  constexpr int64_t kPiece = 2 * kWidth<W>;
+  W buffers[kCount][kBuffer];
+  const W *v = static_cast<const W*>(x.v), *w[kCount];
+  const int64_t length = x.shape.length;
+  Vec<W> products[kCount][2] = {};
+  W s[kCount] = {};
+  for (int64_t block = 0; block < x.shape.blocks; ++block)
+    for (int64_t k = 0; k < length; k += kBuffer) {
+      const int64_t count = smaller(kBuffer, length - k);
+      const W* right = v + block * length + k;
+      for (int i = 0; i < kCount; ++i) w[i] = widened(x.w, (block * x.shape.rows + r + i) * length + k, count, buffers[i]);
+      int64_t j = 0;
+      for (; j + kPiece <= count; j += kPiece)
+        for (int half = 0; half < 2; ++half) {
+          const int64_t at = j + half * kWidth<W>;
+          for (int i = 0; i < kCount; ++i) products[i][half] += load(w[i] + at) * load(right + at);
+        }
+      for (; j < count; ++j)
+        for (int i = 0; i < kCount; ++i) s[i] += w[i][j] * right[j];
+    }
+  for (int i = 0; i < kCount; ++i) {
+    s[i] += sum_lanes<W>(products[i][0] + products[i][1]);
+    static_cast<W*>(x.s)[r + i] = s[i];
+  }
+  for (int64_t block = 0; block < x.shape.blocks; ++block)
+    for (int64_t k = 0; k < length; k += kBuffer) {
+      const int64_t count = smaller(kBuffer, length - k);
+      W* sum = sums + block * length + k;
+      for (int i = 0; i < kCount; ++i) w[i] = widened(x.w, (block * x.shape.rows + r + i) * length + k, count, buffers[i]);
+      for (int64_t j = 0; j < count; ++j) {
+        W total = sum[j];
+        for (int i = 0; i < kCount; ++i) total += s[i] * w[i][j];
+        sum[j] = total;
+      }
+    }
+}
+
+template <typename W>
+void spectral_norm_iterate(const Iteration* operands, const Part* parts, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) {
+    const Part& part = parts[task];
+    const Iteration& x = operands[part.operand];
+    const int64_t last = part.first + part.count;
+    W* sums = static_cast<W*>(x.sums) + part.first / x.every * x.shape.columns();
+    for (int64_t j = 0; j < x.shape.columns(); ++j) sums[j] = 0;
+    int64_t r = part.first;
+    for (; r + 4 <= last; r += 4) iterate_rows<4>(x, r, sums);
+    for (; r < last; ++r) iterate_rows<1>(x, r, sums);
+  }
+}
+
 template <typename W>
 void spectral_norm_dots(const Dots* operands, const Part* parts, int64_t begin, int64_t end, double* sums) {
   W g_buffer[kBuffer], w_buffer[kBuffer], h_buffer[kBuffer];
@@ -124,13 +178,19 @@ void spectral_norm_dots(const Dots* operands, const Part* parts, int64_t begin, 
   }
 }
 
+// The quotient as rounded once. In float64, float32 numbers may be multiplied by the inverse, which is faster.
+FASTGAN_INLINE float quotient(float x, double, double inverse) { return float(double(x) * inverse); }
+FASTGAN_INLINE double quotient(double x, double divisor, double) { return x / divisor; }
+
+// From the last task to the first, since what the pass before has read last may still be in the cache.
 template <typename W>
 void spectral_norm_combine(const Combination* operands, const Part* parts, int64_t begin, int64_t end) {
   W x_buffer[kBuffer], y_buffer[kBuffer], sum[kBuffer];
-  for (int64_t task = begin; task < end; ++task) {
+  for (int64_t task = end; task-- > begin;) {
     const Part& part = parts[task];
     const Combination& c = operands[part.operand];
-    const W sigma = W(c.sigma), p = W(c.p);
+    const double inverse = 1 / c.sigma;
+    const W p = W(c.p);
     for (int64_t line = part.first; line < part.first + part.count; ++line) {
       const int64_t block = line / c.shape.rows;
       const W q = c.u ? W(c.q * static_cast<const W*>(c.u)[line % c.shape.rows]) : 0;
@@ -138,7 +198,7 @@ void spectral_norm_combine(const Combination* operands, const Part* parts, int64
         const int64_t count = smaller(kBuffer, c.shape.length - k), first = line * c.shape.length + k;
         if (c.x.data) {
           const W* x = widened(c.x, first, count, x_buffer);
-          for (int64_t i = 0; i < count; ++i) sum[i] = x[i] / sigma;
+          for (int64_t i = 0; i < count; ++i) sum[i] = quotient(x[i], c.sigma, inverse);
         } else {
           for (int64_t i = 0; i < count; ++i) sum[i] = 0;
         }
@@ -158,5 +218,6 @@ void spectral_norm_combine(const Combination* operands, const Part* parts, int64
 
 template <typename W>
 constexpr SpectralNormKernels spectral_norm_table() {
-  return {spectral_norm_rows<W>, spectral_norm_columns<W>, spectral_norm_dots<W>, spectral_norm_combine<W>};
+  return {spectral_norm_rows<W>, spectral_norm_columns<W>, spectral_norm_iterate<W>, spectral_norm_dots<W>,
+          spectral_norm_combine<W>};
 }

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "definite_trace.h"
 #include "projections.h"
 #include "spectral_norm.h"
 
@@ -11,17 +12,20 @@ namespace plain {
 extern const AttentionKernels attention[4];
 extern const ProjectionKernels projections[4];
 extern const SpectralNormKernels spectral_norms[2];
+extern const DefiniteTraceKernels definite_traces[2];
 }
 #ifdef FASTGAN_X86_VARIANTS
 namespace avx2 {
 extern const AttentionKernels attention[4];
 extern const ProjectionKernels projections[4];
 extern const SpectralNormKernels spectral_norms[2];
+extern const DefiniteTraceKernels definite_traces[2];
 }
 namespace avx512 {
 extern const AttentionKernels attention[4];
 extern const ProjectionKernels projections[4];
 extern const SpectralNormKernels spectral_norms[2];
+extern const DefiniteTraceKernels definite_traces[2];
 }
 #endif
 
@@ -62,5 +66,6 @@ int64_t vector_bits() {
 const AttentionKernels& attention_kernels(Element element) { return FASTGAN_CHOSEN(attention)[int(element)]; }
 const ProjectionKernels& projection_kernels(Element element) { return FASTGAN_CHOSEN(projections)[int(element)]; }
 const SpectralNormKernels& spectral_norm_kernels(bool is_double) { return FASTGAN_CHOSEN(spectral_norms)[is_double]; }
+const DefiniteTraceKernels& definite_trace_kernels(bool is_double) { return FASTGAN_CHOSEN(definite_traces)[is_double]; }
 
 }  // namespace fastgan

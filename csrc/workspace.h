@@ -48,15 +48,15 @@ class Workspace {
 
   size_t bytes(int64_t elements) const { return size_t(elements * size_); }
 
-  // Gives each operand room for `slices` times so many elements.
-  void take(int64_t slices, const Sizes& operands) {
+  // Gives each operand room.
+  void take(const Sizes& sizes) {
     int64_t total = kPadding;
-    for (const auto& operand : operands) total += slices * padded(operand.second);
+    for (const Size& size : sizes) total += size.slices * padded(size.elements);
     memory_ = torch::stable::new_empty(like_, {total * size_}, torch::headeronly::ScalarType::Byte);
     char* next = static_cast<char*>(memory_.data_ptr());
-    for (const auto& operand : operands) {
-      *operand.first = {next, padded(operand.second)};
-      next += slices * padded(operand.second) * size_;
+    for (const Size& size : sizes) {
+      *size.operand = {next, padded(size.elements)};
+      next += size.slices * padded(size.elements) * size_;
     }
   }
 

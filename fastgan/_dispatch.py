@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
-R = TypeVar("R")
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
@@ -43,7 +42,10 @@ def outside_autocast(function: F) -> F:
     @functools.wraps(function)
     def body(*args: Any) -> Any:
         first = args[0]
-        with no_autocast(first if isinstance(first, Tensor) else first[0]):
+        context = no_autocast(first if isinstance(first, Tensor) else first[0])
+        if type(context) is nullcontext:
+            return function(*args)
+        with context:
             return function(*args)
 
     # An op's schema is read from these types, which the names of this module would not resolve.
@@ -83,9 +85,9 @@ def runs_at_once(*tensors: Tensor) -> bool:
     If so, operations that need no gradient can bypass torch's dispatcher, which costs some microseconds of Python per
     tensor.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return False
-    if is_transforming() or torch._C._get_tracing_state() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return False
     return all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
 
@@ -103,19 +105,26 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Register the gradient of a ``custom_op``, and return the op as a function of positional arguments.
 
-    The function calls the op's body in an ``autograd.Function`` of the same gradient if :func:`runs_at_once` allows it,
-    which costs half the Python of a pass through torch.library. Else it calls the op.
+    If :func:`runs_at_once` allows it, the function calls the op's body: alone if no gradient is wanted, else in an
+    ``autograd.Function`` of the same gradient, which costs half the Python of a pass through torch.library. Else it
+    calls the op.
     """
     op.register_autograd(backward, setup_context=setup_context)
     schema, body = op._opoverload._schema, op._init_fn
-    takes_list = [str(argument.type) == "List[Tensor]" for argument in schema.arguments]
+    types = [str(argument.type) for argument in schema.arguments]
+    takes_list = [type == "List[Tensor]" for type in types]
+    takes_lists = any(takes_list)
+    tensor_positions = [i for i, type in enumerate(types) if type in ("Tensor", "Optional[Tensor]")]
     returns_list = str(schema.returns[0].type) == "List[Tensor]"
 
     # Autograd must see the entries of lists one by one; they come after the lengths of the lists.
     def direct(ctx: Any, lengths: list[int], *flat: Any) -> Any:
-        args, entries, remaining = [], iter(flat), iter(lengths)
-        for is_list in takes_list:
-            args.append(list(itertools.islice(entries, next(remaining))) if is_list else next(entries))
+        args: Sequence[Any] = flat
+        if takes_lists:
+            entries, remaining = iter(flat), iter(lengths)
+            args = [
+                list(itertools.islice(entries, next(remaining))) if is_list else next(entries) for is_list in takes_list
+            ]
         output = body(*args)
         ctx.lengths = lengths
         if setup_context is not None:
@@ -123,8 +132,10 @@ def differentiable(
         return tuple(output) if returns_list else output
 
     def direct_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        flat, remaining = [None], iter(ctx.lengths)
         given = backward(ctx, list(grads)) if returns_list else backward(ctx, *grads)
+        if not takes_lists:
+            return (None, given) if isinstance(given, Tensor) else (None, *given)
+        flat, remaining = [None], iter(ctx.lengths)
         for is_list, grad in zip(takes_list, given, strict=True):
             length = next(remaining) if is_list else 1
             flat += grad if is_list and grad is not None else [grad] * length
@@ -138,27 +149,25 @@ def differentiable(
     )
 
     def call(*args: Any) -> Any:
-        flat: list[Any] = []
-        lengths: list[int] = []
-        for is_list, arg in zip(takes_list, args, strict=True):
-            if is_list:
-                lengths.append(len(arg))
-                flat += arg
-            else:
-                flat.append(arg)
-        if not runs_at_once(*(x for x in flat if isinstance(x, Tensor))):
+        tensors = [args[i] for i in tensor_positions if args[i] is not None]
+        if takes_lists:
+            tensors += [x for is_list, arg in zip(takes_list, args, strict=True) if is_list for x in arg]
+        if not runs_at_once(*tensors):
             return op(*args)
-        output = function.apply(lengths, *flat)
+        if not is_differentiated(*tensors):
+            return body(*args)
+        if not takes_lists:
+            output = function.apply([], *args)
+        else:
+            flat: list[Any] = []
+            lengths: list[int] = []
+            for is_list, arg in zip(takes_list, args, strict=True):
+                if is_list:
+                    lengths.append(len(arg))
+                    flat += arg
+                else:
+                    flat.append(arg)
+            output = function.apply(lengths, *flat)
         return list(output) if returns_list else output
-
-    return call
-
-
-def dispatched_if_needed(compute: Callable[..., R], op: Callable[..., R]) -> Callable[..., R]:
-    """Return a function that calls ``compute`` if :func:`needs_no_dispatch` allows it, else ``op``, made from it."""
-
-    def call(*args: Any) -> R:
-        plain = needs_no_dispatch(*(x for x in args if isinstance(x, Tensor)))
-        return compute(*args) if plain else op(*args)
 
     return call

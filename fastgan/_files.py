@@ -13,7 +13,10 @@ from fastgan._checks import InputError
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``, made if missing; rename it to ``path`` after the block."""
+    """Yield a temporary path in the folder of ``path``, made if missing; rename it to ``path`` after the block.
+
+    An ``OSError`` that names no file, such as that of a full disk, is raised with the name ``path``.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -23,6 +26,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

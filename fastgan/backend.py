@@ -64,7 +64,12 @@ class BackendStatus:
 
 
 def backend_status() -> BackendStatus:
-    """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension."""
+    """Report torch, Triton, its interpreter, the GPU and both halves of the C++/CUDA extension.
+
+    Example:
+        >>> backend_status()["torch"].available
+        True
+    """
     triton = _triton()
     interpreter = "is set: kernels run on the CPU, slowly" if interpreting() else "not set"
     return BackendStatus(
@@ -82,6 +87,23 @@ def backend_status() -> BackendStatus:
 def interpreting() -> bool:
     """Return whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's name for ``cuda``, else the number of torch's threads and the CPU's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'' if threads == 1 else 's'} of {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()
 
 
 def _called_when_traced(function: F) -> F:
@@ -102,7 +124,7 @@ def _triton_missing() -> str:
 
 @_called_when_traced
 def _extension_missing() -> str:
-    """Why the extension's CPU half cannot be used; "" where it can."""
+    """Return the reason why the extension's CPU half cannot be used, or ""."""
     return extension_missing()
 
 
@@ -226,6 +248,7 @@ _LAUNCHERS = {
 }
 
 
+@functools.cache
 def implementation(op: str, impl: str) -> ModuleType:
     """Return the module that computes ``op`` by the ``impl`` that :func:`resolve` chose.
 

@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 
 from fastgan._files import atomic_path, write_bytes, write_text
@@ -24,3 +26,10 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         interrupted()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["b.txt"]
+
+
+def test_an_error_without_a_file_gets_the_name(tmp_path):
+    path = tmp_path / "b.txt"
+    with pytest.raises(OSError, match="No space left") as raised, atomic_path(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(path)

@@ -15,12 +15,13 @@ import fastgan
 
 ROOT = Path(__file__).parents[1]
 
-GROUND = {"_checks", "_dispatch", "_files", "_layout", "_random_state", "backend", "distributed"}
+GROUND = {"_checks", "_dispatch", "_files", "_layout", "_progress", "_random_state", "backend", "distributed"}
 ALLOWED = {
     "_checks": set(),
     "_dispatch": set(),
     "_files": {"_checks"},
     "_layout": set(),
+    "_progress": set(),
     "_random_state": set(),
     "_twice_differentiable": set(),
     "backend": set(),

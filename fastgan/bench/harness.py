@@ -35,13 +35,20 @@ class Workload:
         parameters: sizes and dtype, for the records.
         tolerance: an implementation with a larger error is not timed.
         floor: seconds below which this device cannot do the work, if known.
-        once: time the checked run itself, for work that takes long.
-        once_above: the same for each implementation that takes more than these seconds.
-        images: real images that one call consumes; images per second are reported.
+        once: time the checked run itself, for long work.
+        once_above: the same, for implementations that take more than this many seconds.
+        images: real images per call, for images per second.
         cold: on a GPU, overwrite the second-level cache before each timed call, for memory-bound work whose operands
             come from device memory in a real step.
-        warmup: untimed calls of each implementation after the one that is checked.
-        min_rounds: the least number of timed calls of each.
+        warmup: untimed calls of each implementation after the checked one.
+        min_rounds: least number of timed calls of each.
+
+    Example:
+        >>> x = torch.randn(100)
+        >>> ways = {"numpy": lambda: float(x.numpy().sum()), "torch": lambda: x.sum()}
+        >>> work = Workload("sum", ways, reference="numpy", check=relative_difference)
+        >>> [record.implementation for record in run("mine", work, seconds=0.01, device="cpu")]
+        ['numpy', 'torch']
     """
 
     name: str
@@ -71,7 +78,12 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
         suite: the suite's name, for the records.
         workload: the work to measure.
         seconds: about how long to time the workload, all implementations together.
-        device: ``cpu`` or ``cuda``, where the work is done; by default a GPU if there is one.
+        device: ``cpu`` or ``cuda``; by default a GPU if there is one.
+
+    Example:
+        >>> work = Workload("one", {"a": lambda: 1.0, "b": lambda: 1.0}, reference="a", check=relative_difference)
+        >>> [record.error for record in run("mine", work, seconds=0.01, device="cpu")]
+        [None, 0.0]
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = check_all(suite, workload, device)
@@ -100,6 +112,11 @@ def check_all(suite: str, workload: Workload, device: str) -> dict[str, Record]:
 
     The reference's record is the first. If the reference needs a package that is not installed, the next
     implementation takes its place.
+
+    Example:
+        >>> work = Workload("one", {"a": lambda: 1.0, "b": lambda: 2.0}, reference="a", check=relative_difference)
+        >>> check_all("mine", work, "cpu")["b"].failure
+        'wrong: relative error 1.0e+00'
     """
     torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly, and would be timed so
     records: dict[str, Record] = {}
@@ -182,7 +199,7 @@ def _launches(implementation: Callable[[], Any]) -> int | None:
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA
     events = [e for e in recorded.key_averages() if e.device_type == on_device and not e.is_user_annotation]
-    return sum(e.count for e in events) or None  # none where the profiler cannot see the GPU
+    return sum(e.count for e in events) or None  # none if the profiler cannot see the GPU
 
 
 def flush_cache() -> None:
@@ -197,20 +214,35 @@ def wait(device: str) -> None:
 
 
 def relative_norm(result: Tensor, reference: Tensor) -> float:
-    """|result - reference| / |reference| in the Frobenius norm, computed in float64."""
+    """|result - reference| / |reference| in the Frobenius norm, computed in float64.
+
+    Example:
+        >>> relative_norm(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
+        0.5
+    """
     b = reference.detach().double()
     a = result.detach().to(b.device).double()
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
 def largest_relative_norm(results: Sequence[Tensor | None], references: Sequence[Tensor | None]) -> float:
-    """Return the largest :func:`relative_norm` of a pair; pairs with a zero or None as reference are left out."""
+    """Return the largest :func:`relative_norm` of a pair; pairs with a zero or None as reference are left out.
+
+    Example:
+        >>> largest_relative_norm([torch.tensor([2.0]), None], [torch.tensor([1.0]), None])
+        1.0
+    """
     pairs = [(a, b) for a, b in zip(results, references, strict=True) if b is not None and bool(b.count_nonzero())]
     return max(math.inf if a is None else relative_norm(a, b) for a, b in pairs)
 
 
 def relative_difference(result: Tensor | float, reference: Tensor | float) -> float:
-    """Return the largest relative difference of an entry."""
+    """Return the largest relative difference of an entry.
+
+    Example:
+        >>> relative_difference(3.0, 2.0)
+        0.5
+    """
     b = torch.as_tensor(reference).detach().double()
     a = torch.as_tensor(result).detach().to(b.device).double()
     return ((a - b).abs() / b.abs()).max().item()

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 
 from fastgan._files import write_text
-from fastgan.bench.timing import device_name
+from fastgan.backend import device_name
 
 SCHEMA = 1
 REQUIRED_ENVIRONMENT = ("device", "python", "torch", "revision")
@@ -37,6 +37,10 @@ class Record:
     """One implementation on one workload.
 
     The first record of a workload is its reference's. Times are in seconds; ``failure`` says why there are none.
+
+    Example:
+        >>> Record("mine", "add", "torch", {"n": 10}, median=0.5, low=0.4, high=0.6, rounds=5).own
+        False
     """
 
     suite: str
@@ -71,7 +75,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one suite from one process."""
+    """The records of one suite from one process.
+
+    Example:
+        >>> record = Record("mine", "add", "torch", {}, median=0.5, low=0.4, high=0.6, rounds=5)
+        >>> list(Run(environment("cpu"), False, (record,)).workloads())
+        ['add']
+    """
 
     environment: dict[str, str]
     quick: bool
@@ -90,6 +100,11 @@ def write_run(run: Run, path: Path) -> None:
 
     Raises:
         RecordError: a record does not follow the schema; nothing is written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> record = Record("mine", "add", "torch", {}, median=0.5, low=0.4, high=0.6, rounds=5)
+        >>> write_run(Run(environment("cpu"), False, (record,)), Path("mine.json"))
     """
     content = {
         "schema": SCHEMA,
@@ -106,6 +121,13 @@ def read_run(path: Path | str) -> Run:
 
     Raises:
         RecordError: not such a file, or of another schema.
+
+    Example:
+        >>> from pathlib import Path
+        >>> record = Record("mine", "add", "torch", {}, median=0.5, low=0.4, high=0.6, rounds=5)
+        >>> write_run(Run(environment("cpu"), False, (record,)), Path("mine.json"))
+        >>> read_run("mine.json").records[0].median
+        0.5
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -185,7 +207,12 @@ def _list(what: str, names: Sequence[str]) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return what measurements depend on: device, driver, versions, revision of the code."""
+    """Return what measurements depend on: device, driver, versions, revision of the code.
+
+    Example:
+        >>> "torch" in environment("cpu")
+        True
+    """
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "numpy", "scipy"):
         try:

@@ -20,8 +20,10 @@ from fastgan.cli.options import (
     NumWorkers,
     Precision,
     ProtocolName,
+    Quiet,
     Resize,
     SkipBad,
+    Times,
     Weights,
     WithRoot,
     feature_options,
@@ -66,18 +68,21 @@ def fid(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    times: Times = False,
+    quiet: Quiet = False,
 ) -> None:
-    """The Frechet distance of two sets of images; the FID where the features are Inception's."""
+    """Print the Frechet distance of two sets of images: the FID if the features are Inception's."""
     given = locals()
     if save_stats:
         _save(a, b, given, root=root, as_json=as_json)
         return
     with feature_options(given) as (options, world, echo):
-        from fastgan.metrics.evaluate import EvaluateOptions
+        from fastgan.metrics.catalogue import EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
 
         result = measure(a, b, options, EvaluateOptions(("fid",)), floor=floor, world=world)
-        echo(report(result.lines(), result.as_fid_dict(), as_json=as_json))
+        lines = [*(result.times() if times else []), *result.lines()]
+        echo(report(lines, result.as_dict(), as_json=as_json))
         result.finish()
 
 
@@ -85,8 +90,8 @@ def evaluate(
     sets: Annotated[
         list[Path],
         typer.Argument(
-            help="The images to judge, as for fid, or a run, which knows its reference; then the real images, or for "
-            "fid alone an .npz of their statistics. With --against any number of sets to judge."
+            help="The images to judge, as for fid, or a training run, which knows its real images; then the real "
+            "images. With --against, any number of sets to judge."
         ),
     ],
     against: Annotated[
@@ -95,7 +100,11 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="With --against: write the table to this .csv file.")] = None,
     latex: Annotated[Path | None, typer.Option(help="With --against: write the table to this .tex file.")] = None,
     metrics: Annotated[
-        str, typer.Option(help="Any of fid, fid-infinity, kid, is, prdc, separated by commas; or all.")
+        str,
+        typer.Option(
+            help="Any of fid, fid-infinity, kid, is, prdc, sfid, mifid, cmmd, authpct, ct, vendi, intra-fid, separated "
+            "by commas; or all, which says what is left out and why."
+        ),
     ] = "fid,kid,prdc",
     plot: Annotated[
         Path | None, typer.Option(help="Draw the distance over the number of images into this .png, .svg or .pdf.")
@@ -110,15 +119,15 @@ def evaluate(
     splits: Annotated[int, typer.Option(help="Number of splits of the inception score.")] = 10,
     classify: Annotated[
         bool,
-        typer.Option(help="Of a training run with classes: let a classifier of its real images judge its samples."),
+        typer.Option(help="For a training run with classes: judge its samples by a classifier of its real images."),
     ] = True,
     truncation: Annotated[
-        float | None, typer.Option(help="Of a training run: cut the noise of its samples off at plus and minus this.")
+        float | None, typer.Option(help="For a training run: truncate the noise of its samples at plus and minus this.")
     ] = None,
-    sample_seed: Annotated[int, typer.Option(help="Of a training run: seed of its samples' noise.")] = 1,
+    sample_seed: Annotated[int, typer.Option(help="For a training run: seed of its samples' noise.")] = 1,
     standing_statistics: Annotated[
         int,
-        typer.Option(min=0, help="Of a training run: take batch norm's statistics anew over this many batches of 64."),
+        typer.Option(min=0, help="For a training run: recompute batch norm's statistics over this many batches of 64."),
     ] = 0,
     k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -134,16 +143,19 @@ def evaluate(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    times: Times = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Several metrics of a set of images against real ones, in one pass over them."""
+    """Print several metrics of a set of images against real ones, from one pass over them."""
     given = locals()
     with feature_options(given) as (options, world, echo):
         from fastgan._checks import InputError
         from fastgan._files import write_text
         from fastgan.data.archives import register_opener
         from fastgan.data.image_sources import ImageSource
-        from fastgan.metrics.evaluate import METRICS, EvaluateOptions, open_source
+        from fastgan.metrics.catalogue import METRICS, EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
+        from fastgan.metrics.evaluate import open_source
         from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run
 
         register_opener(open_run)
@@ -152,44 +164,34 @@ def evaluate(
             "seed": sample_seed,
             "standing_batches": standing_statistics,
         }
-        wanted = METRICS if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
+        wanted = tuple(METRICS) if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
+        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
+        for output in filter(None, (csv, latex, html)):
+            if not output.parent.is_dir():
+                raise InputError(f"cannot write {output}: its folder does not exist")
         if against is not None:
-            from fastgan.metrics import compare as comparing
+            from fastgan.metrics.compare import compare
 
-            if floor is not None or html is not None:
-                raise InputError("--floor and --html go without --against")
+            if html is not None:
+                raise InputError("--html goes without --against")
             if truncation is not None or standing_statistics:
                 raise InputError("--truncation and --standing-statistics go without --against")
-            for output in filter(None, (csv, latex, plot)):
-                if not output.parent.is_dir():
-                    raise InputError(f"cannot write {output}: its folder does not exist")
-            compared = comparing.compare(
-                sets,
-                against,
-                options,
-                metrics=comparing.METRICS if metrics == "all" else wanted,
-                subsets=subsets,
-                subset_size=subset_size,
-                k=k,
-                seed=seed,
-                world=world,
-            )
+            compared = compare(sets, against, options, what, floor=floor, world=world)
             if world.is_first:
                 for path, text in ((csv, compared.csv), (latex, compared.latex)):
                     if path is not None:
                         write_text(path, text())
                 if plot is not None:
                     compared.plot(plot)
-            echo(report(compared.lines(), compared.as_dict(), as_json=as_json))
+            lines = [*(compared.times() if times else []), *compared.lines()]
+            echo(report(lines, compared.as_dict(), as_json=as_json))
+            compared.finish()
             return
         if len(sets) > 2:
             raise InputError(f"{len(sets)} sets are compared with --against REAL; without it give one or two")
         if csv is not None or latex is not None:
             raise InputError("--csv and --latex go with --against")
-        if html is not None and not html.parent.is_dir():
-            raise InputError(f"cannot write {html}: its folder does not exist")
         a, b = sets[0], sets[1] if len(sets) > 1 else None
-        what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
         images: ImageSource | Measured
         with world.agreed():
             if is_run(a):
@@ -209,7 +211,7 @@ def evaluate(
                 reals = None if given_reals is None else open_source(given_reals, options)
                 pictures = [source if isinstance(source, ImageSource) else None for source in (images, reals)]
                 write_report(result, html, fake=pictures[0], real=pictures[1])
-        lines, content = result.lines(), result.as_dict()
+        lines, content = [*(result.times() if times else []), *result.lines()], result.as_dict()
         if classify and world.is_first and isinstance(images, RunSamples) and images.has_classes:
             try:
                 judged = classify_run(images, device=options.device, tell=warn)
@@ -245,6 +247,7 @@ def stats_save(
     weights: Weights = None,
     skip_bad: SkipBad = False,
     checkpoint: Checkpoint = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the feature statistics of a set of images."""
     given = locals()
@@ -256,7 +259,7 @@ def stats_show(
     file: Annotated[Path, typer.Argument(help="An .npz file of statistics.")],
     as_json: AsJson = False,
 ) -> None:
-    """What a file of statistics holds."""
+    """Show the content of a file of statistics."""
     with user_errors():
         from fastgan.metrics import FeatureStats
 

@@ -23,7 +23,10 @@ NumWorkers = Annotated[
     int | None, typer.Option(min=0, help="Threads that decode images.  [default: one per core, at most 8]")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")]
-Dims = Annotated[int | None, typer.Option(help="Inception's features: 64, 192, 768 or 2048.  [default: 2048]")]
+Dims = Annotated[
+    str | None,
+    typer.Option(help="Inception's features: 64, 192, 768, 2048, or spatial for sFID.  [default: 2048]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 BackboneName = Annotated[
     str | None,
@@ -58,6 +61,13 @@ Checkpoint = Annotated[
         "it in the end."
     ),
 ]
+Times = Annotated[
+    bool,
+    typer.Option(
+        "--times", help="Print the seconds of decoding, resizing, the network and the statistics, and the bound."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 WithRoot = Annotated[
     bool,
     typer.Option(
@@ -88,10 +98,16 @@ def feature_options(given: Mapping[str, Any]) -> Iterator[tuple[FeatureOptions, 
     mistake in the block is one line.
     """
     with user_errors():
+        from fastgan._checks import InputError
         from fastgan.distributed import launched_world
         from fastgan.metrics.options import FeatureOptions
 
         shared = {f.name: given[f.name] for f in fields(FeatureOptions) if f.name in given}
+        dims = shared.get("dims")
+        if dims is not None:
+            if not dims.isdecimal() and dims != "spatial":
+                raise InputError(f"--dims must be 64, 192, 768, 2048 or spatial, got {dims}")
+            shared["dims"] = int(dims) if dims.isdecimal() else dims
         options = FeatureOptions(**shared, note=warn)
         with launched_world(options.torch_device()) as world:
             yield options, world, typer.echo if world.is_first else _print_nothing

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgan.cli.errors import user_errors
+from fastgan.cli.options import Quiet
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +31,14 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, photos, cifar10, a folder or a zip file; with --resume a new place of the same files.  "
-            "[default: the recipe's]"
+            help="digits, photos, cifar10, torchvision:NAME, huggingface:NAME, or a folder, archive or array file of "
+            "images; with --resume the new place of the same files.  [default: the recipe's]"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder of the run to go on with.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Folder of the run to resume.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda if available]")] = None,
+    quiet: Quiet = False,
     init: Annotated[
         Path | None, typer.Option(help="A run or a saved generator whose weights a new run begins with.")
     ] = None,
@@ -49,7 +50,7 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run that --out holds already.")] = False,
 ) -> None:
-    """Train a GAN, or go on with a run: Ctrl-C and SIGTERM save it and say how.
+    """Train a GAN, or resume a run. Ctrl-C and SIGTERM save it and print how to resume.
 
     On several devices: torchrun --nproc-per-node K -m fastgan train ...; batch_size is that of all together.
     """
@@ -116,20 +117,20 @@ def sample(
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Write this many single images, all classes in turn.")
     ] = None,
-    label: Annotated[str | None, typer.Option("--class", help="This class alone, by its name or number.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="Only this class, by name or number.")] = None,
     by_class: Annotated[bool, typer.Option("--by-class", help="With -n: a folder per class.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With -n: remove the samples in --out first.")] = False,
-    columns: Annotated[int, typer.Option(min=2, help="Images a row of the grid.")] = 8,
+    columns: Annotated[int, typer.Option(min=2, help="Images per row of the grid.")] = 8,
     truncation: Annotated[
-        float | None, typer.Option(help="Cut the noise off at plus and minus this: less variety, fewer bad images.")
+        float | None, typer.Option(help="Bound of the noise, as in 0.8: less variety, fewer bad images.")
     ] = None,
     interpolate: Annotated[
-        bool, typer.Option("--interpolate", help="Each row leads from one noise vector to another.")
+        bool, typer.Option("--interpolate", help="Interpolate between two noise vectors in each row.")
     ] = False,
     sketches: Annotated[Path | None, typer.Option(help="Folder of sketches, for a generator that needs them.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    checkpoint: Annotated[str, typer.Option(help="Of a run: best or last.")] = "best",
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint of a run: best or last.")] = "best",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda if available]")] = None,
 ) -> None:
     """Images from a trained generator: a grid, or a folder of PNG files for `fastgan fid`."""
     with user_errors():
@@ -167,7 +168,7 @@ def _device(name: str | None) -> str:
 
 
 def _own_device(name: str | None) -> torch.device:
-    """The device of this process: of several that torchrun started, each has a GPU of its own."""
+    """Device of this process; each process of torchrun has its own GPU."""
     import torch
 
     from fastgan._checks import InputError

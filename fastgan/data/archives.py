@@ -1,4 +1,4 @@
-"""Open a path as a set of images: a folder, a zip file, a file of an array or a tensor, or what an opener knows.
+"""Open a path as a set of images: a folder, an archive, a file with an array, or whatever an opener recognizes.
 
 :func:`register_opener` adds a kind of source: a function that looks at a path, cheaply, and returns an
 :class:`ImageSource` or None. In this way the folder of a training run becomes a source: its samples are drawn when it
@@ -31,6 +31,8 @@ IMAGE_KEYS = ("images", "arr_0", "x", "samples")
 LABEL_KEYS = ("labels", "y")
 """Where an npz may hold their classes."""
 
+_ITEM_IMAGES, _ITEM_LABELS = ("image", "img", "images"), ("label", "labels", "fine_label")
+
 ARRAY_FILES = (".npz", ".npy", ".pt", ".pth", ".h5", ".hdf5")
 """NumPy's, tensors of ``torch.save``, and HDF5's, which need h5py."""
 
@@ -41,14 +43,16 @@ _openers: list[Opener] = []
 
 
 def register_opener(opener: Opener) -> None:
-    """Let :func:`open_images` ask ``opener`` first. An opener that is registered already is not added again."""
+    """Add ``opener`` to those that :func:`open_images` asks first; a second registration has no effect."""
     if opener not in _openers:
         _openers.append(opener)
 
 
 def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | None = None) -> ImageSource:
-    """The images behind ``path``: a folder, also of tar shards, a zip or tar file, a file of :data:`ARRAY_FILES`, or in
-    Python a dataset with a length whose items :class:`ImageDataset` knows.
+    """Open the images behind ``path``.
+
+    A path may be a folder of images or of tar shards, a zip or tar file, or a file of :data:`ARRAY_FILES`. In Python it
+    may also be a dataset with a length, as :class:`ImageDataset` describes.
 
     Args:
         skip_bad: leave out images that cannot be read.
@@ -57,6 +61,12 @@ def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | No
 
     Raises:
         InputError: there are no images, or they cannot be read.
+
+    Example:
+        >>> import numpy as np
+        >>> np.save("images.npy", np.zeros((5, 8, 8, 3), dtype=np.uint8))
+        >>> len(open_images("images.npy"))
+        5
     """
     if not isinstance(path, str | Path):
         return path if isinstance(path, ImageSource) else ImageDataset(path, skip_bad=skip_bad)
@@ -82,7 +92,7 @@ def open_images(path: str | Path | Any, *, skip_bad: bool = False, key: str | No
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file, without unpickling. Raises ``InputError`` naming the file."""
+    """Read all arrays of an npz file without unpickling. Raises ``InputError`` naming the file."""
     try:
         with open(path, "rb") as file:
             beginning = file.read(2)
@@ -175,7 +185,7 @@ class ImageArray(ImageSource):
                     f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}"
                 )
             low, high = array.min(), array.max()
-            if not (low >= 0 and high <= 1):  # also where there is a NaN
+            if not (low >= 0 and high <= 1):  # also if there is a NaN
                 raise InputError(
                     f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
                 )
@@ -241,8 +251,9 @@ class ImageArray(ImageSource):
 
 
 class ImageDataset(ImageSource):
-    """A dataset of torchvision, Hugging Face or any other with a length: its items are images, ``(image, label)``, or
-    mappings with "image" or "img" and perhaps "label".
+    """Images of a torchvision or Hugging Face dataset, or of any other with a length.
+
+    Items are images, ``(image, label)``, or mappings with "image" or "img" and perhaps "label" or "fine_label".
 
     An image is a Pillow image, an array (h, w, c), or a tensor (c, h, w); uint8, or floating-point in [0, 1].
 
@@ -273,25 +284,30 @@ class ImageDataset(ImageSource):
         return f"{self.label}[{index}]"
 
     def classes(self) -> tuple[tuple[str, ...], list[int]]:
-        labels = [self._item(index)[1] for index in range(len(self))]
+        columns = getattr(self.dataset, "column_names", ())  # Hugging Face's, which need not decode the images for it
+        column = next((name for name in _ITEM_LABELS if name in columns), None)
+        if column is not None:
+            labels, names = [*self.dataset[column]], getattr(self.dataset.features[column], "names", None)
+        else:
+            labels = [self._item(index)[1] for index in range(len(self))]
+            names = getattr(self.dataset, "classes", None)
         if any(label is None for label in labels):
             return super().classes()
         found = _checked_labels(np.asarray(labels), len(self), self.label).tolist()
-        names = getattr(self.dataset, "classes", None) or range(max(found) + 1)
-        return tuple(map(str, names)), found
+        return tuple(map(str, names or range(max(found) + 1))), found
 
     def _item(self, index: int) -> tuple[Any, Any]:
         item = self.dataset[index]
         if isinstance(item, Mapping):
-            image = next((item[name] for name in ("image", "img", "images") if name in item), None)
-            return image, next((item[name] for name in ("label", "labels") if name in item), None)
+            image = next((item[name] for name in _ITEM_IMAGES if name in item), None)
+            return image, next((item[name] for name in _ITEM_LABELS if name in item), None)
         if isinstance(item, tuple | list):
             return item[0], item[1] if len(item) > 1 else None
         return item, None
 
 
 def _read_file(path: Path) -> Any:
-    """The content of a file of :data:`ARRAY_FILES`. Raises ``InputError`` naming it."""
+    """Read a file of :data:`ARRAY_FILES`. Raises ``InputError`` naming it."""
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return read_npz(path)

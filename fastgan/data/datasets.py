@@ -16,9 +16,19 @@ from fastgan._checks import InputError
 from fastgan.data.archives import ImageArray, open_images
 from fastgan.data.decode import Decoding
 from fastgan.data.fingerprint import fingerprint_files
-from fastgan.data.folders import FOR_TRAINING, IMAGES, SKETCHES, are_paired, has_sketches, image_folder, sketch_folder
+from fastgan.data.folders import (
+    FOR_TRAINING,
+    IMAGES,
+    SKETCHES,
+    are_paired,
+    has_sketches,
+    image_folder,
+    labelled,
+    sketch_folder,
+)
 from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.data.images import LabelledImages, stratified_split
+from fastgan.data.libraries import PREFIXES, open_library
 from fastgan.data.photographs import photos
 from fastgan.data.survey import Survey, survey
 
@@ -27,9 +37,11 @@ NAMED = ("digits", "photos", "cifar10")
 
 
 def is_named(source: str | Path) -> bool:
-    """Whether ``source`` is one of :data:`NAMED`, photos perhaps with their number as in "photos:5000"."""
-    name, _, number = str(source).partition(":")
-    return name in NAMED and (not number or (name == "photos" and number.isdecimal()))
+    """Whether ``source`` is one of :data:`NAMED`, "photos:5000" for a number of crops, or a data set of a library."""
+    name, _, rest = str(source).partition(":")
+    if name in PREFIXES:
+        return bool(rest)
+    return name in NAMED and (not rest or (name == "photos" and rest.isdecimal()))
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class DataSplit:
         found: description of both parts together, such as "48 images 64x64 RGB, 4 classes: cat 12, dog 12, ...".
         notes: what a user should know about them, one sentence each.
         sketches: where sketches come from, as in :class:`fastgan.data.DeviceLoader`.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> split = DataSplit(*stratified_split(data, held_out=0.2))
+        >>> len(split.train), len(split.held_out)
+        (16, 4)
     """
 
     train: LabelledImages
@@ -66,22 +84,29 @@ def load_data(
     """Load a data set of :data:`NAMED`, or a folder or file as :mod:`fastgan.data.folders` reads it.
 
     Args:
-        source: "digits"; "photos", or "photos:5000" for so many training crops; "cifar10" (downloaded once by
-            torchvision into ``~/.cache/fastgan``); a folder, a zip file or an npz, npy or pt of images.
+        source: "digits"; "photos", or "photos:5000" for so many training crops; "cifar10", "torchvision:NAME" or
+            "huggingface:NAME", as :func:`fastgan.data.libraries.open_library` takes them; a folder, a zip or tar file,
+            or an npz, npy, pt or HDF5 file of images.
         resolution: height and width wanted; None for the power of two that the images fill, from 32 to 128.
-        channels: 1 for grey, 3 for RGB, 0 for what the data has (folders: 3).
+        channels: 1 for gray, 3 for RGB, 0 for what the data has (folders: 3).
         sketches: as in :class:`fastgan.data.DeviceLoader`; "paired" and "unpaired" need a folder with sketches. "auto"
             takes a folder's sketches, paired if each image has one of its name, and edge maps if there are none.
         held_out: the part of a folder's images to score against, of each class, but 2 at least; digits hold out a
-            third, photos 10,000 crops, CIFAR-10 its test images.
+            third, photos 10,000 crops, libraries their test split if there is one.
         skip_bad: leave out images that cannot be read, rather than stop at the first.
         decoding: how files become RGB.
         fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
         tell: called with one line, with counts, if files were left out; by default it is logged.
 
     Raises:
-        InputError: there is no such data, or it has not what is asked for.
+        InputError: there is no such data, or it lacks what is asked for.
+
+    Example:
+        >>> split = load_data("digits", 16)
+        >>> len(split.train), len(split.held_out)
+        (1198, 599)
     """
+    how: dict[str, Any]
     if is_named(source):
         name, _, number = str(source).partition(":")
         if sketches in ("paired", "unpaired"):
@@ -90,14 +115,19 @@ def load_data(
         try:
             if name == "photos":
                 split = _photos(size, channels, int(number or 20_000))
+            elif name == "digits":
+                split = _digits(size, channels)
             else:
-                split = {"digits": _digits, "cifar10": _cifar10}[name](size, channels)
+                library = "torchvision:CIFAR10" if name == "cifar10" else str(source)
+                how = {"skip_bad": skip_bad, "decoding": decoding, "fit": fit, "tell": tell}
+                split = _of_library(library, resolution, channels, held_out, **how)
         except (ImportError, ValueError) as error:
             raise error if isinstance(error, InputError) else InputError(str(error)) from error
         return replace(split, sketches="edges" if sketches == "auto" else sketches)
     root = Path(source)
     if not root.exists():
-        raise InputError(f"data must be one of {', '.join(NAMED)} or a folder; {root} does not exist")
+        known = ", ".join((*NAMED, *(f"{prefix}:NAME" for prefix in PREFIXES)))
+        raise InputError(f"data must be one of {known} or a folder; {root} does not exist")
     with_sketches = has_sketches(root)
     if sketches == "auto":
         sketches = "edges" if not with_sketches else "paired" if are_paired(root) else "unpaired"
@@ -106,7 +136,7 @@ def load_data(
     looked = survey(images)
     if not len(looked):
         images.read(0)  # names what is wrong with it
-    how: dict[str, Any] = {"skip_bad": skip_bad, "decoding": decoding, "fit": fit, "tell": tell}
+    how = {"skip_bad": skip_bad, "decoding": decoding, "fit": fit, "tell": tell}
     where = (looked.resolution if resolution is None else resolution, channels or 3)
     if sketches in ("paired", "unpaired"):
         whole = sketch_folder(root, *where, paired=sketches == "paired", **how)
@@ -131,7 +161,7 @@ _SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "tes
 
 
 def describe_classes(data: LabelledImages) -> str:
-    """Such as ", 4 classes: cat 12, dog 12, ..."; "" if there is one class without a name."""
+    """Describe the classes, as in ", 4 classes: cat 12, dog 12, ..."; "" if there is one class without a name."""
     counts = data.labels.bincount(minlength=data.n_classes).tolist()
     if data.n_classes == 1 and not data.class_names:
         return ""
@@ -143,7 +173,7 @@ def describe_classes(data: LabelledImages) -> str:
 
 
 def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, LabelledImages]:
-    """A stratified split; if that leaves too few images to score against, 2 random ones."""
+    """Split each class alike; hold out 2 random images if that leaves too few to score against."""
     if len(whole) < 2 * _LEAST_HELD_OUT:
         raise ValueError(f"there must be at least {2 * _LEAST_HELD_OUT} images, there are {len(whole)}")
     if round(held_out * len(whole)) > _LEAST_HELD_OUT:
@@ -157,7 +187,7 @@ def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, Labe
 
 
 def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) -> list[str]:
-    """Notes on folders that were not, or should not be, taken for classes.
+    """List notes on folders that were not, or should not be, taken for classes.
 
     Raises:
         InputError: the folders look like the splits of a data set.
@@ -177,7 +207,7 @@ def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) ->
     listed = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
     return [
         f"{lie} beside the folders {listed} in {place}, so that all images are of one class: "
-        "move what is no image of a class away, and each folder is one"
+        "move those that belong to no class away, and each folder becomes a class"
     ]
 
 
@@ -204,7 +234,7 @@ _NARROW = 0.3  # part of a range that leaves images dark
 
 
 def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
-    """The 1797 handwritten 8x8 grey digits inside scikit-learn's wheel, up-sampled; no download.
+    """Load the 1797 handwritten 8x8 gray digits of scikit-learn's wheel, resized; no download.
 
     They are the test part of Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998.
 
@@ -219,6 +249,11 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
     Raises:
         ImportError: scikit-learn is missing.
         ValueError: ``resolution`` or ``held_out`` is outside its range.
+
+    Example:
+        >>> train, held_out = digits(16)
+        >>> train.images.shape, len(held_out)
+        (torch.Size([1198, 1, 16, 16]), 599)
     """
     if resolution < 1:
         raise ValueError(f"resolution must be at least 1, got {resolution}")
@@ -230,10 +265,10 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
         ) from error
     bunch = load_digits()
     names = tuple(map(str, range(10)))
-    grey = torch.from_numpy(bunch.images).float()[:, None] / 16  # the wheel's range is 0 to 16
-    if resolution != grey.shape[-1]:
-        grey = F.interpolate(grey, size=(resolution, resolution), mode="bicubic", antialias=True)
-    images = grey.clamp_(0, 1) * 2 - 1
+    gray = torch.from_numpy(bunch.images).float()[:, None] / 16  # the wheel's range is 0 to 16
+    if resolution != gray.shape[-1]:
+        gray = F.interpolate(gray, size=(resolution, resolution), mode="bicubic", antialias=True)
+    images = gray.clamp_(0, 1) * 2 - 1
     whole = LabelledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10, class_names=names)
     return stratified_split(whole, held_out=held_out, seed=seed)
 
@@ -256,24 +291,29 @@ def _photos(resolution: int, channels: int, n: int) -> DataSplit:
     return DataSplit(train, test, found=_described(f"{resolution}x{resolution} RGB", train, test))
 
 
-def _cifar10(resolution: int, channels: int) -> DataSplit:
-    from torchvision.datasets import CIFAR10
-    from torchvision.transforms.v2.functional import resize
-
-    if channels == 1:
-        raise InputError("cifar10 is in colour: channels must be 0 or 3, got 1")
-    root = Path.home() / ".cache" / "fastgan" / "cifar10"
-    try:
-        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"CIFAR-10 is not under {root} and cannot be downloaded ({error}): put cifar-10-python.tar.gz there"
-        ) from error
-    sets = []
+def _of_library(
+    source: str,
+    resolution: int | None,
+    channels: int,
+    held_out: float,
+    *,
+    skip_bad: bool,
+    decoding: Decoding,
+    fit: str,
+    tell: Callable[[str], None],
+) -> DataSplit:
+    parts = [part for part in open_library(source, skip_bad=skip_bad) if part is not None]
     for part in parts:
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        if images.shape[-1] != resolution:
-            images = torch.cat([resize(some, [resolution, resolution], antialias=True) for some in images.split(1000)])
-        names = tuple(part.classes)
-        sets.append(LabelledImages(images, torch.tensor(part.targets), n_classes=10, class_names=names))
-    return DataSplit(sets[0], sets[1], found=_described("32x32 RGB", sets[0], sets[1]))
+        part.decoding = decoding
+    looked = survey(parts[0])
+    if not len(looked):
+        parts[0].read(0)  # names what is wrong with it
+    size = looked.resolution if resolution is None else resolution
+    channels = channels or (1 if looked.gray == len(looked) else 3)
+    sets = [labelled(part, part.classes(), size, channels, fit=fit, tell=tell) for part in parts]
+    train, test = sets if len(sets) == 2 else _split(sets[0], held_out)
+    if test.n_classes != train.n_classes:
+        raise InputError(f"{source} must have as many classes in both splits, got {train.n_classes}, {test.n_classes}")
+    smallest, largest = min(looked.sizes), max(looked.sizes)
+    sizes = "{}x{}".format(*smallest) + ("" if smallest == largest else " to {}x{}".format(*largest))
+    return DataSplit(train, test, found=_described(f"{sizes} {'gray' if channels == 1 else 'RGB'}", train, test))

@@ -1,8 +1,8 @@
 """Decode image files to 8-bit RGB, in threads.
 
-Greyscale is repeated and palettes are looked up. For metrics alpha is dropped and not blended, as in pytorch-fid and
+Grayscale is repeated and palettes are looked up. For metrics alpha is dropped and not blended, as in pytorch-fid and
 clean-fid, and EXIF orientation is not applied; for training both are done: see :class:`Decoding`. Pillow converts CMYK
-without its profile. 16-bit greyscale is divided by 257 and rounded, or scaled from ``value_range``; of 16-bit colours
+without its profile. 16-bit grayscale is divided by 257 and rounded, or scaled from ``value_range``; of 16-bit colors
 Pillow keeps the upper byte. Only the first picture of an animation or a multi-page file is read. Floating-point images
 have no agreed range and need a ``value_range``.
 """
@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Decoding:
-    """How files become 8-bit RGB; the defaults are those of the metrics.
+    """Conversion of files to 8-bit RGB; the defaults are those of the metrics.
 
     Args:
         background: RGB color that transparent images are composited on; None drops their alpha, which shows colors
@@ -77,7 +77,7 @@ def decode_image(content: bytes, name: str, how: Decoding = AS_METRICS) -> np.nd
         struct.error,
         zlib.error,
         Image.DecompressionBombError,
-    ) as error:  # what Pillow's decoders raise on damaged files
+    ) as error:  # raised by Pillow's decoders on damaged files
         raise InputError(f"{name} cannot be read as an image: {error}") from error
 
 
@@ -100,7 +100,7 @@ def pillow_to_rgb(image: Image.Image, how: Decoding) -> np.ndarray:
         else:
             values = values.astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
-                raise InputError("greyscale images with more than 16 bits are not supported")
+                raise InputError("grayscale images with more than 16 bits are not supported")
             eight_bit = ((values + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
         return np.repeat(eight_bit[:, :, None], 3, axis=2)
     if how.background is not None and image.has_transparency_data:

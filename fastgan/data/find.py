@@ -40,6 +40,9 @@ EXTENSIONS = frozenset(
 )
 """File extensions of images, where this machine's Pillow can decode them."""
 
+LABEL_FILES = ("dataset.json", "labels.csv")
+"""Files at the top of a set that hold the classes of its images; they are not reported as left out."""
+
 _NEVER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 _LISTED = 4  # extensions in the line about what was left out
 
@@ -56,7 +59,7 @@ def image_extensions() -> frozenset[str]:
 
 @dataclass
 class Found:
-    """The images of a set, by their sorted paths below its root, and how many other entries were left out, by reason.
+    """Sorted paths of a set's images below its root, and counts of the entries left out, by reason.
 
     >>> found = select_images(["b.png", "a.JPG", "._a.JPG", "notes.txt"])
     >>> [str(path) for path in found.paths], found.left_out_line()
@@ -68,7 +71,9 @@ class Found:
     _extensions: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: PurePath) -> None:
-        """Take ``path``, relative to the root, among the images, or count why not."""
+        """Add ``path``, relative to the root, to the images, or count the reason not to."""
+        if str(path) in LABEL_FILES:
+            return
         reason = why_left_out(path.parts)
         extension = path.suffix[1:].lower()
         if reason is None and extension in image_extensions():
@@ -92,7 +97,7 @@ class Found:
 
 
 def is_image(path: PurePath) -> bool:
-    """Whether the file ``path`` counts, by its own name."""
+    """Return whether the file ``path`` counts, by its own name."""
     return why_left_out((path.name,)) is None and path.suffix[1:].lower() in image_extensions()
 
 
@@ -130,7 +135,7 @@ def find_images(root: str | Path) -> list[Path]:
 
 
 def no_images(source: str | Path, found: Found) -> str:
-    """The message about a source without images."""
+    """Message about a source without images."""
     left_out = found.left_out_line()
     return f"{source} holds no images ({', '.join(sorted(image_extensions()))})" + (
         f"; left out: {left_out}" if left_out else ""
@@ -159,7 +164,7 @@ def _search(root: Path, below: PurePath, ancestors: tuple[tuple[int, int], ...],
 
 
 def why_left_out(parts: Iterable[str]) -> str | None:
-    """Why a path of these parts never counts; None if it may."""
+    """Reason for which a path of these parts never counts; None if it may."""
     for part in parts:
         if part.lower() in _NEVER:
             return "system files"

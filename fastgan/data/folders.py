@@ -1,8 +1,8 @@
-"""Images from folders and archives: a heap, one folder a class, or images and sketches side by side.
+"""Images from folders and archives: a heap, one folder per class, or images and sketches side by side.
 
 :func:`fastgan.data.archives.open_images` decides which files count, for training as for the metrics. Every image is
 cropped to its central square and resized to the resolution wanted (bicubic, antialiased), held as uint8 in memory:
-100,000 of 64x64 in colour take 1.2 GB.
+100,000 of 64x64 in color take 1.2 GB.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ def image_folder(
     fit: str = "crop",
     tell: Callable[[str], None] = _log.warning,
 ) -> LabelledImages:
-    """The images of ``source``, labelled by :meth:`fastgan.data.image_sources.ImageSource.classes`: in a folder or an
-    archive, each top folder is a class if no image lies beside them; otherwise all images are of one class. A
-    ``dataset.json`` or ``labels.csv`` at the top decides before the folders.
+    """Read the images of ``source`` with their labels.
+
+    In a folder or an archive each top folder is a class if no image lies beside them; otherwise all images are of one
+    class. A ``dataset.json`` or ``labels.csv`` at the top takes precedence over the folders.
 
     Args:
         source: a folder, searched recursively, a zip file, or a file of an array, with ``labels`` if it is an npz.
         resolution: height and width to crop and resize to.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
         skip_bad: leave out images that cannot be read, rather than stop at the first.
         decoding: how files become RGB: by default composited on white and turned as their EXIF orientation says.
         fit: how images become square: "crop" to the center, "pad" with the background, or "stretch".
@@ -55,10 +56,30 @@ def image_folder(
 
     Raises:
         InputError: no such source, no images in it or in one of its classes, or a file that cannot be read.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> save_image(torch.rand(3, 20, 20), "a.png")
+        >>> image_folder(".", 16).images.shape
+        torch.Size([1, 3, 16, 16])
     """
     images = open_images(source, skip_bad=skip_bad)
     images.decoding = decoding
-    names, labels = read_label_file(source, images) or images.classes()
+    classes = read_label_file(source, images) or images.classes()
+    return labelled(images, classes, resolution, channels, fit=fit, tell=tell)
+
+
+def labelled(
+    images: ImageSource,
+    classes: tuple[tuple[str, ...], list[int]],
+    resolution: int,
+    channels: int,
+    *,
+    fit: str,
+    tell: Callable[[str], None],
+) -> LabelledImages:
+    """Read all of ``images``, whose ``classes`` are names and the class of each image; see :func:`image_folder`."""
+    names, labels = classes
     pixels, kept = read_source(images, resolution, channels, fit=fit)
     _tell_left_out(images, tell)
     return LabelledImages(pixels[kept], torch.tensor(labels)[kept], n_classes=max(len(names), 1), class_names=names)
@@ -75,12 +96,12 @@ def sketch_folder(
     fit: str = "crop",
     tell: Callable[[str], None] = _log.warning,
 ) -> LabelledImages:
-    """Images and their sketches: ``folder/images`` and ``folder/sketches``, each a heap or one folder a class.
+    """Read images and their sketches: ``folder/images`` and ``folder/sketches``, each a heap or one folder per class.
 
     Args:
         folder: holds both.
         resolution: height and width to crop and resize to.
-        channels: of the images; sketches are grey.
+        channels: of the images; sketches are gray.
         paired: sketch ``sketches/a/7.png`` belongs to image ``images/a/7.jpg``, and each has its partner. Unpaired
             sketches are matched to images by class alone.
         skip_bad: leave out files that cannot be read, of pairs both, rather than stop at the first.
@@ -89,6 +110,15 @@ def sketch_folder(
     Raises:
         InputError: a folder is missing or empty, an image or a sketch has no partner (it is named), or the two sides
             differ in their classes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from torchvision.utils import save_image
+        >>> for name in ("images", "sketches"):
+        ...     Path(name).mkdir()
+        ...     save_image(torch.rand(3, 20, 20), f"{name}/a.png")
+        >>> sketch_folder(".", 16, paired=True).sketches.shape
+        torch.Size([1, 1, 16, 16])
     """
     root = Path(folder)
     for part in (IMAGES, SKETCHES):
@@ -120,7 +150,7 @@ def sketch_folder(
 
 
 def has_sketches(folder: str | Path) -> bool:
-    """True for a folder that :func:`sketch_folder` reads."""
+    """Return whether :func:`sketch_folder` can read ``folder``."""
     return all((Path(folder) / part).is_dir() for part in (IMAGES, SKETCHES))
 
 
@@ -141,8 +171,10 @@ def read_source(
     *,
     fit: str = "crop",
 ) -> tuple[Tensor, Tensor]:
-    """The images of ``source`` as of :func:`read_images`, by ``order`` if given, and which of them could be read,
-    bool (n,). The names of the others are added to ``source.skipped``.
+    """Read images as :func:`read_images` does, in ``order`` if given.
+
+    Returns:
+        The images, and which of them could be read, bool (n,). The names of the others are added to ``source.skipped``.
 
     Raises:
         InputError: an image cannot be read, unless the source skips bad ones, or none can.
@@ -212,7 +244,7 @@ def _tell_left_out(source: ImageSource, tell: Callable[[str], None]) -> None:
 
 
 def are_paired(folder: str | Path) -> bool:
-    """Whether each image of ``folder/images`` has a sketch of the same name in ``folder/sketches``, and conversely."""
+    """Return whether images and sketches of ``folder`` correspond one to one by name."""
     stems = [
         {path.with_suffix("") for path in ImageFolder(Path(folder) / part).relative_paths}
         for part in (IMAGES, SKETCHES)
@@ -221,7 +253,7 @@ def are_paired(folder: str | Path) -> bool:
 
 
 def _partners(root: Path, images: ImageFolder, sketches: ImageFolder) -> list[int]:
-    """The sketch of each image, by the path without its suffix."""
+    """Index of each image's sketch, by the path without its suffix."""
     of_images, of_sketches = (
         {path.with_suffix(""): i for i, path in enumerate(source.relative_paths)} for source in (images, sketches)
     )

@@ -1,6 +1,6 @@
 """Sets of images that can be read one by one: the interface, and folders of files.
 
-Reading by index is what lets several processes share a set and an interrupted pass go on where it stopped.
+Because images are read by index, several processes can share a set, and an interrupted pass can resume.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from fastgan.data.decode import AS_METRICS, load_ahead, read_image
 from fastgan.data.find import find_images as find_images
 from fastgan.data.find import search_folder, why_left_out
 from fastgan.data.resize import channels_first, check_resize, clean_with_pillow, resize_tensor
+from fastgan.data.stage_times import StageTimes
 
 _PREFETCH_BATCHES = 2
 
 
 class ImageSource(ABC):
-    """A set of images: a folder, a zip file, an array, or what a subclass makes of anything else.
+    """A set of images that are read one by one; subclasses read folders, archives, arrays and more.
 
     Args:
         label: how messages and results name the set.
@@ -33,13 +34,26 @@ class ImageSource(ABC):
             first.
 
     Attributes:
-        reference: what ``fastgan evaluate`` compares this set with where it is given nothing else: another source, or
+        reference: the set that ``fastgan evaluate`` compares this one with by default: another source, or
             the path of one. None for most; the samples of a training run have the run's held-out images.
         decoding: how files become RGB, by default as the metrics have it.
         left_out: counts of the entries that are not of the set, in words; empty if there are none.
-        backbone: the network that scores this set where no other is asked for; a training run has one.
-        second_split: other images of the same data, whose distance to the reference is then told as the floor; those
+        backbone: the network that scores this set by default; a training run has one.
+        second_split: other images of the same data, whose distance to the reference is reported as the floor; those
             that a run was trained on.
+
+    Example:
+        >>> class Noise(ImageSource):
+        ...     def __len__(self):
+        ...         return 10
+        ...
+        ...     def read(self, i):
+        ...         return torch.rand(3, 32, 32)
+        ...
+        ...     def name(self, i):
+        ...         return f"noise {i}"
+        >>> len(Noise("noise"))
+        10
     """
 
     def __init__(self, label: str, *, skip_bad: bool = False) -> None:
@@ -66,10 +80,10 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a message calls image ``index``."""
+        """Name of image ``index`` in messages."""
 
     def content(self, index: int) -> bytes | None:
-        """The bytes of the file of image ``index``; None if it has no file of its own. Raises as :meth:`read`."""
+        """Bytes of the file of image ``index``; None if it has no file. Raises as :meth:`read`."""
         return None
 
     def key(self, index: int) -> str:
@@ -77,8 +91,9 @@ class ImageSource(ABC):
         return str(index)
 
     def classes(self) -> tuple[tuple[str, ...], list[int]]:
-        """The names of the classes and the class of each image. In folders and archives the top folders are classes, in
-        the order of their names, if no image lies beside them; no names and zeros if there are no classes.
+        """Names of the classes, and the class of each image; no names and zeros if there are no classes.
+
+        In folders and archives the top folders are classes, sorted by name, if no image lies beside them.
 
         Raises:
             InputError: a class has no images; it is named.
@@ -91,7 +106,7 @@ class ImageSource(ABC):
         return ", ".join([*parts, f"{len(self.skipped)} unreadable"] if self.skipped else parts)
 
     def fingerprint(self) -> str:
-        """A digest that differs where the images do, as far as can be told without reading them."""
+        """Digest that changes with the images, as far as can be seen without reading them."""
         digest = hashlib.sha256(os.fsencode(f"{self.label}:{len(self)}"))  # names need be no UTF-8
         for index in range(len(self)):
             digest.update(os.fsencode(self._identity(index)))
@@ -110,6 +125,7 @@ class ImageSource(ABC):
         indices: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] | None = None,
+        times: StageTimes | None = None,
     ) -> Iterator[Tensor]:
         """Yield float32 batches (<= batch_size, 3, size, size) in [0, 255], decoded by ``num_workers`` threads.
 
@@ -122,6 +138,7 @@ class ImageSource(ABC):
             indices: which images, in which order; None takes all.
             device: of the batches.
             progress: called with the number of images done since the last call.
+            times: to which the seconds of decoding, waiting and resizing are added.
 
         Raises:
             InputError: an image cannot be read (it is named), unless ``skip_bad``.
@@ -134,17 +151,27 @@ class ImageSource(ABC):
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
 
+        times = times or StageTimes()
+        times.threads = num_workers
+
         def load(index: int) -> Tensor:
-            image = self.read(index)
-            if size is None or resize != "clean":
-                return torch.from_numpy(channels_first(image))
-            return torch.from_numpy(clean_with_pillow(image, size))
+            with times.measure("decode"):
+                image = self.read(index)
+                if size is None or resize != "clean":
+                    return torch.from_numpy(channels_first(image))
+                return torch.from_numpy(clean_with_pillow(image, size))
+
+        def resized(batch: list[Tensor]) -> Tensor:
+            with times.measure("resize"):
+                return _to_batch(batch, size, resize, device)
 
         indices = range(len(self)) if indices is None else indices
         batch: list[Tensor] = []
         for index, result in load_ahead(load, indices, num_workers, batch_size * _PREFETCH_BATCHES):
             try:
-                batch.append(result())
+                with times.measure("waiting"):
+                    image = result()
+                batch.append(image)
             except InputError:
                 if not self.skip_bad:
                     raise
@@ -152,10 +179,10 @@ class ImageSource(ABC):
             if progress is not None:
                 progress(1)
             if len(batch) == batch_size:
-                yield _to_batch(batch, size, resize, device)
+                yield resized(batch)
                 batch = []
         if batch:
-            yield _to_batch(batch, size, resize, device)
+            yield resized(batch)
 
 
 class ImageFolder(ImageSource):
@@ -166,6 +193,12 @@ class ImageFolder(ImageSource):
 
     Raises:
         InputError: ``root`` is no folder, or holds no images.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> save_image(torch.rand(3, 8, 8), "a.png")
+        >>> len(ImageFolder("."))
+        1
     """
 
     def __init__(self, root: str | Path, *, skip_bad: bool = False) -> None:
@@ -204,8 +237,10 @@ class ImageFolder(ImageSource):
 
 
 def classes_of_folders(paths: Sequence[PurePath]) -> tuple[tuple[str, ...], list[int]]:
-    """Class names and labels of relative ``paths``, by their first folders; no names and zeros where an image lies in
-    no folder."""
+    """Class names and labels of relative ``paths``, by their first folders.
+
+    There are no names, and all labels are zero, if an image lies in no folder.
+    """
     if any(len(path.parts) == 1 for path in paths):
         return (), [0] * len(paths)
     names = tuple(sorted({path.parts[0] for path in paths}))
@@ -214,7 +249,7 @@ def classes_of_folders(paths: Sequence[PurePath]) -> tuple[tuple[str, ...], list
 
 
 def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.device | str) -> Tensor:
-    """(n, 3, size, size), float32; resized where that is still to do."""
+    """Stack a batch to float32 (n, 3, size, size), resizing it if the threads have not."""
     shapes = {tuple(image.shape[1:]) for image in batch}
     if len(shapes) == 1:
         pixels = torch.stack(batch).to(device).float()

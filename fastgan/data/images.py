@@ -1,4 +1,4 @@
-"""Sets of labelled images, with sketches where there are any, and their splits."""
+"""Sets of labelled images, with sketches if there are any, and their splits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ class LabelledImages:
         sketches: (m, sketch channels, h, w), pixels likewise; None for none. Without ``sketch_labels`` they are paired:
             m is n, and sketch i belongs to image i.
         sketch_labels: int64 (m,), classes of unpaired sketches; every class of the images must have a sketch.
-        class_names: one a class, or none.
+        class_names: one per class, or none.
 
     Raises:
         ValueError: shapes, dtypes, or a label disagree with that.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> len(data), len(data.subset(torch.arange(5)))
+        (20, 5)
     """
 
     images: Tensor
@@ -68,7 +73,7 @@ class LabelledImages:
 
     @property
     def paired(self) -> bool:
-        """Each image has a sketch of its own."""
+        """Whether each image has its own sketch."""
         return self.sketches is not None and self.sketch_labels is None
 
     def to(self, device: torch.device | str) -> LabelledImages:
@@ -92,7 +97,12 @@ def _check_labels(name: str, labels: Tensor, n: int, n_classes: int, of: str) ->
 
 
 def as_float(pixels: Tensor) -> Tensor:
-    """Floating-point pixels in [-1, 1] as they are; uint8 ones as float32, 0 to -1 and 255 to 1."""
+    """Floating-point pixels in [-1, 1] as they are; uint8 ones as float32, 0 to -1 and 255 to 1.
+
+    Example:
+        >>> as_float(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([-1.,  1.])
+    """
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
 
 
@@ -100,8 +110,8 @@ def mostly_color(images: Tensor) -> bool:
     """Whether more than half of images (n, channels, h, w) have channels that differ."""
     if images.shape[1] == 1:
         return False
-    grey = sum(int((part == part[:, :1]).flatten(1).all(1).sum()) for part in images.split(1000))
-    return 2 * grey < len(images)
+    gray = sum(int((part == part[:, :1]).flatten(1).all(1).sum()) for part in images.split(1000))
+    return 2 * gray < len(images)
 
 
 def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
@@ -111,6 +121,12 @@ def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) ->
 
     Raises:
         ValueError: ``held_out`` is not in (0, 1), or leaves one of the sets empty.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> train, held_out = stratified_split(data, held_out=0.2)
+        >>> held_out.labels.bincount()
+        tensor([2, 2])
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be in (0, 1), got {held_out}")

@@ -9,14 +9,14 @@ import zipfile
 from pathlib import Path
 
 from fastgan._checks import InputError
+from fastgan.data.find import LABEL_FILES
 from fastgan.data.image_sources import ImageSource
 
-JSON_FILE, CSV_FILE = "dataset.json", "labels.csv"
 _NAMED = 3  # files listed in a message
 
 
 def read_label_file(root: str | Path, images: ImageSource) -> tuple[tuple[str, ...], list[int]] | None:
-    """Class names and the class of each image, of a label file in the folder or zip file ``root``; None without one.
+    """Read class names and the class of each image from the label file of a folder or zip file; None if it has none.
 
     ``dataset.json`` holds ``{"labels": [["00000/img00000.png", 6], ...]}``, or null for no classes; each row of
     ``labels.csv`` a path below ``root`` and a label, perhaps under a header. Labels are numbers from 0, or names, which
@@ -26,7 +26,7 @@ def read_label_file(root: str | Path, images: ImageSource) -> tuple[tuple[str, .
         InputError: the file is damaged, or an image has no label in it.
     """
     root = Path(root)
-    for name, parse in ((JSON_FILE, _of_json), (CSV_FILE, _of_csv)):
+    for name, parse in zip(LABEL_FILES, (_of_json, _of_csv), strict=True):
         text = _text(root, name)
         rows = None if text is None else parse(text, f"{root}/{name}")
         if rows:
@@ -48,10 +48,14 @@ def _text(root: Path, name: str) -> str | None:
 
 def _of_json(text: str, where: str) -> dict[str, str]:
     try:
-        rows = json.loads(text)["labels"] or []
-        return {str(path): str(label) for path, label in rows}
+        rows = {str(path): label for path, label in json.loads(text)["labels"] or []}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where} must hold 'labels', a list of [path, label] or null: {error}") from error
+    for path, label in rows.items():
+        is_number = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+        if not is_number and not isinstance(label, str):
+            raise InputError(f"labels of {where} must be whole numbers from 0 or names, got {label!r} for {path}")
+    return {path: str(label) for path, label in rows.items()}
 
 
 def _of_csv(text: str, where: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Endless batches from a data set that lies in memory, on the device where it fits."""
+"""Endless batches from a data set in memory, on the device if it fits there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SKETCHES = ("none", "edges", "paired", "unpaired")
 
 
 class DeviceLoader:
-    """Endless shuffled batches: "images" (n, channels, h, w) in [-1, 1], "labels" (n,), and "sketches" where asked for.
+    """Endless shuffled batches: "images" (n, channels, h, w) in [-1, 1], "labels" (n,), and perhaps "sketches".
 
     Every epoch is a fresh permutation, an incomplete last batch is dropped. Order, flips and choice of sketches come
     from a generator of the loader's own on the CPU, dequantisation noise from one on the device; :meth:`state_dict`
@@ -39,6 +39,12 @@ class DeviceLoader:
 
     Raises:
         ValueError: an argument is outside its range, or the data has not the sketches asked for.
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> batch = DeviceLoader(data, 8).next()
+        >>> batch["images"].shape, batch["labels"].shape
+        (torch.Size([8, 3, 8, 8]), torch.Size([8]))
     """
 
     def __init__(
@@ -151,6 +157,11 @@ class StreamLoader:
     Raises:
         TypeError, ValueError: while batches are read, the first that is wrong is named: images must be floating-point
             (n, channels, h, w) in [-1, 1], labels int64 (n,) in [0, n_classes).
+
+    Example:
+        >>> batches = [torch.rand(8, 3, 16, 16) * 2 - 1] * 3
+        >>> StreamLoader(batches, 8).next()["images"].shape
+        torch.Size([8, 3, 16, 16])
     """
 
     def __init__(
@@ -257,7 +268,7 @@ def part_size(batch_size: int, parts: int) -> int:
 
 
 def check_sketches(data: LabelledImages, sketches: str) -> None:
-    """Raise ``ValueError`` where ``sketches`` is not of :data:`SKETCHES` or ``data`` has not what it asks for."""
+    """Raise ``ValueError`` if ``sketches`` is not one of :data:`SKETCHES`, or ``data`` lacks what it asks for."""
     if sketches not in SKETCHES:
         raise ValueError(f"sketches must be one of {', '.join(map(repr, SKETCHES))}, got {sketches!r}")
     if sketches == "paired" and not data.paired:
@@ -272,6 +283,11 @@ def sketches_of(data: LabelledImages, sketches: str) -> Tensor:
 
     Raises:
         ValueError: as :func:`check_sketches`, or ``sketches`` is "none".
+
+    Example:
+        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> sketches_of(data, "edges").shape
+        torch.Size([20, 1, 8, 8])
     """
     check_sketches(data, sketches)
     if sketches == "none":
@@ -294,19 +310,23 @@ def edge_map(images: Tensor) -> Tensor:
     """A line drawing of each image: dark strokes (-1) on white paper (1) where the brightness changes.
 
     The strength of a stroke is the magnitude of the Sobel gradient of the channels' mean, over its maximum in the
-    image; an image of one colour gives blank paper.
+    image; an image of one color gives blank paper.
 
     Args:
         images: (n, channels, h, w), floating-point in [-1, 1].
 
     Returns:
         (n, 1, h, w) in [-1, 1].
+
+    Example:
+        >>> edge_map(torch.rand(2, 3, 16, 16) * 2 - 1).shape
+        torch.Size([2, 1, 16, 16])
     """
     check_tensor("images", images, ndim=4)
-    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     smooth, difference = images.new_tensor([1.0, 2.0, 1.0]), images.new_tensor([-1.0, 0.0, 1.0])
     across = torch.outer(smooth, difference)
-    gradients = F.conv2d(grey, torch.stack([across, across.T])[:, None])
+    gradients = F.conv2d(gray, torch.stack([across, across.T])[:, None])
     strength = gradients.square().sum(1, keepdim=True).sqrt()
     peak = strength.amax((2, 3), keepdim=True).clamp_min(1e-3)
     return 1 - 2 * strength / peak

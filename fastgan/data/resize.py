@@ -1,4 +1,4 @@
-"""Bringing images to a backbone's input size. The method changes a distance, so it is part of the statistics' identity.
+"""Resize images to a backbone's input size. The method changes a distance, so it is part of the statistics' identity.
 
 ``clean``
     Bicubic with antialiasing, in float, clipped to [0, 255] and not rounded to integers: Parmar et al., "On Aliased

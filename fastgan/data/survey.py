@@ -1,4 +1,4 @@
-"""A look at every file of a set before training: sizes, color modes, checksums."""
+"""Survey of all files of a set before training: sizes, color modes, checksums."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Survey:
         return sum(count for (width, height), count in self.sizes.items() if width != height)
 
     def describe(self) -> str:
-        """Such as "48 images 64x64 RGB (2 gray, 1 with alpha)"."""
+        """Describe the set, as in "48 images 64x64 RGB (2 gray, 1 with alpha)"."""
         smallest, largest = min(self.sizes, key=_area), max(self.sizes, key=_area)
         size = "{}x{}".format(*smallest)
         if smallest != largest:

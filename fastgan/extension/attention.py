@@ -19,9 +19,9 @@ _bwd_bwd = torch.ops.fastgan_C.attention_bwd_bwd.default
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output (B, N, e) or (B, H, N, e) in q's dtype and layout, and the rows' statistics."""
+    """Return the output (B, N, e) in q's dtype and layout, and the rows' statistics."""
     o, stats = empty_rows_like(q, v.shape[-1]), empty_stats(q)
-    _fwd(q, k, v, scale, o, stats)
+    _fwd(q, k, v, None, None, False, scale, o, stats)
     return o, stats
 
 
@@ -35,7 +35,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of <grad_o, O>."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _bwd(grad_o, q, k, v, o, stats, scale, dq, dk, dv)
+    _bwd(grad_o, q, k, v, None, None, o, stats, False, scale, dq, dk, dv, None)
     return dq, dk, dv
 
 
@@ -53,5 +53,5 @@ def attention_bwd_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to (grad_o, q, k, v) of <ggq, dq> + <ggk, dk> + <ggv, dv>, as in the reference."""
     g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, stats, scale, g_do, gq, gk, gv)
+    _bwd_bwd(ggq, ggk, ggv, None, grad_o, q, k, v, None, None, stats, False, scale, g_do, gq, gk, gv, None)
     return g_do, gq, gk, gv

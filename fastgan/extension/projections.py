@@ -7,11 +7,12 @@ from torch import Tensor
 
 from fastgan._layout import image_like
 from fastgan.backend import load_extension
-from fastgan.reference.projections import gradients_of_projection
 
 load_extension()
 _pooled_projection = torch.ops.fastgan_C.pooled_projection.default
 _unpool = torch.ops.fastgan_C.unpool.default
+_projection_gradients = torch.ops.fastgan_C.projection_gradients.default
+_gather_pooled = torch.ops.fastgan_C.gather_pooled.default
 _projection_residual = torch.ops.fastgan_C.projection_residual.default
 
 
@@ -25,13 +26,28 @@ def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int
     return q, kv, index
 
 
-def pooled_projection_bwd(
-    grad_q: Tensor, grad_kv: Tensor, index: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients (dx, dweight, dbias), which have no gradient of their own."""
-    grad = weight.new_empty(*grad_q.shape[:2], weight.shape[0])
-    _unpool(grad_q, grad_kv, index, x.shape[3], grad)
-    return gradients_of_projection(grad, x, weight)
+def projection_gradients(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (drows, dweight) of rows weight^T for its gradient (B, P, outputs), rows (B, P, C), all of one dtype."""
+    drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
+    if grad.numel() == 0:
+        return drows, dweight.zero_()
+    _projection_gradients(grad, rows, weight, drows, dweight)
+    return drows, dweight
+
+
+def unpool(grad_q: Tensor, grad_kv: Tensor, index: Tensor, width: int) -> Tensor:
+    """Return the gradient (B, H W, d + c) of the outputs before pooling; images are ``width`` pixels wide."""
+    grad = grad_q.new_empty(*grad_q.shape[:2], grad_q.shape[2] + grad_kv.shape[2])
+    _unpool(grad_q, grad_kv, index, width, grad)
+    return grad
+
+
+def gather_pooled(grad: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return (B, H W, d) and (B, (H//2) (W//2), c) of (B, H W, d + c), the transpose of :func:`unpool`."""
+    q = grad.new_empty(*grad.shape[:2], grad.shape[2] - index.shape[2])
+    kv = grad.new_empty(index.shape)
+    _gather_pooled(grad, index, width, q, kv)
+    return q, kv
 
 
 def projection_residual_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from fastgan._dispatch import needs_no_dispatch
 from fastgan.linalg import _checks as checks
 from fastgan.linalg import _nuclear_norm as norm_ops
 from fastgan.linalg import _sqrtm as sqrtm_ops
@@ -50,6 +51,11 @@ class TraceSqrtInfo:
         lower, upper: float64, shape of the value: bounds of the result that exact arithmetic on the same entries gives.
         iterations: int64, shape of the value: steps of an iteration, 0 for the direct methods.
         implementation: ``"extension"`` if the C++/CUDA extension could take its part, else ``"reference"``.
+
+    Example:
+        >>> value, info = trace_sqrt_product(torch.eye(4), torch.eye(4), return_info=True)
+        >>> bool(info.lower <= value <= info.upper)
+        True
     """
 
     method: str
@@ -186,7 +192,7 @@ def trace_sqrt_product(
     - ``"auto"`` on a GPU: ``"jacobi"`` for d <= 64 if the extension is built, else ``"polar"``. On a CPU:
       ``"cholesky"`` if its error bound is below 1e-9 of the value (1e-7 for float32); if A or B is singular,
       ``"pivoted"`` of that one, with the same bound, or ``"eigh"`` if it fails; else ``"svd"``, of Cholesky factors if
-      they serve. As one batch from 2 pairs on for d <= 128, else pair by pair.
+      they serve. Pair by pair, but as one batch from 2 pairs on for d <= 128 in plain PyTorch.
 
     ``python -m bench --suite sqrtm`` times every method that a device can run.
 
@@ -194,9 +200,9 @@ def trace_sqrt_product(
         a, b: shape (..., d, d), float32 or float64, same dtype and device. Batch dimensions broadcast; one reference
             against K candidates is factored once.
         method: one of those above.
-        impl: ``"extension"`` uses C++/CUDA: on a CPU for scaling the matrices, pivoted Cholesky and ``"jacobi"``, on a
-            GPU for ``"polar"`` and ``"jacobi"``. ``"reference"`` is plain PyTorch, with the same steps. ``"auto"`` is
-            the first available.
+        impl: ``"extension"`` uses C++/CUDA: on a CPU for all of ``"cholesky"`` up to d = 256, for pivoted Cholesky,
+            ``"jacobi"`` and scaling the matrices, on a GPU for ``"polar"`` and ``"jacobi"``. ``"reference"`` is plain
+            PyTorch, with the same steps. ``"auto"`` is the first available.
         return_info: return also a :class:`TraceSqrtInfo`.
 
     Returns:
@@ -227,6 +233,10 @@ def trace_sqrt_product(
     looked_at = not watched()
     if looked_at:
         impl = resolve(impl, a.device)
+        if trace_ops.is_small(a, method, impl) and needs_no_dispatch(a, b):
+            found = trace_ops.definite(a, b)  # below, the op would try it too, after checks that it does not need
+            if found is not None:
+                return (found[0], _info(found[1], BY_COST, impl)) if return_info else found[0]
         checks.check_symmetric("a", a, impl)
         checks.check_symmetric("b", b, impl)
     if method == "jacobi" and (impl == "reference" or a.shape[-1] > trace_ops.JACOBI_SIZE):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backend
-from fastgan._dispatch import dispatched_if_needed
+from fastgan._dispatch import differentiable
 from fastgan.linalg._transforms import Derivatives, third_derivative, transform_is_active
 
 IMPLS = ("auto", "extension", "reference")
@@ -50,16 +50,16 @@ def by_products(operand: Tensor) -> bool:
     return operand.is_cuda
 
 
-def callable_anywhere(compute: Callable[..., Any], op: Any, transformed: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls ``compute``, ``op`` under autograd or tracing, or ``transformed``.
+def callable_anywhere(op: Callable[..., Any], transformed: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``op``, or ``transformed`` under transforms of ``torch.func`` and forward mode.
 
     Args:
-        transformed: the op within a ``torch.autograd.Function``, for transforms of ``torch.func`` and forward mode.
+        op: what :func:`fastgan._dispatch.differentiable` made of an op.
+        transformed: the op within a ``torch.autograd.Function`` that has a rule for each transform.
     """
-    untransformed = dispatched_if_needed(compute, op)
 
     def call(*args: Any) -> Any:
-        return transformed(*args) if transform_is_active() else untransformed(*args)
+        return transformed(*args) if transform_is_active() else op(*args)
 
     return call
 
@@ -72,7 +72,7 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Call
         bwd_bwd: maps cotangents of those, and the inputs of ``bwd``, to the gradients of these inputs.
 
     Returns:
-        A function with the op's arguments and results, for transforms of ``torch.func`` and forward mode.
+        The op as a function that can be called under every transform.
     """
     derivatives = Derivatives(op, bwd, bwd_bwd, operands)
 
@@ -86,7 +86,7 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Call
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        first = derivatives.gradients if transform_is_active() else bwd
+        first = derivatives.gradients if transform_is_active() else call_bwd
         gradients = first(grad, *ctx.saved_tensors)
         return *(gradients if isinstance(gradients, tuple) else (gradients,)), *[None] * ctx.options
 
@@ -94,7 +94,7 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Call
         ctx.save_for_backward(*inputs)
 
     def backward_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
-        second = derivatives.second if transform_is_active() else bwd_bwd
+        second = derivatives.second if transform_is_active() else call_bwd_bwd
         return second(*cotangents, *ctx.saved_tensors)
 
     def third(ctx: Any, *cotangents: Tensor) -> None:
@@ -102,7 +102,6 @@ def register_derivatives(op: Any, bwd: Any, bwd_bwd: Any, operands: int) -> Call
 
     bwd.register_fake(lambda grad, *tensors: like(*tensors))
     bwd_bwd.register_fake(lambda *tensors: like(*tensors[operands:]))
-    op.register_autograd(backward, setup_context=save_operands)
-    bwd.register_autograd(backward_backward, setup_context=save_inputs)
-    bwd_bwd.register_autograd(third)
-    return derivatives.call
+    call_bwd_bwd = differentiable(bwd_bwd, third)
+    call_bwd = differentiable(bwd, backward_backward, save_inputs)
+    return callable_anywhere(differentiable(op, backward, save_operands), derivatives.call)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastgan.linalg._dispatch import by_products, callable_anywhere, nan_unless, register_derivatives, resolve, watched
+from fastgan.linalg._dispatch import by_products, nan_unless, register_derivatives, resolve, watched
 from fastgan.linalg._sqrtm import NEWTON_SCHULZ, lyapunov_newton_schulz, scaled_newton_schulz
 from fastgan.linalg._symmetric import ROUNDING, power_of_two, symmetric_part
 
@@ -232,8 +232,7 @@ def nuclear_norm_bwd_bwd(cotangent: Tensor, grad: Tensor, m: Tensor) -> tuple[Te
     return grad_grad, (grad.double().reshape(-1, 1, 1) * change).to(m.dtype).reshape(m.shape).contiguous()
 
 
-transformed = register_derivatives(nuclear_norm, nuclear_norm_bwd, nuclear_norm_bwd_bwd, operands=1)
-call = callable_anywhere(compute, nuclear_norm, transformed)
+call = register_derivatives(nuclear_norm, nuclear_norm_bwd, nuclear_norm_bwd_bwd, operands=1)
 
 
 def _polar_change(m: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

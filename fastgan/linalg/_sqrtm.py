@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
+from fastgan._dispatch import differentiable
 from fastgan.linalg._checks import allowed_spectra, check_spectrum
 from fastgan.linalg._dispatch import by_products, callable_anywhere, nan_unless, resolve, watched
 from fastgan.linalg._symmetric import power_of_two, scaled, symmetric_part
@@ -22,6 +23,9 @@ NEWTON_SCHULZ = (1.5, 0.5)
 _EPSILON = torch.finfo(torch.float64).eps
 _RESIDUAL, _INVERSE_RESIDUAL = 1e-8, 1e-6
 """Above these an iteration has not converged."""
+
+
+_ROWS = 128  # of the blocks that products of a factor and its transpose are computed by
 
 
 def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
@@ -41,7 +45,8 @@ def compute(a: Tensor, method: str, inverse: bool, impl: str) -> Tensor:
     else:
         root = _iterated(flat, inverse, impl, fall_back=method == "auto")
     scale = scale[:, None, None].sqrt()
-    return (root / scale if inverse else root * scale).to(a.dtype).reshape(a.shape).contiguous()
+    root = root.div_(scale) if inverse else root.mul_(scale)
+    return root.to(a.dtype).reshape(a.shape).contiguous()
 
 
 sqrtm = custom_op("fastgan::sqrtm", mutates_args=())(compute)
@@ -58,10 +63,21 @@ def by_eigenvectors(a: Tensor, method: str) -> bool:
 
 
 def _root_of_eigenpairs(values: Tensor, vectors: Tensor, inverse: bool) -> Tensor:
-    """Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse."""
+    """Eigenvalues up to d * 2.2e-16 of the largest count as zero, also in the inverse. ``vectors`` are overwritten."""
     floor = values.shape[-1] * _EPSILON * values[..., -1:].abs()
     roots = torch.where(values > floor, values.rsqrt() if inverse else values.sqrt(), 0.0)
-    return symmetric_part((vectors * roots[..., None, :]) @ vectors.mT)
+    return _times_transpose(vectors.mul_(roots.sqrt()[..., None, :]))
+
+
+def _times_transpose(f: Tensor) -> Tensor:
+    """F F^T of (..., d, d), symmetric to the last bit: of both triangles but one is computed, by blocks of rows."""
+    out = f.new_empty(f.shape)
+    for i in range(0, f.shape[-1], _ROWS):
+        end = i + _ROWS
+        rows = f[..., i:end, :] @ f[..., :end, :].mT
+        out[..., i:end, :i], out[..., :i, i:end] = rows[..., :i], rows[..., :i].mT
+        out[..., i:end, i:end] = symmetric_part(rows[..., i:])
+    return out
 
 
 def _iterated(a: Tensor, inverse: bool, impl: str, fall_back: bool) -> Tensor:
@@ -261,9 +277,8 @@ class _Lyapunov(Function):
 
 def _solve_lyapunov(root: Tensor, rhs: Tensor) -> Tensor:
     """Call ``fastgan::lyapunov`` so that the transform that is active, if any, can differentiate it."""
-    return _Lyapunov.apply(root, rhs) if transform_is_active() else lyapunov(root, rhs)
+    return _Lyapunov.apply(root, rhs) if transform_is_active() else _lyapunov(root, rhs)
 
 
-sqrtm.register_autograd(_backward, setup_context=_save_root)
-lyapunov.register_autograd(_lyapunov_backward, setup_context=_save_equation)
-call = callable_anywhere(compute, sqrtm, untraced(_Sqrtm.apply))
+_lyapunov = differentiable(lyapunov, _lyapunov_backward, _save_equation)
+call = callable_anywhere(differentiable(sqrtm, _backward, _save_root), untraced(_Sqrtm.apply))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastgan.linalg._checks import batch_shape
-from fastgan.linalg._dispatch import callable_anywhere, register_derivatives, resolve, watched
+from fastgan.linalg._dispatch import register_derivatives, resolve, watched
 from fastgan.linalg._nuclear_norm import (
     LOWER,
     METHOD,
@@ -28,12 +28,19 @@ BATCH_SIZE, BATCH_PAIRS = 128, 2
 """On a CPU, at least this many pairs of matrices of up to this size are worked on as a batch: a call for each costs
 more than the arithmetic."""
 
+DEFINITE_SIZE = 256
+"""Largest d of the extension's own method for definite matrices on a CPU: a core's caches hold what it works on."""
+
 _CHUNK_ENTRIES = 2**26  # of the products that a chunk of pairs is iterated on
 
 
 def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tensor, Tensor]:
     """tr((A B)^{1/2}) of (..., d, d) matrices, and float64 (lower bound, upper bound, method code, iterations)."""
     shape, impl = batch_shape(a, b), resolve(impl, a.device)
+    if is_small(a, method, impl):
+        found = definite(a, b)
+        if found is not None:
+            return found
     matrices_a, matrices_b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     if method == "auto" and a.is_cuda:
         method = "jacobi" if a.shape[-1] <= JACOBI_SIZE and impl == "extension" else "polar"
@@ -46,9 +53,27 @@ def compute(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple
     return value.to(a.dtype, copy=True).reshape(shape), report.reshape(*shape, 4)
 
 
+def is_small(a: Tensor, method: str, impl: str) -> bool:
+    """Return whether :func:`definite` may be tried, which looks at the entries itself."""
+    return impl == "extension" and a.shape[-1] <= DEFINITE_SIZE and method in ("auto", "cholesky") and not a.is_cuda
+
+
+def definite(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`compute`'s result by one call of the extension (csrc/definite_trace.h), or None if that does not serve.
+
+    It serves definite matrices, each with another or all with one, whose error bounds are small enough.
+    """
+    shape = batch_shape(a, b)
+    if b.numel() < a.numel():
+        a, b = b, a
+    if b.shape[:-2] != shape or (a.shape[:-2] != shape and a.shape[:-2].numel() != 1):
+        return None
+    value, report, found = torch.ops.fastgan_C.definite_trace(a, b, shape, value_tolerance(a.dtype))
+    return (value, report) if found else None
+
+
 trace_sqrt_product = custom_op("fastgan::trace_sqrt_product", mutates_args=())(compute)
-transformed = register_derivatives(trace_sqrt_product, trace_sqrt_product_bwd, trace_sqrt_product_bwd_bwd, operands=2)
-call = callable_anywhere(compute, trace_sqrt_product, transformed)
+call = register_derivatives(trace_sqrt_product, trace_sqrt_product_bwd, trace_sqrt_product_bwd_bwd, operands=2)
 
 
 @trace_sqrt_product.register_fake

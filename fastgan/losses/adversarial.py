@@ -1,7 +1,7 @@
 """Adversarial losses on discriminator logits, by name.
 
 Each :class:`GANLoss` holds the two objectives, both to be minimised. Logits may have any shape; the mean over all
-of them is taken, in float32 where they come in half precision.
+of them is taken, in float32 if they are in half precision.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ class GANLoss:
         discriminator: (real logits, fake logits) to a scalar.
         generator: fake logits to a scalar, or (real logits, fake logits) if ``is_paired``.
         is_paired: the generator's loss compares fake logits with real ones.
+
+    Example:
+        >>> loss = gan_loss("hinge")
+        >>> loss.discriminator(torch.tensor([2.0]), torch.tensor([-2.0])), loss.generator(torch.tensor([1.0]))
+        (tensor(0.), tensor(-1.))
     """
 
     name: str
@@ -109,6 +114,10 @@ def auxiliary_class_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         class_logits: (n, n_classes).
         labels: int64 (n,).
+
+    Example:
+        >>> auxiliary_class_loss(torch.zeros(1, 2), torch.tensor([1]))
+        tensor(0.6931)
     """
     check_tensor("class_logits", class_logits, ndim=2)
     check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
@@ -133,6 +142,10 @@ def gan_loss(name: str) -> GANLoss:
 
     Raises:
         ValueError: there is none of this name.
+
+    Example:
+        >>> gan_loss("hinge").generator(torch.tensor([1.0, 3.0]))
+        tensor(-2.)
     """
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {name!r}")

@@ -20,7 +20,11 @@ class Draw:
     """One random tensor: ``kind`` is "normal" (0, 1), "uniform" in [low, high) or int64 "integers" in [low, high).
 
     ``dim`` is the dimension with one entry per sample of the batch, None for numbers that all samples share. It matters
-    where a batch is split, between processes or into micro-batches.
+    in which a batch is split between processes or into micro-batches.
+
+    Example:
+        >>> normal(8, 64)
+        Draw(kind='normal', shape=(8, 64), low=0, high=1, dim=0)
     """
 
     kind: str
@@ -49,17 +53,32 @@ class Draw:
 
 
 def normal(*shape: int, dim: int | None = 0) -> Draw:
-    """Independent standard normal numbers."""
+    """Independent standard normal numbers.
+
+    Example:
+        >>> normal(8, 64).shape
+        (8, 64)
+    """
     return Draw("normal", shape, dim=dim)
 
 
 def uniform(*shape: int, low: float = 0, high: float = 1, dim: int | None = 0) -> Draw:
-    """Uniform numbers in [low, high)."""
+    """Uniform numbers in [low, high).
+
+    Example:
+        >>> uniform(8, 1, 1, 1, high=2)
+        Draw(kind='uniform', shape=(8, 1, 1, 1), low=0, high=2, dim=0)
+    """
     return Draw("uniform", shape, low, high, dim)
 
 
 def integers(*shape: int, low: int = 0, high: int, dim: int | None = 0) -> Draw:
-    """Uniform int64 numbers in [low, high)."""
+    """Uniform int64 numbers in [low, high).
+
+    Example:
+        >>> integers(8, high=10)
+        Draw(kind='integers', shape=(8,), low=0, high=10, dim=0)
+    """
     return Draw("integers", shape, low, high, dim)
 
 
@@ -79,6 +98,11 @@ def draw(
 
     Raises:
         ValueError: processes share a batch, and a draw has no such dimension.
+
+    Example:
+        >>> drawn = draw({"z": normal(8, 64)}, torch.Generator().manual_seed(0), "cpu")
+        >>> drawn["z"].shape
+        torch.Size([8, 64])
     """
     drawn = {}
     for name, spec in specs.items():

@@ -1,4 +1,4 @@
-"""What keeps a discriminator smooth: gradient penalties, weight clipping, differentiable augmentation."""
+"""Regularizers of a discriminator: gradient penalties, weight clipping, consistency and LeCam."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def gradient_penalty(
             :func:`fastgan.nn.second_order_attention`.
 
     Source: Gulrajani et al. 2017, "Improved Training of Wasserstein GANs", arXiv 1704.00028.
+
+    Example:
+        >>> critic = lambda images: 1.5 * images.flatten(1).square().sum(1)
+        >>> real, fake = torch.randn(4, 1, 1, 1), torch.randn(4, 1, 1, 1)
+        >>> penalty = gradient_penalty(critic, real, fake, alpha=torch.rand(4, 1, 1, 1))
+        >>> gradient_penalty(lambda x: 3 * x.flatten(1).sum(1), real, fake, torch.rand(4, 1, 1, 1))  # (3 - 1)^2
+        tensor(4.)
     """
     check_tensor("real", real)
     check_tensor("fake", fake)
@@ -81,6 +88,10 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
         RuntimeError: as :func:`gradient_penalty`.
 
     Source: Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", arXiv 1801.04406.
+
+    Example:
+        >>> critic = lambda images: 3 * images.flatten(1).sum(1)
+        >>> penalty = r1_penalty(critic, torch.randn(4, 1, 1, 1))
     """
     check_tensor("real", real)
     return _squared_gradient(critic, _full(real)).mean() / 2
@@ -121,7 +132,7 @@ class LeCam(nn.Module):
 
     Args:
         decay: of the averages per call, in [0, 1).
-        device: where the averages are.
+        device: of the averages.
 
     Attributes:
         averages: of real and fake logits, (2,), float32, a buffer that is written in place. Make the module a part of
@@ -132,7 +143,7 @@ class LeCam(nn.Module):
     Example:
         >>> regularizer = LeCam()
         >>> regularizer(torch.tensor([1.0, 3.0]), torch.tensor([-2.0]))
-        tensor(9.0400)
+        tensor(9.1608)
     """
 
     def __init__(self, decay: float = 0.99, device: torch.device | str | None = None) -> None:
@@ -165,6 +176,12 @@ def clip_weights_(module: nn.Module, limit: float) -> None:
 
     Raises:
         ValueError: ``limit`` is not positive.
+
+    Example:
+        >>> critic = nn.Linear(2, 1)
+        >>> clip_weights_(critic, 0.01)
+        >>> bool(critic.weight.abs().max() <= 0.01)
+        True
     """
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")

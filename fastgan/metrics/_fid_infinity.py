@@ -75,6 +75,12 @@ def fid_infinity(
 
     Raises:
         InputError: fewer than 24 vectors or than 4 per feature, or features and reference do not fit.
+
+    Example:
+        >>> reference = FeatureStats().update(torch.randn(200, 4))
+        >>> result = fid_infinity(torch.randn(200, 4), reference)
+        >>> result.value >= 0
+        True
     """
     features = as_features("features", features)
     check_features(features=features, least=LEAST)

@@ -1,15 +1,14 @@
 """Many sets of images against one reference: one pass each, confidence intervals, and which differences are noise.
 
 Intervals are of a bootstrap over the images of a set, of each metric to first order: the resampled quantity is the mean
-of every image's influence on the metric, so that 1000 resamples need no second pass and no second distance. The
-reference is held fixed, as it is common to all sets. Where an influence belongs to the reference's images (recall,
-coverage), the two sets of a comparison are resampled together, pair by pair.
+of every image's influence on the metric (:mod:`fastgan.metrics.influences`), so that 1000 resamples need no second pass
+and no second distance. The reference is held fixed, as it is common to all sets. An interval is one for the metric's
+expectation at this number of images, with its bias, not for its limit at infinitely many.
 """
 
 from __future__ import annotations
 
 import csv
-import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,48 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError
 from fastgan._files import atomic_path
 from fastgan.distributed import World
-from fastgan.metrics._fid_infinity import check_plot_path, distance_influences
+from fastgan.metrics._fid_infinity import check_plot_path
+from fastgan.metrics.catalogue import EvaluateOptions, Found, Sets, unmet
+from fastgan.metrics.evaluate import Choice, compute, head_of, open_source, printed, with_classes
 from fastgan.metrics.evaluate import measure as measure_sources
-from fastgan.metrics.evaluate import open_source
 from fastgan.metrics.features import Measured
-from fastgan.metrics.frechet import frechet_distances
-from fastgan.metrics.kid import kernel_distance, mmd_influences, polynomial
 from fastgan.metrics.options import FeatureOptions
-from fastgan.metrics.prdc import memberships
+from fastgan.metrics.results import SetResult, Value, result_dict
 
-METRICS = ("fid", "kid", "prdc")
 RESAMPLES = 1000
 LEVEL = 0.95
-HIGHER_IS_BETTER = {"precision": True, "recall": True, "density": True, "coverage": True}
-_OF_REFERENCE = frozenset(("recall", "coverage"))
-
-
-@dataclass(frozen=True)
-class Value:
-    """One metric of one set.
-
-    Attributes:
-        value: the metric.
-        low, high: the 95 % interval; None where the features are not at hand.
-        p_next: the two-sided p-value of the difference to the next row; None in the last row.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    p_next: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One set: its name, number of images, and values by metric."""
-
-    label: str
-    n: int | None
-    values: dict[str, Value]
+_DRAWN = 1 << 20  # influences drawn at a time
 
 
 @dataclass(frozen=True)
@@ -68,20 +38,23 @@ class Comparison:
     """The sets in the order of their first metric, best first; ``order`` holds the labels as they were given."""
 
     reference: Measured
-    rows: list[Row]
+    rows: list[SetResult]
     order: list[str]
-    names: dict[str, str]
-    identity: dict[str, Any] = field(default_factory=dict)
+    not_computed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the numbers that every set has."""
+        return list(self.rows[0].values)
 
     def lines(self) -> list[str]:
-        """A table for people: values to the precision of their intervals, and whether the next row differs."""
-        header = ["set", "N", *self.names.values(), "next differs (p)"]
-        first = next(iter(self.names))
+        """Return a table with values rounded to the precision of their intervals, and whether the next row differs."""
+        header = ["set", "N", *self.names, "next differs (p)"]
         table = [header]
         for row in self.rows:
-            p = row.values[first].p_next
-            cells = [_rounded(row.values[key]) for key in self.names]
-            table.append([row.label, "?" if row.n is None else str(row.n), *cells, "" if p is None else f"{p:.3g}"])
+            n, p = row.measured.stats.n, row.values[self.names[0]].p_next
+            cells = [row.values[name].text() for name in self.names]
+            table.append([row.measured.label, "?" if n is None else str(n), *cells, "" if p is None else f"{p:.3g}"])
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         return [
             self.reference.describe(),
@@ -91,18 +64,20 @@ class Comparison:
             ),
         ]
 
+    def times(self) -> list[str]:
+        """Return one line per set whose images were read, with the seconds of each stage."""
+        sides = [self.reference, *(row.measured for row in self.rows)]
+        return [f"{side.label}: {side.times.describe()}" for side in sides if side.times is not None]
+
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: whole numbers, no rounding."""
-        rows = [
-            {
-                "path": row.label,
-                "n": row.n,
-                "values": {self.names[key]: vars(value) for key, value in row.values.items()},
-            }
-            for row in self.rows
-        ]
-        against = {"path": self.reference.label, "n": self.reference.stats.n}
-        return {"against": against, **self.identity, "level": LEVEL, "resamples": RESAMPLES, "sets": rows}
+        """Return the object for JSON, in the shape of :mod:`fastgan.metrics.results`."""
+        interval = {"level": LEVEL, "resamples": RESAMPLES}
+        return result_dict(self.rows, self.reference, interval=interval, not_computed=self.not_computed)
+
+    def finish(self) -> None:
+        """Remove the checkpoints: to be called once the result is printed and written."""
+        for side in (self.reference, *(row.measured for row in self.rows)):
+            side.finish()
 
     def csv(self) -> str:
         """One row per set and metric."""
@@ -110,17 +85,18 @@ class Comparison:
         writer = csv.writer(text)
         writer.writerow(["set", "n", "metric", "value", "low", "high", "p_next"])
         for row in self.rows:
-            for key, found in row.values.items():
-                writer.writerow([row.label, row.n, self.names[key], *vars(found).values()])
+            for name, found in row.values.items():
+                numbers = [found.value, found.low, found.high, found.p_next]
+                writer.writerow([row.measured.label, row.measured.stats.n, name, *numbers])
         return text.getvalue()
 
     def latex(self) -> str:
         """A ``tabular`` with one row per set."""
         lines = [rf"\begin{{tabular}}{{lr{'r' * len(self.names)}}}", r"\hline"]
-        lines.append(" & ".join(["set", "$N$", *map(_escaped, self.names.values())]) + r" \\ \hline")
+        lines.append(" & ".join(["set", "$N$", *map(_escaped, self.names)]) + r" \\ \hline")
         for row in self.rows:
-            cells = [_rounded(row.values[key], r" $\pm$ ") for key in self.names]
-            lines.append(" & ".join([_escaped(row.label), str(row.n or "?"), *cells]) + r" \\")
+            cells = [row.values[name].text(r" $\pm$ ") for name in self.names]
+            lines.append(" & ".join([_escaped(row.measured.label), str(row.measured.stats.n or "?"), *cells]) + r" \\")
         return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
     def plot(self, path: Path) -> None:
@@ -128,12 +104,10 @@ class Comparison:
         from matplotlib.figure import Figure
 
         check_plot_path(path)
-        by_label = {row.label: row for row in self.rows}
+        by_label = {row.measured.label: row for row in self.rows}
         figure = Figure(figsize=(6, 2.2 * len(self.names) + 1), layout="constrained")
-        for axes, (key, name) in zip(
-            figure.subplots(len(self.names), squeeze=False)[:, 0], self.names.items(), strict=True
-        ):
-            found = [by_label[label].values[key] for label in self.order]
+        for axes, name in zip(figure.subplots(len(self.names), squeeze=False)[:, 0], self.names, strict=True):
+            found = [by_label[label].values[name] for label in self.order]
             values = [one.value for one in found]
             below = [one.value - (one.value if one.low is None else one.low) for one in found]
             above = [(one.value if one.high is None else one.high) - one.value for one in found]
@@ -149,12 +123,9 @@ def compare(
     sets: Sequence[Path],
     against: Path,
     options: FeatureOptions,
+    what: EvaluateOptions | None = None,
     *,
-    metrics: Sequence[str] = ("fid",),
-    subsets: int = 100,
-    subset_size: int = 1000,
-    k: int = 5,
-    seed: int = 0,
+    floor: Path | None = None,
     world: World | None = None,
 ) -> Comparison:
     """Measure each of ``sets`` against ``against``: images, files of statistics or features, or runs.
@@ -162,100 +133,81 @@ def compare(
     Everything is checked before any feature is computed; the reference is read once, and so is each set.
 
     Args:
-        metrics: of :data:`METRICS`; a set of statistics has fid alone, without an interval.
-        subsets, subset_size, k: of KID and of precision and recall.
-        seed: of the resamples and subsets.
+        what: the metrics and their parameters. A set of statistics has the distance alone, without an interval.
+        floor: real images that were not trained on, for metrics that need them.
 
     Raises:
-        InputError: a path or an option cannot be used, or a metric needs features that a file does not hold.
+        InputError: a path or an option cannot be used, or a metric needs what a file does not hold.
     """
-    world = world or World()
-    if not metrics or not set(metrics) <= set(METRICS):
-        raise InputError(f"--metrics must be of {', '.join(METRICS)} with --against, got {', '.join(metrics)}")
+    world, what = world or World(), what or EvaluateOptions()
+    choice = Choice(what, options, world)
     with world.agreed():
-        sources = [open_source(path, options) for path in (against, *sets)]
-        for source in sources:
-            if isinstance(source, Measured) and source.features is None and set(metrics) - {"fid"}:
-                raise InputError(
-                    f"--metrics {','.join(metrics)} needs images or features, {source.label} holds statistics"
-                )
-    (reference, *fakes), _ = measure_sources(
-        sources, options, world, keep_features=[set(metrics) != {"fid"}] + [True] * len(sets)
-    )
-    distances = frechet_distances(reference.stats, [fake.stats for fake in fakes]).tolist()
-    found: list[dict[str, tuple[float, Tensor | None]]] = []
-    for fake, distance in zip(fakes, distances, strict=True):
-        values: dict[str, tuple[float, Tensor | None]] = {}
-        features, real = fake.features, reference.features
-        if "fid" in metrics:
-            known = None if features is None else distance_influences(features, fake.stats, reference.stats)
-            values["fid"] = (distance, known)
-        if "kid" in metrics and features is not None and real is not None:
-            kid = kernel_distance(real, features, subsets=subsets, subset_size=subset_size, seed=seed)
-            kernel = functools.partial(polynomial, degree=3, gamma=1 / real.shape[1], coef=1.0)
-            values["kid"] = (kid.mean, mmd_influences(real, features, kernel, seed=seed))
-        if "prdc" in metrics and features is not None and real is not None:
-            values |= {name: (each.mean().item(), each) for name, each in memberships(real, features, k=k).items()}
-        found.append(values)
-    names = {key: _name(key, reference) for key in found[0]}
-    first = next(iter(names))
-    ranks = sorted(range(len(sets)), key=lambda i: found[i][first][0] * (-1 if HIGHER_IS_BETTER.get(first) else 1))
-    rows = [
-        Row(fakes[i].label, fakes[i].stats.n, _values(found[i], found[after] if after is not None else None, seed))
-        for i, after in zip(ranks, [*ranks[1:], None], strict=True)
-    ]
-    stats = reference.stats
-    identity = {key: getattr(stats, key) for key in ("backbone", "dim", "protocol", "precision")}
-    return Comparison(reference, rows, [fake.label for fake in fakes], names, identity)
+        real, *fakes = (open_source(path, options) for path in (against, *sets))
+        test = None if floor is None else open_source(floor, options)
+        for metric in what.metrics:
+            for fake in fakes:
+                choice.leave_out(metric, unmet(metric, what, fake, real, test))
+    sources = [real, *fakes, *([] if test is None else [test])]
+    kept = [choice.needs("real"), *[True] * len(sets), *([] if test is None else [choice.needs("test")])]
+    sides, network = measure_sources(sources, options, world, keep_features=kept, choice=choice, fakes=fakes)
+    if "intra-fid" in choice.metrics:
+        sides = [with_classes(side, source) for side, source in zip(sides, sources, strict=True)]
+    reference, measured = sides[0], sides[1 : len(sets) + 1]
+    reference.stats.root()  # once for all sets
+    found = []
+    for each in measured:
+        compared = Sets(each, reference, sides[-1] if test is not None else None, head_of(network))
+        found.append([number for _, number in compute(choice.metrics, compared, what)])
+    first = [numbers[0] for numbers in found]
+    ranks = sorted(range(len(sets)), key=lambda i: -first[i].value if first[i].higher_is_better else first[i].value)
+    noise = [[resampled(one, seed=what.seed + i) for one in row] for i, row in enumerate(found)]
+    rows = []
+    for i, after in zip(ranks, [*ranks[1:], None], strict=True):
+        values = {}
+        for place, one in enumerate(found[i]):
+            p = None
+            if after is not None:
+                p = difference_p(one.value - found[after][place].value, noise[i][place], noise[after][place])
+            low, high = interval(one, noise[i][place])
+            values[one.name] = Value(one.value, low, high, p, **printed(one))
+        rows.append(SetResult(measured[i], values))
+    return Comparison(reference, rows, [fake.label for fake in measured], choice.left_out)
 
 
-def resampled_means(contributions: Tensor, *, seed: int) -> Tensor:
-    """Means of :data:`RESAMPLES` bootstrap samples of ``contributions`` (n,), less their own mean, float64."""
-    rng = torch.Generator().manual_seed(seed)
-    values = contributions.double().cpu()
-    centred = values - values.mean()
-    n = len(values)
-    return torch.stack([centred[torch.randint(n, (n,), generator=rng)].mean() for _ in range(RESAMPLES)])
+def resampled(found: Found, *, seed: int) -> Tensor | None:
+    """Return the changes of a number in :data:`RESAMPLES` bootstrap samples, float64 of mean about 0.
+
+    None if they are not known.
+
+    The metric's own random draws, such as KID's subsets, add their noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    influences = None if found.influences is None else found.influences()
+    if influences is None and (found.influences is not None or found.standard_error == 0):
+        return None
+    noise = torch.randn(RESAMPLES, generator=generator, dtype=torch.float64) * found.standard_error
+    if influences is not None:
+        values, n = influences.double().cpu(), len(influences)
+        counts = torch.arange(RESAMPLES).split(max(1, _DRAWN // n))
+        noise += torch.cat([values[torch.randint(n, (len(part), n), generator=generator)].mean(1) for part in counts])
+    return noise
 
 
-def _values(
-    own: dict[str, tuple[float, Tensor | None]], after: dict[str, tuple[float, Tensor | None]] | None, seed: int
-) -> dict[str, Value]:
-    values = {}
-    for key, (value, contributions) in own.items():
-        if contributions is None:
-            values[key] = Value(value)
-            continue
-        drawn = resampled_means(contributions, seed=seed)
-        tail = (1 - LEVEL) / 2
-        low, high = (value + drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))).tolist()
-        p = None
-        if after is not None and (other := after[key][1]) is not None:
-            if key in _OF_REFERENCE:  # both of the same real images
-                noise = resampled_means(contributions.double() - other.double(), seed=seed)
-            else:
-                noise = drawn - resampled_means(other, seed=seed + 1)
-            beyond = (noise.abs() >= abs(value - after[key][0])).sum().item()
-            p = (beyond + 1) / (RESAMPLES + 1)
-        values[key] = Value(value, low if key == "kid" else max(low, 0.0), high, p)
-    return values
+def interval(found: Found, noise: Tensor | None) -> tuple[float | None, float | None]:
+    """Return the bounds of the :data:`LEVEL` interval around a number, not below the metric's least value."""
+    if noise is None:
+        return None, None
+    tail = (1 - LEVEL) / 2
+    low, high = (found.value + noise.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))).tolist()
+    return (low if found.least is None else max(low, found.least)), high
 
 
-def _name(key: str, reference: Measured) -> str:
-    if key not in ("fid", "kid"):
-        return key
-    backbone = reference.stats.backbone or "unknown backbone"
-    names = {"fid": ("FID", "FD"), "kid": ("KID", "KD")}[key]
-    return names[0] if backbone == "inception" else f"{names[1]} ({backbone})"
-
-
-def _rounded(found: Value, plus_minus: str = " +- ") -> str:
-    """The value to two digits of its interval's half width."""
-    if found.low is None or found.high is None:
-        return f"{found.value:.4g}"
-    half = (found.high - found.low) / 2
-    digits = max(0, 1 - int(torch.tensor(half).log10().floor().item())) if half > 0 else 4
-    return f"{found.value:.{digits}f}{plus_minus}{half:.{digits}f}"
+def difference_p(difference: float, noise: Tensor | None, other: Tensor | None) -> float | None:
+    """Return the two-sided p-value of the difference between two sets' numbers; their images are independent."""
+    if noise is None or other is None:
+        return None
+    beyond = ((noise - other).abs() >= abs(difference)).sum().item()
+    return (beyond + 1) / (RESAMPLES + 1)
 
 
 def _escaped(text: str) -> str:

@@ -66,16 +66,28 @@ def mifid(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, cosine_
     Raises:
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
         ValueError: ``cosine_distance_eps`` is out of its range.
+
+    Example:
+        >>> value = mifid(torch.randn(50, 4), torch.randn(50, 4))
     """
     if not 0 < cosine_distance_eps <= 1:
         raise ValueError(f"cosine_distance_eps must be in (0, 1], got {cosine_distance_eps}")
     x, y = _checked(real, fake, least=2)
     distance = frechet_distance(FeatureStats().update(y), FeatureStats().update(x))
-    # vectors that are all zeros are left out, as theirs are; they have no direction
-    real_directions, fake_directions = (F.normalize(rows[rows.sum(1) != 0], dim=1) for rows in (x, y))
+    return distance / (memorization(x, y, cosine_distance_eps=cosine_distance_eps)[1] + 1e-15)
+
+
+def memorization(real: Tensor, fake: Tensor, *, cosine_distance_eps: float = 0.1) -> tuple[Tensor, float]:
+    """Return the cosine distance of each fake vector to its nearest real one (m,), and :func:`mifid`'s divisor.
+
+    The divisor is the mean of these if it is below ``cosine_distance_eps``, else 1. Vectors whose entries sum to 0 are
+    left out, as in the competition's code.
+    """
+    sides = (rows.double()[rows.sum(1) != 0] for rows in (real, fake))
+    real_directions, fake_directions = (F.normalize(rows, dim=1) for rows in sides)
     similarity = torch.cat([(part @ real_directions.mT).abs().amax(1) for part in fake_directions.split(_BLOCK)])
-    memorisation = (1 - similarity).mean().item()
-    return distance / ((memorisation if memorisation < cosine_distance_eps else 1.0) + 1e-15)
+    mean = (1 - similarity).mean().item()
+    return 1 - similarity, mean if mean < cosine_distance_eps else 1.0
 
 
 def auth_pct(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> float:
@@ -90,11 +102,19 @@ def auth_pct(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> floa
 
     Raises:
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
+
+    Example:
+        >>> auth_pct(torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.1], [9.0]]))
+        50.0
     """
-    x, y = _checked(real, fake, least=2)
-    to_real, index = nearest(y, x)
-    among_real, _ = nearest(x, x, itself=True)
-    return 100 * (to_real > among_real[index]).double().mean().item()
+    return 100 * authentic(*_checked(real, fake, least=2)).double().mean().item()
+
+
+def authentic(real: Tensor, fake: Tensor) -> Tensor:
+    """Return whether each fake vector (m,) is authentic in the sense of :func:`auth_pct`."""
+    to_real, index = nearest(fake, real)
+    among_real, _ = nearest(real, real, itself=True)
+    return to_real > among_real[index]
 
 
 def ct_score(
@@ -117,6 +137,10 @@ def ct_score(
 
     Raises:
         InputError: the features are not finite sets of one dim, or no cell holds test and fake vectors.
+
+    Example:
+        >>> train, test, fake = torch.randn(40, 4), torch.randn(40, 4), torch.randn(40, 4)
+        >>> score = ct_score(train, test, fake)  # clearly below 0 if the generated ones copy the training set
     """
     x, y = _checked(train, test, least=1)
     _, z = _checked(train, fake, least=1)
@@ -131,7 +155,7 @@ def ct_score(
         a, b, c = x[of_train == cell], y[of_test == cell], z[of_fake == cell]
         if not len(a) or not len(c):
             continue
-        total += len(b) * _standardised_u(nearest(c, a)[0], nearest(b, a)[0])
+        total += len(b) * ct_contributions(a, b, c).mean().item()
         weights += len(b)
     if not weights:
         raise InputError("no cell holds train, test and fake vectors")
@@ -177,14 +201,14 @@ def vendi_score(features: Tensor | npt.ArrayLike, *, q: float = 1.0) -> float:
     return score.item()
 
 
-def _standardised_u(fake: Tensor, test: Tensor) -> float:
-    """The Mann-Whitney U of ``fake`` above ``test``, as a number of standard deviations; ties count half."""
+def ct_contributions(train: Tensor, test: Tensor, fake: Tensor) -> Tensor:
+    """Return what each vector of ``fake`` (m, dim) contributes to :func:`ct_score` of one cell, which is their mean."""
     m, n = len(fake), len(test)
-    order = test.sort().values
-    below = torch.searchsorted(order, fake, right=False).double()
-    equal = torch.searchsorted(order, fake, right=True).double() - below
-    u = (below + equal / 2).sum().item()
-    return (u - m * n / 2) / math.sqrt(m * n * (m + n + 1) / 12)
+    distance, of_test = nearest(fake, train)[0], nearest(test, train)[0].sort().values
+    below = torch.searchsorted(of_test, distance, right=False).double()
+    equal = torch.searchsorted(of_test, distance, right=True).double() - below
+    above = below + equal / 2  # ties count half
+    return m * (above - n / 2) / math.sqrt(m * n * (m + n + 1) / 12)
 
 
 def _checked(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, least: int) -> tuple[Tensor, Tensor]:

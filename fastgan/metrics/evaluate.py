@@ -3,174 +3,117 @@ read once."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-import fastgan
 from fastgan._checks import InputError
+from fastgan._progress import progress_bar
 from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
 from fastgan.distributed import World
-from fastgan.metrics._fid_infinity import (
-    LEAST,
-    BiasCurve,
-    InfiniteFrechet,
-    bias_curve,
-    check_plot_path,
-    fid_infinity,
-    least_for_infinity,
-    plot_bias,
-)
-from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
+from fastgan.metrics._fid_infinity import BiasCurve, bias_curve, plot_bias
 from fastgan.metrics.backbones import Backbone
+from fastgan.metrics.backbones.inception_network import SPATIAL, SPATIAL_DIM
+from fastgan.metrics.catalogue import (
+    METRICS,
+    STATISTICS,
+    EvaluateOptions,
+    Found,
+    Sets,
+    Source,
+    classes_of,
+    named,
+    unmet,
+    unmet_by_network,
+)
 from fastgan.metrics.features import Measured, collect, empty_stats
 from fastgan.metrics.frechet import frechet_distance
-from fastgan.metrics.kid import KernelDistance, kernel_distance
 from fastgan.metrics.moments import as_features, float64_device
 from fastgan.metrics.options import FeatureOptions
-from fastgan.metrics.prdc import Neighbourhoods, precision_recall
-from fastgan.metrics.stats import FeatureStats, check_comparable, joint_precision
+from fastgan.metrics.results import SetResult, Value, measured_dict, result_dict
+from fastgan.metrics.stats import FeatureStats, check_comparable
 from fastgan.metrics.stats_file import FEATURES, holds_statistics, write_npz
 
-METRICS = ("fid", "fid-infinity", "kid", "is", "prdc")
 INCEPTION_DIM = 2048
-
-_NEED_BOTH = frozenset(("kid", "prdc"))
-_OTHER_NAMES = {"FID": "FD", "FID-infinity": "FD-infinity", "KID": "KD", "IS": "class score"}
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Which metrics, their parameters, and the image file to draw the bias curve to."""
-
-    metrics: Sequence[str] = ("fid",)
-    subsets: int = 100
-    subset_size: int = 1000
-    splits: int = 10
-    k: int = 5
-    seed: int = 0
-    plot: Path | None = None
-    skip_unmet: bool = False
-    """Leave out, with a note, a metric that the images are too few for or the backbone has no scores for."""
-
-    def __post_init__(self) -> None:
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise InputError(f"--metrics must be of {', '.join(METRICS)}, got {metric}")
-        for option, value, least in (
-            ("--subsets", self.subsets, 1),
-            ("--subset-size", self.subset_size, 2),
-            ("--splits", self.splits, 1),
-            ("-k", self.k, 1),
-        ):
-            if value < least:
-                raise InputError(f"{option} must be at least {least}, got {value}")
-        if self.plot is not None:
-            check_plot_path(self.plot)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results; None for what was not asked for.
+    """The numbers of one set, and what they were computed from.
 
     Attributes:
-        sides: the images and, if there is one, the reference.
-        floor: the distance of the reference to ``second_split``, another split of the same data: what a perfect
-            generator would get.
+        result: the set and its numbers, by name.
+        reference: the real images, if there are any.
+        second_split: other real images.
+        floor: the distance of the reference to ``second_split``: what a perfect generator would get.
+        curve: the distance over the number of images, if it is to be drawn.
+        limit: FID-infinity, if it was computed.
+        not_computed: why ``--metrics all`` left a metric out.
     """
 
-    sides: tuple[Measured, ...]
+    result: SetResult
+    reference: Measured | None = None
     second_split: Measured | None = None
-    fid: float | None = None
     floor: float | None = None
-    fid_infinity: InfiniteFrechet | None = None
-    kid: KernelDistance | None = None
-    score: InceptionScoreResult | None = None
-    neighbourhoods: Neighbourhoods | None = None
     curve: BiasCurve | None = None
+    limit: float | None = None
+    not_computed: dict[str, str] = field(default_factory=dict)
 
-    def name(self, metric: str) -> str:
-        """The name of ``"FID"``, ``"FID-infinity"``, ``"KID"`` or ``"IS"`` with these features: only Inception's give
-        these, others a distance with the backbone's name."""
-        backbone = next((side.stats.backbone for side in self.sides if side.stats.backbone), None)
-        return metric if backbone == "inception" else f"{_OTHER_NAMES[metric]} ({backbone or 'unknown backbone'})"
+    @property
+    def sides(self) -> list[Measured]:
+        """All measured sets: the images, the reference, the second split."""
+        return [side for side in (self.result.measured, self.reference, self.second_split) if side is not None]
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """The numbers, by name."""
+        return self.result.values
+
+    @property
+    def distance_name(self) -> str:
+        """``FID`` or the name of the distance with these features."""
+        return named("FID", "FD", self.result.measured.stats)
 
     def lines(self) -> list[str]:
-        """For people: the sets, then a line a metric."""
+        """Return one line per set, then one per number, the FID last."""
         lines = [side.describe() for side in self.sides]
-        if self.second_split is not None:
-            lines += [self.second_split.describe(), f"floor, the last two sets' {self.name('FID')}:  {self.floor}"]
-        if (kid := self.kid) is not None:
-            lines.append(
-                f"{self.name('KID')}:  {kid.mean} +- {kid.standard_error} ({kid.subsets} subsets of {kid.subset_size})"
-            )
-        if (score := self.score) is not None:
-            lines.append(f"{self.name('IS')}:  {score.mean} +- {score.std} ({score.splits} splits)")
-        if (near := self.neighbourhoods) is not None:
-            names = ("precision", "recall", "density", "coverage")
-            lines.append(", ".join(f"{name} {getattr(near, name):.4f}" for name in names) + f" (k = {near.k})")
-        if (infinite := self.fid_infinity) is not None:
-            lines.append(f"{self.name('FID-infinity')}:  {infinite.value} +- {infinite.standard_error}")
-        if self.fid is not None:
-            lines.append(f"{self.name('FID')}:  {self.fid}")
-        return lines
+        if self.floor is not None:
+            lines.append(f"floor, the last two sets' {self.distance_name}:  {self.floor:.6g}")
+        numbers = self.result.lines()
+        last = [line for line in numbers if line.startswith(f"{self.distance_name}:")]
+        return [*lines, *(line for line in numbers if line not in last), *last]
+
+    def times(self) -> list[str]:
+        """Return one line per set whose images were read, with the seconds of each stage."""
+        return [f"{side.label}: {side.times.describe()}" for side in self.sides if side.times is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """For the JSON of ``fastgan evaluate``."""
-        parts = {
-            "fid_infinity": self.fid_infinity,
-            "kid": self.kid,
-            "is": self.score,
-            "prdc": self.neighbourhoods,
-            "bias_curve": self.curve,
-        }
-        found = {key: asdict(part) for key, part in parts.items() if part is not None}
-        return {"fid": self.fid} | self._floor_dict() | found | {"metric": self.name("FID")} | self._sides_dict()
-
-    def as_fid_dict(self) -> dict[str, Any]:
-        """For the JSON of ``fastgan fid``."""
-        return {"metric": self.name("FID"), "value": self.fid} | self._sides_dict() | self._floor_dict()
-
-    def _sides_dict(self) -> dict[str, Any]:
-        stats = [side.stats for side in self.sides]
-        return {
-            "backbone": next((s.backbone for s in stats if s.backbone), None),
-            "dim": stats[0].dim,
-            "protocol": next((s.protocol for s in stats if s.protocol), None),
-            "resize": next((s.resize for s in stats if s.resize), None),
-            "precision": joint_precision(s.precision for s in stats),
-            "paths": [side.label for side in self.sides],
-            "n": [s.n for s in stats],
-            "skipped": [side.skipped for side in self.sides],
-            "left_out": [side.left_out for side in self.sides],
-            "fastgan_version": fastgan.__version__,
-        }
-
-    def _floor_dict(self) -> dict[str, Any]:
-        second = self.second_split
-        return {} if second is None else {"floor": self.floor, "floor_path": second.label, "floor_n": second.stats.n}
+        """Return the object for JSON, in the shape of :mod:`fastgan.metrics.results`."""
+        floor = None if self.second_split is None else measured_dict(self.second_split) | {"value": self.floor}
+        curve = None if self.curve is None else asdict(self.curve)
+        others = {"floor": floor, "bias_curve": curve, "not_computed": self.not_computed}
+        return result_dict([self.result], self.reference, **others)
 
     def plot(self, path: Path) -> None:
         """Draw the bias curve to an image file. Raises ``InputError`` if it cannot be written."""
         if self.curve is not None:
-            limit = None if self.fid_infinity is None else self.fid_infinity.value
-            plot_bias(self.curve, path, label=self.name("FID"), floor=self.floor, limit=limit)
+            plot_bias(self.curve, path, label=self.distance_name, floor=self.floor, limit=self.limit)
 
     def finish(self) -> None:
         """Remove the checkpoints: to be called once the result is printed and written."""
-        for side in (*self.sides, *([] if self.second_split is None else [self.second_split])):
+        for side in self.sides:
             side.finish()
 
 
 def evaluate(
-    a: Path | ImageSource | Measured,
-    b: Path | ImageSource | None,
+    a: Path | Source,
+    b: Path | Source | None,
     options: FeatureOptions,
     what: EvaluateOptions,
     *,
@@ -182,64 +125,105 @@ def evaluate(
     Everything is checked before any feature is computed.
 
     Args:
-        a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.data.archives` knows; for ``fid``
-            alone also an npz of statistics.
-        b: the same, where an npz of statistics gives the Frechet distances alone.
+        a: images: a folder, a zip file, an npz, or what an opener of :mod:`fastgan.data.archives` knows; where a metric
+            needs no more, also a file of features or statistics.
+        b: the same.
         floor: a second split of the images of ``b``, by default the one that ``a`` names beside its reference.
 
     Raises:
         InputError: a source or an option cannot be used, or a metric needs what is not there.
     """
-    world, metrics = world or World(), set(what.metrics)
+    world = world or World()
+    choice = Choice(what, options, world)
     with world.agreed():
         fakes = open_source(a, options)
         reals, split = _references(fakes, b, floor, options, what)
-        _check_images(fakes, reals, what)
+        for metric in what.metrics:
+            reason = unmet(metric, what, fakes, reals, split, knows_reference=b is None)
+            choice.leave_out(metric, reason)
+        if what.plot is not None and isinstance(fakes, Measured) and fakes.features is None:
+            raise InputError(f"--plot needs images or features, {fakes.label} holds statistics")
     sources = [source for source in (fakes, reals, split) if source is not None]
-    keep = [what.plot is not None or metrics != {"fid"}, bool(_NEED_BOTH & metrics), False][: len(sources)]
+    kept = [choice.needs("fake") or what.plot is not None, choice.needs("real"), choice.needs("test")]
+    sides, network = measure(sources, options, world, keep_features=kept[: len(sources)], choice=choice, fakes=[fakes])
+    if "intra-fid" in choice.metrics:
+        sides = [with_classes(side, source) for side, source in zip(sides, sources, strict=True)]
+    fake, real, test, *_ = *sides, None, None
+    assert fake is not None
+    sets = Sets(fake, real, test, head_of(network))
+    found = compute(choice.metrics, sets, what)
+    values = {one.name: Value(one.value, **printed(one)) for _, one in found}
+    extras: dict[str, Any] = {"limit": next((one.value for key, one in found if key == "fid-infinity"), None)}
+    if real is not None and test is not None:
+        extras |= {"second_split": test, "floor": frechet_distance(real.stats, test.stats)}
+    if real is not None and what.plot is not None and fake.features is not None:
+        extras["curve"] = bias_curve(fake.features, real.stats, seed=what.seed)
+    return Evaluation(SetResult(fake, values), real, not_computed=choice.left_out, **extras)
 
-    def check(network: Backbone | None, dim: int) -> None:
-        """Leave out of ``metrics`` what cannot be had, or raise ``InputError``, before any feature is computed."""
-        unmet = {}
-        n, needed = _number_of(fakes), least_for_infinity(dim)
-        if "fid-infinity" in metrics and n is not None and n < needed:
-            unmet["fid-infinity"] = f"needs at least {needed} images for {dim} features, {fakes.label} holds {n}"
-        if "is" in metrics and network is not None and network.head is None:
-            unmet["is"] = f"needs a backbone with class scores, {network.name} ({dim}) has none"
-        for metric, reason in unmet.items():
-            if not what.skip_unmet:
-                raise InputError(f"--metrics {metric} {reason}")
-            metrics.discard(metric)
-            if world.is_first:
-                options.note(f"{metric} is left out: it {reason}")
 
-    sides, network = measure(sources, options, world, keep_features=keep, check=check)
+class Choice:
+    """The metrics that are computed; :meth:`leave_out` takes one away with a note, or refuses.
 
-    fake, *others = sides
-    features, found = fake.features, dict[str, Any]()
-    if "is" in metrics and features is not None and network is not None and network.head is not None:
-        logits = network.head(features.to(network.device))
-        found["score"] = inception_score(logits, splits=what.splits, seed=what.seed)
-    if not others:
-        return Evaluation((fake,), **found)
-    real = others[0]
-    if "fid" in metrics:
-        found["fid"] = frechet_distance(fake.stats, real.stats)
-    if len(others) > 1:
-        found |= {"second_split": others[1], "floor": frechet_distance(real.stats, others[1].stats)}
-    if features is not None:
-        stats = fake.stats
-        if "fid-infinity" in metrics:
-            names = {"backbone": stats.backbone, "protocol": stats.protocol}
-            found["fid_infinity"] = fid_infinity(features, real.stats, **names, seed=what.seed)
-        if what.plot is not None:
-            found["curve"] = bias_curve(features, real.stats, seed=what.seed)
-        if real.features is not None and "kid" in metrics:
-            sizes = {"subsets": what.subsets, "subset_size": what.subset_size}
-            found["kid"] = kernel_distance(real.features, features, **sizes, seed=what.seed)
-        if real.features is not None and "prdc" in metrics:
-            found["neighbourhoods"] = precision_recall(real.features, features, k=what.k)
-    return Evaluation((fake, real), **found)
+    Attributes:
+        metrics: the names of those that are left.
+        left_out: the reasons for the others.
+    """
+
+    def __init__(self, what: EvaluateOptions, options: FeatureOptions, world: World) -> None:
+        self.what = what
+        self.metrics = [name for name in METRICS if name in what.metrics]
+        self.metrics.sort(key=what.metrics.index)
+        self.left_out: dict[str, str] = {}
+        self._options, self._world = options, world
+
+    def leave_out(self, metric: str, reason: str | None) -> None:
+        """Do nothing without a reason. Raises ``InputError`` unless metrics are left out with ``skip_unmet``."""
+        if reason is None or metric not in self.metrics:
+            return
+        if not self.what.skip_unmet:
+            raise InputError(f"--metrics {metric} {reason}")
+        self.metrics.remove(metric)
+        self.left_out[metric] = reason
+        if self._world.is_first:
+            self._options.note(f"{metric} is left out: it {reason}")
+
+    def check_network(self, network: Backbone | None, dim: int, fakes: Sequence[Source]) -> None:
+        """Leave out what the network cannot give."""
+        for metric in list(self.metrics):
+            for fake in fakes:
+                self.leave_out(metric, unmet_by_network(metric, network, dim, fake))
+
+    def needs(self, side: str) -> bool:
+        """Return whether a metric needs features of ``"fake"``, ``"real"`` or ``"test"``."""
+        return any(getattr(METRICS[name], side) not in ("", STATISTICS) and name != "sfid" for name in self.metrics)
+
+
+def compute(metrics: Sequence[str], sets: Sets, what: EvaluateOptions) -> list[tuple[str, Found]]:
+    """Return the numbers of ``metrics``, each with the metric that it belongs to."""
+    return [(metric, one) for metric in metrics for one in METRICS[metric].compute(sets, what)]
+
+
+def printed(found: Found) -> dict[str, Any]:
+    """Return the fields of a :class:`Value` that come from the metric."""
+    return {key: getattr(found, key) for key in ("spread", "note", "details", "higher_is_better")}
+
+
+def head_of(network: Backbone | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return a function from features (n, dim) on any device to class scores; None if the network has none."""
+    if network is None or network.head is None:
+        return None
+    head, device = network.head, network.device
+    return lambda features: head(features.to(device))
+
+
+def with_classes(side: Measured, source: Source) -> Measured:
+    """Return ``side`` with the class of each row of its features."""
+    if not isinstance(source, ImageSource):
+        return side
+    names, labels = classes_of(source)
+    unread = set(side.skipped)
+    rows = [label for i, label in enumerate(labels) if not unread or source.name(i) not in unread]
+    return replace(side, classes=names, labels=torch.tensor(rows))
 
 
 def save_stats(
@@ -313,7 +297,7 @@ def open_source(source: Path | ImageSource | Measured, options: FeatureOptions) 
 
 
 def _holds_features(path: Path) -> bool:
-    """Whether an npy file holds vectors (n, dim) and not images."""
+    """Return whether an npy file holds vectors (n, dim) rather than images."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).ndim == 2
     except (OSError, ValueError, EOFError):
@@ -321,56 +305,21 @@ def _holds_features(path: Path) -> bool:
 
 
 def _references(
-    fakes: ImageSource | Measured,
-    b: Path | ImageSource | None,
-    floor: Path | None,
-    options: FeatureOptions,
-    what: EvaluateOptions,
-) -> tuple[ImageSource | Measured | None, ImageSource | Measured | None]:
-    """The images to compare with, and the second split of them; None where there is none."""
+    fakes: Source, b: Path | Source | None, floor: Path | None, options: FeatureOptions, what: EvaluateOptions
+) -> tuple[Source | None, Source | None]:
+    """Return the images to compare with and a second split of them, each None if there is none."""
     own = fakes if b is None and isinstance(fakes, ImageSource) else None
     given = b if own is None else own.reference
     if given is None:
-        if tuple(what.metrics) == ("is",) and what.plot is None:
+        if what.plot is None and all(not METRICS[name].real for name in what.metrics):
             return None, None
         raise InputError(f"{fakes.label} names no reference to compare it with: give a second set of images")
     reference = open_source(given, options)
-    needing = [metric for metric in what.metrics if metric in _NEED_BOTH]
-    if isinstance(reference, Measured) and reference.features is None and needing:
-        raise InputError(
-            f"--metrics {','.join(needing)} needs images on both sides, {reference.label} holds statistics"
-        )
     if floor is not None:
         return reference, open_source(floor, options)
     if own is not None and ("fid" in what.metrics or what.plot is not None):
         return reference, own.second_split
     return reference, None
-
-
-def _check_images(
-    fakes: ImageSource | Measured, reference: ImageSource | Measured | None, what: EvaluateOptions
-) -> None:
-    """Raise ``InputError`` unless there are as many images as each metric needs."""
-    if tuple(what.metrics) == ("fid",) and what.plot is None:  # statistics do; two images are needed for any
-        return
-    if isinstance(fakes, Measured) and (fakes.features is None or "is" in what.metrics):
-        held = "statistics" if fakes.features is None else "features"
-        raise InputError(f"--metrics {','.join(what.metrics)} needs images, {fakes.label} holds {held}")
-    least = {"fid-infinity": LEAST, "is": what.splits, "prdc": what.k + 1}
-    for metric in what.metrics:
-        needed = least.get(metric, 2)
-        for source in (fakes, reference) if metric in _NEED_BOTH else (fakes,):
-            n = _number_of(source)
-            if source is not None and n is not None and n < needed:
-                held = f"{source.label} holds {n}"
-                raise InputError(f"--metrics {metric} needs at least {needed} images, {held}")
-
-
-def _number_of(source: ImageSource | Measured | None) -> int | None:
-    """Images of a source, as far as known."""
-    if isinstance(source, ImageSource):
-        return len(source)
-    return None if source is None else source.stats.n
 
 
 def measure(
@@ -379,13 +328,14 @@ def measure(
     world: World,
     *,
     keep_features: Sequence[bool],
-    check: Callable[[Backbone | None, int], None] | None = None,
+    choice: Choice | None = None,
+    fakes: Sequence[Source] = (),
 ) -> tuple[list[Measured], Backbone | None]:
     """Statistics of each source, and features where ``keep_features`` says so, and the one network that computes them;
     None where all sources are statistics.
 
     Args:
-        check: called with the network and the number of features before any is computed.
+        choice: the metrics to compute; those that the network cannot give for ``fakes`` are left out of it.
 
     Raises:
         InputError: the sources or the options do not fit each other, a set has fewer than two images, or an image
@@ -401,14 +351,15 @@ def measure(
             check_comparable(loaded[0], stats)
         for stats in loaded:
             stats.backbone = stats.backbone or options.backbone
-        if options.dims not in (None, loaded[0].dim):
+        if options.dims is not None and {SPATIAL: SPATIAL_DIM}.get(str(options.dims), options.dims) != loaded[0].dim:
             raise InputError(f"--dims must be {loaded[0].dim} for these statistics, got {options.dims}")
-        if check is not None and loaded[0].dim is not None:
-            check(None, loaded[0].dim)
+        if choice is not None and loaded[0].dim is not None:
+            choice.check_network(None, loaded[0].dim, fakes)
         return [source for source in sources if isinstance(source, Measured)], None
-    network = options.network(loaded, world, next((source.backbone for source in images if source.backbone), None))
-    if check is not None and network.dim is not None:
-        check(network, network.dim)
+    own = next((source.backbone for source in images if source.backbone), None)
+    network = options.network(loaded, world, own, spatial=choice is not None and "sfid" in choice.metrics)
+    if choice is not None and network.dim is not None:
+        choice.check_network(network, network.dim, fakes)
     protocol = options.chosen_protocol(loaded, network)
     if sum(map(len, images)) >= network.compile_from * world.size:
         network.compile()
@@ -419,7 +370,8 @@ def measure(
     measured = []
     for each, keep in zip(sources, keep_features, strict=True):
         if isinstance(each, ImageSource):
-            with progress_bar(each.label, len(world.share(len(each)))) as advance:
+            with progress_bar(quiet=options.quiet or not world.is_first) as bar:
+                task = bar.add_task(each.label, total=len(world.share(len(each))))
                 each = collect(
                     each,
                     network,
@@ -427,24 +379,9 @@ def measure(
                     batch_size=options.batch_size,
                     num_workers=options.num_workers,
                     keep_features=keep,
-                    progress=advance if world.is_first else None,
+                    progress=functools.partial(bar.advance, task) if world.is_first else None,
                     world=world,
                     checkpoint=options.checkpoint,
                 )
         measured.append(each)
     return measured, network
-
-
-@contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of images done."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -1,4 +1,4 @@
-"""From images to :class:`FeatureStats`: of a folder, of tensors, or of a source that processes share."""
+"""Compute :class:`FeatureStats` of images: of a folder, of tensors, or of a source that processes share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgan._checks import InputError
 from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
+from fastgan.data.stage_times import StageTimes
 from fastgan.distributed import World, gather_rows
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.moments import float64_device
@@ -26,6 +27,7 @@ from fastgan.metrics.stats import FeatureStats
 from fastgan.metrics.stats_file import write_npz
 
 _SAVE_EVERY = 60.0  # seconds between two checkpoints
+_EXTRA = "extra_"  # before the keys of the extra features' statistics in a checkpoint
 
 
 def folder_stats(
@@ -47,6 +49,13 @@ def folder_stats(
 
     Raises:
         InputError: no images, a file that cannot be read, or fewer than two that can.
+
+    Example:
+        >>> from torchvision.utils import save_image
+        >>> for i in range(3):
+        ...     save_image(torch.rand(3, 8, 8), f"{i}.png")
+        >>> folder_stats(".", load_backbone(lambda images: images.float().mean((2, 3))), num_workers=0).n
+        3
     """
     source = open_images(images)
     if len(source) >= backbone.compile_from:
@@ -75,6 +84,11 @@ def image_stats(
 
     Raises:
         ValueError: as :meth:`Backbone.__call__`; a batch is named by its number.
+
+    Example:
+        >>> backbone = load_backbone(lambda images: images.float().mean((2, 3)))
+        >>> image_stats(torch.rand(5, 3, 8, 8), backbone).n
+        5
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -97,8 +111,12 @@ def image_stats(
 
 def empty_stats(backbone: Backbone, protocol: Protocol) -> FeatureStats:
     """Statistics of no images yet, named after the backbone and the protocol."""
+    return FeatureStats(backbone.dim, **_names(backbone, protocol))
+
+
+def _names(backbone: Backbone, protocol: Protocol) -> dict[str, Any]:
     names = {"protocol": protocol.name, "resize": protocol.resize, "precision": backbone.precision}
-    return FeatureStats(backbone.dim, backbone=backbone.name, **names)
+    return {"backbone": backbone.name, **names}
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,9 @@ class Measured:
         label: names the set.
         stats: mean and covariance of the features.
         features: the features (n, dim), float32 on the CPU, in the order of the images; None if not asked for.
+        extra, extra_features: the same of the backbone's extra features, if it has any.
+        classes, labels: names of the classes, and the class of each row of ``features``; empty if there are none.
+        times: this process's seconds per stage; None for a file.
         skipped: the names of the images that could not be read.
         left_out: counts of the files that are not of the set, in words.
         checkpoint: this process's file of the pass, which :meth:`finish` removes.
@@ -120,6 +141,11 @@ class Measured:
     skipped: list[str] = field(default_factory=list)
     left_out: str = ""
     checkpoint: Path | None = None
+    extra: FeatureStats | None = None
+    extra_features: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    labels: Tensor | None = None
+    times: StageTimes | None = None
 
     def describe(self) -> str:
         """One line: the set, N, backbone, protocol, precision."""
@@ -164,7 +190,9 @@ def collect(
     world = world or World()
     source.skipped = []
     stats = empty_stats(backbone, protocol)
+    extra = FeatureStats(backbone.extra, **_names(backbone, protocol)) if backbone.extra else None
     features: list[Tensor] | None = [] if keep_features else None
+    times = StageTimes()
     share, done, path = world.share(len(source)), 0, None  # done counts the unreadable images too
     with world.agreed():
         if checkpoint is not None:
@@ -172,6 +200,9 @@ def collect(
         if path is not None and path.exists():
             arrays = read_npz(path)
             stats = FeatureStats.from_arrays(path, arrays).to(float64_device(backbone.device))
+            if extra is not None:
+                prefixed = {key.removeprefix(_EXTRA): value for key, value in arrays.items() if key.startswith(_EXTRA)}
+                extra = FeatureStats.from_arrays(path, prefixed).to(float64_device(backbone.device))
             features = [torch.from_numpy(arrays["features"])] if keep_features else None
             source.skipped, done = json.loads(str(arrays["skipped"])), int(arrays["done"])
             if progress is not None and done:
@@ -184,29 +215,47 @@ def collect(
             indices=share[done:],
             device=backbone.device,
             progress=progress,
+            times=times,
         )
         last_save, read = time.monotonic(), done - len(source.skipped)
         for pixels in batches:
-            batch = backbone.from_pixels(pixels, protocol)
-            stats.update(batch)
-            if features is not None:
-                features.append(batch.cpu())
+            with times.measure("network"):
+                batch = backbone.from_pixels(pixels, protocol)
+            with times.measure("statistics"):
+                stats.update(batch[:, : backbone.dim])
+                if extra is not None:
+                    extra.update(batch[:, backbone.dim :])
+                if features is not None:
+                    features.append(batch.cpu())
             read += len(pixels)
             if path is not None and time.monotonic() - last_save > _SAVE_EVERY:
                 # an unreadable image is met before the batch around it is full
-                _save_checkpoint(path, stats, features, source.skipped, read + len(source.skipped))
+                _save_checkpoint(path, stats, extra, features, source.skipped, read + len(source.skipped))
                 last_save = time.monotonic()
         if path is not None:
-            _save_checkpoint(path, stats, features, source.skipped, len(share))
+            _save_checkpoint(path, stats, extra, features, source.skipped, len(share))
     if world.size > 1:
         stats.all_reduce()
+        if extra is not None:
+            extra.all_reduce()
     if (stats.n or 0) < 2:
         raise InputError(f"{source.label} must hold at least 2 readable images for a covariance, it holds {stats.n}")
     rows = None
     if features is not None:
-        rows = gather_rows(torch.cat(features) if features else torch.zeros(0, stats.dim or 0), world)
+        width = (stats.dim or 0) + backbone.extra
+        rows = gather_rows(torch.cat(features) if features else torch.zeros(0, width), world)
     skipped = [name for names in world.gather(source.skipped) for name in names]
-    return Measured(source.label, stats, rows, skipped, source.left_out, path)
+    return Measured(
+        source.label,
+        stats,
+        None if rows is None else rows[:, : stats.dim],
+        skipped,
+        source.left_out,
+        path,
+        extra=extra,
+        extra_features=None if rows is None or extra is None else rows[:, stats.dim :],
+        times=times,
+    )
 
 
 def _checkpoint_path(
@@ -221,7 +270,7 @@ def _checkpoint_path(
         raise InputError(f"--checkpoint {folder} cannot be made: {error.strerror}") from error
     identity = [
         source.fingerprint(),
-        [backbone.name, backbone.dim, backbone.precision, protocol.name],
+        [backbone.name, backbone.dim, backbone.extra, backbone.precision, protocol.name],
         [world.rank, world.size, source.skip_bad, keep_features],
     ]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
@@ -230,11 +279,18 @@ def _checkpoint_path(
 
 
 def _save_checkpoint(
-    path: Path, stats: FeatureStats, features: list[Tensor] | None, skipped: list[str], done: int
+    path: Path,
+    stats: FeatureStats,
+    extra: FeatureStats | None,
+    features: list[Tensor] | None,
+    skipped: list[str],
+    done: int,
 ) -> None:
     if (stats.n or 0) < 2:  # no covariance yet
         return
     arrays = stats.to_arrays() | {"done": np.array(done), "skipped": np.array(json.dumps(skipped))}
+    if extra is not None:
+        arrays |= {f"{_EXTRA}{key}": value for key, value in extra.to_arrays().items()}
     if features is not None:
         arrays["features"] = torch.cat(features).numpy()
     write_npz(path, arrays)

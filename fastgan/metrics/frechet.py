@@ -51,6 +51,12 @@ def frechet_distance(
     Raises:
         ValueError: the sides differ in dim, backbone or protocol, one has fewer than two vectors or is no covariance,
             or ``method`` is unknown or ``"low_rank"`` where neither side holds its features.
+
+    Example:
+        >>> zeros = FeatureStats().update(torch.zeros(10, 3))
+        >>> ones = FeatureStats().update(torch.ones(10, 3))
+        >>> frechet_distance(zeros, ones)  # three features, each off by one
+        3.0
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
@@ -110,6 +116,11 @@ def frechet_distances(reference: FeatureStats, candidates: Sequence[FeatureStats
 
     Raises:
         InputError: as :func:`frechet_distance`; the candidate is named by its index.
+
+    Example:
+        >>> reference, *candidates = (FeatureStats().update(torch.full((10, 3), value)) for value in (0.0, 1.0, 2.0))
+        >>> frechet_distances(reference, candidates)
+        tensor([ 3., 12.], dtype=torch.float64)
     """
     values = torch.zeros(len(candidates), dtype=torch.float64)
     by_held_rows: dict[int, list[int]] = {}
@@ -143,6 +154,12 @@ def paired_frechet_distances(real: Sequence[FeatureStats], fake: Sequence[Featur
 
     Raises:
         InputError: as :func:`frechet_distance`; the pair is named by its index.
+
+    Example:
+        >>> real = [FeatureStats().update(torch.zeros(10, 3)) for _ in range(2)]
+        >>> fake = [FeatureStats().update(torch.full((10, 3), value)) for value in (1.0, 2.0)]
+        >>> paired_frechet_distances(real, fake)
+        tensor([ 3., 12.], dtype=torch.float64)
     """
     values = torch.zeros(len(real), dtype=torch.float64)
     small: list[tuple[int, int]] = []  # entries of X Y^T, index
@@ -194,6 +211,11 @@ class FrechetLoss(nn.Module):
 
     Raises:
         InputError: ``reference`` has fewer than two vectors.
+
+    Example:
+        >>> loss = FrechetLoss(FeatureStats().update(torch.randn(50, 4)))
+        >>> features = torch.randn(50, 4, requires_grad=True)
+        >>> loss(features).backward()
     """
 
     mean: Tensor

@@ -60,7 +60,7 @@ def kernel_distance(
     Args:
         real, fake: features (n, dim) and (m, dim), of any floating dtype; tensors or arrays.
         subsets: how many pairs of subsets are drawn.
-        subset_size: vectors of each; all of the smaller set where that has fewer. Drawn without replacement.
+        subset_size: vectors per subset, drawn without replacement; all of the smaller set if it has fewer.
         degree, gamma, coef: of the kernel; gamma None is 1 / dim.
         seed: of the draws.
 
@@ -81,12 +81,27 @@ def kernel_distance(
         polynomial, degree=degree, gamma=1 / real.shape[1] if gamma is None else gamma, coef=coef
     )
     values = []
+    whole = _Kernels(real.double(), fake.double(), kernel) if max(len(real), len(fake)) <= _MOST else None
     for _ in range(1 if size == len(real) == len(fake) else subsets):
-        x, y = (rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)] for rows in (real, fake))
-        values.append(squared_mmd(x, y, kernel))
+        i, j = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for rows in (real, fake))
+        values.append(squared_mmd(real[i], fake[j], kernel) if whole is None else whole.squared_mmd(i, j))
     drawn = torch.stack(values)
     error = standard_error(real, fake, kernel, generator)
     return KernelDistance(drawn.mean().item(), drawn.std(unbiased=False).item(), subsets, size, error)
+
+
+class _Kernels:
+    """The kernel of all pairs, of which many subsets of small sets are taken without computing it again."""
+
+    def __init__(self, x: Tensor, y: Tensor, kernel: Kernel) -> None:
+        self.pairs = kernel(x, x), kernel(y, y), kernel(x, y)
+
+    def squared_mmd(self, i: Tensor, j: Tensor) -> Tensor:
+        """The unbiased squared MMD of rows ``i`` of x and ``j`` of y."""
+        xx, yy, xy = (pairs[a][:, b] for pairs, a, b in zip(self.pairs, (i, j, i), (i, j, j), strict=True))
+        n, m = len(i), len(j)
+        within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+        return within - 2 * xy.sum() / (n * m)
 
 
 def check_kernel(*, subsets: int, subset_size: int, degree: int, gamma: float | None, coef: float) -> None:
@@ -130,6 +145,11 @@ def squared_mmd(
         kernel: such as :func:`gaussian` with its sigma bound; None takes :func:`polynomial`.
         degree, gamma, coef: of the polynomial kernel; gamma None is 1 / dim.
         unbiased: leave a vector's kernel with itself out of the averages.
+
+    Example:
+        >>> x = torch.randn(20, 4)
+        >>> squared_mmd(x, x, unbiased=False)
+        tensor(0., dtype=torch.float64)
     """
     x, y = x.double(), y.double()
     if kernel is None:
@@ -157,8 +177,7 @@ def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.
     for rows in (real, fake):
         if len(rows) < 2 * _GROUPS:
             return float("nan")
-        chosen = rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double()
-        groups.append(chosen.tensor_split(_GROUPS))
+        groups.append(draw_at_most(rows, generator).tensor_split(_GROUPS))
     x, y = groups
     # sums of the kernel over pairs of groups, of which each leave-one-out MMD is made
     within = [torch.stack([torch.stack([kernel(a, b).sum() for b in side]) for a in side]) for side in groups]
@@ -185,16 +204,9 @@ def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.
     return variance**0.5
 
 
-def mmd_influences(real: Tensor, fake: Tensor, kernel: Kernel, *, seed: int = 0) -> Tensor:
-    """The first-order influence of each vector of ``fake`` (m, dim) on the squared MMD to ``real``: (m,) float64, of
-    mean 0. The expectations in it are taken over at most 4000 vectors of each side."""
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (
-        rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double() for rows in (real, fake)
-    )
-    blocks = (2 * (kernel(block, y).mean(1) - kernel(block, x).mean(1)) for block in fake.double().split(_BLOCK))
-    influences = torch.cat(list(blocks))
-    return influences - influences.mean()
+def draw_at_most(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Return ``rows`` (n, dim) in a random order as float64, or 4000 of them if there are more."""
+    return rows[torch.randperm(len(rows), generator=generator)[:_MOST].to(rows.device)].double()
 
 
 def _block_sum(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

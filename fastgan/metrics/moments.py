@@ -67,7 +67,7 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def rounding_of(cov: Any) -> float:
-    """How far from symmetric, of its largest variance, a covariance of this dtype may be by rounding alone."""
+    """Return the asymmetry, relative to its largest variance, that rounding gives a covariance of this dtype."""
     dtype = as_features("cov", cov).dtype
     return max(1e-5, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-5
 

@@ -20,6 +20,7 @@ from fastgan.metrics.backbones import (
     load_backbone,
 )
 from fastgan.metrics.backbones.inception import download, local_weights
+from fastgan.metrics.backbones.inception_network import SPATIAL, SPATIAL_DIM, WITH_SPATIAL
 from fastgan.metrics.protocols import PROTOCOLS, Protocol, choose_protocol
 from fastgan.metrics.stats import FeatureStats
 
@@ -34,11 +35,12 @@ class FeatureOptions:
     resize: str | None = None
     precision: str = "auto"
     device: str | None = None
-    dims: int | None = None
+    dims: int | str | None = None
     batch_size: int = 64
     num_workers: int | None = None
     skip_bad: bool = False
     checkpoint: Path | None = None
+    quiet: bool = False
     note: Callable[[str], None] = lambda line: None
     """Called with each line the user should know of."""
 
@@ -63,9 +65,11 @@ class FeatureOptions:
             raise InputError(f"--device {self.device} cannot be used: {reason}") from error
         return device
 
-    def network(self, loaded: Sequence[FeatureStats], world: World, own: str | None = None) -> Backbone:
+    def network(
+        self, loaded: Sequence[FeatureStats], world: World, own: str | None = None, *, spatial: bool = False
+    ) -> Backbone:
         """The backbone asked for, else that of the statistics ``loaded``, else the images' ``own``, else Inception, and
-        never another in its place.
+        never another in its place. ``spatial`` asks Inception for sFID's features too.
 
         Raises:
             InputError: there is no such network, or its weights are not at hand; the message lists the ways out.
@@ -77,7 +81,9 @@ class FeatureOptions:
             raise InputError(f"the backbone of the statistics must be {BACKBONE_NAMES}, got {name}")
         dims = self.dims
         if name == "inception" and dims is None and loaded:
-            dims = loaded[0].dim
+            dims = SPATIAL if loaded[0].dim == SPATIAL_DIM else loaded[0].dim
+        if name == "inception" and spatial and dims in (None, 2048):
+            dims = WITH_SPATIAL
         with world.agreed():
             if name == "inception" and self.weights is None and world.is_first:
                 local_weights() or download()  # once, and not by all processes at a time

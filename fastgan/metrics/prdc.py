@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _BLOCK = 2048
+_CANCELLED = 1e-6  # squared distances below this share of the squared lengths are computed again
+_MOST_NEAR = 0.01  # share of such distances from which on none comes from a product
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike,
     Raises:
         InputError: the features are not two finite sets of more than ``k`` vectors and one dim.
         ValueError: ``k`` under 1.
+
+    Example:
+        >>> features = torch.randn(20, 4)
+        >>> result = precision_recall(features, features, k=3)
+        >>> result.precision, result.recall
+        (1.0, 1.0)
     """
     check_count("k", k, 1)
     real, fake = as_features("real", real), as_features("fake", fake)
@@ -52,16 +60,16 @@ def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike,
 
 
 def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
-    """What each vector contributes to :func:`precision_recall`, whose values are these means: ``precision`` and
+    """Return each vector's contribution to :func:`precision_recall`, whose values are their means: ``precision`` and
     ``density`` (m,) of the fake vectors, ``recall`` and ``coverage`` (n,) of the real ones, float64."""
     dtype = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)  # float64 stays
     real, fake = real.to(dtype), fake.to(dtype)
-    real_radius, fake_radius = _radii(real, k), _radii(fake, k)
+    real_radius, fake_radius = radii(real, k), radii(fake, k)
     hits = []
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for block, radius in zip(fake.split(_BLOCK), fake_radius.split(_BLOCK), strict=True):
-        distance = _distances(block, real)
+        distance = distances(block, real)
         in_real_ball = distance <= real_radius
         hits.append(in_real_ball.sum(dim=1))
         covered |= in_real_ball.any(dim=0)
@@ -75,27 +83,42 @@ def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
     }
 
 
-def _radii(rows: Tensor, k: int) -> Tensor:
-    """Distance of each vector to its k-th nearest neighbour, itself not counted."""
+def radii(rows: Tensor, k: int) -> Tensor:
+    """Return the distance of each vector to its k-th nearest neighbour, itself not counted."""
     # the distance to itself is the smallest, so the (k + 1)-th smallest is the k-th neighbour's
-    return torch.cat([_distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
+    return torch.cat([distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
 
 
 def nearest(x: Tensor, y: Tensor, *, itself: bool = False) -> tuple[Tensor, Tensor]:
     """The distance of each row of ``x`` to its nearest row of ``y``, and that row's index; with ``itself``, ``x`` is
     ``y`` and a row is no neighbour of its own."""
-    distances, indices = [], []
+    found_distances, indices = [], []
     for start in range(0, len(x), _BLOCK):
-        block = _distances(x[start : start + _BLOCK], y)
+        block = distances(x[start : start + _BLOCK], y)
         if itself:
             rows = torch.arange(len(block), device=block.device)
             block[rows, rows + start] = float("inf")
         found = block.min(dim=1)
-        distances.append(found.values)
+        found_distances.append(found.values)
         indices.append(found.indices)
-    return torch.cat(distances), torch.cat(indices)
+    return torch.cat(found_distances), torch.cat(indices)
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the Euclidean distances (n, m) of the rows of ``x`` to those of ``y``, exact for near ones.
+
+    Of float32 rows on a CPU they come from a matrix product in float64, which is rounded to float32 in the end, so that
+    equal distances stay equal. Where |x|^2 + |y|^2 - 2 x.y would cancel, they are computed again from the difference.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        center = y.double().mean(dim=0)
+        a, b = x.double() - center, y.double() - center
+        scale = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+        squares = torch.addmm(scale, a, b.mT, alpha=-2)
+        row, column = (squares < _CANCELLED * scale).nonzero(as_tuple=True)
+        if len(row) <= _MOST_NEAR * squares.numel():
+            for i, j in zip(row.split(_BLOCK), column.split(_BLOCK), strict=True):
+                squares[i, j] = (x[i].double() - y[j].double()).square().sum(dim=1)
+            return squares.sqrt().float()
     # without matrix products: |x|^2 + |y|^2 - 2 x.y loses the digits of near neighbours
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -30,13 +30,17 @@ from fastgan.data.resize import check_resize
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images become a network's input.
+    """The way from an image to a network's input.
 
     Attributes:
         name: as printed and kept in files of statistics.
         resize: a method of :mod:`fastgan.data.resize`.
         center, scale: Inception's input is (pixel - center) / scale, for pixels in [0, 255].
         truncate: floating-point images in [0, 1] are multiplied by 255 and cut to 8 bits before they are resized.
+
+    Example:
+        >>> get_protocol("clean-fid").resize
+        'clean'
     """
 
     name: str
@@ -46,7 +50,7 @@ class Protocol:
     truncate: bool = False
 
     def to_inception(self, pixels: Tensor) -> Tensor:
-        """From pixels in [0, 255] to Inception's input."""
+        """Map pixels in [0, 255] to Inception's input."""
         return (pixels - self.center) / self.scale
 
     def resized_by(self, method: str | None) -> Protocol:

@@ -53,7 +53,12 @@ class FeatureStats:
             refused likewise.
         resize: the protocol's way to the network's input size.
         precision: of the network's arithmetic; ``"mixed"`` once statistics of several are merged. It moves a distance
-            by little, so that statistics of different precisions are compared, but it is told with each.
+            by little, so statistics of different precisions are compared, and each is printed with its own.
+
+    Example:
+        >>> stats = FeatureStats().update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> stats.n, stats.mean
+        (2, tensor([2., 0.], dtype=torch.float64))
     """
 
     def __init__(
@@ -191,7 +196,7 @@ class FeatureStats:
 
     @property
     def device(self) -> torch.device | None:
-        """Where the statistics are; None before the first vector."""
+        """Device of the statistics; None before the first vector."""
         if self._rows:
             return self._rows[0].device
         return None if self._mean is None else self._mean.device
@@ -214,7 +219,7 @@ class FeatureStats:
 
     @property
     def holds_vectors(self) -> bool:
-        """Whether the vectors themselves are still held, as they are while n <= dim; then :attr:`factor` exists."""
+        """True while n <= dim: the vectors themselves are held, and :attr:`factor` exists."""
         return bool(self._rows)
 
     @property
@@ -224,7 +229,7 @@ class FeatureStats:
 
     @property
     def known_root(self) -> Tensor | None:
-        """What :meth:`root` returns, where that needs no work: None for n > dim before its first call."""
+        """The root that :meth:`root` returns without computing it: None for n > dim before its first call."""
         return self.root() if self._rows and self._n != 1 else self._root
 
     def root(self) -> Tensor:

@@ -45,8 +45,10 @@ def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether an npz file holds statistics and not images. A file that cannot be read counts as one of statistics, so
-    that reading it as such says why it cannot be read."""
+    """Return whether an npz file holds statistics or features rather than images.
+
+    A file that cannot be read counts as one of statistics: reading it then says what is wrong with it.
+    """
     try:
         with zipfile.ZipFile(path) as file:
             names = [name.removesuffix(".npy") for name in file.namelist()]

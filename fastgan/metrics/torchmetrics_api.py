@@ -115,6 +115,11 @@ class FeatureMetric(Metric):
         self.num_features = self._number_of_features(input_img_size)
         self._reference = None if reference is None else self._checked_reference(reference)
 
+    @property
+    def inception(self) -> nn.Module:
+        """The network, by torchmetrics' name for it."""
+        return self._network
+
     def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int:
         extractor = self.extractor
         found = extractor.dim if isinstance(extractor, Backbone) else getattr(extractor, "num_features", None)
@@ -274,6 +279,16 @@ class FrechetInceptionDistance(FeatureMetric):
             stats.append(FeatureStats.from_moments(mean, scatter / (n - 1), n=n))
         return self._scalar(frechet_distance(*stats))
 
+    def __getattr__(self, name: str) -> Any:
+        """Compute torchmetrics' states ``{real,fake}_features_{sum,cov_sum,num_samples}`` from the moments."""
+        side, _, state = name.partition("_features_")
+        if side not in _SIDES or state not in ("sum", "cov_sum", "num_samples"):
+            return super().__getattr__(name)
+        count, mean, scatter = _unpacked(getattr(self, side))
+        if state == "num_samples":
+            return count.long()
+        return count * mean if state == "sum" else scatter + count * torch.outer(mean, mean)
+
     def _checked_reference(self, reference: Any) -> FeatureStats:
         if not isinstance(reference, FeatureStats):
             return FeatureStats(self.num_features).update(super()._checked_reference(reference))
@@ -346,6 +361,12 @@ class KernelInceptionDistance(_KeptFeatures):
         subsets, subset_size, degree, gamma, coef, seed: as in :func:`fastgan.metrics.kernel_distance`; fewer than
             ``subset_size`` images on a side are an error, as in torchmetrics.
         args, kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> metric = KernelInceptionDistance(nn.Flatten(), subset_size=10, subsets=2, normalize=True)
+        >>> metric.update(torch.zeros(10, 3, 2, 2), real=True)
+        >>> metric.update(torch.ones(10, 3, 2, 2), real=False)
+        >>> mean, std = metric.compute()
     """
 
     plot_upper_bound = 1.0
@@ -386,6 +407,13 @@ class PrecisionRecall(_KeptFeatures):
         feature: as in :class:`FeatureMetric`.
         k: the neighbour that a ball reaches to.
         args, kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> metric = PrecisionRecall(nn.Flatten(), k=3, normalize=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=False)
+        >>> sorted(metric.compute())
+        ['coverage', 'density', 'precision', 'recall']
     """
 
     higher_is_better = True
@@ -410,6 +438,12 @@ class InceptionScore(FeatureMetric):
         splits, seed: as in :func:`fastgan.metrics.inception_score`.
         normalize: as in :class:`FeatureMetric`.
         kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> logits = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+        >>> metric = InceptionScore(logits, splits=2, normalize=True, input_img_size=(3, 2, 2))
+        >>> metric.update(torch.rand(20, 3, 2, 2))
+        >>> mean, std = metric.compute()
     """
 
     higher_is_better = True
@@ -457,6 +491,14 @@ class ClassFrechetDistance(_KeptFeatures):
     Args:
         num_classes: labels are in [0, num_classes).
         feature, args, kwargs: as in :class:`FeatureMetric`.
+
+    Example:
+        >>> metric = ClassFrechetDistance(2, nn.Flatten(), input_img_size=(3, 2, 2), normalize=True)
+        >>> images, labels = torch.zeros(8, 3, 2, 2), torch.arange(8) % 2
+        >>> metric.update(images, labels, real=True)
+        >>> metric.update(images + labels.view(-1, 1, 1, 1), labels, real=False)
+        >>> metric.compute()
+        tensor([ 0., 12.], dtype=torch.float64)
     """
 
     real_labels: list[Tensor]

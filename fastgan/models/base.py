@@ -1,8 +1,11 @@
-"""What all generators share: their arguments are recorded, so that a folder can hold the network and rebuild it."""
+"""The base class of the generators, which records their arguments so that a folder can rebuild the network."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -12,8 +15,12 @@ from torch import Tensor, nn
 from fastgan._checks import InputError, check_tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 RUN_FOLDER = "generator"
-"""Where a training run keeps its generator."""
+"""Folder of the generator in a training run."""
+
+SMALLEST_MAP = 4
+"""Least width of the smallest maps in the networks; they are less than twice as wide."""
 
 G = TypeVar("G", bound="Generator")
 
@@ -21,8 +28,8 @@ G = TypeVar("G", bound="Generator")
 class Generator(nn.Module):
     """Base class of the generators.
 
-    Subclasses are called as ``generator(z, labels)``, or as ``generator(sketches, labels)`` where ``sketch_channels``
-    is not 0, and give images in [-1, 1].
+    Subclasses are called as ``generator(z, labels)``, or as ``generator(sketches, labels)`` if ``sketch_channels``
+    is not 0, and return images in [-1, 1].
 
     Attributes:
         n_classes: of the labels; 0 for a generator that takes none.
@@ -30,8 +37,14 @@ class Generator(nn.Module):
         sketch_channels: channels of the sketches; 0 for a generator from noise.
         resolution: height and width of the images.
         image_channels: 1 for grey, 3 for RGB.
-        config: the arguments that it was made with.
+        config: the arguments of ``__init__``.
         class_names: names of the classes in the order of their labels, or none.
+
+    Example:
+        >>> DCGANGenerator(10, resolution=32, width=8).save_pretrained("generator")
+        >>> generator = Generator.from_pretrained("generator")
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([3, 5])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     n_classes: int
@@ -48,7 +61,7 @@ class Generator(nn.Module):
         Generator._classes[cls.__name__] = cls
 
     def record(self, arguments: dict[str, Any]) -> None:
-        """Keep the arguments of ``__init__``: all in :attr:`config`, those that every generator tells as attributes."""
+        """Keep the arguments of ``__init__`` in :attr:`config`, and those that all generators have as attributes."""
         self.config = arguments
         for name in ("n_classes", "dim_z", "sketch_channels", "resolution", "image_channels"):
             if name in arguments:
@@ -56,14 +69,14 @@ class Generator(nn.Module):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Class, arguments and class names: :meth:`from_description` makes the network of them, with fresh weights."""
+        """Class, arguments and class names: :meth:`from_description` builds the network from them, with new weights."""
         return {"class": type(self).__name__, "arguments": self.config, "class_names": [*self.class_names]}
 
     def label_of(self, name: str) -> int:
-        """The label of the class of this name or number.
+        """Return the label of the class with this name or number.
 
         Raises:
-            ValueError: there is no such class; those that there are, are listed.
+            ValueError: there is no such class; the message lists the classes.
         """
         if name in self.class_names:
             return self.class_names.index(name)
@@ -74,7 +87,7 @@ class Generator(nn.Module):
 
     @classmethod
     def from_description(cls: type[G], description: dict[str, Any]) -> G:
-        """A network as ``description`` says.
+        """Build the network that ``description`` describes.
 
         Raises:
             ValueError: the class is unknown, or not the one that this is called on, or the arguments do not fit it.
@@ -92,7 +105,7 @@ class Generator(nn.Module):
             raise ValueError(f"arguments do not make a {name}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is made where it is missing."""
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is created if missing."""
         from safetensors.torch import save
 
         from fastgan import __version__
@@ -104,15 +117,42 @@ class Generator(nn.Module):
         write_bytes(folder / WEIGHTS_FILE, save(state))
         write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
-    @classmethod
-    def from_pretrained(cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu") -> G:
-        """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, and return the address of the commit.
 
-        ``folder`` may be that of a training run, which keeps the moving average of its generator in ``generator``.
+        Args:
+            repo_id: "user/repo", created if it does not exist.
+            private: whether a new repository is private; by default as the account says.
+            token: by default that of ``hf auth login``.
 
         Raises:
-            InputError: a file is missing or damaged, the class is unknown or another one, or the weights do not fit.
+            InputError: huggingface_hub is not installed, or ``FASTGAN_OFFLINE`` is set.
         """
+        hub = _hub(f"push_to_hub({repo_id!r})")
+        api = hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a generator"))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> G:
+        """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
+
+        Args:
+            folder: also that of a training run, which keeps the moving average of its generator in ``generator``; or
+                "user/repo" on the Hugging Face Hub, as a string, if there is no such folder.
+            device: of the weights.
+            revision: branch, tag or commit of a repository on the Hub.
+
+        Raises:
+            InputError: a file is missing or damaged, the class is unknown or another one, the weights do not fit, or
+                a repository cannot be read.
+        """
+        if isinstance(folder, str) and _REPOSITORY.fullmatch(folder) and not Path(folder).exists():
+            folder = _download(folder, revision)
         folder = Path(folder)
         if not (folder / CONFIG_FILE).exists() and (folder / RUN_FOLDER / CONFIG_FILE).exists():
             folder = folder / RUN_FOLDER
@@ -124,6 +164,27 @@ class Generator(nn.Module):
             raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
         _load_weights(generator, folder / WEIGHTS_FILE)
         return generator.to(device).eval()
+
+
+def _hub(wanted: str) -> Any:
+    """The module huggingface_hub."""
+    if os.environ.get("FASTGAN_OFFLINE"):
+        raise InputError(f"{wanted} needs the network, and FASTGAN_OFFLINE is set")
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:
+        raise InputError(f"{wanted} needs huggingface_hub: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
+def _download(repo_id: str, revision: str | None) -> str:
+    """The local folder of a repository's two files on the Hugging Face Hub."""
+    hub = _hub(f"folder {repo_id!r} does not exist; to read it from the Hugging Face Hub")
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE]
+        return str(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no folder and no repository on the Hugging Face Hub: {repo_id!r}: {error}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -192,7 +253,11 @@ def check_label_shape(labels: Tensor | None, n: int, n_classes: int) -> None:
 
 
 def check_labels(labels: Tensor, n_classes: int) -> None:
-    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device."""
+    """Raise ``ValueError`` unless ``labels`` is int64 (n,), each in [0, n_classes). Waits for the device.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 3]), n_classes=4)
+    """
     check_tensor("labels", labels, ndim=1, dtypes=(torch.int64,))
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ValueError(f"labels must be in [0, {n_classes}), got {int(labels.min())} to {int(labels.max())}")
@@ -211,8 +276,9 @@ def check_architecture(
     """Raise ``ValueError`` for an argument that no network of this package can be made with."""
     if n_classes < 0:
         raise ValueError(f"n_classes must be at least 0 (0: unconditional), got {n_classes}")
-    if not is_power_of_two(resolution) or resolution < 16:
-        raise ValueError(f"resolution must be a power of two, at least 16, got {resolution}")
+    base = smallest_map(resolution)
+    if resolution < 16 or base >= 2 * SMALLEST_MAP:
+        raise ValueError(f"resolution must be 4, 5, 6 or 7 times a power of two, at least 16, got {resolution}")
     if image_channels < 1:
         raise ValueError(f"image_channels must be at least 1, got {image_channels}")
     if width < 8 or width % 8:
@@ -223,9 +289,11 @@ def check_architecture(
         raise ValueError(f"dim_z must be at least 1, got {dim_z}")
     if attention_resolution is None:
         return
-    if not is_power_of_two(attention_resolution) or not 8 <= attention_resolution <= resolution // 2:
+    maps = [base * 2**level for level in range(1, log2(resolution // base))]
+    if attention_resolution not in maps:
+        allowed = ", ".join(map(str, maps))
         raise ValueError(
-            f"attention_resolution must be a power of two from 8 to {resolution // 2}, got {attention_resolution}"
+            f"attention_resolution must be one of {allowed} at resolution {resolution}, got {attention_resolution}"
         )
 
 
@@ -237,15 +305,26 @@ def channel_levels(largest: int, smallest: int, width: int, max_multiplier: int)
 
 
 def attention_index(start: int, attention_resolution: int | None) -> int:
-    """Which of the blocks that each halve or double maps, ``start`` wide at first, gives those that attention works on;
-    -1 for none."""
-    return -1 if attention_resolution is None else abs(log2(attention_resolution) - log2(start)) - 1
+    """Index of the block whose output attention works on; -1 for none.
+
+    Each block halves or doubles maps that are ``start`` wide before the first.
+    """
+    if attention_resolution is None:
+        return -1
+    return log2(max(start, attention_resolution) // min(start, attention_resolution)) - 1
+
+
+def smallest_map(resolution: int, least: int = SMALLEST_MAP) -> int:
+    """Width of the smallest map: ``resolution`` halved as often as it stays whole and at least ``least``.
+
+    >>> smallest_map(64), smallest_map(28), smallest_map(96, least=8)
+    (4, 7, 12)
+    """
+    while resolution % 2 == 0 and resolution // 2 >= least:
+        resolution //= 2
+    return resolution
 
 
 def log2(n: int) -> int:
-    """Of a power of two."""
+    """Logarithm of a power of two."""
     return n.bit_length() - 1
-
-
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0

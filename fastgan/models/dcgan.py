@@ -7,6 +7,7 @@ after its attention (conditional self-attention Wasserstein GAN), or predicts it
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -22,11 +23,11 @@ from fastgan.models.base import (
     check_label_shape,
     check_noise,
     recorded,
+    smallest_map,
 )
 from fastgan.models.blocks import HEADS, join_one_hot, make_head
 from fastgan.nn import SelfAttention2d, group_spectral_norm
 
-BASE_RESOLUTION = 4
 NORMS = ("none", "batch", "instance", "spectral")
 DCGAN_HEADS = (*HEADS, "one-hot")
 
@@ -36,17 +37,23 @@ class DCGANGenerator(Generator):
 
     Args:
         n_classes: number of classes, whose one-hot code is joined to the noise; 0 for an unconditional generator.
-        resolution: height and width of the images, a power of two, at least 16.
+        resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
         image_channels: 1 for grey, 3 for RGB.
         dim_z: length of the noise vector.
         width: channels at half the resolution, a multiple of 8; doubled at each further halving.
         max_multiplier: the channels never exceed ``width * max_multiplier``. The original 64x64 network (512, 256,
             128, 64) has ``width=64, max_multiplier=8``.
-        attention_resolution: where self-attention stands, a power of two from 8 to ``resolution / 2``; None for none.
+        attention_resolution: width of the maps that self-attention works on, from twice the smallest map's width to
+            ``resolution / 2``; None for none.
         spectral_norm: normalise every weight of the network by its largest singular value.
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = DCGANGenerator(10, resolution=32, width=8)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -74,15 +81,15 @@ class DCGANGenerator(Generator):
         )
         self.record(config)
 
-        channels = channel_levels(resolution // 2, BASE_RESOLUTION, width, max_multiplier)[::-1]
-        self.base_channels = channels[0]
-        self.linear = nn.Linear(dim_z + n_classes, channels[0] * BASE_RESOLUTION**2, bias=False)
+        channels = channel_levels(resolution // 2, smallest_map(resolution), width, max_multiplier)[::-1]
+        self.base_shape = (channels[0], smallest_map(resolution), smallest_map(resolution))
+        self.linear = nn.Linear(dim_z + n_classes, math.prod(self.base_shape), bias=False)
         self.norm = nn.BatchNorm2d(channels[0])
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
             for a, b in pairwise(channels)
         )
-        self.attention_after = attention_index(BASE_RESOLUTION, attention_resolution)
+        self.attention_after = attention_index(smallest_map(resolution), attention_resolution)
         if self.attention_after >= 0:
             self.attention = SelfAttention2d(channels[self.attention_after + 1])
         self.to_image = nn.ConvTranspose2d(channels[-1], image_channels, 4, 2, 1)
@@ -101,7 +108,7 @@ class DCGANGenerator(Generator):
             check_label_shape(labels, z.shape[0], self.n_classes)
             assert labels is not None
             z = join_one_hot(z, labels, self.n_classes)
-        h = F.relu(self.norm(self.linear(z).view(-1, self.base_channels, BASE_RESOLUTION, BASE_RESOLUTION)))
+        h = F.relu(self.norm(self.linear(z).view(-1, *self.base_shape)))
         for i, block in enumerate(self.blocks):
             h = block(h)
             if i == self.attention_after:
@@ -117,11 +124,15 @@ class DCGANDiscriminator(nn.Module):
             With a gradient penalty batch norm is not allowed, as a sample has then no gradient of its own.
         dropout: probability after each layer but the last, as in the ACGAN paper; 0 for none.
         head: "plain", "projection", "auxiliary" (gives class logits too) or "one-hot": the label's one-hot maps join
-            the channels after the attention, or after the first layer where there is none.
+            the channels after the attention, or after the first layer without attention.
         width: channels at half the resolution; other arguments as for :class:`DCGANGenerator`.
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> DCGANDiscriminator(resolution=32, width=8)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -158,7 +169,7 @@ class DCGANDiscriminator(nn.Module):
         self.resolution = resolution
         self.image_channels = image_channels
 
-        channels = [image_channels, *channel_levels(resolution // 2, BASE_RESOLUTION, width, max_multiplier)]
+        channels = [image_channels, *channel_levels(resolution // 2, smallest_map(resolution), width, max_multiplier)]
         self.attention_after = attention_index(resolution, attention_resolution)
         if self.attention_after >= 0:
             self.attention = SelfAttention2d(channels[self.attention_after + 1])
@@ -168,7 +179,7 @@ class DCGANDiscriminator(nn.Module):
             _down(a + more, b, norm if i else "none", dropout)
             for i, ((a, b), more) in enumerate(zip(pairwise(channels), extra, strict=True))
         )
-        features = channels[-1] * BASE_RESOLUTION**2
+        features = channels[-1] * smallest_map(resolution) ** 2
         self.head = make_head("plain" if head == "one-hot" else head, features, n_classes)
         init_dcgan(self)
         if norm == "spectral":

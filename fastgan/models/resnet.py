@@ -7,6 +7,7 @@ Projection Discriminator", ICLR 2018), whose sizes are the presets at the end.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -22,34 +23,38 @@ from fastgan.models.base import (
     check_label_shape,
     check_noise,
     recorded,
+    smallest_map,
 )
 from fastgan.models.blocks import DownBlock, UpBlock, batch_norm, init_weights, make_head
 from fastgan.nn import SelfAttention2d, TokenAttention2d, group_spectral_norm
 from fastgan.nn.multihead_self_attention import LOGITS
 
-BASE_RESOLUTION = 4
-
 
 class ResNetGenerator(Generator):
-    """Images in [-1, 1] from noise, and from class labels where there are any.
+    """Images in [-1, 1] from noise, and from class labels if there are classes.
 
-    A linear layer makes a 4x4 map, residual up-blocks with batch norm double it up to ``resolution``; self-attention
-    follows the block whose output is ``attention_resolution`` wide.
+    A linear layer makes a map of 4x4 to 7x7, residual up-blocks with batch norm double it up to ``resolution``, and
+    self-attention follows the block whose output is ``attention_resolution`` wide.
 
     Args:
         n_classes: number of classes, each with its row in every batch norm; 0 for an unconditional generator.
-        resolution: height and width of the images, a power of two, at least 16.
+        resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
         image_channels: 1 for grey, 3 for RGB.
         dim_z: length of the noise vector.
         width: channels at full resolution, a multiple of 8; doubled at each halving of the resolution.
         max_multiplier: the channels never exceed ``width * max_multiplier``.
-        attention_resolution: a power of two from 8 to ``resolution / 2``; None for no attention.
+        attention_resolution: width of a map, from twice the smallest to ``resolution / 2``; None for no attention.
         attention: "sagan", or the logits of a :class:`fastgan.nn.TokenAttention2d` with 8 channels or more per head:
             "product", "cosine" (with learned sinks) or "distance".
         spectral_norm: normalise every weight of the network by its largest singular value.
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = ResNetGenerator(10, width=8)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -78,12 +83,12 @@ class ResNetGenerator(Generator):
         )
         self.record(config)
 
-        # From the 4x4 map up to the image.
-        channels = channel_levels(resolution, BASE_RESOLUTION, width, max_multiplier)[::-1]
-        self.base_channels = channels[0]
-        self.linear = nn.Linear(dim_z, channels[0] * BASE_RESOLUTION**2)
+        # From the smallest map up to the image.
+        channels = channel_levels(resolution, smallest_map(resolution), width, max_multiplier)[::-1]
+        self.base_shape = (channels[0], smallest_map(resolution), smallest_map(resolution))
+        self.linear = nn.Linear(dim_z, math.prod(self.base_shape))
         self.blocks = nn.ModuleList(UpBlock(c_in, c_out, n_classes) for c_in, c_out in pairwise(channels))
-        self.attention_after = attention_index(BASE_RESOLUTION, attention_resolution)
+        self.attention_after = attention_index(smallest_map(resolution), attention_resolution)
         if self.attention_after >= 0:
             self.attention = make_attention(attention, channels[self.attention_after + 1])
         self.norm = batch_norm(channels[-1], n_classes)
@@ -109,7 +114,7 @@ class ResNetGenerator(Generator):
         check_noise(z, self.dim_z)
         if self.n_classes:
             check_label_shape(labels, z.shape[0], self.n_classes)
-        h = self.linear(z).view(-1, self.base_channels, BASE_RESOLUTION, BASE_RESOLUTION)
+        h = self.linear(z).view(-1, *self.base_shape)
         for i, block in enumerate(self.blocks):
             h = block(h, labels)
             if i == self.attention_after:
@@ -118,15 +123,19 @@ class ResNetGenerator(Generator):
 
 
 class ResNetDiscriminator(nn.Module):
-    """Logits of images, given their class labels where there are any.
+    """Logits of images, given their class labels if there are classes.
 
-    Residual down-blocks halve the resolution to 4x4, self-attention follows the block whose output is
+    Residual down-blocks halve the resolution to 4x4 (to 7x7), self-attention follows the block whose output is
     ``attention_resolution`` wide, one more block keeps the resolution, then come sum pooling and the head.
 
     Args:
         head: "plain", "projection" (looks at the labels) or "auxiliary" (gives class logits too).
 
     Other arguments as for :class:`ResNetGenerator`. There is no batch norm, so a gradient penalty is well defined.
+
+    Example:
+        >>> ResNetDiscriminator(10, width=8, head="projection")(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -155,8 +164,8 @@ class ResNetDiscriminator(nn.Module):
         self.resolution = resolution
         self.image_channels = image_channels
 
-        # From the image down to the 4x4 map; the first block already widens its input to the next level's channels.
-        channels = [image_channels, *channel_levels(resolution, BASE_RESOLUTION, width, max_multiplier)[1:]]
+        # From the image down to the smallest map; the first block widens its input to the next level's channels.
+        channels = [image_channels, *channel_levels(resolution, smallest_map(resolution), width, max_multiplier)[1:]]
         self.blocks = nn.ModuleList(DownBlock(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise(channels)))
         self.attention_after = attention_index(resolution, attention_resolution)
         if self.attention_after >= 0:
@@ -198,16 +207,21 @@ class SAGANGenerator(ResNetGenerator):
 
     Args:
         n_classes: number of classes, at least 1.
-        resolution: height and width of the images, a power of two, at least 16.
+        resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
         image_channels: 1 for grey, 3 for RGB.
         dim_z: length of the noise vector.
         width: channels at full resolution, a multiple of 8; doubled at each halving of the resolution.
         max_multiplier: the channels never exceed ``width * max_multiplier``.
-        attention_resolution: a power of two from 8 to ``resolution / 2``.
+        attention_resolution: width of a map, from twice the smallest to ``resolution / 2``.
         spectral_norm: normalise every weight of the network by its largest singular value.
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = SAGANGenerator(10, width=8)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(
@@ -241,6 +255,10 @@ class SAGANDiscriminator(ResNetDiscriminator):
     """Logits of images given their labels: a :class:`ResNetDiscriminator` with attention and a projection head.
 
     Arguments as for :class:`SAGANGenerator`.
+
+    Example:
+        >>> SAGANDiscriminator(10, width=8)(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -19,21 +19,23 @@ from fastgan.models.base import (
     check_images,
     check_label_shape,
     recorded,
+    smallest_map,
 )
 from fastgan.models.dcgan import init_dcgan
 
-BOTTLENECK_RESOLUTION = 8
+SMALLEST_MAP = 8
+"""Least width of the smallest maps: sketches keep more of their geometry than 4x4 holds."""
 
 
 class SketchGenerator(Generator):
     """Images in [-1, 1] from sketches and class labels.
 
-    Strided convolutions take the sketch down to 8x8, the label's embedding joins the channels there, bilinear
-    up-sampling and convolutions with batch norm make the image.
+    Strided convolutions take the sketch down to 8x8 (up to 15x15), the label's embedding joins the channels there, and
+    bilinear up-sampling and convolutions with batch norm make the image.
 
     Args:
         n_classes: number of classes, at least 1.
-        resolution: height and width of sketches and images, a power of two, at least 16.
+        resolution: height and width of sketches and images, 4, 5, 6 or 7 times a power of two, at least 16.
         image_channels: 1 for grey, 3 for RGB.
         sketch_channels: of the sketches.
         width: channels at half the resolution, a multiple of 8; doubled at each further halving.
@@ -42,6 +44,11 @@ class SketchGenerator(Generator):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> generator = SketchGenerator(10, resolution=32, width=8)
+        >>> generator(torch.randn(2, 1, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     dim_z = 0
@@ -64,7 +71,7 @@ class SketchGenerator(Generator):
             raise ValueError(f"label_channels must be at least 1, got {label_channels}")
         self.record(config)
 
-        channels = channel_levels(resolution // 2, BOTTLENECK_RESOLUTION, width, max_multiplier)
+        channels = channel_levels(resolution // 2, smallest_map(resolution, SMALLEST_MAP), width, max_multiplier)
         self.encoder = nn.Sequential(
             *(_encode(a, b, first=i == 0) for i, (a, b) in enumerate(pairwise([sketch_channels, *channels])))
         )
@@ -99,6 +106,11 @@ class SketchDiscriminator(nn.Module):
         sees_sketch: the sketch joins the image's channels too; the data must then be paired.
 
     Other arguments as for :class:`SketchGenerator`.
+
+    Example:
+        >>> critic = SketchDiscriminator(10, resolution=32, width=8)
+        >>> critic(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -123,7 +135,7 @@ class SketchDiscriminator(nn.Module):
         self.embed = nn.Embedding(n_classes, resolution**2)
         channels = [
             self.in_channels + 1,
-            *channel_levels(resolution // 2, BOTTLENECK_RESOLUTION, width, max_multiplier),
+            *channel_levels(resolution // 2, smallest_map(resolution, SMALLEST_MAP), width, max_multiplier),
         ]
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise(channels)):
@@ -132,7 +144,7 @@ class SketchDiscriminator(nn.Module):
                 layers.append(nn.InstanceNorm2d(b, affine=True))
             layers.append(nn.LeakyReLU(0.2))
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(channels[-1] * BOTTLENECK_RESOLUTION**2, 1)
+        self.head = nn.Linear(channels[-1] * smallest_map(resolution, SMALLEST_MAP) ** 2, 1)
         init_dcgan(self)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:

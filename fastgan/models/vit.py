@@ -21,6 +21,10 @@ class TransformerBlock(nn.Module):
 
     Shape:
         x (n, tokens, C) -> (n, tokens, C).
+
+    Example:
+        >>> TransformerBlock(16, 4)(torch.randn(2, 10, 16)).shape
+        torch.Size([2, 10, 16])
     """
 
     def __init__(
@@ -39,18 +43,19 @@ class TransformerBlock(nn.Module):
 
 
 class ViTDiscriminator(nn.Module):
-    """Logits of images, given their class labels where there are any, by a vision transformer.
+    """Logits of images, given their class labels if there are classes, by a vision transformer.
 
     Patches become tokens with a learned position, ``depth`` blocks follow, and the mean of the tokens goes to the head.
 
     Args:
         n_classes: number of classes; 0 for an unconditional discriminator.
-        resolution: height and width of the images, a power of two, at least 16.
+        resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
         image_channels: 1 for grey, 3 for RGB.
         width: channels of the tokens, a multiple of 8 and of ``num_heads``.
         depth: number of blocks.
         num_heads: heads of each.
-        patch: height and width of a patch, a divisor of ``resolution``; None for 8 patches a side.
+        patch: height and width of a patch, a divisor of ``resolution``; None for 8 patches per side, or 5 or 7 if
+            the resolution is 20 or 28.
         attention: logits of the attention: "product", "cosine" (with learned sinks) or "distance", as in
             :class:`fastgan.nn.MultiheadSelfAttention`.
         spectral_norm: normalize every weight of the network by its largest singular value.
@@ -84,7 +89,7 @@ class ViTDiscriminator(nn.Module):
         check_architecture(
             n_classes=n_classes, resolution=resolution, image_channels=image_channels, width=width, max_multiplier=1
         )
-        patch = resolution // 8 if patch is None else patch
+        patch = (resolution // 8 if resolution % 8 == 0 else 4) if patch is None else patch
         if patch < 1 or resolution % patch:
             raise ValueError(f"patch must divide resolution, {resolution}, got {patch}")
         if depth < 1:

@@ -49,11 +49,10 @@ def attention(
         scale: a finite number that multiplies the logits. **1.0, as in SAGAN**: for the 1/sqrt(d) of transformers
             pass ``d**-0.5`` or call :func:`scaled_dot_product_attention`.
         impl: "auto", "triton", "extension", "reference" or "eager". "eager" is the textbook formula, with the maps in
-            memory. "auto" is "triton" on a GPU and "extension" on a CPU. If the extension is not built, and for masks,
-            sinks and grouped queries, which it leaves to the reference, maps of up to 16 MB are kept, as by "eager".
-            "auto" is "reference", with one warning, for more channels than Triton's kernels take (d 128, e 256).
-            Within transforms of ``torch.func`` and forward-mode differentiation, which know no such op, maps of any
-            size are kept, whatever ``impl`` says.
+            memory. "auto" is "triton" on a GPU and "extension" on a CPU. If the extension is not built, maps of up to
+            16 MB are kept, as by "eager". "auto" is "reference", with one warning, for more channels than Triton's
+            kernels take (d 128, e 256). Within transforms of ``torch.func`` and forward-mode differentiation, which
+            know no such op, maps of any size are kept, whatever ``impl`` says.
         is_causal: the i-th query sees the keys up to the i-th alone.
         mask: boolean, True where a query may see a key: (B, M) for keys alone, or broadcastable to (B, N, M) or
             (B, H, N, M). Or floating-point, added to the scaled logits, of the latter shapes. It is read tile by tile
@@ -127,14 +126,13 @@ def _attend_heads(
     sinks: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
-    """As :func:`attend`, of (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
+    """Compute :func:`attend` for (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
     impl = asked if asked == "eager" else _able(resolve(asked, q), asked, q, v)
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     learnt_mask = mask is not None and is_differentiated(mask)
-    in_extension = impl == "extension" and mask is None and sinks is None and not is_causal and q.shape[1] == k.shape[1]
-    kept = learnt_mask or (not in_extension and _maps_are_small(q, k))
+    kept = learnt_mask or (impl == "reference" and _maps_are_small(q, k))
     if impl == "eager" or is_transforming() or (asked == "auto" and kept):
         return attention_eager(q, k, v, scale, mask, sinks, is_causal)
     if learnt_mask:
@@ -147,7 +145,7 @@ def _attend_heads(
 
 
 def _able(impl: str, asked: str, q: Tensor, v: Tensor) -> str:
-    """Return ``impl``, or "reference" where the kernels cannot take so many channels and were not ``asked`` for."""
+    """Return ``impl``, or "reference" if the kernels do not support so many channels and were not ``asked`` for."""
     reason = unsupported(q.shape[-1], v.shape[-1]) if impl == "triton" else ""
     if not reason:
         return impl

@@ -62,6 +62,13 @@ def spectral_norm_update(
         ValueError: a list has the wrong length, or a tensor the wrong rank, shape, dtype or device.
 
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks", arXiv 1802.05957.
+
+    Example:
+        >>> weights = [torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([2.0, 0.5]))]
+        >>> first = [torch.tensor([1.0, 0.0])] * 2
+        >>> u, v, sigma = spectral_norm_update(weights, first, first)
+        >>> sigma
+        tensor([3., 2.])
     """
     dims, impl = _check_weights(weights, dims, impl)
     _check_vectors("us", us, weights, [matrix_shape(w, d)[0] for w, d in zip(weights, dims, strict=True)])
@@ -127,6 +134,13 @@ def spectral_norm_scale(
 
     Raises:
         ValueError: a list has the wrong length, or a tensor the wrong rank, shape, dtype or device.
+
+    Example:
+        >>> weights = [torch.diag(torch.tensor([3.0, 1.0]))]
+        >>> state = spectral_norm_update(weights, [torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 0.0])])
+        >>> spectral_norm_scale(weights, *state)
+        [tensor([[1.0000, 0.0000],
+                [0.0000, 0.3333]])]
     """
     dims, impl = _check_weights(weights, dims, impl)
     shapes = [matrix_shape(w, d) for w, d in zip(weights, dims, strict=True)]
@@ -315,7 +329,7 @@ def _third_order(ctx: Any, *_: Any) -> tuple[Any, ...]:
 
 
 def _filled(grads: list[Tensor | None], like: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Zeros where an output had no part in what is differentiated."""
+    """Zeros for outputs that the differentiated result does not depend on."""
     return [torch.zeros_like(w, dtype=dtype) if g is None else g for g, w in zip(grads, like, strict=True)]
 
 

@@ -38,12 +38,17 @@ __all__ = [
 T = TypeVar("T")
 
 AUTO = "auto"
-"""What a recipe writes for a setting that follows from the data; None in Python, unless its values are strings."""
+"""Value, in a recipe, of a setting that follows from the data; None in Python, unless its values are strings."""
 _BY_DATA = ("data.", "model.")
 
 
 def available() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes that come with the package.
+
+    Example:
+        >>> "sagan" in available()
+        True
+    """
     files = resources.files(__package__).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
@@ -53,6 +58,10 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
     Raises:
         InputError: there is no such recipe, or it has an unknown key or a value of the wrong type or range.
+
+    Example:
+        >>> load_recipe("sagan").train.loss
+        'hinge'
     """
     import yaml
 
@@ -73,19 +82,34 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
 
 def parse_recipe(content: object) -> Recipe:
-    """Build a :class:`Recipe` from nested mappings; see :func:`load_recipe` for what is raised."""
+    """Build a :class:`Recipe` from nested mappings; raises as :func:`load_recipe`.
+
+    Example:
+        >>> parse_recipe({"name": "mine", "train": {"steps": 100}}).train.steps
+        100
+    """
     return _build(Recipe, content, "recipe")
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML that :func:`parse_recipe` turns into an equal recipe, every key written out."""
+    """Write every key of ``recipe`` as YAML, which :func:`parse_recipe` turns into an equal recipe.
+
+    Example:
+        >>> print(dump_recipe(load_recipe("sagan")).splitlines()[0])
+        name: sagan
+    """
     import yaml
 
     return yaml.safe_dump(_content(recipe), sort_keys=False)
 
 
 def explain_recipe(recipe: Recipe) -> str:
-    """YAML of ``recipe`` with a comment on each setting, which :func:`load_recipe` reads back."""
+    """Write ``recipe`` as YAML with a comment on each setting; :func:`load_recipe` reads it back.
+
+    Example:
+        >>> print(explain_recipe(load_recipe("sagan")).splitlines()[0])
+        name: sagan
+    """
     import yaml
 
     lines = []
@@ -104,7 +128,7 @@ def explain_recipe(recipe: Recipe) -> str:
 
 
 def _meanings(config: type) -> dict[str, str]:
-    """What the docstring of a section says of each setting, with the first name of those described together."""
+    """Descriptions of a section's settings from its docstring; those of several are under the first name."""
     meanings: dict[str, str] = {}
     name = ""
     for line in inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].splitlines():
@@ -118,12 +142,16 @@ def _meanings(config: type) -> dict[str, str]:
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
-    """``recipe`` with ``key=value`` assignments applied; values are YAML.
+    """Apply ``key=value`` assignments to ``recipe``; values are YAML.
 
     A key is dotted (``train.steps``), or a field's name alone (``steps``) if only one section has it.
 
     Raises:
         InputError: an assignment has no "=", its key is unknown or ambiguous, or the value does not fit.
+
+    Example:
+        >>> override(load_recipe("sagan"), ["steps=2e3", "train.loss=lsgan"]).train.steps
+        2000
     """
     import yaml
 
@@ -148,7 +176,12 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
 
 
 def override_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """``recipe`` with Python values in place of those at dotted keys."""
+    """``recipe`` with Python values in place of those at dotted keys.
+
+    Example:
+        >>> override_values(load_recipe("sagan"), {"train.steps": 2000}).train.steps
+        2000
+    """
     content = _content(recipe)
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -157,12 +190,23 @@ def override_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def automatic(recipe: Recipe) -> list[str]:
-    """Dotted keys of the settings that follow from the data."""
+    """Dotted keys of the settings that follow from the data.
+
+    Example:
+        >>> automatic(override(load_recipe("sagan"), ["resolution=auto"]))
+        ['data.flip', 'model.resolution']
+    """
     return [key for key, value in _flat(recipe).items() if value is None or value == AUTO if key.startswith(_BY_DATA)]
 
 
 def differences(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys at which two recipes differ, with both values."""
+    """Dotted keys at which two recipes differ, with both values.
+
+    Example:
+        >>> recipe = load_recipe("sagan")
+        >>> differences(recipe, override(recipe, ["batch_size=8"]))
+        {'train.batch_size': (64, 8)}
+    """
     a, b = _flat(first), _flat(second)
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
 

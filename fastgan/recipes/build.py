@@ -38,6 +38,12 @@ def build_networks(model: ModelConfig, n_classes: int, image_channels: int) -> t
 
     Raises:
         InputError: the architecture is unknown, has no use for a field, or cannot be built with a value.
+
+    Example:
+        >>> model = load_recipe("sagan-quick-digits").model
+        >>> generator, discriminator = build_networks(model, n_classes=10, image_channels=1)
+        >>> generator(torch.randn(2, generator.dim_z), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 32, 32])
     """
     if model.architecture not in USED:
         raise InputError(f"model.architecture must be one of {', '.join(map(repr, USED))}, got {model.architecture!r}")

@@ -19,9 +19,9 @@ class DataConfig:
     """The images.
 
     Args:
-        source: "digits", "photos", "cifar10", or a folder or zip file: images alone, one subfolder per class, or
-            ``images`` and ``sketches``.
-        channels: 1 for grey, 3 for RGB, 0 for those of the data (folders: 3).
+        source: "digits", "photos", "cifar10", "torchvision:NAME", "huggingface:NAME", or a folder, archive or array:
+            images alone, one subfolder per class, or ``images`` and ``sketches``.
+        channels: 1 for gray, 3 for RGB, 0 for those of the data (folders: 3).
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder; or "auto", the
             folder's if it has any, paired if each image has one of its name, else "edges".
         flip: mirror half of the images. "auto": if most are in color; digits and letters are not symmetric.
@@ -32,6 +32,10 @@ class DataConfig:
         background: RGB color from 0 to 255 that transparent images are composited on.
         value_range: values of 16-bit or floating-point gray images that become black and white; empty for 0 and 65535.
         on_device: keep all images on the device; otherwise they stay in host memory and batches are moved.
+
+    Example:
+        >>> DataConfig(source="photos").channels
+        0
     """
 
     source: str = "digits"
@@ -63,8 +67,9 @@ class ModelConfig:
     Args:
         architecture: "resnet", "dcgan", "sketch", or "vit": a residual generator and a vision transformer that
             discriminates.
-        conditional: the networks are told the classes.
-        resolution: height and width of the images, a power of two; "auto": that which the images fill, 32 to 128.
+        conditional: the networks see the classes.
+        resolution: height and width of the images, 4, 5, 6 or 7 times a power of two; "auto": the power of two that the
+            images fill, 32 to 128.
         dim_z: length of the noise.
         generator_width, discriminator_width: channels where the maps are largest.
         max_multiplier: no layer has more channels than the width times this.
@@ -74,12 +79,16 @@ class ModelConfig:
             the last three, for both networks.
         depth: blocks of the vision transformer.
         num_heads: heads of each of them.
-        generator_spectral_norm: normalise the generator's weights.
+        generator_spectral_norm: normalize the generator's weights.
         discriminator_norm: "none", "batch", "instance" or "spectral".
         discriminator_dropout: probability of dropout in the discriminator "dcgan", in [0, 1); 0 for none.
         head: of the discriminator: "plain", "projection", "auxiliary" or "one-hot".
         label_channels: length of the sketch generator's label embedding.
         sees_sketch: the sketch discriminator sees the sketch beside the image. "auto": if sketches belong to images.
+
+    Example:
+        >>> ModelConfig(resolution=64).architecture
+        'resnet'
     """
 
     architecture: str = "resnet"
@@ -142,9 +151,14 @@ class TrainConfig:
             the losses by a ``torch.amp.GradScaler``.
         channels_last: memory layout of weights and images.
         step_mode: how updates run: "eager"; "compile", each captured as one graph; "cudagraph", that and replayed; or
-            "auto", compiled on a GPU and eager on a CPU.
+            "auto", compiled on a GPU. On a CPU a run that takes more than half an hour is timed both ways, once per
+            machine, and others are eager.
         seed: of weights, noise, labels, augmentation and batch order.
         init: folder of a run or of a saved generator whose weights a new run begins with; empty for none.
+
+    Example:
+        >>> TrainConfig(loss="wasserstein", gradient_penalty=10.0).batch_size
+        64
     """
 
     steps: int = 100_000
@@ -229,6 +243,10 @@ class LogConfig:
         backbone: "inception", "efficientnet_lite0", or "auto": Inception if its weights are at hand and the data is
             not the digits.
         tensorboard, wandb: write there too.
+
+    Example:
+        >>> LogConfig(score_every=100).grid_every
+        1000
     """
 
     grid_every: int = 1000
@@ -247,7 +265,12 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named system: data, networks, training and reports."""
+    """A named system: data, networks, training and reports.
+
+    Example:
+        >>> Recipe("mine", train=TrainConfig(steps=100)).train.steps
+        100
+    """
 
     name: str
     about: str = ""

@@ -1,4 +1,4 @@
-"""Training: captured train steps for your own loop, and the loop of the recipes with what goes with it."""
+"""Training: captured train steps for your own loop, and the recipes' loop with its runs, scores and samples."""
 
 import warnings
 from typing import Any

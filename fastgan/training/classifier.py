@@ -1,4 +1,4 @@
-"""A classifier of real images, to tell whether generated ones show the class that was asked for.
+"""A classifier of real images, which judges whether generated ones show the requested class.
 
 EfficientNet-Lite0 with its ImageNet weights and a new last layer, fine-tuned on the images that the GAN was trained on.
 """
@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from fastgan.data import DeviceLoader, LabelledImages, as_float, stratified_split
 from fastgan.metrics.backbones.efficientnet_lite0 import DIM, INPUT_SIZE, EfficientNetLite0, load_network, normalize
 
-MIN_INPUT_SIZE = 96  # what the deepest maps still see as 3x3
+MIN_INPUT_SIZE = 96  # whose deepest maps are 3x3
 _BATCH = 100
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Shares of real images classified correctly: those learned from, those that chose the epoch, and others."""
+    """Shares of real images classified correctly: of the training, the validation and the test images."""
 
     train: float
     validation: float

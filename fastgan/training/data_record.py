@@ -1,4 +1,4 @@
-"""``data.json`` beside a run: the data that it is trained on, so that other data is noticed."""
+"""``data.json`` in a run's folder records the data that it is trained on, so that other data is noticed."""
 
 from __future__ import annotations
 

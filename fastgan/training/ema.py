@@ -49,6 +49,13 @@ class EMA:
         module: the averaged network, in eval mode.
         updates: number of updates so far, a scalar on the network's device. An update reads nothing on the host, so
             that a graph can hold it.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> average = EMA(net, 0.999)
+        >>> average.update(net)  # after each optimizer step
+        >>> average.module(torch.zeros(1, 2)).shape
+        torch.Size([1, 2])
     """
 
     def __init__(

@@ -88,7 +88,9 @@ class RunSamples(ImageArray):
         except ValueError as error:
             raise InputError(str(error)) from error
         self.generated = images.cpu()
-        super().__init__(to_pixels(self.generated), label=f"{folder} (samples after {step} steps)")
+        label = f"{folder} (samples after {step} steps)"
+        classes = self.labels if self.n_classes > 1 else None
+        super().__init__(to_pixels(self.generated), label=label, labels=classes)
         self.backbone = score_backbone(self.recipe)
         if self.data is not None:
             source = self.recipe.data.source
@@ -114,7 +116,8 @@ def _take_statistics(generator: Generator, labels: Tensor, batches: int, seed: i
 
 
 def _real_images(data: LabelledImages, label: str) -> ImageArray:
-    return ImageArray(to_pixels(as_float(data.images)), label=label)
+    labels = data.labels.cpu() if data.n_classes > 1 else None
+    return ImageArray(to_pixels(as_float(data.images)), label=label, labels=labels)
 
 
 def is_run(path: Path) -> bool:
@@ -206,6 +209,9 @@ def _classifier(
     except ValueError as error:
         raise InputError(f"{samples.folder}: no classifier of {len(data.train)} images: {error}") from error
     state = {key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}
-    write_bytes(weights, save(state))
-    write_text(report, json.dumps(asdict(accuracies), indent=2) + "\n")
+    try:
+        write_bytes(weights, save(state))
+        write_text(report, json.dumps(asdict(accuracies), indent=2) + "\n")
+    except OSError as error:  # a run that may only be read, or a full disk
+        tell(f"the classifier is not kept in {samples.folder}: {error.strerror}")
     return classifier, accuracies

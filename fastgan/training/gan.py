@@ -1,4 +1,4 @@
-"""A GAN as a train step sees it: two networks, two losses, and the random numbers that the losses need.
+"""The interface between a GAN and a train step: two networks, two losses, and the random numbers that they need.
 
 The losses are pure tensor code, so that a step can be run eagerly or captured as one graph: they do not branch on a
 tensor's value, read anything back to the host, or draw random numbers themselves.
@@ -25,7 +25,7 @@ Batch = Mapping[str, Tensor]
 Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 
-UNREACHED = "the loss must depend on weights of the network that it is minimised in, it does on none"
+UNREACHED = "the loss must depend on weights of the network that it is minimized in, it depends on none"
 
 
 class SharedBatch(dict[str, Tensor]):
@@ -41,6 +41,17 @@ class GAN(Protocol):
     A GAN may also have ``shared(batch, draws)``, which returns tensors by name. :meth:`fastgan.training.TrainStep.both`
     computes them once, and both losses find them in their batch, a :class:`SharedBatch`. And it may have ``state``, a
     module whose buffers the losses move.
+
+    Example:
+        >>> net, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+        >>> gan = FunctionalGAN(
+        ...     net,
+        ...     critic,
+        ...     lambda batch, draws: critic(net(draws["z"]).detach()).mean() - critic(batch["images"]).mean(),
+        ...     lambda batch, draws: -critic(net(draws["z"])).mean(),
+        ...     draws=lambda n: {"z": normal(n, 4)},
+        ... )
+        >>> step = TrainStep(gan, *(torch.optim.Adam(m.parameters()) for m in (net, critic)))  # takes any GAN
     """
 
     @property
@@ -82,6 +93,17 @@ class FunctionalGAN:
             (:func:`fastgan.losses.noise.normal` and its kin). Each loss gets freshly drawn ones.
         shared: ``(batch, draws)`` -> tensors by name that both losses find in their batch, such as generated images.
             :meth:`fastgan.training.TrainStep.both` computes them once for both, separate updates once for each.
+
+    Example:
+        >>> net, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+        >>> gan = FunctionalGAN(
+        ...     net,
+        ...     critic,
+        ...     lambda batch, draws: critic(net(draws["z"]).detach()).mean() - critic(batch["images"]).mean(),
+        ...     lambda batch, draws: -critic(net(draws["z"])).mean(),
+        ...     draws=lambda n: {"z": normal(n, 4)},
+        ... )
+        >>> step = TrainStep(gan, *(torch.optim.Adam(m.parameters()) for m in (net, critic)))
     """
 
     def __init__(
@@ -129,7 +151,11 @@ def checked_terms(name: str, loss: Tensor | Terms) -> Terms:
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses of a recipe; see :class:`fastgan.recipes.TrainConfig` for the fields."""
+    """Losses of a recipe; see :class:`fastgan.recipes.TrainConfig` for the fields.
+
+    Example:
+        >>> objective = Objective(gan_loss("hinge"), gradient_penalty=10.0)
+    """
 
     loss: GANLoss
     gradient_penalty: float = 0.0
@@ -172,6 +198,11 @@ class RecipeGAN:
 
     Raises:
         ValueError: the objective does not fit the networks.
+
+    Example:
+        >>> recipe = override(load_recipe("sagan-quick-digits"), ["steps=1", "batch_size=4"])
+        >>> networks = build_networks(recipe.model, 10, image_channels=1)
+        >>> gan = RecipeGAN(*networks, Objective(gan_loss("hinge")))
     """
 
     def __init__(
@@ -320,7 +351,7 @@ class RecipeGAN:
 
     @property
     def _shares_labels(self) -> bool:
-        """Generated images have the labels of the real ones beside them, so that what lies between has one class."""
+        """Whether generated images have the labels of the real ones, so that images between two have one class."""
         paired = bool(self.objective.gradient_penalty) or self.objective.loss.is_paired
         return paired or self.from_sketches or not self.n_classes
 

@@ -32,7 +32,9 @@ from fastgan.models.base import RUN_FOLDER
 from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, load_recipe, override, override_values
 from fastgan.recipes.build import build_networks
 from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
+from fastgan.training.compile_clock import CompileClock
 from fastgan.training.data_record import RECORD, DataRecord
+from fastgan.training.fastest_mode import fastest_mode
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
 from fastgan.training.scoring import Score, Scorer, score_backbone
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
@@ -57,7 +59,7 @@ class Run:
     Attributes:
         recipe: its configuration, in full.
         data: the images.
-        trainer: networks, optimisers and loop.
+        trainer: networks, optimizers and loop.
         scores: distances so far.
     """
 
@@ -118,8 +120,7 @@ class Run:
         if done >= steps:
             self._tell(f"{self.out} is finished, {done} of {steps} steps are done: steps={2 * done} would train on")
         elif self.trainer.steps.mode != "eager":
-            self._tell("compiling the train steps, once: expect one to three minutes before the first step")
-            callbacks.append(FirstStep(self._tell))
+            callbacks.append(CompileClock(self._tell))
         try:
             if not done and self.world.is_first:
                 self._draw(self.trainer)
@@ -227,21 +228,6 @@ class Run:
         return f"The checkpoint of step {self._saved_step} is kept: {self.resume_command}"
 
 
-class FirstStep(Callback):
-    """Says how long the first step took, with what was compiled for it."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-
-    def on_start(self, trainer: Trainer, steps: int) -> None:
-        self._began: float | None = time.perf_counter()
-
-    def on_step(self, trainer: Trainer) -> None:
-        if self._began is not None:
-            self._tell(f"compiled, with the first step, in {time.perf_counter() - self._began:.0f} s")
-            self._began = None
-
-
 class StopOnSignal(Callback):
     """Ends the training after the current step on Ctrl-C or SIGTERM; a second one ends the program at once."""
 
@@ -320,6 +306,10 @@ def start_run(
     settled = settle(recipe, data)
     check_classes(settled, data)
     tell(describe_use(settled, data))
+    if settled.train.step_mode == AUTO and torch.device(device).type == "cpu" and world.size == 1:
+        mode = fastest_mode(settled, data.train, tell=tell)
+        if mode != "eager":  # what "auto" is on a CPU
+            settled = replace(settled, train=replace(settled.train, step_mode=mode))
     recipe = replace(settled, log=replace(settled.log, tensorboard=False, wandb=False)) if dry_run else settled
     run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
     if recipe.train.init:
@@ -333,7 +323,7 @@ def start_run(
 
 
 def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
-    """Take the weights of a run's last checkpoint, or of a saved generator, where names and shapes agree.
+    """Copy the weights of a run's last checkpoint or of a saved generator whose names and shapes agree.
 
     Optimizers, average count, step and data order begin anew.
 
@@ -371,7 +361,7 @@ def _remove_run(out: Path) -> None:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """``recipe`` with absolute paths, so that a run may be resumed from any folder."""
+    """Make the paths of ``recipe`` absolute, so that a run may be resumed from any folder."""
     if recipe.train.init:
         recipe = replace(recipe, train=replace(recipe.train, init=str(Path(recipe.train.init).absolute())))
     if is_named(recipe.data.source):
@@ -380,13 +370,13 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _without_auto(recipe: Recipe, stored: Recipe) -> Recipe:
-    """``recipe`` with the values of ``stored`` in place of its "auto"."""
+    """Replace each "auto" of ``recipe`` by the value of ``stored``."""
     values = {key: now for key, (now, then) in differences(stored, recipe).items() if then in (None, AUTO)}
     return override_values(recipe, values)
 
 
 def settle(recipe: Recipe, data: DataSplit) -> Recipe:
-    """``recipe`` with what the data decides in place of "auto"."""
+    """Replace each "auto" of ``recipe`` by the value that follows from the data."""
     decided = {
         "data.flip": mostly_color(data.train.images),
         "data.sketches": data.sketches,
@@ -449,7 +439,7 @@ def resume_run(
 
 
 def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
-    """Whether both recipes take their data from folders, and the run recorded its files."""
+    """Return whether both recipes take their data from folders and the run recorded its files."""
     record = DataRecord.read(out)
     return (
         record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))

@@ -15,12 +15,17 @@ from fastgan.models import check_labels
 
 
 def class_rows(n_classes: int, per_class: int) -> Tensor:
-    """Labels of a grid with one row per class: 0 ... 0, 1 ... 1, and so on, int64 (n_classes * per_class,)."""
+    """Labels of a grid with one row per class: 0 ... 0, 1 ... 1, and so on, int64 (n_classes * per_class,).
+
+    Example:
+        >>> class_rows(2, 3)
+        tensor([0, 0, 0, 1, 1, 1])
+    """
     return torch.arange(n_classes).repeat_interleave(per_class)
 
 
 def held_out_index(held_out: LabelledImages, labels: Tensor) -> Tensor:
-    """Index of an image of ``held_out`` for each label, those of a class in turn.
+    """Index of an image of ``held_out`` for each label; a class's images take turns.
 
     Raises:
         ValueError: a class has none.
@@ -106,6 +111,11 @@ def sample(
 
     Raises:
         ValueError: a label is out of range, ``labels`` is empty, or sketches are missing or not needed.
+
+    Example:
+        >>> generator = DCGANGenerator(10, resolution=32, width=8)
+        >>> sample(generator, class_rows(10, 2)).shape
+        torch.Size([20, 3, 32, 32])
     """
     _check(generator, labels, batch_size, truncation)
     if getattr(generator, "sketch_channels", 0):

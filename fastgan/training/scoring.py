@@ -92,8 +92,10 @@ class Scorer:
 
 
 def score_backbone(recipe: Recipe) -> str:
-    """The network that scores a run, in its log and in ``fastgan evaluate RUN``: the recipe's, where ``"auto"`` is
-    Inception if its weights are at hand and the data is not digits, and else EfficientNet-lite0."""
+    """Name of the network that scores a run, in its log and in ``fastgan evaluate RUN``.
+
+    "auto" is Inception if its weights are installed and the data is not digits, else EfficientNet-Lite0.
+    """
     if recipe.log.backbone != "auto":
         return recipe.log.backbone
     return "efficientnet_lite0" if recipe.data.source == "digits" else default_backbone()

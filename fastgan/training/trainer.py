@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 
+from fastgan._progress import progress_bar
 from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
 from fastgan.data.images import mostly_color
 from fastgan.data.loader import part_size
@@ -51,7 +52,12 @@ class NonFiniteLossError(FloatingPointError):
 
 @dataclass
 class History:
-    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates."""
+    """Losses of each step so far; for the discriminator the mean over its ``n_critic`` updates.
+
+    Example:
+        >>> len(History([0.5, 0.4], [1.0, 1.1]))
+        2
+    """
 
     discriminator: list[float] = field(default_factory=list)
     generator: list[float] = field(default_factory=list)
@@ -61,7 +67,13 @@ class History:
 
 
 class Callback:
-    """Base class of what watches a run; override any method. ``trainer.step`` is the number of steps done."""
+    """Base class of a run's observers; override any method. ``trainer.step`` is the number of steps done.
+
+    Example:
+        >>> class Print(Callback):
+        ...     def on_losses(self, trainer, rows):
+        ...         print(trainer.step, rows[-1])
+    """
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
         """Before the first of ``steps`` steps."""
@@ -92,7 +104,7 @@ class Trainer:
         config: learning rates, batch size, loss and the rest.
         images: flips, noise and sketches of the batches.
         device: where to train; both networks are moved there.
-        world: the processes; None for those of the default process group, if it is initialized.
+        world: the processes; None for the default process group's, if it is initialized.
 
     Attributes:
         gan: the networks and losses, a :class:`fastgan.training.GAN`.
@@ -109,6 +121,14 @@ class Trainer:
     Raises:
         ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
             batch size is not divisible by the number of processes.
+
+    Example:
+        >>> recipe = override(load_recipe("sagan-quick-digits"), ["steps=1", "batch_size=4"])
+        >>> data, held_out = digits(32)
+        >>> networks = build_networks(recipe.model, data.n_classes, image_channels=1)
+        >>> trainer = Trainer(*networks, data, recipe.train)
+        >>> len(trainer.run())
+        1
     """
 
     discriminator_step: Callable[[Batch], Terms]
@@ -260,13 +280,13 @@ class Trainer:
         return copy.deepcopy(self._state())
 
     def _go_back(self, good: dict[str, Any], failed: int) -> str:
-        """Return to the state before the step ``failed`` from a copy before it. Returns what was first not finite."""
+        """Return to the state before the step ``failed``, and name the tensor that was first not finite."""
         self._load(copy.deepcopy(good))  # an optimizer keeps the tensors that it loads
         try:
             while self.step < failed - 1:
                 self.train_step()
                 self.flush()
-        except NonFiniteLossError:  # what is not deterministic may fail earlier
+        except NonFiniteLossError:  # a step that is not deterministic may fail earlier
             self._load(good)
             return ""
         before = self._copied_state()
@@ -344,7 +364,7 @@ class Trainer:
         return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
+        """State that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
         self.flush()
         return self._state() | {"history": asdict(self.history)}
 
@@ -429,23 +449,17 @@ class ProgressBar(Callback):
 
     Args:
         progress: a running bar to add a task to; without it the callback owns one.
+
+    Example:
+        >>> callbacks = [ProgressBar()]  # for Trainer.run
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._bar, self._owned = progress, progress is None
 
     def on_start(self, trainer: Trainer, steps: int) -> None:
-        from rich import progress
-
         if self._owned:
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
-            )
+            self._bar = progress_bar()
             self._bar.start()
         assert self._bar is not None
         self._task = self._bar.add_task("training", total=trainer.step + steps, completed=trainer.step)
@@ -476,6 +490,9 @@ class Every(Callback):
         action: called with the trainer.
         at_end: also after the last step.
         early: also after a tenth of the first interval.
+
+    Example:
+        >>> callback = Every(100, lambda trainer: print(trainer.step), at_end=True)
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import time
 import zipfile
 
 import numpy as np
@@ -12,7 +13,17 @@ import torch
 from PIL import Image
 
 from fastgan.data.archives import ImageArray, register_opener
-from fastgan.metrics import FeatureStats, frechet_distance, kernel_distance, precision_recall
+from fastgan.metrics import (
+    FeatureStats,
+    auth_pct,
+    cmmd,
+    ct_score,
+    frechet_distance,
+    kernel_distance,
+    mifid,
+    precision_recall,
+    vendi_score,
+)
 from tests.cli.commands import assert_one_line_error, run
 from tests.data.resizing import resize_array
 
@@ -64,20 +75,35 @@ def features():
     return of(REAL), of(FAKE)
 
 
+NAMES = ("FD (efficientnet_lite0)", "FD-infinity (efficientnet_lite0)", "KD (efficientnet_lite0)")
+
+
+def numbers(found):
+    """The metrics of the one set in a command's JSON."""
+    (one,) = found["sets"]
+    return one["metrics"]
+
+
 def test_several_metrics_in_one_pass(sets, features, tmp_path):
     real, fake = features
     Pooled.calls = 0
-    options = ("--metrics", "all", "--subset-size", 20, "--subsets", 5, "-k", 3, "--splits", 2)
+    options = ("--metrics", "fid,fid-infinity,kid,is,prdc", "--subset-size", 20, "--subsets", 5, "-k", 3, "--splits", 2)
     result = run("evaluate", *sets, *options, "--json", "--plot", tmp_path / "bias.png")
     found = json.loads(result.stdout)
     assert Pooled.calls == 90
-    assert found["fid"] == pytest.approx(frechet_distance(*(FeatureStats().update(x) for x in (fake, real))), rel=1e-5)
-    assert found["kid"]["mean"] == pytest.approx(kernel_distance(real, fake, subsets=5, subset_size=20).mean, rel=1e-4)
-    assert found["prdc"]["recall"] == pytest.approx(precision_recall(real, fake, k=3).recall)
-    assert found["is"]["mean"] > 1
-    assert found["fid_infinity"]["standard_error"] > 0
+    values = numbers(found)
+    assert tuple(values)[:3] == NAMES
+    distance = frechet_distance(*(FeatureStats().update(x) for x in (fake, real)))
+    assert values[NAMES[0]] == {"value": pytest.approx(distance, rel=1e-5)}
+    expected = kernel_distance(real, fake, subsets=5, subset_size=20)
+    assert values[NAMES[2]]["value"] == pytest.approx(expected.mean, rel=1e-4)
+    assert values[NAMES[2]]["std"] == pytest.approx(expected.std, rel=1e-4)
+    assert values["recall"] == {"value": pytest.approx(precision_recall(real, fake, k=3).recall), "k": 3}
+    assert values["class score (efficientnet_lite0)"]["value"] > 1
+    assert values[NAMES[1]]["standard_error"] > 0
     assert found["bias_curve"]["sizes"] == [50]
-    assert (found["n"], found["metric"], found["precision"]) == ([50, 40], "FD (efficientnet_lite0)", "fp32")
+    assert (found["metric"], found["value"]) == (NAMES[0], values[NAMES[0]]["value"])
+    assert (found["precision"], found["sets"][0]["n"], found["reference"]["n"]) == ("fp32", 50, 40)
     assert Image.open(tmp_path / "bias.png").size[0] > 300
 
     lines = run("evaluate", *sets, *options).stdout.splitlines()
@@ -85,11 +111,125 @@ def test_several_metrics_in_one_pass(sets, features, tmp_path):
         lines[0] == f"{sets[0]}: N = 50, backbone efficientnet_lite0 (12 features), protocol clean-fid, precision fp32"
     )
     assert lines[1].startswith(f"{sets[1]}: N = 40, ")
-    assert lines[2].startswith("KD (efficientnet_lite0):  ")
-    assert lines[3].startswith("class score (efficientnet_lite0):  ")
-    assert lines[4].startswith("precision ")
-    assert lines[5].startswith("FD-infinity (efficientnet_lite0):  ")
-    assert float(lines[6].removeprefix("FD (efficientnet_lite0):  ")) == pytest.approx(found["fid"])
+    assert [line.partition(":  ")[0] for line in lines[2:]] == [
+        *(name for name in values if name != NAMES[0]),
+        NAMES[0],  # last, as in pytorch-fid
+    ]
+    assert lines[-1] == f"{NAMES[0]}:  {values[NAMES[0]]['value']:.6g}"
+
+
+def test_all_commands_print_one_shape(sets, tmp_path):
+    """The same keys with the same meaning, and no key that names another distance."""
+    options = ("--json", "--backbone", "efficientnet_lite0")
+    found = [
+        json.loads(run(*arguments, *options).stdout)
+        for arguments in (
+            ("fid", *sets),
+            ("evaluate", *sets, "--metrics", "fid,prdc"),
+            ("evaluate", sets[0], "--against", sets[1], "--metrics", "fid"),
+        )
+    ]
+    for one in found[1:]:
+        assert set(found[0]) <= set(one)
+        for key in set(found[0]) - {"sets", "reference"}:
+            assert one[key] == (pytest.approx(found[0][key]) if key == "value" else found[0][key])
+        assert set(one["sets"][0]) == set(found[0]["sets"][0])
+        assert one["sets"][0]["metrics"][NAMES[0]]["value"] == pytest.approx(found[0]["value"])
+    assert set(found[2]) - set(found[0]) == {"interval"}
+
+    def keys(value):
+        nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return set(value if isinstance(value, dict) else ()).union(*map(keys, nested))
+
+    assert not any(key.lower().startswith("fid") for one in found for key in keys(one))
+
+
+def test_every_metric_of_all(sets, features, tmp_path):
+    """What the sets allow is computed; all else is named, with what it needs."""
+    real, fake = features
+    np.savez(tmp_path / "test.npz", images=REAL[:30])
+    arguments = ("evaluate", *sets, "--metrics", "all", "--splits", 2, "--floor", tmp_path / "test.npz", "--json")
+    result = run(*arguments)
+    found = json.loads(result.stdout)
+    assert set(found["not_computed"]) == {"sfid", "intra-fid"}
+    assert result.stderr.splitlines() == [
+        f"fastgan: {name} is left out: it {reason}"
+        for name, reason in sorted(found["not_computed"].items(), key=lambda item: item[0] == "sfid")
+    ]
+    assert "needs Inception" in found["not_computed"]["sfid"]
+    assert "a folder per class, labels.csv or dataset.json" in found["not_computed"]["intra-fid"]
+    values = {name: one["value"] for name, one in numbers(found).items()}
+    expected = {
+        "MiFD (efficientnet_lite0)": mifid(real, fake),
+        "CMMD (efficientnet_lite0)": cmmd(real, fake),
+        "AuthPct": auth_pct(real, fake),
+        "C_T": ct_score(real, real[:30], fake),
+        "Vendi": vendi_score(fake),
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_distances_within_classes(sets, features, tmp_path):
+    """Classes of folders on one side and of a label file on the other; bars on the page."""
+    real, fake = features
+    for i, image in enumerate(FAKE):
+        (tmp_path / "classes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "classes" / str(i % 2) / f"{i:02}.png")
+    (tmp_path / "flat").mkdir()
+    for i, image in enumerate(REAL):
+        Image.fromarray(image).save(tmp_path / "flat" / f"{i:02}.png")
+    of_fake, of_real = torch.arange(50) % 2, torch.arange(40) % 2
+    expected = [
+        frechet_distance(*(FeatureStats().update(x[y == c]) for x, y in ((fake, of_fake), (real, of_real))))
+        for c in range(2)
+    ]
+    arguments = ("evaluate", tmp_path / "classes", tmp_path / "flat", "--metrics", "intra-fid", "--json")
+    assert_one_line_error(run(*arguments), "--metrics intra-fid needs classes on both sides")
+    rows = [[f"{i:02}.png", i % 2] for i in range(40)]
+    labels = {
+        "labels.csv": "".join(f"{name},{label}\n" for name, label in rows),
+        "dataset.json": json.dumps({"labels": rows}),
+    }
+    for name, content in labels.items():
+        (tmp_path / "flat" / name).write_text(content)
+        found = numbers(json.loads(run(*arguments, "--html", tmp_path / "report.html").stdout))
+        one = found["intra-FD (efficientnet_lite0)"]
+        assert one["classes"] == pytest.approx({"0": expected[0], "1": expected[1]}, rel=1e-4)
+        assert one["value"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+        assert (tmp_path / "report.html").read_text().count('class="bar"') == 2
+        (tmp_path / "flat" / name).unlink()
+    (tmp_path / "flat" / "labels.csv").write_text("".join(f"{name},{'ab'[label]}\n" for name, label in rows))
+    assert_one_line_error(run(*arguments), "needs the same classes on both sides, got 0, 1 and a, b")
+
+
+def test_the_stages_of_a_pass_and_their_bound(sets, monkeypatch):
+    """A slow reader makes decoding the bound, a slow network the network; what overlaps is not waited for."""
+    read, forward = ImageArray.read, Pooled.forward
+
+    def slow(method, seconds):
+        def call(*arguments):
+            time.sleep(seconds)
+            return method(*arguments)
+
+        return call
+
+    def seconds(*options):
+        arguments = ("fid", sets[1], sets[1], "--batch-size", 8, "--num-workers", 4, *options)
+        return run(*arguments, "--json"), run(*arguments, "--times")
+
+    monkeypatch.setattr(ImageArray, "read", slow(read, 0.02))
+    as_json, text = seconds()
+    found = json.loads(as_json.stdout)["reference"]["seconds"]
+    assert (found["bound"], found["threads"]) == ("decode", 4)
+    assert found["decode"] > 0.02 * 40
+    assert "bound: decode" in text.stdout.splitlines()[0]
+
+    monkeypatch.setattr(ImageArray, "read", read)
+    monkeypatch.setattr(Pooled, "forward", slow(forward, 0.1))
+    as_json, _ = seconds()
+    found = json.loads(as_json.stdout)["reference"]["seconds"]
+    assert found["bound"] == "network"
+    assert found["network"] > 0.1 * 3
 
 
 def test_many_images_are_worth_a_compilation(sets, monkeypatch):
@@ -109,8 +249,8 @@ def test_the_floor(sets, features, tmp_path):
     expected = frechet_distance(*(FeatureStats().update(x) for x in features))
     for command in ("fid", "evaluate"):
         found = json.loads(run(command, *sets, "--floor", split, "--json").stdout)
-        assert found["floor"] == pytest.approx(expected, rel=1e-5)
-        assert (found["floor_path"], found["floor_n"]) == (str(split), 50)
+        assert found["floor"]["value"] == pytest.approx(expected, rel=1e-5)
+        assert (found["floor"]["path"], found["floor"]["n"]) == (str(split), 50)
         assert "floor, the last two sets' FD (efficientnet_lite0):  " in run(command, *sets, "--floor", split).stdout
 
 
@@ -128,9 +268,10 @@ def test_a_source_that_knows_its_reference_and_a_second_split(sets, features, mo
 
     register_opener(opener)
     found = json.loads(run("evaluate", sets[0], "--metrics", "fid", "--json").stdout)
-    assert found["paths"] == ["a run", str(sets[1])]
-    assert found["floor"] == pytest.approx(frechet_distance(*(FeatureStats().update(x) for x in (real, fake[:9]))))
-    assert (found["floor_path"], found["floor_n"]) == ("another split", 9)
+    assert (found["sets"][0]["path"], found["reference"]["path"]) == ("a run", str(sets[1]))
+    expected = frechet_distance(*(FeatureStats().update(x) for x in (real, fake[:9])))
+    assert found["floor"]["value"] == pytest.approx(expected)
+    assert (found["floor"]["path"], found["floor"]["n"]) == ("another split", 9)
     for options in (("--metrics", "kid"), (sets[1], "--metrics", "fid")):  # no distance to judge by it, or not its data
         assert "floor" not in json.loads(run("evaluate", sets[0], *options, "--json").stdout)
 
@@ -143,9 +284,15 @@ def test_what_evaluate_refuses(sets, tmp_path):
     np.savez(tmp_path / "one.npz", images=REAL[:1])
     computed = Pooled.calls
     for arguments, part in (
-        ((fake, real, "--metrics", "fid,lpips"), "--metrics must be of fid, fid-infinity, kid, is, prdc, got lpips"),
-        ((fake, tmp_path / "stats.npz"), "--metrics kid,prdc needs images on both sides"),
-        ((tmp_path / "stats.npz", real), "--metrics fid,kid,prdc needs images, "),
+        (
+            (fake, real, "--metrics", "fid,lpips"),
+            "--metrics must be of fid, fid-infinity, kid, is, prdc, sfid, mifid, ",
+        ),
+        ((fake, tmp_path / "stats.npz"), "--metrics kid needs images or features, "),
+        ((tmp_path / "stats.npz", real), "--metrics kid needs images or features, "),
+        ((tmp_path / "stats.npz", real, "--metrics", "fid", "--plot", tmp_path / "a.png"), "--plot needs images"),
+        ((fake, real, "--metrics", "ct"), "--metrics ct needs --floor with images not trained on"),
+        ((fake, real, "--dims", "big"), "--dims must be 64, 192, 768, 2048 or spatial, got big"),
         ((fake,), "names no reference to compare it with"),
         ((fake, real, "--metrics", "prdc", "-k", "0"), "-k must be at least 1"),
         ((fake, real, "--plot", tmp_path / "none" / "a.png"), "its folder does not exist"),
@@ -162,14 +309,15 @@ def test_what_evaluate_refuses(sets, tmp_path):
     assert run("evaluate", fake, "--metrics", "is").stdout.splitlines()[-1].startswith("class score")
 
 
-def test_all_says_what_it_leaves_out(sets, tmp_path):
+def test_all_leaves_out_what_has_too_few_images(sets, tmp_path):
     """Explicitly asked for, it is an error, before any feature is computed."""
     np.savez(tmp_path / "some.npz", images=REAL)  # 40, where 48 are needed for 12 features
     result = run("evaluate", tmp_path / "some.npz", sets[1], "--metrics", "all", "--plot", tmp_path / "a.png", "--json")
     assert result.exit_code == 0
     needed = f"needs at least 48 images for 12 features, {tmp_path / 'some.npz'} holds 40"
-    assert result.stderr == f"fastgan: fid-infinity is left out: it {needed}\n"
-    assert "fid_infinity" not in json.loads(result.stdout)
+    assert f"fastgan: fid-infinity is left out: it {needed}\n" in result.stderr
+    assert json.loads(result.stdout)["not_computed"]["fid-infinity"] == needed
+    assert NAMES[1] not in numbers(json.loads(result.stdout))
     computed = Pooled.calls
     refused = run("evaluate", tmp_path / "some.npz", sets[1], "--metrics", "fid-infinity")
     assert_one_line_error(refused, f"--metrics fid-infinity {needed}")
@@ -201,8 +349,9 @@ def test_files_of_features_stand_for_images(sets, tmp_path):
     computed = Pooled.calls
     found = json.loads(run("evaluate", *names, *options).stdout)
     assert Pooled.calls == computed
-    for key in ("fid", "kid", "prdc", "fid_infinity"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-9)
+    assert len(numbers(found)) == 7
+    for name, value in numbers(expected).items():
+        assert numbers(found)[name] == pytest.approx(value, rel=1e-9)
     assert_one_line_error(run("evaluate", *names, "--metrics", "is"), "--metrics is needs images", "holds features")
 
 
@@ -248,8 +397,9 @@ def test_an_evaluation_goes_on_in_its_second_set(sets, tmp_path, monkeypatch):
     assert len(list((tmp_path / "unfinished").iterdir())) == 2
     Pooled.calls = 0
     found, expected = (json.loads(text) for text in (run("evaluate", *sets, *options).stdout, expected))
-    for key, value in expected.items():
-        assert found[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float | dict) else value)
+    assert set(found) == set(expected)
+    for name, value in numbers(expected).items():
+        assert numbers(found)[name] == pytest.approx(value, rel=1e-6)
     assert Pooled.calls == 40 - 16
     assert not list((tmp_path / "unfinished").iterdir())
 

@@ -97,8 +97,10 @@ def test_json(folders, features):
     assert result.stderr == ""
     assert report["value"] == pytest.approx(frechet(*features), rel=1e-5)
     assert report["metric"] == "FD (efficientnet_lite0)"
-    assert (report["n"], report["dim"], report["resize"], report["precision"]) == ([7, 5], 1280, "clean", "fp32")
-    assert report["skipped"] == [[], []]
+    sides = (*report["sets"], report["reference"])
+    assert [side["n"] for side in sides] == [7, 5]
+    assert (report["dim"], report["resize"], report["precision"]) == (1280, "clean", "fp32")
+    assert [side["skipped"] for side in sides] == [[], []]
 
 
 def test_statistics_saved_shown_merged_and_compared(folders, features, tmp_path):
@@ -151,7 +153,7 @@ def test_pytorch_fids_files(tmp_path):
     assert "N unknown" in result.stdout
     assert result.stderr.count("does not name its backbone") == 2
     np.savez(tmp_path / "c.npz", mu_s=np.zeros(5), sigma_s=np.eye(5))
-    assert run("fid", tmp_path / "c.npz", tmp_path / "c.npz").stdout.splitlines()[-1] == "FD (unknown backbone):  0.0"
+    assert run("fid", tmp_path / "c.npz", tmp_path / "c.npz").stdout.splitlines()[-1] == "FD (unknown backbone):  0"
 
 
 def test_an_unreadable_image(folders, tmp_path):
@@ -167,7 +169,8 @@ def test_an_unreadable_image(folders, tmp_path):
     assert "N = 3" in skipping.stdout
     assert "1 unreadable left out" in skipping.stdout
     report = json.loads(run("fid", tmp_path, output, "--skip-bad", "--json", *LITE).stdout)
-    assert report["skipped"] == [[str(bad)], []]
+    assert report["sets"][0]["skipped"] == [str(bad)]
+    assert report["reference"]["skipped"] == []
     assert report["value"] < 1e-6
 
 
@@ -254,7 +257,7 @@ def test_a_bug_keeps_its_traceback(folders, monkeypatch):
     def bug(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("fastgan.metrics.evaluate.frechet_distance", bug)
+    monkeypatch.setattr("fastgan.metrics.catalogue.frechet_distance", bug)
     result = run("fid", *folders, "--backbone", "efficientnet_lite0")
     assert result.exit_code == 1
     assert isinstance(result.exception, ValueError)

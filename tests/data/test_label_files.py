@@ -57,3 +57,18 @@ def test_mistakes_name_the_file(folder):
     (folder / "labels.csv").write_text("0/0.png\n")
     with pytest.raises(InputError, match=r"labels.csv must have rows of a path and a label, got '0/0.png'"):
         image_folder(folder, 16)
+
+
+@pytest.mark.parametrize("label", [-1, 0.5, [0, 1], None, True])
+def test_labels_that_are_neither_numbers_nor_names(folder, label):
+    write(folder, [*ROWS[:3], ["1/3.png", label]])
+    with pytest.raises(InputError, match=r"labels of .*dataset.json must be whole numbers from 0 or names, got .* 1/3"):
+        image_folder(folder, 16)
+
+
+def test_a_label_file_is_not_left_out(folder):
+    write(folder, ROWS)
+    (folder / "notes.txt").write_text("")
+    told = []
+    image_folder(folder, 16, tell=told.append)
+    assert told == [f"{folder}: left out 1 no image (.txt)"]

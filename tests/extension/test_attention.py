@@ -178,20 +178,6 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, threads):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-def test_heads_go_through_the_same_passes():
-    """Strided as a transformer's projections leave them; masks, sinks and grouped queries go to the reference."""
-    shapes = ((2, 3, 20, 4), (2, 3, 70, 4), (2, 3, 70, 6))
-    inputs = [torch.randn(b, n, h, c, dtype=torch.float64).transpose(1, 2) for b, h, n, c in shapes]
-    for options in ({}, {"is_causal": True}, {"sinks": torch.randn(3, dtype=torch.float64)}):
-        fast = three_passes(functools.partial(extension, scale=0.4, **options), *inputs)
-        slow = three_passes(functools.partial(attention, scale=0.4, impl="eager", **options), *inputs)
-        for a, b, name in zip(fast, slow, NAMES, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
-    grouped = [inputs[0], inputs[1][:, :1], inputs[2][:, :1]]
-    for a, b in zip(three_passes(extension, *grouped), three_passes(attention_eager, *grouped), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
 def test_outputs_have_the_layout_of_q(poisoned_empty):
     q, k, v = block_operands(2, 6, 16, torch.float32, "channels-first", "cpu")
     assert extension(q, k, v).mT.is_contiguous()

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(bool(backend.extension_missing()), reason="the e
 if not backend.extension_missing():
     from fastgan.extension import spectral_norm as extension
 
-SHAPES = [(5, 3), (64, 3, 3, 3), (130, 64, 3, 3), (7, 9, 4, 4), (1, 300), (20, 30, 1, 1)]
-DIMS = [0, 0, 0, 1, 0, 1]
+# An iteration is summed in one part for most of these shapes, and in two for the last.
+SHAPES = [(5, 3), (64, 3, 3, 3), (130, 64, 3, 3), (7, 9, 4, 4), (1, 300), (20, 30, 1, 1), (133, 999)]
+DIMS = [0, 0, 0, 1, 0, 1, 0]
 
 
 def operands(shapes, dims, dtype):
@@ -104,6 +105,19 @@ def test_gradients_of_both_orders_match_finite_differences():
     inputs = [w.requires_grad_() for w in weights]
     assert torch.autograd.gradcheck(scaled, inputs)
     assert torch.autograd.gradgradcheck(scaled, inputs)
+
+
+@pytest.mark.parametrize("factor", [1e-35, 1e-9, 1e9, 1e18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_of_the_weights_does_not_matter(factor, dtype):
+    """W^T W v would leave float32's range."""
+    weights, us, vs = operands(SHAPES, DIMS, dtype)
+    wide = [[x.double().clone() for x in xs] for xs in (weights, us, vs)]
+    scaled = [weight * factor for weight in weights]
+    u, v, sigma = extension.update(scaled, us, vs, DIMS, 2, 1e-37)
+    true_u, true_v, true_sigma = reference.update(*wide, DIMS, 2, 1e-37)
+    for ours, truth in ((u, true_u), (v, true_v), (sigma / factor, true_sigma)):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e30, 1e-30])

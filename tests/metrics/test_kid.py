@@ -54,3 +54,13 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("size", [10, 30, 45])
+def test_subsets_of_one_kernel_matrix_equal_their_own(size, monkeypatch):
+    """Small sets compute the kernel of all pairs once; the subsets and their values are the same."""
+    real, fake = rows(60), rows(45, shift=0.5, seed=1)
+    found = kernel_distance(real, fake, subsets=7, subset_size=size)
+    monkeypatch.setattr("fastgan.metrics.kid._MOST", 40)
+    expected = kernel_distance(real, fake, subsets=7, subset_size=size)
+    assert (found.mean, found.std) == pytest.approx((expected.mean, expected.std), rel=1e-9)

@@ -52,7 +52,7 @@ def test_every_door_gives_one_number(sets, protocol, tmp_path):
     assert found["value"] == pytest.approx(expected, rel=1e-9)
     assert found["protocol"] == (protocol or "pytorch-fid")
     evaluated = json.loads(run("evaluate", *folders, "--metrics", "fid", *options))
-    assert evaluated["fid"] == pytest.approx(expected, rel=1e-9)
+    assert evaluated["value"] == pytest.approx(expected, rel=1e-9)
     for folder, name in zip(folders, "ab", strict=True):
         run("stats", "save", folder, tmp_path / f"{name}.npz", *options)
     saved = json.loads(run("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--json"))
@@ -87,3 +87,34 @@ def test_anothers_statistics_are_compared_where_weights_are_given(sets, tmp_path
         found = json.loads(run("fid", folders[0], tmp_path / "theirs.npz", "--weights", weights, *names, "--json"))
         assert found["value"] == pytest.approx(frechet_distance(*stats), rel=1e-6)
         assert found["metric"] == f"FD ({network.name})"
+
+
+def test_sfid_of_the_same_pass_and_of_its_own(sets, tmp_path):
+    """guided-diffusion's features: seven channels at 17 x 17 places, in TensorFlow's order; beside the FID's 2048."""
+    folders, pixels, weights = sets
+    network, both = (load_backbone("inception", weights=weights, dims=dims) for dims in ("spatial", "2048+spatial"))
+    assert (network.dim, both.dim, both.extra) == (2023, 2048, 2023)
+    images = pixels[0][:2]
+    maps = []
+    plain = load_backbone("inception", weights=weights)
+    hook = plain._network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    pooled = plain(images)
+    hook.remove()
+    expected = torch.cat([one[:, :7].permute(0, 2, 3, 1).reshape(len(one), -1) for one in maps])
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both(images), torch.cat([pooled, expected], dim=1), rtol=1e-4, atol=1e-4)
+
+    options = ["--weights", weights, "--json"]
+    alone = json.loads(run("fid", *folders, "--dims", "spatial", *options))
+    assert alone["metric"] == f"FD ({plain.name}, spatial features)"
+    checkpoint = ["--checkpoint", tmp_path / "unfinished"]
+    together = json.loads(run("evaluate", *folders, "--metrics", "fid,sfid", *options, *checkpoint))
+    values = together["sets"][0]["metrics"]
+    assert values[f"sFD ({plain.name})"]["value"] == pytest.approx(alone["value"], rel=1e-4)
+    assert values[f"FD ({plain.name})"]["value"] == pytest.approx(
+        json.loads(run("fid", *folders, *options))["value"], rel=1e-4
+    )
+    for folder, name in zip(folders, "ab", strict=True):
+        run("stats", "save", folder, tmp_path / f"{name}.npz", "--dims", "spatial", "--weights", weights)
+    saved = json.loads(run("fid", folders[0], tmp_path / "b.npz", *options))
+    assert saved["value"] == pytest.approx(alone["value"], rel=1e-6)

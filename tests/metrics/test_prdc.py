@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastgan.metrics import InputError, precision_recall
+from fastgan.metrics.prdc import distances
 from tests.metrics.rows import UNUSABLE_PAIRS, rows
 
 
@@ -44,3 +45,17 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("copies", [0, 1, 40])
+def test_distances_are_exact_for_near_rows_and_copies(copies):
+    """float32 rows: from a product in float64, or from differences where that would cancel; equal ones stay equal."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(50, 40, generator=generator) + 100
+    x = torch.cat([y[:5] * (1 + 1e-6), y[:1].repeat(copies, 1), torch.rand(5, 40, generator=generator) + 100])
+    found = distances(x, y)
+    expected = (x.double()[:, None] - y.double()).square().sum(-1).sqrt()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    assert (found[5 : 5 + copies, 0] == 0).all()
+    assert torch.equal(found, distances(y, x).mT)

@@ -1,11 +1,14 @@
 """npz files: round trips, other tools' files, damage, atomicity."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 import fastgan
 from fastgan.metrics import FeatureStats, InputError, frechet_distance
+from fastgan.metrics.evaluate import merge_files
 
 ROWS = torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -200,3 +203,25 @@ def test_statistics_of_one_feature(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.float64(2), sigma=np.float64(3))
     stats = FeatureStats.load(tmp_path / "stats.npz")
     assert (stats.mean.tolist(), stats.cov.tolist()) == ([2], [[3]])
+
+
+def test_a_thousand_files_are_merged_in_constant_memory(tmp_path, monkeypatch):
+    """One is held at a time beside the sum, and the result is that of all vectors together."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((5000, 16)) + 3
+    for i, part in enumerate(np.array_split(rows, 1000)):
+        FeatureStats(16).update(part).save(tmp_path / f"{i:04}.npz")
+    load, alive, most = FeatureStats.load, weakref.WeakSet(), []
+
+    def counted(path):
+        stats = load(path)
+        alive.add(stats)
+        most.append(len(alive))
+        return stats
+
+    monkeypatch.setattr(FeatureStats, "load", counted)
+    merged = merge_files(sorted(tmp_path.glob("*.npz")))
+    assert (len(most), max(most)) == (1000, 2)  # the one before is there until the next is read
+    assert merged.n == 5000
+    np.testing.assert_allclose(merged.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(merged.cov, np.cov(rows.T), rtol=1e-11, atol=1e-12)

@@ -61,6 +61,12 @@ def test_frechet_and_kernel_distance_equal_torchmetrics():
     theirs = theirs_fid.FrechetInceptionDistance(feature=Network(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
     ours = FrechetInceptionDistance(feature=Network(), input_img_size=(3, 2, 2))
     assert fed(ours, real, fake).compute().item() == pytest.approx(fed(theirs, real, fake).compute().item(), rel=1e-5)
+    for side in ("real", "fake"):  # its states, which we keep in another form
+        for name in ("sum", "cov_sum", "num_samples"):
+            state = f"{side}_features_{name}"
+            found, expected = getattr(ours, state), getattr(theirs, state)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert isinstance(ours.inception, Network)
     options = {"feature": Network(), "subsets": 2, "subset_size": 40}
     theirs = fed(theirs_kid.KernelInceptionDistance(**options), real[:40], fake).compute()
     ours = fed(KernelInceptionDistance(**options), real[:40], fake).compute()

@@ -1,6 +1,9 @@
 """Generators in a folder: written, read back, and what is wrong with one."""
 
+import inspect
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -49,7 +52,7 @@ def test_bad_folders(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, match in (
         ({"class": "StyleGAN"}, "class must be one of .*, got 'StyleGAN'"),
-        ({"arguments": {"resolution": 48}}, "arguments do not make a DCGANGenerator: resolution must be a power"),
+        ({"arguments": {"resolution": 50}}, "arguments do not make a DCGANGenerator: resolution must be 4, 5"),
         ({"arguments": {"depth": 3}}, "arguments do not make a DCGANGenerator: .*depth"),
         ({"arguments": {**config["arguments"], "width": 16}}, "model.safetensors does not fit DCGANGenerator"),
     ):
@@ -101,3 +104,68 @@ def test_labels_are_not_read_in_graphs():
     assert not [node for node in graph.graph.nodes if "_local_scalar_dense" in str(node.target)]
     rows = torch.func.vmap(generator, randomness="different")(z[:, None], labels[:, None])
     torch.testing.assert_close(rows[:, 0], generator(z, labels))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stands in for the Hugging Face Hub: repositories are folders, and calls must fit the library's signatures."""
+    library = pytest.importorskip("huggingface_hub")
+    monkeypatch.delenv("FASTGAN_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    repositories, calls = tmp_path / "hub", []
+
+    def stand_in(function, action):
+        def call(*arguments, **options):
+            bound = inspect.signature(function).bind(*arguments, **options)
+            calls.append((function.__name__, {k: v for k, v in bound.arguments.items() if k != "self"}))
+            return action(**calls[-1][1])
+
+        return call
+
+    def download(repo_id, revision, allow_patterns):
+        if not (repositories / repo_id).exists():
+            raise library.errors.LocalEntryNotFoundError(f"{repo_id} is not there")
+        return str(repositories / repo_id)
+
+    def upload(repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, repositories / repo_id)
+        return f"https://hub/{repo_id}"
+
+    api = library.HfApi
+    monkeypatch.setattr(library, "snapshot_download", stand_in(library.snapshot_download, download))
+    monkeypatch.setattr(api, "create_repo", stand_in(api.create_repo, lambda **options: None))
+    monkeypatch.setattr(api, "upload_folder", stand_in(api.upload_folder, upload))
+    return calls
+
+
+def test_the_hub_holds_generators(hub):
+    generator = MAKERS["dcgan"]().eval()
+    assert generator.push_to_hub("user/repo", private=True) == "https://hub/user/repo"
+    assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
+    assert hub[0][1] == {"repo_id": "user/repo", "private": True, "exist_ok": True}
+    loaded = Generator.from_pretrained("user/repo", revision="v1")
+    assert hub[2][1]["revision"] == "v1"
+    z, labels = torch.randn(2, 4), torch.tensor([0, 2])
+    assert torch.equal(loaded(z, labels), generator(z, labels))
+
+
+def test_folders_go_before_the_hub(hub, tmp_path):
+    MAKERS["dcgan"]().save_pretrained(tmp_path / "user" / "repo")
+    Generator.from_pretrained("user/repo")
+    assert hub == []
+
+
+def test_a_hub_that_cannot_be_read(hub, monkeypatch):
+    with pytest.raises(InputError, match="no folder and no repository on the Hugging Face Hub: 'user/other'"):
+        Generator.from_pretrained("user/other")
+    hub.clear()
+    monkeypatch.setenv("FASTGAN_OFFLINE", "1")
+    with pytest.raises(InputError, match="'user/other' does not exist; .* FASTGAN_OFFLINE is set"):
+        Generator.from_pretrained("user/other")
+    with pytest.raises(InputError, match="push_to_hub.*FASTGAN_OFFLINE"):
+        MAKERS["dcgan"]().push_to_hub("user/repo")
+    monkeypatch.delenv("FASTGAN_OFFLINE")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="pip install huggingface_hub"):
+        Generator.from_pretrained("user/other")
+    assert hub == []

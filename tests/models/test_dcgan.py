@@ -21,7 +21,7 @@ def test_the_original_64x64_network():
     assert weights.std().item() == pytest.approx(0.02, rel=0.02)
 
 
-@pytest.mark.parametrize("resolution", [16, 32, 64, 128])
+@pytest.mark.parametrize("resolution", [16, 20, 28, 48, 64, 128])
 def test_every_resolution(resolution):
     shared = {"resolution": resolution, "image_channels": 1, "width": 8}
     images = DCGANGenerator(dim_z=6, **shared)(torch.randn(2, 6))

@@ -22,7 +22,8 @@ def latents(n=4, dim_z=12, n_classes=3):
 
 
 @pytest.mark.parametrize(
-    ("resolution", "attention_resolution", "max_multiplier"), [(16, 8, 4), (32, 16, 4), (32, 8, 1), (64, 32, 2)]
+    ("resolution", "attention_resolution", "max_multiplier"),
+    [(16, 8, 4), (32, 16, 4), (32, 8, 1), (64, 32, 2), (28, 14, 4), (48, 12, 2)],
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes(resolution, attention_resolution, max_multiplier, channels):
@@ -158,13 +159,13 @@ def test_state_dict_round_trip():
     ("changes", "match"),
     [
         ({"n_classes": 0}, "n_classes must be at least 1"),
-        ({"resolution": 33}, "resolution must be a power of two, at least 16, got 33"),
-        ({"resolution": 8}, "resolution must be a power of two, at least 16"),
+        ({"resolution": 33}, "resolution must be 4, 5, 6 or 7 times a power of two, at least 16, got 33"),
+        ({"resolution": 8}, "resolution must be 4, 5, 6 or 7 times a power of two, at least 16"),
         ({"image_channels": 0}, "image_channels must be at least 1"),
         ({"width": 12}, "width must be a positive multiple of 8"),
         ({"max_multiplier": 0}, "max_multiplier must be at least 1"),
-        ({"attention_resolution": 32}, "attention_resolution must be a power of two from 8 to 16"),
-        ({"attention_resolution": 12}, "attention_resolution must be a power of two"),
+        ({"attention_resolution": 32}, "attention_resolution must be one of 8, 16 at resolution 32"),
+        ({"attention_resolution": 12}, "attention_resolution must be one of 8, 16 at"),
     ],
 )
 def test_bad_architecture(changes, match):

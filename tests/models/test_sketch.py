@@ -7,7 +7,7 @@ from fastgan.losses.penalties import gradient_penalty
 from fastgan.models import SketchDiscriminator, SketchGenerator
 
 
-@pytest.mark.parametrize("resolution", [16, 64])
+@pytest.mark.parametrize("resolution", [16, 28, 40, 64])
 def test_shapes_and_dependence_on_sketch_and_label(resolution):
     generator = SketchGenerator(3, resolution=resolution, width=8).eval()
     sketches = torch.randn(1, 1, resolution, resolution).expand(3, -1, -1, -1).clone()
@@ -17,6 +17,12 @@ def test_shapes_and_dependence_on_sketch_and_label(resolution):
     assert images.abs().max() <= 1
     assert not torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("resolution", [16, 28, 40])
+def test_the_critic_takes_every_resolution(resolution):
+    critic = SketchDiscriminator(3, resolution=resolution, width=8)
+    assert critic(torch.randn(2, 3, resolution, resolution), torch.tensor([0, 2])).shape == (2,)
 
 
 def test_the_critic_sees_label_and_sketch():
@@ -55,8 +61,8 @@ def test_bad_input():
         SketchGenerator(2, label_channels=0)
     with pytest.raises(ValueError, match="sketch_channels must be at least 1"):
         SketchDiscriminator(2, sketch_channels=0)
-    with pytest.raises(ValueError, match="resolution must be a power of two"):
-        SketchGenerator(2, resolution=40)
+    with pytest.raises(ValueError, match="resolution must be 4, 5, 6 or 7 times a power of two"):
+        SketchGenerator(2, resolution=50)
     with pytest.raises(ValueError, match=r"sketches must have shape \(n, 1, 64, 64\)"):
         SketchGenerator(2, width=8)(torch.zeros(1, 3, 64, 64), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"images must have shape \(n, 4, 16, 16\)"):

@@ -46,6 +46,8 @@ def test_patches():
     assert small(patch=2).position.shape == (64, 16)
     assert small().position.shape == (64, 16)
     assert small(patch=4).position.shape == (16, 16)
+    assert small(resolution=28).position.shape == (49, 16)
+    assert small(resolution=48).position.shape == (64, 16)
 
 
 @pytest.mark.parametrize("attention", ["product", "cosine", "distance"])

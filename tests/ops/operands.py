@@ -58,14 +58,14 @@ def plain_residual(rows, weight, bias, x):
 
 
 def three_orders(function, *inputs):
-    """Outputs, first gradients and gradients of a penalty on them, for fixed cotangents."""
+    """Outputs, first gradients and gradients of a penalty on them, for fixed cotangents, the same in every dtype."""
     inputs = [x.detach().requires_grad_() for x in inputs if x is not None]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
 
     def cotangents(tensors):
-        return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
+        return [torch.randn(t.shape, generator=generator, dtype=torch.float64).bfloat16().to(t) for t in tensors]
 
     cotangent = [c.requires_grad_() for c in cotangents(outputs)]
     first = torch.autograd.grad(outputs, inputs, cotangent, create_graph=True)
@@ -83,7 +83,7 @@ def head_operands(b, h, key_heads, n, m, d, e, dtype=torch.float64, requires_gra
 
 
 def masks(case, b, h, n, m):
-    """What ``attention`` is given to mask, and the same for ``attention_eager``; some rows see no key."""
+    """Masks for ``attention``, and the same ones for ``attention_eager``; some rows see no key."""
     causal = {"is_causal": True} if "causal" in case else {}
     if "keys" in case:
         mask = torch.rand(b, m) < 0.7

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from fastgan.backend import extension_missing
 from fastgan.ops import attention, scaled_dot_product_attention, squared_distance_attention
 from fastgan.ops._multihead import multihead_bwd_bwd_op, multihead_bwd_op, multihead_op
 from fastgan.reference.attention import attention_eager
@@ -217,20 +216,6 @@ def test_torchs_function_under_autocast_takes_several_dtypes():
         actual, expected = scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
     assert actual.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.skipif(bool(extension_missing()), reason="the C++ extension is not built")
-@pytest.mark.parametrize("case", ["none", "causal", "keys"])
-def test_the_extension_or_what_stands_in_for_it(case):
-    options, full = masks(case, 3, 4, 33, 20)
-    inputs = head_operands(3, 4, 2, 33, 20, 16, 8)[: 3 if case == "none" else 4]
-    inputs[1] = inputs[1].detach()[:1].requires_grad_()
-    fast = three_orders(
-        lambda q, k, v, sinks=None: attention(q, k, v, 0.7, "extension", sinks=sinks, **options), *inputs
-    )
-    slow = three_orders(functools.partial(plain, scale=0.7, **full), *inputs)
-    for a, e in zip(fast, slow, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference"])

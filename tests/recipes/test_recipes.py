@@ -186,11 +186,11 @@ def test_unknown_recipe(tmp_path):
         ({"architecture": "vit", "attention": "cosine", "depth": 0}, "model: depth must be at least 1, got 0"),
         ({"architecture": "resnet", "sees_sketch": True}, "model.sees_sketch has no meaning for architecture 'resnet'"),
         ({"architecture": "sketch", "dim_z": 3}, "model.dim_z has no meaning for architecture 'sketch'"),
-        ({"resolution": 48}, "model: resolution must be a power of two, at least 16, got 48"),
+        ({"resolution": 50}, "model: resolution must be 4, 5, 6 or 7 times a power of two, at least 16, got 50"),
         ({"architecture": "sketch", "conditional": False}, "model: n_classes must be at least 1, got 0"),
         ({"discriminator_norm": "batch"}, "discriminator_norm must be 'none' or 'spectral', got 'batch'"),
         ({"head": "projektion"}, "head must be one of 'plain', 'projection', 'auxiliary', got 'projektion'"),
-        ({"architecture": "dcgan", "attention_resolution": 64}, "attention_resolution must be a power of two from 8"),
+        ({"architecture": "dcgan", "attention_resolution": 64}, "attention_resolution must be one of 8, 16"),
     ],
 )
 def test_networks_that_cannot_be(model, match):

@@ -1,5 +1,6 @@
 """A run as a source of images, and the classifier that judges it."""
 
+import errno
 from dataclasses import asdict
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from fastgan._checks import InputError
 from fastgan.data import LabelledImages
 from fastgan.data.archives import open_images, register_opener
-from fastgan.metrics.evaluate import EvaluateOptions, evaluate
+from fastgan.metrics.catalogue import EvaluateOptions
+from fastgan.metrics.evaluate import evaluate
 from fastgan.metrics.options import FeatureOptions
 from fastgan.recipes import load_recipe, override
 from fastgan.training import sample, standing_statistics_
-from fastgan.training.classifier import Classifier, train_classifier
+from fastgan.training.classifier import Accuracies, Classifier, train_classifier
 from fastgan.training.data_record import DataRecord
 from fastgan.training.evaluation import RunSamples, classify_run, open_run
 from fastgan.training.run import load_generator, start_run
@@ -54,7 +56,8 @@ def test_the_log_and_evaluate_give_one_number(run, monkeypatch):
     scorer = Scorer(run.data.held_out, run.data.train, [40], backbone=score_backbone(run.recipe))
     generator, _ = load_generator(run.out)
     found = evaluate(RunSamples(run.out), None, FeatureOptions(), EvaluateOptions(("fid",)))
-    assert found.fid == pytest.approx(scorer.score(generator, 1).decisive, rel=1e-6)
+    (value,) = found.values.values()
+    assert value.value == pytest.approx(scorer.score(generator, 1).decisive, rel=1e-6)
     assert found.floor == pytest.approx(scorer.floors[40], rel=1e-6)
     assert found.sides[0].stats.protocol == scorer.protocol.name
 
@@ -99,6 +102,25 @@ def test_a_run_is_judged_by_the_classifier_in_its_folder(run):
     assert report.generated == (samples.labels == 3).double().mean().item()
     assert report.score.mean == pytest.approx(1)
     assert "train 100.0%, validation 50.0%, test 25.0%, generated" in report.lines()[0]
+
+
+def test_a_classifier_that_cannot_be_kept_still_judges(run, monkeypatch):
+    made = Classifier(10, 96), Accuracies(1.0, 0.5, 0.25)
+    monkeypatch.setattr("fastgan.training.evaluation.train_classifier", lambda *_, **__: made)
+
+    def refuse(path, _):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("fastgan.training.evaluation.write_bytes", refuse)
+    for name in ("classifier.safetensors", "classifier.json"):
+        (run.out / name).unlink(missing_ok=True)
+    samples, told = RunSamples(run.out), []
+    object.__setattr__(samples.data, "held_out", samples.data.held_out.subset(torch.arange(20)))
+    samples.generated, samples.labels = samples.generated[:20], samples.labels[:20]
+    report = classify_run(samples, tell=told.append)
+    assert report.real == made[1]
+    assert told[-1] == f"the classifier is not kept in {run.out}: Read-only file system"
+    assert not (run.out / "classifier.json").exists()
 
 
 def test_no_run(tmp_path):

@@ -1,6 +1,7 @@
 """Two processes over gloo that share batches: equal to one process with whole batches, and to each other."""
 
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -99,6 +100,24 @@ def shared_and_lazy(mode, world=None):
     return [g.state_dict(), d.state_dict(), scaler.state_dict(), terms]
 
 
+def refused_in_one(mode, rank=0):
+    """A loss whose Python draws a number in the second process alone, where a graph would keep the first."""
+    torch.manual_seed(1)
+    g, d = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def critic_loss(batch, draws):
+        scale = random.random() if rank == 1 else 1.0
+        return d(batch["images"]).mean() * scale - d(g(draws["z"]).detach()).mean()
+
+    gan = FunctionalGAN(g, d, critic_loss, lambda _, draws: -d(g(draws["z"])).mean(), lambda n: {"z": normal(n, 4)})
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-2) for m in (g, d)]
+    rng = torch.Generator().manual_seed(0)
+    step = TrainStep(gan, *optimizers, mode=mode, backend="aot_eager", rng=rng)
+    random.seed(5)
+    losses = [step.discriminator({"images": torch.full((3, 6), float(k))}) for k in range(4)]
+    return [d.state_dict(), losses]
+
+
 def work(rank, size, store, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
@@ -107,6 +126,9 @@ def work(rank, size, store, folder):
     results["shared, eager"] = shared_and_lazy("eager", (rank, size))
     with pytest.warns(BackendWarning, match="several processes exchange gradients between updates that share tensors"):
         results["shared, compile"] = shared_and_lazy("compile", (rank, size))
+    results["refused, eager"] = refused_in_one("eager", rank)
+    with pytest.warns(BackendWarning, match="the discriminator step runs eagerly: captured, it would leave other"):
+        results["refused, compile"] = refused_in_one("compile", rank)
     results["mean"] = means(rank)
     results["batch norm"] = own_states("compile", (rank, size), norm=nn.BatchNorm1d(16))
     results["stopped"] = stopped_state(rank)
@@ -231,6 +253,12 @@ def test_shared_tensors_lazy_terms_and_scaled_losses(results, mode):
     assert_same(first, second)
     torch.testing.assert_close(first, shared_and_lazy("eager"), rtol=1e-4, atol=2e-6)
     assert first[2]["scale"] == 32.0
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_wrong_in_one_process_is_refused_in_all(results):
+    for result in results:
+        assert_same(result["refused, compile"], result["refused, eager"])
 
 
 @pytest.mark.slow

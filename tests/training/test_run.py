@@ -217,7 +217,7 @@ def test_nothing_is_written_where_recipe_and_data_do_not_fit(tmp_path):
     for change, match in (
         ("data.source=/no/such/folder", "/no/such/folder does not exist"),
         ("batch_size=5000", "batch_size must be from 1 to the number of images, 1198"),
-        ("resolution=24", "resolution must be a power of two"),
+        ("resolution=25", "resolution must be 4, 5, 6 or 7 times"),
         ("loss=huber", "loss must be one of"),
         ("gradient_penalty=1", "gradient penalties need a discriminator without batch norm"),
     ):

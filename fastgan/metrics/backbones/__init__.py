@@ -53,6 +53,11 @@ def load_backbone(
         ValueError: unknown name or precision, or ``weights`` or ``dims`` with a callable.
         InputError: the weights are missing or damaged (the message says what to fetch and where to put it), or the
             network has no features of these ``dims``.
+
+    Example:
+        >>> backbone = load_backbone(lambda images: images.float().mean((2, 3)))  # any function of uint8 images
+        >>> backbone(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape
+        torch.Size([2, 3])
     """
     if isinstance(backbone, Backbone):
         return backbone
@@ -80,13 +85,18 @@ def load_backbone(
 
 
 def is_backbone_name(name: str) -> bool:
-    """Whether :func:`load_backbone` knows a network of this name, or where to ask for it."""
+    """Return whether :func:`load_backbone` knows a network of this name, or a library to ask for it."""
     library, _, model = name.partition(":")
     return name in BACKBONES or (library in ("timm", "torchvision") and bool(model))
 
 
 def default_backbone() -> str:
-    """``"inception"`` where its weights are at hand, which makes the distance an FID, else ``"efficientnet_lite0"``."""
+    """``"inception"`` where its weights are at hand, which makes the distance an FID, else ``"efficientnet_lite0"``.
+
+    Example:
+        >>> default_backbone() in ("inception", "efficientnet_lite0")
+        True
+    """
     from fastgan.metrics.backbones.inception import local_weights
 
     return "efficientnet_lite0" if local_weights() is None else "inception"

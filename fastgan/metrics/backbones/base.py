@@ -37,6 +37,7 @@ class Backbone(nn.Module):
             (n, dim, h', w'), which are averaged over h' and w'. A module is moved to ``device`` and put in eval mode.
         name: reported with every distance.
         dim: features per image; None takes it from the first call.
+        extra: further features per image behind the ``dim`` ones, which are for another distance, such as sFID's.
         input_size: height and width of the network's input; None feeds images at the size they have.
         normalize: from pixels in [0, 255] to the network's input; None divides by 255. ``"protocol"`` leaves the range
             to the protocol, as for Inception.
@@ -63,6 +64,7 @@ class Backbone(nn.Module):
         *,
         name: str,
         dim: int | None = None,
+        extra: int = 0,
         input_size: int | None = None,
         normalize: Callable[[Tensor], Tensor] | str | None = None,
         device: torch.device | str = "cpu",
@@ -74,6 +76,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self.dim = dim
+        self.extra = extra
         self.input_size = input_size
         self.device = torch.device(device)
         self._wanted_precision = precision
@@ -99,7 +102,7 @@ class Backbone(nn.Module):
 
     @property
     def precision(self) -> str:
-        """Of the network's arithmetic on its device: ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
+        """Precision of the network's arithmetic on its device: ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
         return resolve_precision(self._wanted_precision, self.device)
 
     @property
@@ -195,9 +198,10 @@ class Backbone(nn.Module):
                 f"backbone {self.name} must return features of shape ({n}, dim), got {tuple(features.shape)}"
             )
         if self.dim is None:
-            self.dim = features.shape[1]
-        if features.shape[1] != self.dim:
-            raise ValueError(f"backbone {self.name} must return {self.dim} features per image, got {features.shape[1]}")
+            self.dim = features.shape[1] - self.extra
+        if features.shape[1] != self.dim + self.extra:
+            wanted = self.dim + self.extra
+            raise ValueError(f"backbone {self.name} must return {wanted} features per image, got {features.shape[1]}")
         return features.float().clone()  # a clone made outside inference mode is an ordinary tensor
 
     def _run_compiled(self, inputs: Tensor) -> Tensor:
@@ -292,7 +296,7 @@ class PackedConvolution:
 
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch has the calls, which are no public ones, and they compute what they should."""
+    """Return whether this torch has the private calls that packing needs, and they compute what they should."""
     conv = nn.utils.skip_init(nn.Conv2d, 3, 4, 3, stride=2, padding=1, dtype=dtype)
     with torch.inference_mode():
         for values in (x := torch.empty(1, 3, 7, 5, dtype=dtype), conv.weight, conv.bias):

@@ -83,7 +83,7 @@ def load_network(weights: str | Path | None = None) -> tuple[EfficientNetLite0, 
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """From [0, 255] to the network's input."""
+    """Map pixels in [0, 255] to the network's input."""
     return (pixels - 127) / 128
 
 

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from fastgan._checks import InputError
 from fastgan.metrics.backbones.base import Backbone, load_state, load_weights, sha256
-from fastgan.metrics.backbones.inception_network import CLASSES, DIMS, LOGITS, InceptionV3
+from fastgan.metrics.backbones.inception_network import (
+    CLASSES,
+    DIMS,
+    LOGITS,
+    SPATIAL,
+    SPATIAL_DIM,
+    WITH_SPATIAL,
+    InceptionV3,
+)
 
 INPUT_SIZE = 299
 
@@ -40,7 +48,9 @@ def load(
 
     ``dims`` is 2048 for the last pooled features (the FID's), 64, 192 or 768 for the averaged maps after the first and
     second max-pool and before the auxiliary head, ``"logits"`` for the 1008 class scores, or
-    ``"logits_unbiased"`` for these without their bias.
+    ``"logits_unbiased"`` for these without their bias. ``"spatial"`` is for sFID's 2023 features (Nash et al.,
+    "Generating Images with Sparse Representations", 2021, as guided-diffusion's evaluator takes them), and
+    ``"2048+spatial"`` for the FID's with these as :attr:`Backbone.extra`.
 
     The weights come from ``weights``, else from the file that FASTGAN_INCEPTION_WEIGHTS names, else from torch.hub's
     cache, into which they are downloaded once. Weights with another hash than the published file's give a backbone of
@@ -51,8 +61,9 @@ def load(
             not fit.
     """
     dims = DIMS[-1] if dims is None else dims
-    if isinstance(dims, bool) or dims not in (*DIMS, *LOGITS):
-        names = ", ".join(map(str, (*DIMS, *LOGITS)))
+    choices = (*DIMS, SPATIAL, WITH_SPATIAL, *LOGITS)
+    if isinstance(dims, bool) or dims not in choices:
+        names = ", ".join(map(str, choices))
         raise InputError(f"dims must be one of {names} for inception, got {dims!r}")
     path = Path(weights) if weights is not None else local_weights() or download()
     with torch.device("meta"):  # its 24 million parameters are not drawn only to be replaced
@@ -63,19 +74,26 @@ def load(
     return Backbone(
         network.float().eval().fold_batch_norm().to(memory_format=torch.channels_last),
         name=name,
-        dim=CLASSES if dims in LOGITS else int(dims),
+        dim=_number_of_features(dims),
+        extra=SPATIAL_DIM if dims == WITH_SPATIAL else 0,
         input_size=INPUT_SIZE,
         normalize="protocol",
         device=device,
         precision=precision,
         own=True,
-        head=UnbiasedHead(network.fc) if dims == DIMS[-1] else None,
+        head=UnbiasedHead(network.fc) if dims in (DIMS[-1], WITH_SPATIAL) else None,
         pack=network.pack,
     )
 
 
+def _number_of_features(dims: int | str) -> int:
+    if dims in LOGITS:
+        return CLASSES
+    return {SPATIAL: SPATIAL_DIM, WITH_SPATIAL: DIMS[-1]}.get(str(dims)) or int(dims)
+
+
 def local_weights() -> Path | None:
-    """The weights file that FASTGAN_INCEPTION_WEIGHTS names or that torch.hub's cache holds; None where there is none.
+    """The weights file that FASTGAN_INCEPTION_WEIGHTS names or that torch.hub's cache holds; None if there is none.
 
     Raises:
         InputError: the variable names no file, or the cached file is damaged.

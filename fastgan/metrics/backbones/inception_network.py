@@ -16,12 +16,17 @@ from fastgan.metrics.backbones.base import PackedConvolution, fold_batch_norm
 DIMS = (64, 192, 768, 2048)
 LOGITS = ("logits", "logits_unbiased")
 CLASSES = 1008
+SPATIAL, WITH_SPATIAL = "spatial", "2048+spatial"
+SPATIAL_DIM = 17 * 17 * 7
+"""sFID's features: the first 7 channels of ``Mixed_6d.branch1x1``, TensorFlow's ``mixed_6/conv``, at 17 x 17 places."""
 
 
 class InceptionV3(nn.Module):
     """(n, 3, 299, 299) images in [-1, 1] to pooled features (n, dims) in float32, or to (n, 1008) logits.
 
-    The average pools of the A, C and first E blocks do not count padding, and the last E block pools by maximum.
+    ``dims`` may also be ``"spatial"``, for sFID's features (n, 2023) in the order of height, width and channel, or
+    ``"2048+spatial"``, for the pooled ones and these side by side (n, 4071). The average pools of the A, C and first E
+    blocks do not count padding, and the last E block pools by maximum.
     """
 
     def __init__(self, dims: int | str = DIMS[-1]) -> None:
@@ -46,23 +51,36 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.dims in (SPATIAL, WITH_SPATIAL):
+            before = self._until_6c(images)
+            spatial = self.Mixed_6d.branch1x1(before)[:, :7].float().permute(0, 2, 3, 1).flatten(1)
+            if self.dims == SPATIAL:
+                return spatial
+            pooled = self._after_6c(before).float().mean(dim=(2, 3))
+            return torch.cat([pooled, spatial], dim=1)
         x = self._maps(images).float().mean(dim=(2, 3))
         if self.dims not in LOGITS:
             return x
         return F.linear(x, self.fc.weight.float(), self.fc.bias.float() if self.dims == "logits" else None)
 
     def _maps(self, images: Tensor) -> Tensor:
+        if self.dims in (64, 192):
+            return self._first_maps(images)
+        x = self._until_6c(images)
+        return self.Mixed_6e(self.Mixed_6d(x)) if self.dims == 768 else self._after_6c(x)
+
+    def _first_maps(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images))), 3, stride=2)
         if self.dims == 64:
             return x
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
-        if self.dims == 192:
-            return x
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        if self.dims == 768:
-            return x
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        return F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
+
+    def _until_6c(self, images: Tensor) -> Tensor:
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self._first_maps(images))))
+        return self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+
+    def _after_6c(self, x: Tensor) -> Tensor:
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))))
 
     def fold_batch_norm(self) -> InceptionV3:
         """Fold every batch normalisation into the convolution before it; the outputs stay, in eval mode."""

@@ -36,7 +36,13 @@ class Fused:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """Every spectral norm and self-attention block that :func:`fuse` found; ``print`` shows one per line."""
+    """Every spectral norm and self-attention block that :func:`fuse` found; ``print`` shows one per line.
+
+    Example:
+        >>> model, report = fuse(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))), torch.randn(1, 3, 8, 8))
+        >>> [part.path for part in report.swapped], report.refused
+        (['0'], ())
+    """
 
     parts: tuple[Fused, ...]
     unnormed: tuple[str, ...] = ()
@@ -152,6 +158,11 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``, with the modules it had and the weights it has.
+
+    Example:
+        >>> model, _ = fuse(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))), torch.randn(1, 3, 8, 8))
+        >>> unfuse(model) is model
+        True
     """
     for module in model.modules():
         if is_fused(module):

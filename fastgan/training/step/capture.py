@@ -177,7 +177,7 @@ class CapturedUpdate:
         written: attributes of modules that an update writes.
         unread: those and all others that the graph does not read.
         unverified: calls that are still to be compared with the eager update.
-        is_low_precision: whether the graph computes in bfloat16 or float16.
+        eps: the largest rounding error of the floating-point dtypes that the graph computes in.
         draws_itself: whether it draws random numbers of its own, as for dropout.
     """
 
@@ -243,7 +243,7 @@ class CapturedUpdate:
         self._fit.ignore(self.unread)
         self.traced: tuple[Callable[..., Any], Callable[..., Any] | None] = torch.no_grad()(graph), None
         self.unverified = 0
-        self.is_low_precision, self.draws_itself = _is_low_precision(graph), _draws_itself(graph)
+        self.eps, self.draws_itself = _eps(graph), _draws_itself(graph)
         self._first = torch.no_grad()(compile(graph, arguments))
         self._second: Callable[..., Any] | None = None
         if mean is not None:
@@ -455,9 +455,10 @@ def _metadata(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _is_low_precision(graph: GraphModule) -> bool:
-    values = (node.meta.get("val") for node in graph.graph.nodes)
-    return any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
+def _eps(graph: GraphModule) -> float:
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _draws_itself(graph: GraphModule) -> bool:

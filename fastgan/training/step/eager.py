@@ -30,6 +30,10 @@ class LazyTerm:
         draws: maps the number of samples in a batch to the random numbers that this term needs besides the loss's.
 
     Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", arXiv 1912.04958, appendix B.
+
+    Example:
+        >>> critic = nn.Linear(2, 1)
+        >>> term = LazyTerm(lambda batch, draws: 10 * r1_penalty(critic, batch["images"]), every=16)
     """
 
     loss: Callable[[Batch, Draws], Tensor]

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -337,13 +337,19 @@ class Snapshot:
 
 
 def differences(
-    got: Snapshot, expected: Snapshot, start: Snapshot, tolerance: float, *, draws: bool = True
+    got: Snapshot,
+    expected: Snapshot,
+    start: Snapshot,
+    tolerance: float,
+    rounding: Mapping[str, float],
+    *,
+    draws: bool = True,
 ) -> list[str]:
     """Return the names of values that differ between two runs of a step from one start; empty if none does.
 
-    A tensor may be off by ``tolerance`` times its change since the start, or times its norm if it is new. An adaptive
-    optimizer's steps on gradients that are rounding noise are not compared. A missing state of an optimizer equals one
-    of zeros.
+    A tensor may be off by ``tolerance`` times its change since the start, or times its norm if it is new, and by
+    ``rounding[path]`` if there is one. An adaptive optimizer's steps on gradients that are rounding noise are not
+    compared. A missing state of an optimizer equals one of zeros.
     """
     found = []
     a, b, before = got.leaves(), expected.leaves(), start.leaves()
@@ -356,7 +362,7 @@ def differences(
             if not (zero and _OF_OPTIMIZER.match(path)):
                 found.append(path)
         elif isinstance(x, Tensor) and isinstance(y, Tensor):
-            if not _close(x, y, before.get(path), tolerance, noise.get(path)):
+            if not _close(x, y, before.get(path), tolerance, noise.get(path), rounding.get(path, 0.0)):
                 found.append(path)
         elif isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
             if x.shape != y.shape or not np.allclose(x, y, rtol=tolerance, atol=0, equal_nan=True):
@@ -366,6 +372,17 @@ def differences(
     if draws:
         both = expected.random.keys() & got.random.keys()
         found += [name for name in sorted(both) if not _same_state(got.random[name], expected.random[name])]
+    return found
+
+
+def distances(a: Snapshot, b: Snapshot) -> dict[str, float]:
+    """Map each path where both hold a tensor of one shape to the norm of the difference; values not finite count 0."""
+    others, found = b.leaves(), {}
+    for path, x in a.leaves().items():
+        y = others.get(path)
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.is_floating_point():
+            difference = x.double() - y.to(x.device, torch.float64)
+            found[path] = float(torch.where(difference.isfinite(), difference, 0).norm())
     return found
 
 
@@ -411,7 +428,7 @@ def _noise(leaves: dict[str, Any]) -> dict[str, Tensor]:
     )
 
 
-def _close(x: Tensor, y: Tensor, start: Any, tolerance: float, noise: Tensor | None) -> bool:
+def _close(x: Tensor, y: Tensor, start: Any, tolerance: float, noise: Tensor | None, rounding: float) -> bool:
     if x.shape != y.shape or (x.dtype != y.dtype and x.ndim):
         return False
     if x.numel() == 0:
@@ -430,7 +447,8 @@ def _close(x: Tensor, y: Tensor, start: Any, tolerance: float, noise: Tensor | N
     x, y = torch.where(compared, x, zero), torch.where(compared, y, zero)
     known = isinstance(start, Tensor) and start.shape == y.shape
     change = torch.where(compared, y - start.to(y.device, wide), zero).norm() if known else y.norm()
-    return bool((x - y).norm() <= tolerance * change + 16 * eps * y.norm() + torch.finfo(torch.float32).tiny)
+    floor = 16 * eps * y.norm() + torch.finfo(torch.float32).tiny
+    return bool((x - y).norm() <= tolerance * change + rounding + floor)
 
 
 def _random_states(rng: torch.Generator | None) -> dict[str, Any]:

@@ -22,13 +22,15 @@ from fastgan.training.step.capture import CapturedUpdate, Fit
 from fastgan.training.step.eager import JointUpdate, LazyTerm, Update
 from fastgan.training.step.optimizers import CaptureError
 from fastgan.training.step.process_mean import ProcessMean, broadcast_, broadcast_optimizer_
-from fastgan.training.step.reachable import Snapshot, differences, differing_terms
+from fastgan.training.step.reachable import Snapshot, differences, differing_terms, distances
 
 MODES = ("eager", "compile", "cudagraph")
 MOST_GRAPHS = 8
 VERIFIED_CALLS = 2
 EAGER, CAPTURE, COMPARE, GRAPH = range(4)  # how one call runs
 TOLERANCE = 3.4e-4  # the root of float32's epsilon
+ROUNDING_MARGIN = 30.0
+LOW_PRECISION = 1e-4  # bfloat16 and float16 round by more
 
 
 class TrainStep:
@@ -93,6 +95,19 @@ class TrainStep:
     Raises:
         ValueError: an unknown mode, an optimizer with none of its network's weights or with others', sharded weights,
             or a negative bound.
+
+    Example:
+        >>> net, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+        >>> gan = FunctionalGAN(
+        ...     net,
+        ...     critic,
+        ...     lambda batch, draws: critic(net(draws["z"]).detach()).mean() - critic(batch["images"]).mean(),
+        ...     lambda batch, draws: -critic(net(draws["z"])).mean(),
+        ...     draws=lambda n: {"z": normal(n, 4)},
+        ... )
+        >>> step = TrainStep(gan, *(torch.optim.Adam(m.parameters()) for m in (net, critic)))
+        >>> loss_d = step.discriminator({"images": torch.randn(8, 2)})["loss"]
+        >>> loss_g = step.generator({"images": torch.randn(8, 2)})["loss"]
     """
 
     def __init__(
@@ -350,6 +365,14 @@ class NetworkUpdate:
         ema: an average of the first of ``trains`` that moves after each step.
         lazy: terms that only every n-th update has, by name.
         shares_weights: another update may train weights of this one too, with an optimizer of its own.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> loss = lambda batch, draws: (net(draws["z"]) - batch["target"]).square().mean()
+        >>> update = NetworkUpdate(loss, "net", torch.optim.Adam(net.parameters()), draws=lambda n: {"z": normal(n, 4)})
+        >>> step = TrainStep.of_updates({"net": net}, {"net": update})
+        >>> sorted(step.update("net", {"target": torch.zeros(8, 2)}))
+        ['loss']
     """
 
     loss: Callable[[Batch, Draws], Tensor | Terms]
@@ -530,39 +553,67 @@ class _Step:
         If all agree, the compiled one's results stay in place, else the eager one's.
         """
         owner, update = self._owner, self._update
+        low = graph.eps > LOW_PRECISION
         start = Snapshot(update.state(), owner.rng)
         terms = update(batch, draws)
         end = Snapshot(update.state(), owner.rng)
-        low = graph.is_low_precision
-        # The traced graph runs the same kernels; a compiler rounds otherwise.
-        trials = [(graph.run_traced, 1e-2 if low else TOLERANCE, True)]
-        if owner.backend != "eager" and not graph.draws_itself:
-            trials.append((graph, 0.5 if low else TOLERANCE**0.5, False))
-        reason, found = None, {}
-        for run, tolerance, draws_alike in trials:
+        found: Terms = {}
+
+        def differs(
+            run: Callable[[Batch, Draws], Terms], tolerance: float, rounding: dict[str, float], draws_alike: bool
+        ) -> str | None:
+            """Run it from the start; return why it may not take the eager update's place in all processes, or None."""
+            nonlocal found
             start.restore()
+            reason = None
             try:
                 found = run(batch, draws)
                 left = Snapshot(update.state(), owner.rng)
-                names = differences(left, end, start, tolerance, draws=draws_alike)
+                names = differences(left, end, start, tolerance, rounding, draws=draws_alike)
                 names += [f"the term {name!r}" for name in differing_terms(found, terms, tolerance)]
                 if names:
                     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                     reason = f"captured, it would leave other values in {', '.join(names[:3])}{more}"
             except Exception as error:  # whatever the graph may raise
                 reason = _first_line(error)
-            if reason:
-                break
-        reasons = [r for r in owner.world.gather(reason) if r is not None]
-        if reasons:
+            return next((r for r in owner.world.gather(reason) if r is not None), None)
+
+        is_compiled = owner.backend != "eager"
+        # The traced graph runs the same kernels; a compiler rounds otherwise.
+        reason = differs(graph.run_traced, 1e-2 if low else TOLERANCE, {}, draws_alike=True)
+        if reason is None and is_compiled and not graph.draws_itself:
+            rounding = self._effect_of_rounding(graph, batch, draws, start, end)
+            reason = differs(graph, 0.5 if low else TOLERANCE**0.5, rounding, draws_alike=False)
+        if reason is not None:
             end.restore()
-            self._give_up(reasons[0])
+            self._give_up(reason)
             return terms
-        if len(trials) == 1 and owner.backend != "eager":
+        if is_compiled and graph.draws_itself:
             start.restore()
             found = graph(batch, draws)
         graph.unverified -= 1
         return found
+
+    def _effect_of_rounding(
+        self, graph: CapturedUpdate, batch: Batch, draws: Draws, start: Snapshot, end: Snapshot
+    ) -> dict[str, float]:
+        """Map each tensor to how far rounding may move it: by what a rounding error in each weight does, and a margin.
+
+        Gradients of a penalty and of normalized layers may magnify it a thousandfold, and a moment of Adam's may change
+        by rounding alone, if two batches are equal.
+        """
+        start.restore()
+        rng = torch.Generator().manual_seed(0)
+        weights = {id(p): p for network in self._update.networks.values() for p in network.parameters()}
+        with torch.no_grad():
+            for p in weights.values():
+                if p.is_floating_point():
+                    error = torch.randn(p.shape, dtype=torch.float64, generator=rng).mul_(graph.eps)
+                    p.copy_(p.double() * (1 + error.to(p.device)))
+        graph.run_traced(batch, draws)
+        moved = distances(Snapshot(self._update.state(), self._owner.rng), end)
+        margin = 1.0 if graph.eps > LOW_PRECISION else ROUNDING_MARGIN
+        return {path: margin * distance for path, distance in moved.items()}
 
     def _give_up(self, error: Exception | str) -> None:
         self._is_eager, self._graphs = True, []

@@ -18,7 +18,7 @@ from fastgan.training.step.capture import CapturedUpdate
 from fastgan.training.step.eager import Update
 from fastgan.training.step.process_mean import ProcessMean
 from tests.training.small_trainers import trainer
-from tests.training.step.small_steps import OPTIMIZERS, STEPS, TOLERANCE, largest_difference, moments
+from tests.training.step.small_steps import OPTIMIZERS, STEPS, TOLERANCE, Setup, batch, largest_difference, moments
 
 
 def own_gan(make_optimizer, mode, loss=None, norm=nn.BatchNorm1d):
@@ -166,6 +166,48 @@ def test_a_failing_compiler_leaves_an_eager_step_with_the_same_draws():
     assert step.compilations == 0
     step, _ = own_gan(OPTIMIZERS["adam"], "eager", loss)
     torch.testing.assert_close(results, steps(step, range(3)), rtol=0, atol=0)
+
+
+class Rounding(torch.fx.Interpreter):
+    """Runs a graph as a compiler that rounds otherwise would: each product is off by ``error`` times its values."""
+
+    def __init__(self, graph, error):
+        super().__init__(graph)
+        self.error, self.rng = error, torch.Generator().manual_seed(2)
+
+    def run_node(self, node):
+        result = super().run_node(node)
+        if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.convolution.default):
+            result = result * (1 + self.error * torch.randn(result.shape, generator=self.rng, dtype=result.dtype))
+        return result
+
+
+def step_on_one_batch(error, network):
+    """Updates of a critic with a penalty on one batch again and again, as the moments that they leave."""
+    name = f"fastgan_test_rounding_{network}_{error}"
+    torch._dynamo.register_backend(lambda graph, _: Rounding(graph, error).run, name=name)
+    # A rate of zero and no memory: what the moments change by from call to call is rounding alone.
+    made = Setup("wgan-gp", "compile", backend=name)
+    step = made.step
+    for group in (*made.optimizer_g.param_groups, *made.optimizer_d.param_groups):
+        group.update(lr=0.0, betas=(0.0, 0.9))
+    for _ in range(4):
+        step.rng.manual_seed(0)
+        getattr(step, network)(batch(0))
+    return step
+
+
+@pytest.mark.parametrize("network", ["discriminator", "generator"])
+def test_a_graph_that_only_rounds_otherwise_is_taken(network, recwarn):
+    step = step_on_one_batch(1e-6, network)
+    assert step.compilations == 1
+    assert not [w for w in recwarn if issubclass(w.category, BackendWarning)]
+
+
+@pytest.mark.parametrize("network", ["discriminator", "generator"])
+def test_a_graph_with_errors_above_rounding_is_refused(network):
+    with pytest.warns(BackendWarning, match=f"the {network} step runs eagerly: captured, it would leave other values"):
+        step_on_one_batch(1e-2, network)
 
 
 def test_a_wrong_loss_fails_as_it_does_eagerly():
