@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from fastgan.kernels.attention import double_backward
 from fastgan.kernels.attention import kernels as attention
-from fastgan.kernels.attention.config import Tile, entries, entries_of_heads
+from fastgan.kernels.attention.config import Tile, launches
 from fastgan.kernels.launch import Configuration, Launch
 from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
 from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
@@ -179,21 +179,18 @@ _ROW_STRIDES = ("_sn", "_sm")
 def _attention(capability: int) -> Iterator[AotCase]:
     """Yield every entry of the table, at the most channels that it serves, in float16 and float32.
 
-    Operands are contiguous along channels; on sm_90 also along rows, as channels-first models have them.
+    Operands are contiguous along channels; in half precision on sm_90 also along rows, as channels-first models have
+    them, of which launchers copy what is float32.
     """
-    layouts = (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 else (_CHANNEL_STRIDES,)
-    for kernel, d, e, tile, dtype in entries(capability):
-        flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]
-        for outputs, units in itertools.product(flags, layouts):
-            yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), units)
-    for kernel, d, e, tile, dtype in entries_of_heads():
-        flags = [outputs for outputs, _ in tile.passes(e)] if _takes_flags(kernel) else [{}]
-        for outputs in flags:
-            yield attention_case(kernel, d, e, tile, dtype, outputs, _precision(tile, dtype), heads=True)
-
-
-def _takes_flags(kernel: str) -> bool:
-    return "QK" in ATTENTION_KERNELS[kernel].arg_names
+    for kernel, d, e, one, dtype in launches(capability, has_heads=False):
+        layouts = (
+            (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 and dtype == torch.float16 else (_CHANNEL_STRIDES,)
+        )
+        for units in layouts:
+            yield attention_case(kernel, d, e, one.tile, dtype, one.outputs, _precision(one.tile, dtype), units)
+    for kernel, d, e, one, dtype in launches(capability, has_heads=True):
+        precision = _precision(one.tile, dtype)
+        yield attention_case(kernel, d, e, one.tile, dtype, one.outputs, precision, heads=True)
 
 
 def _precision(tile: Tile, dtype: torch.dtype) -> str:
@@ -217,7 +214,7 @@ def attention_case(
     """
     function = ATTENTION_KERNELS[kernel]
     logits = "tf32x3" if precision == "ieee" else precision
-    constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, **outputs}
+    constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, "PARTS": 1, **outputs}
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
     constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
     beyond = [name for name in _BEYOND if name in function.arg_names and not heads]

@@ -6,7 +6,7 @@ most 0.7. Matrix instructions also take the time of the matrix units. Beside it 
 arithmetic alone, on the padding-free sizes, or of the exponentials if those take longer.
 
 It is a model, not a measurement. It ranks launches of one kernel and finds what is many times off; it knows nothing
-of caches, of latency, or of the clock that a chip really holds.
+of caches, of latency, of what adds up the parts of a split sum, or of the clock that a chip really holds.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ def _turns(launch: Launch, shape: tuple[int, int, int, int, int]) -> tuple[int, 
     constants = launch.constants
     over_rows = "keys" in launch.kernel.__name__
     outer = -(-n // constants["R"]) if over_rows else -(-m // constants["C"])
+    outer = -(-outer // constants.get("PARTS", 1))
     channels = e if constants["PRECISION"] == "ieee" else constants.get("E", constants["SLAB"])
     return outer, max(0, -(-channels // constants["SLAB"]) - 1)
 

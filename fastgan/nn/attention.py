@@ -228,8 +228,13 @@ def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings, impl: 
     h = x if parts.norm is None else parts.norm(x)
     dtype = autocast_dtype(x) or x.dtype
     weight, bias = _joined(parts.theta, parts.phi, parts.g)
-    bias = None if bias is None else bias.to(dtype)
     qk_channels = _outputs_of(parts.theta)
+    padding = -qk_channels % 8 if impl == "triton" else 0
+    if padding:  # with zeros, so that kernels load 16 bytes of each row at once, v's too, which come after k's
+        weight = _padded_queries_and_keys(weight, qk_channels, padding)
+        bias = None if bias is None else _padded_queries_and_keys(bias, qk_channels, padding)
+        qk_channels += padding
+    bias = None if bias is None else bias.to(dtype)
     q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, impl)
     k, v = kv.split_with_sizes((qk_channels, kv.shape[2] - qk_channels), dim=2)  # faster than split
     rows = attend(q, k, v, settings.scale, settings.impl, impl)
@@ -294,6 +299,13 @@ def _joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None]:
         return joined, None
     pairs = zip(weights, biases, strict=True)
     return joined, torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in pairs])
+
+
+def _padded_queries_and_keys(x: Tensor, qk_channels: int, padding: int) -> Tensor:
+    """Weight or bias of theta, phi and g, the first two with as many more outputs that are zero."""
+    zeros = x.new_zeros(padding, *x.shape[1:])
+    theta, phi, g = x.split((qk_channels, qk_channels, len(x) - 2 * qk_channels))
+    return torch.cat((theta, zeros, phi, zeros, g))
 
 
 def _parameter_of(module: Any, name: str) -> Any:

@@ -42,7 +42,7 @@ def attention(
 
     Args:
         q: queries (B, N, d) or, of several heads, (B, H, N, d); float64 (not by Triton), float32, bfloat16 or float16;
-            any strides.
+            any strides. Triton's kernels copy operands whose rows they cannot load 16 bytes at a time.
         k: keys (B, M, d) or (B, H, M, d), dtype and device of q. A batch of 1 is broadcast, here and in v and q. Of
             fewer heads than q's, which they must divide, each serves as many of q's in turn (grouped queries).
         v: values (B, M, e) or (B, H, M, e), with the heads of k.

@@ -1,11 +1,11 @@
 """Launch configurations of the attention kernels: a small frozen table.
 
 Each entry compiles without local memory in its loops at the most channels that it is for, on all architectures of its
-family, sm_90's for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a program keeps its
-own operands and its float32 sums, and of each tile up to five maps. The tensor cores of sm_90 and later want 64 rows of
-the program's own side; if that leaves too few registers for the sums as wide as v, v is cut into slabs rather than the
-tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles are smaller. A
-double backward that has no registers for the parts multiplies in float32 proper.
+family, sm_90's of half precision for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a
+program keeps its own operands and its float32 sums, and of each tile up to five maps. The tensor cores of sm_90 and
+later want 64 rows of the program's own side; if that leaves too few registers for the sums as wide as v, v is cut into
+slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles
+are smaller. A double backward that has no registers for the parts multiplies in float32 proper.
 
 Among the tiles that compile, sm_90's are those that ``python -m fastgan.kernels.report --model`` ranks first: four
 warps on 64 rows, since eight warps are two groups that share the narrow side of the product, and a single pipeline
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ from torch import Tensor
 MAX_QK = 128
 SINGLE_QK = 64  # those of one unmasked head; more are launched as one of several
 MAX_E = 256
+# Where few programs own keys, the rows are split: into so many parts that each multiprocessor has RESIDENT programs, or
+# that each walks over LEAST_TURNS tiles, or MOST_PARTS.
+RESIDENT = 3
+LEAST_TURNS = 10
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,6 @@ class Tile:
         slab: channels of v that a program holds at a time.
         num_warps: warps of a program.
         num_stages: software-pipeline stages.
-        merged: outputs as wide as q and as wide as v come from one launch, where one slab holds all of v.
         scalar: float32 operands are multiplied by the scalar units, but for the logits.
     """
 
@@ -45,7 +50,6 @@ class Tile:
     slab: int
     num_warps: int
     num_stages: int = 2
-    merged: bool = True
     scalar: bool = False
 
     def __str__(self) -> str:
@@ -61,16 +65,13 @@ class Tile:
             return None
         return replace(self, rows=self.rows // 2) if self.rows > self.keys else replace(self, keys=self.keys // 2)
 
-    def passes(self, e: int) -> list[tuple[dict[str, bool], int]]:
-        """Return what each launch computes and its number of slabs; the first one writes what the second reads."""
-        if self.merged and self.slab >= e:
-            return [({"QK": True, "V": True}, 1)]
-        return [({"QK": True, "V": False}, 1), ({"QK": False, "V": True}, -(-e // self.slab))]
 
+# The most channels of q and of v that an entry is for, and its tiles: one, or one for the outputs as wide as q and one
+# for those as wide as v, which then come from launches of their own.
+Entry: TypeAlias = tuple[int, int, Tile] | tuple[int, int, Tile, Tile]
 
-# (kernel, bytes of the dtype, oldest capability) -> the most channels of q and of v that a tile is for, and the tile.
-# The first that is wide enough is taken.
-_TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
+# (kernel, bytes of the dtype, oldest capability) -> entries, of which the first that is wide enough is taken.
+_TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ("fwd", 2, 90): (
         (64, 64, Tile(128, 64, 64, 8)),
         (32, 128, Tile(64, 64, 128, 4)),
@@ -117,13 +118,13 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ("bwd_keys", 2, 90): (
         (16, 64, Tile(64, 64, 64, 4, 1)),
         (32, 128, Tile(32, 64, 128, 4, 1)),
-        (64, 256, Tile(32, 64, 128, 4, 1, False)),
+        (64, 256, Tile(32, 64, 128, 4, 1), Tile(32, 64, 128, 4, 1)),
     ),
     ("bwd_keys", 4, 90): (
         (16, 32, Tile(16, 64, 32, 4, 1)),
         (16, 64, Tile(32, 64, 64, 4)),
-        (32, 128, Tile(32, 64, 64, 4, 1, False)),
-        (64, 256, Tile(32, 64, 32, 4, 1, False)),
+        (32, 128, Tile(32, 64, 64, 4, 1), Tile(32, 64, 64, 4, 1)),
+        (64, 256, Tile(32, 64, 32, 4, 1), Tile(32, 64, 32, 4, 1)),
     ),
     ("bwd_keys", 4, 100): (
         (64, 128, Tile(16, 64, 64, 8)),
@@ -140,35 +141,36 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ),
     ("bwd_bwd_rows", 2, 90): (
         (16, 64, Tile(64, 32, 64, 4, 1)),
-        (32, 128, Tile(64, 32, 64, 4)),
-        (64, 256, Tile(64, 32, 128, 4, 1, False)),
+        (32, 128, Tile(64, 32, 64, 4), Tile(64, 32, 128, 4, 1)),
+        (64, 256, Tile(64, 32, 32, 4, 1), Tile(64, 32, 128, 4, 1)),
     ),
     ("bwd_bwd_rows", 4, 90): (
-        (16, 64, Tile(64, 16, 32, 4, 1, False)),
-        (32, 128, Tile(64, 16, 64, 4, 1, False)),
-        (64, 256, Tile(64, 16, 16, 8, 1, False)),
+        (16, 64, Tile(64, 16, 32, 4, 1), Tile(64, 16, 32, 4, 1)),
+        (32, 128, Tile(64, 16, 64, 4, 1), Tile(64, 16, 64, 4, 1)),
+        (64, 256, Tile(128, 16, 32, 8, 1), Tile(128, 16, 64, 8, 1)),
     ),
     ("bwd_bwd_rows", 2, 80): (
-        (64, 64, Tile(32, 32, 64, 4, 2, False)),
-        (64, 256, Tile(32, 32, 64, 8, 2, False)),
+        (64, 64, Tile(32, 32, 64, 4), Tile(32, 32, 64, 4)),
+        (64, 256, Tile(32, 32, 64, 8), Tile(32, 32, 64, 8)),
     ),
     ("bwd_bwd_rows", 4, 80): (
-        (32, 128, Tile(32, 16, 32, 8, 1, False, True)),
-        (64, 256, Tile(16, 16, 32, 8, 1, False, True)),
+        (32, 128, Tile(32, 16, 32, 8, 1, True), Tile(32, 16, 32, 8, 1, True)),
+        (64, 256, Tile(16, 16, 32, 8, 1, True), Tile(16, 16, 32, 8, 1, True)),
     ),
     ("bwd_bwd_rows", 4, 100): (
-        (16, 64, Tile(64, 16, 32, 4, 1, False)),
-        (32, 128, Tile(32, 16, 32, 8, 1, False, True)),
-        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+        (16, 64, Tile(64, 16, 32, 4, 1), Tile(64, 16, 32, 4, 1)),
+        (32, 128, Tile(32, 16, 32, 8, 1, True), Tile(32, 16, 32, 8, 1, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, True), Tile(16, 16, 32, 8, 2, True)),
     ),
     ("bwd_bwd_keys", 2, 90): (
         (16, 64, Tile(32, 64, 64, 4, 1)),
         (32, 128, Tile(32, 64, 128, 4, 1)),
-        (64, 256, Tile(32, 64, 128, 4, 1, False)),
+        (64, 256, Tile(16, 64, 128, 4, 1), Tile(32, 64, 128, 4, 1)),
     ),
     ("bwd_bwd_keys", 4, 90): (
-        (32, 128, Tile(16, 64, 32, 4, 1, False)),
-        (64, 256, Tile(16, 16, 32, 4, 1, False)),
+        (16, 64, Tile(16, 64, 32, 4, 1), Tile(16, 64, 64, 4, 1)),
+        (32, 128, Tile(16, 64, 32, 4, 1), Tile(16, 64, 128, 4, 1)),
+        (64, 256, Tile(32, 32, 16, 4, 1), Tile(16, 64, 64, 4, 1)),
     ),
     ("bwd_bwd_keys", 2, 100): (
         (64, 128, Tile(32, 64, 64, 4)),
@@ -176,49 +178,49 @@ _TABLE: dict[tuple[str, int, int], tuple[tuple[int, int, Tile], ...]] = {
     ),
     ("bwd_bwd_keys", 2, 80): (
         (64, 128, Tile(32, 64, 64, 4)),
-        (64, 256, Tile(16, 32, 64, 4, 2, False)),
+        (64, 256, Tile(16, 32, 64, 4), Tile(16, 32, 64, 4)),
     ),
     ("bwd_bwd_keys", 4, 100): (
-        (32, 128, Tile(16, 16, 32, 4, 1, False, True)),
-        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+        (32, 128, Tile(16, 16, 32, 4, 1, True), Tile(16, 16, 32, 4, 1, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, True), Tile(16, 16, 32, 8, 2, True)),
     ),
     ("bwd_bwd_keys", 4, 80): (
-        (16, 64, Tile(32, 32, 32, 8, 1, False, True)),
-        (64, 256, Tile(16, 16, 32, 8, 2, False, True)),
+        (16, 64, Tile(32, 32, 32, 8, 1, True), Tile(32, 32, 32, 8, 1, True)),
+        (64, 256, Tile(16, 16, 32, 8, 2, True), Tile(16, 16, 32, 8, 2, True)),
     ),
 }
-# The same by kernel and bytes of the dtype, for operands with heads. Each holds on all architectures under a mask and
-# with sinks. An entry ends where v no longer fits one slab, as other launches follow.
-_HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
-    ("fwd", 2): (
+# The same for operands with heads. Each holds under a causal and an additive mask, with sinks. An entry ends where v no
+# longer fits one slab, as other launches follow.
+_HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
+    ("fwd", 2, 80): (
         (64, 256, Tile(128, 32, 64, 8)),
         (128, 256, Tile(128, 32, 64, 8)),
     ),
-    ("fwd", 4): (
+    ("fwd", 4, 80): (
         (64, 256, Tile(32, 32, 64, 4, 1)),
         (128, 256, Tile(32, 32, 64, 8, 1)),
     ),
-    ("bwd_rows", 2): (
+    ("bwd_rows", 2, 80): (
         (64, 64, Tile(64, 32, 64, 4)),
         (64, 128, Tile(64, 32, 128, 8)),
         (64, 256, Tile(64, 32, 32, 8)),
         (128, 128, Tile(64, 32, 64, 8)),
         (128, 256, Tile(32, 32, 128, 8)),
     ),
-    ("bwd_rows", 4): (
+    ("bwd_rows", 4, 80): (
         (64, 128, Tile(32, 32, 64, 8, 1)),
         (64, 256, Tile(32, 32, 32, 8, 1)),
         (128, 128, Tile(16, 16, 64, 4, 1)),
         (128, 256, Tile(16, 16, 32, 4, 1)),
     ),
-    ("bwd_keys", 2): (
+    ("bwd_keys", 2, 80): (
         (64, 64, Tile(32, 64, 64, 8)),
         (64, 256, Tile(32, 64, 64, 8)),
         (128, 64, Tile(32, 64, 64, 8)),
         (128, 128, Tile(32, 64, 64, 8)),
         (128, 256, Tile(32, 64, 32, 8)),
     ),
-    ("bwd_keys", 4): (
+    ("bwd_keys", 4, 80): (
         (64, 64, Tile(32, 32, 64, 4, 1)),
         (64, 128, Tile(32, 32, 64, 4, 1)),
         (64, 256, Tile(32, 32, 32, 8, 1)),
@@ -226,29 +228,29 @@ _HEADS: dict[tuple[str, int], tuple[tuple[int, int, Tile], ...]] = {
         (128, 128, Tile(16, 16, 64, 4, 1)),
         (128, 256, Tile(16, 32, 32, 8, 1)),
     ),
-    ("bwd_bwd_rows", 2): (
+    ("bwd_bwd_rows", 2, 80): (
         (64, 64, Tile(32, 16, 64, 4, 1)),
         (64, 256, Tile(32, 32, 32, 8, 1)),
         (128, 64, Tile(16, 16, 64, 4, 1)),
         (128, 128, Tile(16, 16, 64, 8, 1)),
         (128, 256, Tile(16, 16, 32, 4, 1)),
     ),
-    ("bwd_bwd_rows", 4): (
-        (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
-        (128, 64, Tile(16, 16, 32, 8, 1, True, True)),
-        (128, 256, Tile(16, 16, 64, 8, 1, True, True)),
+    ("bwd_bwd_rows", 4, 80): (
+        (64, 256, Tile(16, 16, 64, 8, 1, True)),
+        (128, 64, Tile(16, 16, 32, 8, 1, True)),
+        (128, 256, Tile(16, 16, 64, 8, 1, True)),
     ),
-    ("bwd_bwd_keys", 2): (
+    ("bwd_bwd_keys", 2, 80): (
         (64, 64, Tile(32, 32, 64, 4, 1)),
         (64, 256, Tile(16, 32, 64, 4, 1)),
         (128, 64, Tile(16, 16, 64, 4, 1)),
         (128, 256, Tile(16, 16, 64, 4, 1)),
     ),
-    ("bwd_bwd_keys", 4): (
-        (64, 64, Tile(16, 16, 64, 8, 1, True, True)),
-        (64, 256, Tile(16, 16, 64, 8, 1, True, True)),
-        (128, 64, Tile(16, 16, 64, 8, 1, True, True)),
-        (128, 256, Tile(16, 16, 32, 8, 2, True, True)),
+    ("bwd_bwd_keys", 4, 80): (
+        (64, 64, Tile(16, 16, 64, 8, 1, True)),
+        (64, 256, Tile(16, 16, 64, 8, 1, True)),
+        (128, 64, Tile(16, 16, 64, 8, 1, True)),
+        (128, 256, Tile(16, 16, 32, 8, 2, True)),
     ),
 }
 
@@ -267,17 +269,58 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def tile_for(kernel: str, e: int, q: Tensor) -> Tile:
-    """Return the tile of ``kernel`` for values of ``e`` channels and operands like ``q``, which has 4 dimensions if it
-    has heads."""
-    return _tile(kernel, q.dtype.itemsize, _capability(q.device), q.shape[-1], e, q.ndim == 4)
+@dataclass(frozen=True)
+class Pass:
+    """One of the launches that make a kernel's outputs.
+
+    Attributes:
+        tile: its tile.
+        slabs: programs that share v's channels.
+        outputs: the constants QK and V, which say whether outputs as wide as q and as wide as v are computed. Empty for
+            kernels that have no such choice.
+    """
+
+    tile: Tile
+    slabs: int
+    outputs: dict[str, bool]
+
+
+def passes(kernel: str, e: int, q: Tensor) -> tuple[Pass, ...]:
+    """Return the launches of ``kernel`` for values of ``e`` channels and operands like ``q``, (B, H, N, d) if it has
+    heads. Each may read what those before it wrote."""
+    return _passes(kernel, q.dtype.itemsize, _capability(q.device), q.shape[-1], e, q.ndim == 4)
 
 
 @functools.cache
-def _tile(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> Tile:
-    entries = _HEADS[kernel, itemsize] if has_heads else _entries(kernel, itemsize, capability)
-    tile = next(tile for most_d, most_e, tile in entries if d <= most_d and e <= most_e)
-    return replace(tile, slab=min(tile.slab, padded(e)))
+def _passes(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> tuple[Pass, ...]:
+    entries = _entries(_HEADS if has_heads else _TABLE, kernel, itemsize, capability)
+    return _passes_of(kernel, next(entry for entry in entries if d <= entry[0] and e <= entry[1]), e)
+
+
+def parts_of_rows(one: Pass, b: int, n: int, m: int, device: torch.device) -> int:
+    """Return into how many parts the n rows are split for a launch whose programs own some of the m keys of b maps.
+
+    There are several if the programs would leave most of a GPU's multiprocessors idle, and if each has enough to do to
+    be worth the sum over the parts.
+    """
+    programs, turns = -(-m // one.tile.keys) * b * one.slabs, -(-n // one.tile.rows)
+    return max(1, min(RESIDENT * _multiprocessors(device) // programs, turns // LEAST_TURNS, MOST_PARTS))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _passes_of(kernel: str, entry: Entry, e: int) -> tuple[Pass, ...]:
+    tiles = [replace(tile, slab=min(tile.slab, padded(e))) for tile in entry[2:]]
+    first, last = tiles[0], tiles[-1]
+    slabs = -(-e // last.slab)
+    if kernel in ("fwd", "bwd_rows"):
+        return (Pass(first, slabs if kernel == "fwd" else 1, {}),)
+    if len(tiles) == 1 and slabs == 1:
+        return (Pass(first, 1, {"QK": True, "V": True}),)
+    return Pass(first, 1, {"QK": True, "V": False}), Pass(last, slabs, {"QK": False, "V": True})
 
 
 @functools.cache
@@ -285,21 +328,19 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] * 10 if device.type == "cuda" else 90
 
 
-def entries(capability: int) -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
-    """Yield every entry for ``capability``: kernel, the most channels of q and of v that it serves, tile and dtype."""
-    for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in _TABLE):
-        for d, e, tile in _entries(kernel, itemsize, capability):
-            yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
+def launches(capability: int, has_heads: bool) -> Iterator[tuple[str, int, int, Pass, torch.dtype]]:
+    """Yield every launch in the tables for ``capability``: kernel, the most channels of q and of v that its entry
+    serves, the launch and its dtype."""
+    table = _HEADS if has_heads else _TABLE
+    for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in table):
+        for entry in _entries(table, kernel, itemsize, capability):
+            for one in _passes_of(kernel, entry, entry[1]):
+                yield kernel, entry[0], entry[1], one, torch.float16 if itemsize == 2 else torch.float32
 
 
-def entries_of_heads() -> Iterator[tuple[str, int, int, Tile, torch.dtype]]:
-    """Yield every entry for operands with heads, as :func:`entries` does."""
-    for (kernel, itemsize), tiles in _HEADS.items():
-        for d, e, tile in tiles:
-            yield kernel, d, e, tile, torch.float16 if itemsize == 2 else torch.float32
-
-
-def _entries(kernel: str, itemsize: int, capability: int) -> tuple[tuple[int, int, Tile], ...]:
+def _entries(
+    table: dict[tuple[str, int, int], tuple[Entry, ...]], kernel: str, itemsize: int, capability: int
+) -> tuple[Entry, ...]:
     """Those of the newest family up to ``capability``: tcgen05 leaves other registers free than wgmma."""
     families = (family for family in (100, 90, 80) if family <= max(capability, 80))
-    return next(_TABLE[kernel, itemsize, family] for family in families if (kernel, itemsize, family) in _TABLE)
+    return next(table[kernel, itemsize, family] for family in families if (kernel, itemsize, family) in table)

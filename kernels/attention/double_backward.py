@@ -12,13 +12,13 @@ import triton.language as tl
 from fastgan.kernels.attention.tiles import (
     LOG2E,
     end_of_keys,
-    first_row,
     load_tile,
     masked,
     multiple,
     other_slabs,
     row_delta,
     row_stats,
+    rows_of_part,
     sink_share,
     store_tile,
 )
@@ -165,7 +165,8 @@ def attention_bwd_bwd_keys_kernel(
     gk_sb, gk_sm, gk_sd, gv_sb, gv_sm, gv_se,
     N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
+    LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr = False,
+    UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     ggq_sb, ggq_sn = multiple(ggq_sb, UNIT), multiple(ggq_sn, UNIT)
@@ -195,6 +196,9 @@ def attention_bwd_bwd_keys_kernel(
         gk_ptr += head * gk_sh
         gv_ptr += head * gv_sh
         scale_log2 = LOG2E
+    if PARTS > 1:  # each part of the rows writes sums of its own, to be added up
+        gk_ptr += tl.program_id(2).to(tl.int64) * (plane // N) * M * d
+        gv_ptr += tl.program_id(2).to(tl.int64) * (plane // N) * M * e
     cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
     q_base, ggq_base, do_base = q_ptr + image * q_sb, ggq_ptr + image * ggq_sb, do_ptr + image * do_sb
     v_base, ggv_base = v_ptr + image * v_sb, ggv_ptr + image * ggv_sb
@@ -207,7 +211,8 @@ def attention_bwd_bwd_keys_kernel(
         gk = tl.zeros([C, D], tl.float32)
     if V:
         gv = tl.zeros([C, SLAB], tl.float32)
-    for start in range(first_row(blocks, R, C, CAUSAL), N, R):
+    begin, end = rows_of_part(N, blocks, R, C, PARTS, CAUSAL)
+    for start in range(begin, end, R):
         rows = start + tl.arange(0, R)
         inside = rows < N
         q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]

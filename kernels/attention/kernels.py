@@ -21,13 +21,13 @@ import triton.language as tl
 from fastgan.kernels.attention.tiles import (
     LOG2E,
     end_of_keys,
-    first_row,
     load_tile,
     masked,
     multiple,
     other_slabs,
     row_delta,
     row_stats,
+    rows_of_part,
     sink_share,
     store_tile,
 )
@@ -177,7 +177,8 @@ def attention_bwd_keys_kernel(
     dk_sb, dk_sm, dk_sd, dv_sb, dv_sm, dv_se,
     N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
+    QK: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr = False,
+    UNIT: tl.constexpr = 1,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
@@ -201,6 +202,9 @@ def attention_bwd_keys_kernel(
         dk_ptr += head * dk_sh
         dv_ptr += head * dv_sh
         scale_log2 = LOG2E
+    if PARTS > 1:  # each part of the rows writes sums of its own, to be added up
+        dk_ptr += tl.program_id(2).to(tl.int64) * (plane // N) * M * d
+        dv_ptr += tl.program_id(2).to(tl.int64) * (plane // N) * M * e
     cols_d, cols_e = tl.arange(0, D), tl.program_id(1) * SLAB + tl.arange(0, SLAB)
     q_base, v_base, do_base = q_ptr + image * q_sb, v_ptr + image * v_sb, do_ptr + image * do_sb
 
@@ -210,7 +214,8 @@ def attention_bwd_keys_kernel(
         dk = tl.zeros([C, D], tl.float32)
     if V:
         dv = tl.zeros([C, SLAB], tl.float32)
-    for start in range(first_row(blocks, R, C, CAUSAL), N, R):
+    begin, end = rows_of_part(N, blocks, R, C, PARTS, CAUSAL)
+    for start in range(begin, end, R):
         rows = start + tl.arange(0, R)
         q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
         do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]

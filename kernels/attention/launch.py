@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from fastgan._layout import empty_rows_like
-from fastgan.kernels.attention.config import Tile, padded, tile_for
+from fastgan.kernels.attention.config import Tile, padded, parts_of_rows, passes
 from fastgan.kernels.attention.double_backward import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
 from fastgan.kernels.attention.kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
 from fastgan.kernels.launch import launch, on_its_device
@@ -51,14 +51,18 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, heads: Heads | 
     ``scale`` must be >= 0. With ``heads``, H follows B in all shapes and top = max(scale q k^T + mask).
     """
     b, (n, d), m, e = math.prod(q.shape[:-2]), q.shape[-2:], k.shape[-2], v.shape[-1]
+    if not _are_loadable(q, k, v):
+        q_rows, k_rows, v_rows = _in_rows(q, k, v)
+        o, stats = attention_fwd(q_rows, k_rows, v_rows, scale, heads)
+        return empty_rows_like(q, e).copy_(o[..., :e]), stats
     o, stats = empty_rows_like(q, e), empty_stats(q)
     sinks = None if heads is None else heads.sinks
     if o.numel():
-        tile = tile_for("fwd", e, q)
+        (one,) = passes("fwd", e, q)
         launch(
             attention_fwd_kernel,
-            tile,
-            _programs("rows", n, b, triton.cdiv(e, tile.slab)),
+            one.tile,
+            _programs("rows", n, b, one.slabs),
             (q, k, v, o, stats, *_strides(q, k, v, o), n, m, d, e, scale, b * n, *_of_heads(heads, q, k, v, o), sinks),
             D=padded(d),
             PRECISION=input_precision(q.dtype),
@@ -88,15 +92,23 @@ def attention_bwd(
     b, (n, d), m, e = math.prod(q.shape[:-2]), q.shape[-2:], k.shape[-2], v.shape[-1]
     if not b * n:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dq, dk, dv = torch.empty_like(q), _empty_per_head(k, heads), _empty_per_head(v, heads)
+    if not _are_loadable(grad_o, q, k, v, o):
+        do_rows, q_rows, k_rows, v_rows, o_rows = _in_rows(grad_o, q, k, v, o)
+        dq, dk, dv = attention_bwd(do_rows, q_rows, k_rows, v_rows, o_rows, stats, scale, heads)
+        return _copied(dq, q), _copied(dk, k), _copied(dv, v)
+    over_keys = passes("bwd_keys", e, q)
+    parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
+    dq, dk, dv = torch.empty_like(q), _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
+    first = [sums if sums.ndim == k.ndim else sums[0] for sums in (dk, dv)]  # what is written of the first part
     delta = stats.new_empty(b, n)
     sizes = (n, m, d, e, scale, b * n)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
-    constants |= {"CAUSAL": heads is not None and heads.is_causal, "UNIT": _unit(grad_o, q, k, v, o, dq, dk, dv)}
+    constants |= {"CAUSAL": heads is not None and heads.is_causal, "UNIT": _unit(grad_o, q, k, v, o, dq, *first)}
     sinks = None if heads is None else heads.sinks
+    (one,) = passes("bwd_rows", e, q)
     launch(
         attention_bwd_rows_kernel,
-        tile_for("bwd_rows", e, q),
+        one.tile,
         _programs("rows", n, b, 1),
         (
             grad_o,
@@ -114,12 +126,11 @@ def attention_bwd(
         ),
         **constants,
     )
-    tile = tile_for("bwd_keys", e, q)
-    for outputs, slabs in tile.passes(e):
+    for one, count in zip(over_keys, parts, strict=True):
         launch(
             attention_bwd_keys_kernel,
-            tile,
-            _programs("keys", m, b, slabs),
+            one.tile,
+            _programs("keys", m, b, one.slabs, count),
             (
                 grad_o,
                 q,
@@ -129,14 +140,15 @@ def attention_bwd(
                 delta,
                 dk,
                 dv,
-                *_strides(grad_o, q, k, v, dk, dv),
+                *_strides(grad_o, q, k, v, *first),
                 *sizes,
-                *_of_heads(heads, grad_o, q, k, v, dk, dv),
+                *_of_heads(heads, grad_o, q, k, v, *first),
             ),
             **constants,
-            **outputs,
+            **one.outputs,
+            PARTS=count,
         )
-    return dq, _summed_per_group(dk, k, heads), _summed_per_group(dv, v, heads)
+    return dq, _total(dk, k, heads), _total(dv, v, heads)
 
 
 def attention_bwd_bwd(
@@ -180,7 +192,17 @@ def bwd_bwd_and_sums(
     if not b * n:
         sums = stats.new_zeros(3, *q.shape[:-1])
         return torch.zeros_like(o), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), sums
-    g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), _empty_per_head(k, heads), _empty_per_head(v, heads)
+    if not _are_loadable(ggq, ggk, ggv, grad_o, q, k, v, o):
+        ggq, ggk, ggv, grad_o, q_rows, k_rows, v_rows, o_rows = _in_rows(ggq, ggk, ggv, grad_o, q, k, v, o)
+        g_do, gq, gk, gv, sums = bwd_bwd_and_sums(
+            ggq, ggk, ggv, grad_o, q_rows, k_rows, v_rows, o_rows, stats, scale, heads, gg_sinks
+        )
+        return _copied(g_do, o), _copied(gq, q), _copied(gk, k), _copied(gv, v), sums
+    over_keys = passes("bwd_bwd_keys", e, q)
+    parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
+    g_do, gq = torch.empty_like(o), torch.empty_like(q)
+    gk, gv = _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
+    first = [sums if sums.ndim == k.ndim else sums[0] for sums in (gk, gv)]  # what is written of the first part
     sums = stats.new_empty(3, *q.shape[:-1])
     sinks = None if heads is None or heads.sinks is None else (heads.sinks, gg_sinks)
     operands = (ggq, ggk, ggv, grad_o, q, k, v)
@@ -189,13 +211,12 @@ def bwd_bwd_and_sums(
     logits = input_precision(q.dtype)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
     constants["CAUSAL"] = heads is not None and heads.is_causal
-    constants["UNIT"] = _unit(ggq, ggk, ggv, grad_o, q, k, v, o, g_do, gq, gk, gv)
-    tile = tile_for("bwd_bwd_rows", e, q)
-    for outputs, slabs in tile.passes(e):
+    constants["UNIT"] = _unit(*operands, o, g_do, gq, *first)
+    for one in passes("bwd_bwd_rows", e, q):
         launch(
             attention_bwd_bwd_rows_kernel,
-            tile,
-            _programs("rows", n, b, slabs),
+            one.tile,
+            _programs("rows", n, b, one.slabs),
             (
                 *operands,
                 o,
@@ -209,27 +230,38 @@ def bwd_bwd_and_sums(
                 *_of_heads(heads, *operands, o, g_do, gq),
                 sinks,
             ),
-            PRECISION="ieee" if tile.scalar else logits,
+            PRECISION="ieee" if one.tile.scalar else logits,
             **constants,
-            **outputs,
+            **one.outputs,
         )
-    tile = tile_for("bwd_bwd_keys", e, q)
-    for outputs, slabs in tile.passes(e):
+    for one, count in zip(over_keys, parts, strict=True):
         launch(
             attention_bwd_bwd_keys_kernel,
-            tile,
-            _programs("keys", m, b, slabs),
-            (*operands, stats, sums, gk, gv, *strides, *_strides(gk, gv), *sizes, *_of_heads(heads, *operands, gk, gv)),
-            PRECISION="ieee" if tile.scalar else logits,
+            one.tile,
+            _programs("keys", m, b, one.slabs, count),
+            (
+                *operands,
+                stats,
+                sums,
+                gk,
+                gv,
+                *strides,
+                *_strides(*first),
+                *sizes,
+                *_of_heads(heads, *operands, *first),
+            ),
+            PRECISION="ieee" if one.tile.scalar else logits,
             **constants,
-            **outputs,
+            **one.outputs,
+            PARTS=count,
         )
-    return g_do, gq, _summed_per_group(gk, k, heads), _summed_per_group(gv, v, heads), sums
+    return g_do, gq, _total(gk, k, heads), _total(gv, v, heads), sums
 
 
-def _programs(side: str, size: int, b: int, slabs: int) -> Callable[[Tile], tuple[int, int]]:
-    """Return the grid for a tile: programs that own part of one ``side`` of the map, "rows" or "keys", times slabs."""
-    return lambda tile: (triton.cdiv(size, getattr(tile, side)) * b, slabs)
+def _programs(side: str, size: int, b: int, slabs: int, parts: int = 1) -> Callable[[Tile], tuple[int, int, int]]:
+    """Return the grid for a tile: programs that own part of one ``side`` of the map, "rows" or "keys", times slabs,
+    times the parts of the other side."""
+    return lambda tile: (triton.cdiv(size, getattr(tile, side)) * b, slabs, parts)
 
 
 def _unit(*tensors: Tensor) -> int:
@@ -238,6 +270,47 @@ def _unit(*tensors: Tensor) -> int:
     if any(x.stride(-1) != 1 for x in tensors):
         return 1
     return math.gcd(16, *(size for x in tensors for size in (x.shape[-1], *x.stride()[:-1])))
+
+
+def _are_loadable(*tensors: Tensor) -> bool:
+    """Return whether 16 bytes of each tensor can be loaded at once.
+
+    They are of all along their channels or, in half precision, of all along their rows: float32 products would have to
+    transpose what they load. Of lengths along rows Triton notices multiples of 16 alone.
+    """
+    if all(map(_has_aligned_rows, tensors)):
+        return True
+    return all(
+        x.itemsize == 2
+        and x.stride(-2) == 1
+        and x.data_ptr() % 16 == math.gcd(x.shape[-2], *x.stride()[:-2], x.stride(-1)) % 16 == 0
+        for x in tensors
+    )
+
+
+def _has_aligned_rows(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == math.gcd(x.shape[-1], *x.stride()[:-1]) * x.itemsize % 16 == 0
+
+
+def _in_rows(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors whose rows can be loaded 16 bytes at once: copies where they cannot be, or if the number of
+    channels is no multiple of 8, to which zeros fill it up.
+
+    Loads of one entry at a time would take most of a kernel's time, and the registers of their addresses with it. A
+    copy takes O(N).
+    """
+    return [x if x.shape[-1] % 8 == 0 and _has_aligned_rows(x) else _padded_rows(x) for x in tensors]
+
+
+def _padded_rows(x: Tensor) -> Tensor:
+    rows = x.new_zeros(*x.shape[:-1], -(-x.shape[-1] // 8) * 8)
+    rows[..., : x.shape[-1]] = x
+    return rows
+
+
+def _copied(rows: Tensor, x: Tensor) -> Tensor:
+    """Return the channels of ``rows`` that are no padding, in the layout of ``x``."""
+    return torch.empty_like(x).copy_(rows[..., : x.shape[-1]])
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -253,14 +326,19 @@ def _of_heads(heads: Heads | None, *tensors: Tensor) -> tuple[Any, Any]:
     return (heads.count, heads.group, *(x.stride(1) for x in tensors)), mask
 
 
-def _empty_per_head(x: Tensor, heads: Heads | None) -> Tensor:
-    """Memory for a gradient of k or v, of each head of q where several share x's."""
-    if heads is None or heads.group == 1:
+def _empty_sums(x: Tensor, heads: Heads | None, parts: int) -> Tensor:
+    """Memory for a gradient of k or v: float32 (parts, B, ..) if there are several, and of each head of q where some
+    share x's."""
+    if parts == 1 and (heads is None or heads.group == 1):
         return torch.empty_like(x)
-    return x.new_empty(x.shape[0], heads.count, *x.shape[2:], dtype=torch.float32)
+    shape = x.shape if heads is None else (x.shape[0], heads.count, *x.shape[2:])
+    return x.new_empty(parts, *shape, dtype=torch.float32)
 
 
-def _summed_per_group(gradient: Tensor, x: Tensor, heads: Heads | None) -> Tensor:
-    if heads is None or heads.group == 1:
-        return gradient
-    return torch.empty_like(x).copy_(gradient.unflatten(1, (-1, heads.group)).sum(2))
+def _total(sums: Tensor, x: Tensor, heads: Heads | None) -> Tensor:
+    """Return the gradient of x that :func:`_empty_sums` made room for."""
+    if sums.ndim == x.ndim:
+        return sums
+    if heads is not None:
+        sums = sums.unflatten(2, (-1, heads.group)).sum(3)
+    return torch.empty_like(x).copy_(sums.sum(0))

@@ -66,12 +66,16 @@ def end_of_keys(M, blocks, R: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def first_row(blocks, R: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """The start of the first tile of rows that see any of a program's C keys."""
+def rows_of_part(N, blocks, R: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr):
+    """The start of the first tile of rows, and the end of the last, that the program walks over: those of its part of
+    the rows that see any of its C keys."""
+    begin, end = 0, N
+    if PARTS > 1:
+        size = tl.cdiv(tl.cdiv(N, R), PARTS) * R
+        begin, end = tl.program_id(2) * size, tl.minimum(N, (tl.program_id(2) + 1) * size)
     if CAUSAL:
-        return tl.program_id(0) % blocks * C // R * R
-    else:
-        return 0
+        begin = tl.maximum(begin, tl.program_id(0) % blocks * C // R * R)
+    return begin, end
 
 
 @triton.jit

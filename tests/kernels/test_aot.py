@@ -37,6 +37,30 @@ def test_every_configuration(capability):
     assert all(row["mma"] for row in rows if row["op"] != "spectral_norm" and "ieee" not in row["label"])
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["--channels", "96", "--heights", "33", "--layouts", "channels-first"],
+        pytest.param(
+            ["--channels", "64", "160", "320", "--heights", "33", "--blocks", "canonical"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--channels", "128", "192", "256", "384", "--heights", "32", "--blocks", "canonical"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one", "odd images", "even images"],
+)
+def test_the_launches_of_attention_blocks(choice):
+    """The table holds for operands that can be loaded 16 bytes at once: the launchers see to it."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.block_launches", *choice]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len({row["kernel"] for row in rows}) == 7
+    assert [v for row in rows for v in row["violations"]] == []
+
+
 def test_a_configuration_that_spills_in_a_loop_is_found():
     code = """
 import torch

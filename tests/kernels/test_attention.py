@@ -1,10 +1,14 @@
 """The Triton kernels against eager attention in float64: on a GPU where there is one, else interpreted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fastgan._layout import empty_rows_like
+from fastgan.kernels.attention import config, launch
 from fastgan.kernels.precision import input_precision
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
@@ -95,6 +99,65 @@ def test_runs_are_bitwise_repeatable(device):
     inputs = [x.to(device) for x in operands((2, 40, 33, 8, 16), torch.float32)]
     for a, b in zip(three_passes(triton_attention, *inputs), three_passes(triton_attention, *inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """The rows are split for the kernels that own keys, as far as they can be: the numbers of parts."""
+    counts = []
+    right = launch.parts_of_rows
+    monkeypatch.setattr(config, "LEAST_TURNS", 1)
+    monkeypatch.setattr(launch, "parts_of_rows", lambda *args: counts.append(right(*args)) or counts[-1])
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 150, 19, 8, 24), (1, 97, 3, 48, 192), (1, 70, 5, 3, 5)])
+def test_rows_that_several_programs_share(shape, dtype, device, few_programs):
+    assert_passes_match(*(x.to(device) for x in operands(shape, dtype)))
+    assert min(few_programs) > 1
+
+
+def test_shared_rows_are_bitwise_repeatable(device, few_programs):
+    inputs = [x.to(device) for x in operands((2, 100, 33, 8, 16), torch.float32)]
+    for a, b in zip(three_passes(triton_attention, *inputs), three_passes(triton_attention, *inputs), strict=True):
+        assert torch.equal(a, b)
+    assert min(few_programs) > 1
+
+
+def test_rows_are_split_where_few_programs_would_have_much_to_do():
+    cpu = torch.device("cpu")
+    one = config.Pass(config.Tile(32, 64, 64, 4), 1, {})
+    assert config.parts_of_rows(one, 32, 1024, 256, cpu) == 3  # 128 programs, 132 multiprocessors
+    assert config.parts_of_rows(replace(one, slabs=4), 32, 1024, 256, cpu) == 1
+    assert config.parts_of_rows(one, 32, 4096, 1024, cpu) == 1  # 512 programs
+    assert config.parts_of_rows(one, 32, 256, 64, cpu) == 1  # 8 tiles each
+    assert config.parts_of_rows(one, 1, 1 << 16, 64, cpu) == 16
+
+
+LAYOUTS = {
+    "odd channels": lambda x: x[..., :-1],
+    "misaligned": lambda x: torch.cat((x, x), -1)[..., 3 : 3 + x.shape[-1]],
+    "channels-first": lambda x: x.mT.contiguous().mT,
+    "every second channel": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+    "aligned": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", [0, 2])
+def test_operands_in_any_layout(layout, which, device):
+    """Those whose rows cannot be loaded 16 bytes at once are copied, which shows in neither values nor strides."""
+    inputs = [x.detach().to(device) for x in operands((2, 37, 19, 16, 16), torch.bfloat16)]
+    for i in (0, 1) if which == 0 else (2,):
+        inputs[i] = LAYOUTS[layout](inputs[i])
+    assert_passes_match(*inputs)
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    o = triton_attention(q, k, v)
+    assert o.stride() == empty_rows_like(q, v.shape[2]).stride()
+    gradients = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    assert [g.stride() for g in gradients] == [torch.empty_like(x).stride() for x in (q, k, v)]
 
 
 def test_unsupported_channels(device):

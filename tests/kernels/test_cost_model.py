@@ -35,7 +35,7 @@ def test_the_specialization_is_that_of_the_operands():
     assert case.constexprs["q_sd"] == case.constexprs["v_se"] == 1
     assert case.signature["stats_ptr"] == "*fp32"
     assert case.signature["scale"] == "fp32"
-    (first, *_) = attention_launches((2, 64, 64, 24, 96), torch.float32, channels_first=True)
+    (first, *_) = attention_launches((2, 64, 64, 24, 96), torch.bfloat16, channels_first=True)
     case = case_of(first)
     assert case.constexprs["q_sn"] == 1
     assert "q_sd" in case.signature
@@ -62,14 +62,12 @@ def test_the_floor_counts_products_and_exponentials(kernel, flags, channels, map
     assert floor(launch, (32, 1024, 256, 16, 64)) == pytest.approx(clocks / (MULTIPROCESSORS * CLOCK))
 
 
-# Launches that miss four times their floor: few programs for 132 multiprocessors, or no registers for TF32 parts.
+# Launches that miss four times their floor: few programs for 132 multiprocessors, or few registers for TF32 parts.
 MISSED = {
-    ("C=128 H=32", "attention_bwd_keys"): 6,
-    ("C=128 H=32", "attention_bwd_bwd_keys"): 7,
+    ("C=128 H=32", "attention_bwd_keys"): 5.5,
     ("C=192 H=64", "attention_bwd_bwd_keys"): 6,
-    ("C=384 H=32", "attention_bwd_keys"): 8,
-    ("C=384 H=32", "attention_bwd_bwd_rows"): 33,
-    ("C=384 H=32", "attention_bwd_bwd_keys"): 26,
+    ("C=384 H=32", "attention_bwd_bwd_rows"): 5.5,
+    ("C=384 H=32", "attention_bwd_bwd_keys"): 9,
 }
 
 

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastgan.kernels.attention import config, launch
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import FLOOR, assert_as_accurate
@@ -51,6 +52,20 @@ def test_three_orders(case, has_sinks, dtype, device):
         {name: x if x is True else x.to(device) for name, x in o.items()} for o in masks(case, 2, 2, 37, 41)
     )
     assert_passes_match(inputs[: 4 if has_sinks else 3], options, full)
+
+
+@pytest.mark.parametrize("case", ["none", "causal", "boolean"])
+def test_rows_that_several_programs_share(case, device, monkeypatch):
+    counts = []
+    right = launch.parts_of_rows
+    monkeypatch.setattr(config, "LEAST_TURNS", 1)
+    monkeypatch.setattr(launch, "parts_of_rows", lambda *args: counts.append(right(*args)) or counts[-1])
+    inputs = [x.to(device) for x in head_operands(2, 4, 2, 70, 41, 8, 24, torch.float32)]
+    options, full = (
+        {name: x if x is True else x.to(device) for name, x in o.items()} for o in masks(case, 2, 4, 70, 41)
+    )
+    assert_passes_match(inputs, options, full)
+    assert min(counts) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
