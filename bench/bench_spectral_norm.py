@@ -8,7 +8,6 @@ updates then gives the same sigma, and the implementations can be compared.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
+from bench.limits import copied_bytes
 from fastgan.bench import Workload, largest_relative_norm
-from fastgan.bench.harness import wait
 from fastgan.bench.quick import Weights
 from fastgan.nn import group_spectral_norm
 
-# Passes over the weights that cannot be avoided: reads and writes of one float32 an entry.
+# Passes over the weights that cannot be avoided on a GPU: reads and writes of one float32 an entry. A CPU, whose caches
+# hold the rows that it sums W v of, needs one pass less: it sums W^T u of them at once.
 PASSES = {
     "forward": 4,  # W v, W^T u, and W / sigma from W
     "forward+backward": 8,  # and <G, W>, then dW from G
@@ -121,16 +121,23 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
     torch.compile has no double backward, and takes minutes for the larger networks on a CPU: neither is asked of it.
     """
     for name in ["sngan-32 critic"] if quick else NETWORKS:
-        variants = networks(name, device)
+        variants = networks(name, device, by_name=not quick)
         for depth in PASSES:
             compiled = not quick and depth != "double backward" and (device == "cuda" or name.startswith("sngan"))
             yield _workload(name, depth, variants, device, compiled)
 
 
-def networks(name: str, device: str) -> dict[str, Weights]:
-    """One network under each norm, with equal weights and vectors: grouped, torch's parametrization, its older hook."""
+def networks(name: str, device: str, by_name: bool = False) -> dict[str, Weights]:
+    """One network under each norm, with equal weights and vectors.
+
+    These are the grouped norm (with ``by_name``, also by each ``impl`` that a CPU has), torch's parametrization and its
+    older hook.
+    """
+    grouped = {"fastgan": "auto"}
+    if by_name and device == "cpu":
+        grouped |= {"fastgan extension": "extension", "fastgan reference": "reference"}
     variants: dict[str, Weights] = {}
-    for implementation in ("fastgan", "torch", "torch, older hook"):
+    for implementation in (*grouped, "torch", "torch, older hook"):
         torch.manual_seed(0)
         layers = NETWORKS[name]()
         planted = [_plant(layer.weight) for layer in layers]  # type: ignore[arg-type]
@@ -145,7 +152,9 @@ def networks(name: str, device: str) -> dict[str, Weights]:
             own_u.copy_(u)
             own_v.copy_(v)
         network = (OlderWeights if older else Weights)(layers).to(device)
-        variants[implementation] = group_spectral_norm(network) if implementation == "fastgan" else network  # type: ignore[assignment]
+        if implementation in grouped:
+            group_spectral_norm(network, impl=grouped[implementation])
+        variants[implementation] = network
     return variants
 
 
@@ -169,7 +178,7 @@ def _workload(name: str, depth: str, variants: dict[str, Weights], device: str, 
         implementations["torch, torch.compile"] = functools.partial(run, torch.compile(variants["torch"]))
     if device == "cuda":
         implementations["fastgan, CUDA graph"] = _graphed(implementations["fastgan"])
-    moved, bandwidth = 4 * numel * PASSES[depth], copy_bandwidth(device)
+    moved, bandwidth = 4 * numel * (PASSES[depth] - (device == "cpu")), copied_bytes(device, 4 * numel)
     return Workload(
         name=f"{name}, {depth}",
         implementations=implementations,
@@ -233,18 +242,3 @@ def _graphed(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
         return result
 
     return replay
-
-
-@functools.cache
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of the fastest of 10 copies far larger than any cache."""
-    source = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 4 * source.numel() / best

@@ -76,6 +76,8 @@ HIGHLIGHTS = (
 """Rows of README's tables, in order; one that a device has no record of is left out."""
 DEFAULTS = ("fastgan", "fastgan auto")
 """Implementations that a user gets by default. They are shown and ratios refer to them, even if another is faster."""
+BY_NAME = ("fastgan extension", "fastgan reference")
+"""Implementations that the default chooses from. They stand in the full tables alone."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def _plainly(implementation: str) -> str:
 
 def _line(suite: str, workload: str, records: Sequence[Record]) -> Line | None:
     timed = sorted((r for r in records if r.median is not None), key=seconds)
+    timed = [r for r in timed if r.implementation not in BY_NAME]
     own = [r for r in timed if r.own and r is not records[0]]
     baselines = tuple(r for r in timed if r not in own)
     if not own or not baselines:

@@ -21,7 +21,7 @@ SAMPLE_CELL = 68
 """Pixels from one image of the grid to the next; a border of 4 pixels is at the left and the top."""
 COLOUR, GREY = "#1f6fb4", "#9aa5b1"
 LABEL_HEIGHTS = (0.2, -0.2, 0.38, -0.38)
-"""Of the names of points in a row, so that neighbours do not cover one another."""
+"""Vertical offsets of neighboring labels, so that they do not overlap."""
 
 
 def write_plots(runs: dict[str, Run], folder: Path) -> None:
@@ -151,7 +151,7 @@ def _front(figure: Any, runs: dict[str, Run], dark: bool = False) -> None:
 
 
 def _against_n(figure: Any, records: Iterable[Record], field: str, unit: str, factor: float) -> None:
-    """One panel a pass: ``field`` of the attention core against its number of queries."""
+    """One panel per pass: ``field`` of the attention core against its number of queries."""
     records = list(records)
     modes = list(dict.fromkeys(r.parameters["mode"] for r in records))
     figure.set_size_inches(4 * len(modes), 3.6)
@@ -196,7 +196,7 @@ def _curve(axes: Any, records: list[Record], field: str, factor: float) -> None:
 
 
 def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
-    """Error against time, a panel a workload of full rank."""
+    """Error against time, one panel per full-rank workload."""
     workloads = {
         name: [r for r in records if r.median is not None and r.error is not None]
         for name, records in runs["sqrtm"].workloads().items()
@@ -216,7 +216,7 @@ def _sqrtm_error(figure: Any, runs: dict[str, Run]) -> None:
 
 
 def _images(figure: Any, runs: dict[str, Run]) -> None:
-    """Real images a second."""
+    """Real images per second."""
     found = [(suite, r) for suite in runs for r in _timed(runs, suite) if r.images][::-1]
     figure.set_size_inches(9, 1.0 + 0.25 * len(found))
     axes = figure.subplots()
@@ -225,7 +225,7 @@ def _images(figure: Any, runs: dict[str, Run]) -> None:
     bars = axes.barh(range(len(found)), rates, color=colours)
     axes.set_yticks(range(len(found)), [f"{suite}: {r.workload}: {r.implementation}" for suite, r in found], fontsize=7)
     axes.bar_label(bars, [f" {float(f'{rate:.3g}'):g}" for rate in rates], fontsize=7)
-    axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images a second")
+    axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images per second")
     _plain_ticks(axes.xaxis)
 
 

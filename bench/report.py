@@ -177,7 +177,7 @@ def _on_gpu(runs: dict[str, Run]) -> bool:
 
 
 def _highlight_table(runs: dict[str, Run], use: str) -> str:
-    """Of each row fastgan, the fastest other and the usual one."""
+    """One row per highlight: fastgan, the fastest other and the usual one."""
     rows = []
     for highlight, line in highlights(runs):
         if highlight.use == use:
@@ -275,6 +275,8 @@ def _full_tables(runs: dict[str, Run]) -> str:
     parts += [columns]
     for suite, run in runs.items():
         parts += [f"## {suite}{' (quick sizes)' if run.quick else ''}", f"{_condition(run)}."]
+        if "limits" in run.environment:
+            parts.append(f"Floors follow from what this machine was measured to do: {run.environment['limits']}.")
         for workload, records in run.workloads().items():
             parts += [f"### {workload}", _record_table(records)]
     return "\n\n".join(parts) + "\n"

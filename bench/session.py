@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench import limits
 from fastgan.bench import Record, Run, Workload, environment, run, write_run
 
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
@@ -50,10 +51,13 @@ class Session:
     without: Sequence[str] = ()
     console: Console = field(default_factory=Console)
     environment: dict[str, str] = field(init=False)
-    start: float = field(init=False, default_factory=time.perf_counter)
+    start: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.environment = environment(self.device)
+        if self.device == "cpu":
+            self.environment["limits"] = limits.description()
+        self.start = time.perf_counter()
 
     def run_suite(self, suite: str) -> list[str]:
         """Run a suite and write its file; a line for every reference or fastgan implementation that failed.

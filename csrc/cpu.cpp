@@ -317,6 +317,8 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def(
       "spectral_norm_scale_bwd_bwd(Tensor[] grad_grads, Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, "
       "Tensor sigma, int[] dims, Tensor(a!)[] d_grads, Tensor(b!)[] d_weights) -> ()");
+  m.def(
+      "projection_gradients(Tensor dy, Tensor x, Tensor weight, Tensor(a!) dx, Tensor(b!) dweight) -> ()");
   m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");
   m.def("gather_pooled(Tensor grad, Tensor index, int width, Tensor(a!) q, Tensor(b!) kv) -> ()");
   m.def("projection_residual(Tensor rows, Tensor weight, Tensor? bias, Tensor x, Tensor(a!) y) -> ()");

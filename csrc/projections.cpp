@@ -52,6 +52,19 @@ void projection_residual(const Tensor& rows, const Tensor& weight, std::optional
   in_parallel(p.batches * p.tiles(), kernels.residual, p, workspace.bytes(p.room()));
 }
 
+void projection_gradients(const Tensor& dy, const Tensor& x, const Tensor& weight, Tensor dx, Tensor dweight) {
+  ProjectionGradients p{};
+  p.batches = dy.size(0), p.pixels = dy.size(1), p.outputs = dy.size(2), p.channels = x.size(2);
+  p.dy = rows_of(dy), p.x = rows_of(x), p.dx = rows_of(dx);
+  p.weight = weight_of(weight), p.dweight = weight_of(dweight);
+  const ProjectionKernels& kernels = projection_kernels(element_of(weight));
+  Workspace workspace(weight);
+  workspace.take(p.sizes());
+  in_parallel(p.outputs, kernels.gradients_pack, p);
+  in_parallel(p.chunks(), kernels.gradients, p, workspace.bytes(p.room()));
+  in_parallel(p.sum_rows(), kernels.gradients_sum, p);
+}
+
 // Each pixel's gradient with respect to all outputs: that of q, and that of kv where this pixel was the largest of its
 // window. Numbers are copied as `Bits`.
 template <typename Bits>
@@ -138,6 +151,7 @@ void unpool(const Tensor& grad_q, const Tensor& grad_kv, const Tensor& index, in
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
   m.impl("pooled_projection", TORCH_BOX(&fastgan::pooled_projection));
+  m.impl("projection_gradients", TORCH_BOX(&fastgan::projection_gradients));
   m.impl("unpool", TORCH_BOX(&fastgan::unpool));
   m.impl("gather_pooled", TORCH_BOX(&fastgan::gather_pooled));
   m.impl("projection_residual", TORCH_BOX(&fastgan::projection_residual));

@@ -7,6 +7,7 @@
 namespace fastgan {
 
 constexpr int64_t kTileColumns = 16;  // pixels of a tile of pooled_projection, in each of two image rows
+constexpr int64_t kChunks = 16;       // of tiles, each with a sum of the weight's gradient
 
 // A feature map (batch, channels, height, width) of elements of its own type; strides in elements.
 struct Image {
@@ -42,11 +43,38 @@ struct ProjectionResidual {
   Sizes sizes() { return {{&packed, 1, padded(e) * padded(channels)}, {&biases, 1, padded(channels)}}; }
 };
 
+// Gradients of y = x weight^T, whose rows are pixels: dx <- dy weight, dweight <- dy^T x.
+struct ProjectionGradients {
+  int64_t batches, pixels, outputs, channels;
+  View dy, x, dx;        // (batches, 1, pixels, outputs), (batches, 1, pixels, channels) twice
+  View weight, dweight;  // (outputs, channels)
+  Packed packed;         // the weight
+  Packed sums;           // dweight of each chunk of tiles, transposed if x is
+
+  // Whether the pixels of a channel follow one another.
+  bool dy_transposed() const { return dy.row == 1 && dy.channel != 1; }
+  bool x_transposed() const { return x.row == 1 && x.channel != 1 && !dy_transposed(); }
+  int64_t tiles() const { return batches * ceil_div(pixels, kTile); }
+  int64_t chunks() const { return tiles() < kChunks ? tiles() : kChunks; }
+  // Elements between rows: not a power of two, as map_stride.
+  int64_t stride_of_outputs() const { return padded(outputs) + kPadding; }
+  int64_t stride_of_channels() const { return padded(channels) + kPadding; }
+  int64_t sum_rows() const { return x_transposed() ? channels : outputs; }
+  int64_t sum_stride() const { return x_transposed() ? stride_of_outputs() : stride_of_channels(); }
+  int64_t room() const { return 2 * kTile * (stride_of_outputs() + stride_of_channels()); }
+  Sizes sizes() {
+    return {{&packed, 1, outputs * stride_of_channels()}, {&sums, chunks(), quads(sum_rows()) * sum_stride()}};
+  }
+};
+
 struct ProjectionKernels {
   void (*pooled_pack)(const PooledProjection&, int64_t begin, int64_t end);           // channels
   void (*pooled)(const PooledProjection&, int64_t begin, int64_t end, void* room);    // batches x tiles
   void (*residual_pack)(const ProjectionResidual&, int64_t begin, int64_t end);       // channels
   void (*residual)(const ProjectionResidual&, int64_t begin, int64_t end, void* room);  // batches x tiles
+  void (*gradients_pack)(const ProjectionGradients&, int64_t begin, int64_t end);       // outputs
+  void (*gradients)(const ProjectionGradients&, int64_t begin, int64_t end, void* room);  // chunks
+  void (*gradients_sum)(const ProjectionGradients&, int64_t begin, int64_t end);        // sum_rows
 };
 
 const ProjectionKernels& projection_kernels(Element element);

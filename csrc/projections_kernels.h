@@ -140,6 +140,78 @@ void residual(const ProjectionResidual& x, int64_t begin, int64_t end, void* roo
 }
 
 template <typename T>
+FASTGAN_INLINE Matrix<T> weight_matrix(const View& weight) {
+  return {static_cast<T*>(weight.data), weight.row, weight.channel};
+}
+
+template <typename T>
+void gradients_pack(const ProjectionGradients& x, int64_t begin, int64_t end) {
+  const int64_t stride = x.stride_of_channels();
+  pack_rows<T>(weight_matrix<const T>(x.weight), begin, end - begin, x.channels, 1,
+               static_cast<Wide<T>*>(x.packed.data) + begin * stride, stride);
+}
+
+// Tiles are packed in the order in which they are in memory, as far as one of both products can take it.
+template <typename T>
+void gradients(const ProjectionGradients& x, int64_t begin, int64_t end, void* room) {
+  using W = Wide<T>;
+  const int64_t o = x.outputs, c = x.channels, o_stride = x.stride_of_outputs(), c_stride = x.stride_of_channels();
+  const int64_t tiles = ceil_div(x.pixels, kTile), chunk_tiles = ceil_div(x.tiles(), x.chunks());
+  const W* weight = static_cast<const W*>(x.packed.data);
+  W *dy = static_cast<W*>(room), *dy_t = dy + kTile * o_stride, *rows = dy_t + kTile * o_stride;
+  W* dx = rows + kTile * c_stride;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    W* sums = part_of<W>(x.sums, chunk);
+    const int64_t first_tile = smaller(chunk * chunk_tiles, x.tiles());
+    const int64_t last_tile = smaller(first_tile + chunk_tiles, x.tiles());
+    if (first_tile == last_tile)
+      for (int64_t i = 0; i < x.sum_rows() * x.sum_stride(); ++i) sums[i] = 0;
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const int64_t batch = tile / tiles, first = tile % tiles * kTile, count = smaller(kTile, x.pixels - first);
+      const auto from_y = slice_of<const T>(x.dy, 1, batch), from_x = slice_of<const T>(x.x, 1, batch);
+      const auto to = slice_of<T>(x.dx, 1, batch);
+      const bool add = tile > first_tile;
+      if (x.x_transposed()) {
+        pack_rows<T>(from_y, first, count, o, 1, dy, o_stride);
+        pack_tile<T>(from_y, first, count, o, 1, dy_t);
+        pack_tile<T>(from_x, first, count, c, 1, rows);
+        product<false>(rows, kTile, dy, o_stride, count, c, o, sums, o_stride, add);
+        product<true>(weight, c_stride, dy_t, kTile, o, c, count, dx, kTile, false);
+        unpack<T>(dx, 1, kTile, to, first, count, c, 1);
+        continue;
+      }
+      pack_rows<T>(from_x, first, count, c, 1, rows, c_stride);
+      if (x.dy_transposed()) {
+        pack_tile<T>(from_y, first, count, o, 1, dy_t);
+        product<false>(dy_t, kTile, rows, c_stride, count, o, c, sums, c_stride, add);
+        product<true>(dy_t, kTile, weight, c_stride, o, count, c, dx, c_stride, false);
+      } else {
+        pack_rows<T>(from_y, first, count, o, 1, dy, o_stride);
+        product<true>(dy, o_stride, rows, c_stride, count, o, c, sums, c_stride, add);
+        product<false>(dy, o_stride, weight, c_stride, o, whole_rows(count), c, dx, c_stride, false);
+      }
+      unpack<T>(dx, c_stride, 1, to, first, count, c, 1);
+    }
+  }
+}
+
+template <typename T>
+void gradients_sum(const ProjectionGradients& x, int64_t begin, int64_t end) {
+  using W = Wide<T>;
+  const int64_t stride = x.sum_stride(), columns = x.x_transposed() ? x.outputs : x.channels;
+  Matrix<T> to = weight_matrix<T>(x.dweight);
+  if (x.x_transposed()) to = {to.data, to.channel, to.row};
+  for (int64_t row = begin; row < end; ++row) {
+    W* sum = part_of<W>(x.sums, 0) + row * stride;
+    for (int64_t chunk = 1; chunk < x.chunks(); ++chunk) {
+      const W* other = part_of<W>(x.sums, chunk) + row * stride;
+      for (int64_t i = 0; i < columns; ++i) sum[i] += other[i];
+    }
+    unpack<T>(sum, stride, 1, to, row, 1, columns, 1);
+  }
+}
+
+template <typename T>
 constexpr ProjectionKernels projection_table() {
-  return {pooled_pack<T>, pooled<T>, residual_pack<T>, residual<T>};
+  return {pooled_pack<T>, pooled<T>, residual_pack<T>, residual<T>, gradients_pack<T>, gradients<T>, gradients_sum<T>};
 }

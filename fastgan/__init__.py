@@ -13,10 +13,10 @@
 ``fastgan.models``, ``losses``, ``data``, ``recipes``
     The GANs that it trains.
 ``fastgan.bench``
-    Times implementations of the same work against each other, after their results were compared.
+    Times implementations of the same work against each other, after comparing their results.
 
-The first three need torch, triton and numpy alone; everything else is imported where it is used. The command is
-``fastgan`` or ``python -m fastgan``; ``backend_status()`` reports what this machine can run, and why not the rest.
+The first three need only torch, triton and numpy; other packages are imported when they are used. The command is
+``fastgan`` or ``python -m fastgan``; ``backend_status()`` reports what this machine can run, and why not the others.
 """
 
 import sys

@@ -124,7 +124,7 @@ def _triton_missing() -> str:
 
 @_called_when_traced
 def _extension_missing() -> str:
-    """Why the extension's CPU half cannot be used; "" where it can."""
+    """Return the reason why the extension's CPU half cannot be used, or ""."""
     return extension_missing()
 
 

@@ -1,4 +1,4 @@
-"""How kernels multiply matrices: as torch's own matmul is told to."""
+"""Precision of matrix products in kernels, which follows torch's own setting."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def tile_for(pixels: int, outputs: int, itemsize: int) -> PixelTile:
 
 @on_its_device
 def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fastgan.reference.projections.pooled_projection_fwd`."""
+    """Launch :func:`fastgan.reference.projections.pooled_projection_fwd`."""
     b, channels, height, width = x.shape
     outputs = weight.shape[0]
     rows = rows_of(x)
@@ -79,7 +79,7 @@ def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int
 
 @on_its_device
 def projection_residual_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """As :func:`fastgan.reference.projections.projection_residual_fwd`."""
+    """Launch :func:`fastgan.reference.projections.projection_residual_fwd`."""
     (b, n, e), outputs = rows.shape, weight.shape[0]
     x_rows, y = rows_of(x), image_like(x)
     y_rows = rows_of(y)
@@ -157,7 +157,7 @@ def _neighbours(tile, PIXELS: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def _larger(largest, index, candidate, position: tl.constexpr):
-    """As max_pool2d: the first of equals wins, NaN wins over all."""
+    """Take the maximum as max_pool2d does: the first of equals wins, and NaN wins over all."""
     wins = (candidate > largest) | (candidate != candidate)
     return tl.where(wins, candidate, largest), tl.where(wins, position, index).to(tl.int8)
 

@@ -35,13 +35,13 @@ class Workload:
         parameters: sizes and dtype, for the records.
         tolerance: an implementation with a larger error is not timed.
         floor: seconds below which this device cannot do the work, if known.
-        once: time the checked run itself, for work that takes long.
-        once_above: the same for each implementation that takes more than these seconds.
-        images: real images that one call consumes; images per second are reported.
+        once: time the checked run itself, for long work.
+        once_above: the same, for implementations that take more than this many seconds.
+        images: real images per call, for images per second.
         cold: on a GPU, overwrite the second-level cache before each timed call, for memory-bound work whose operands
             come from device memory in a real step.
-        warmup: untimed calls of each implementation after the one that is checked.
-        min_rounds: the least number of timed calls of each.
+        warmup: untimed calls of each implementation after the checked one.
+        min_rounds: least number of timed calls of each.
 
     Example:
         >>> x = torch.randn(100)
@@ -78,7 +78,7 @@ def run(suite: str, workload: Workload, seconds: float, device: str | None = Non
         suite: the suite's name, for the records.
         workload: the work to measure.
         seconds: about how long to time the workload, all implementations together.
-        device: ``cpu`` or ``cuda``, where the work is done; by default a GPU if there is one.
+        device: ``cpu`` or ``cuda``; by default a GPU if there is one.
 
     Example:
         >>> work = Workload("one", {"a": lambda: 1.0, "b": lambda: 1.0}, reference="a", check=relative_difference)
@@ -199,7 +199,7 @@ def _launches(implementation: Callable[[], Any]) -> int | None:
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA
     events = [e for e in recorded.key_averages() if e.device_type == on_device and not e.is_user_annotation]
-    return sum(e.count for e in events) or None  # none where the profiler cannot see the GPU
+    return sum(e.count for e in events) or None  # none if the profiler cannot see the GPU
 
 
 def flush_cache() -> None:

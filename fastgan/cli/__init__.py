@@ -16,7 +16,7 @@ from fastgan.cli.errors import OneLineErrors, user_errors
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Train and score GANs: Frechet distances, statistics, the demonstration.",
+    help="Train and score GANs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,7 +36,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Fast layers, captured train steps and large-sample FID for GANs in PyTorch."""
@@ -44,9 +44,9 @@ def main(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for samples.png, curves.png and report.json.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for report.png, samples.png and report.json.")] = Path("out/demo"),
 ) -> None:
-    """Train a small GAN on real digits, score it, and time the layers against eager PyTorch."""
+    """Time the library against the usual code, and train and score a small GAN on real digits."""
     with user_errors():
         from fastgan.demo import run_demo
 
@@ -55,7 +55,7 @@ def demo(
 
 @app.command()
 def status() -> None:
-    """Which backends this machine can run, and why not the others."""
+    """Show which backends this machine can run, and why not the others."""
     from fastgan import backend_status
 
     typer.echo(str(backend_status()))

@@ -1,4 +1,4 @@
-"""How a command tells a user's mistake."""
+"""One-line errors for mistakes of the user."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _usage_errors(program: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if type(error).show is not UsageError.show:  # the help that is shown where there are no arguments
+        if type(error).show is not UsageError.show:  # the help, shown without arguments
             raise
         _fail(program, error.format_message())
 

@@ -11,6 +11,7 @@ from fastgan.backend import load_extension
 load_extension()
 _pooled_projection = torch.ops.fastgan_C.pooled_projection.default
 _unpool = torch.ops.fastgan_C.unpool.default
+_projection_gradients = torch.ops.fastgan_C.projection_gradients.default
 _gather_pooled = torch.ops.fastgan_C.gather_pooled.default
 _projection_residual = torch.ops.fastgan_C.projection_residual.default
 
@@ -23,6 +24,15 @@ def pooled_projection_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, d: int
     index = torch.empty_like(kv, dtype=torch.int8)
     _pooled_projection(x, weight, bias, q, kv, index)
     return q, kv, index
+
+
+def projection_gradients(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (drows, dweight) of rows weight^T for its gradient (B, P, outputs), rows (B, P, C), all of one dtype."""
+    drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
+    if grad.numel() == 0:
+        return drows, dweight.zero_()
+    _projection_gradients(grad, rows, weight, drows, dweight)
+    return drows, dweight
 
 
 def unpool(grad_q: Tensor, grad_kv: Tensor, index: Tensor, width: int) -> Tensor:

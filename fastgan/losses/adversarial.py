@@ -1,7 +1,7 @@
 """Adversarial losses on discriminator logits, by name.
 
 Each :class:`GANLoss` holds the two objectives, both to be minimised. Logits may have any shape; the mean over all
-of them is taken, in float32 where they come in half precision.
+of them is taken, in float32 if they are in half precision.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def check_policy(policy: Sequence[str]) -> None:
 
 
 def augment_draws(policy: Sequence[str], n: int, height: int, width: int, prefix: str = "augment") -> dict[str, Draw]:
-    """What :func:`augment` needs for ``n`` images: keys ``<prefix>.<augmentation>.<number>``.
+    """Describe the draws that :func:`augment` needs for ``n`` images: keys ``<prefix>.<augmentation>.<number>``.
 
     Example:
         >>> sorted(augment_draws(["flip"], 4, 8, 8))
@@ -178,7 +178,7 @@ class AdaptiveAugment(nn.Module):
         policy: names in :data:`AUGMENTATIONS`, all of which an image gets or none.
         target: mean sign of real images' logits that is aimed at.
         images: number of real images over which the probability may go from 0 to 1.
-        device: where the probability is.
+        device: of the probability.
 
     Attributes:
         p: the probability, a scalar buffer that is written in place, so that a captured step can hold it.
@@ -219,7 +219,7 @@ class AdaptiveAugment(nn.Module):
         self.register_buffer("p", torch.zeros((), device=device))
 
     def draws(self, n: int, height: int, width: int, prefix: str = "augment") -> dict[str, Draw]:
-        """What a call needs for ``n`` images."""
+        """Describe the draws that a call needs for ``n`` images."""
         return augment_draws(self.policy, n, height, width, prefix) | {f"{prefix}.chosen": uniform(n, 1, 1, 1)}
 
     def forward(self, images: Tensor, drawn: Mapping[str, Tensor], prefix: str = "augment") -> Tensor:

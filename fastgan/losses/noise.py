@@ -20,7 +20,7 @@ class Draw:
     """One random tensor: ``kind`` is "normal" (0, 1), "uniform" in [low, high) or int64 "integers" in [low, high).
 
     ``dim`` is the dimension with one entry per sample of the batch, None for numbers that all samples share. It matters
-    where a batch is split, between processes or into micro-batches.
+    in which a batch is split between processes or into micro-batches.
 
     Example:
         >>> normal(8, 64)

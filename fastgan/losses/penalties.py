@@ -1,4 +1,4 @@
-"""What keeps a discriminator smooth: gradient penalties, weight clipping, differentiable augmentation."""
+"""Regularizers of a discriminator: gradient penalties, weight clipping, consistency and LeCam."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class LeCam(nn.Module):
 
     Args:
         decay: of the averages per call, in [0, 1).
-        device: where the averages are.
+        device: of the averages.
 
     Attributes:
         averages: of real and fake logits, (2,), float32, a buffer that is written in place. Make the module a part of

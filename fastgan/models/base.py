@@ -1,4 +1,4 @@
-"""What all generators share: their arguments are recorded, so that a folder can hold the network and rebuild it."""
+"""The base class of the generators, which records their arguments so that a folder can rebuild the network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgan._checks import InputError, check_tensor
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 RUN_FOLDER = "generator"
-"""Where a training run keeps its generator."""
+"""Folder of the generator in a training run."""
 
 SMALLEST_MAP = 4
 """Least width of the smallest maps in the networks; they are less than twice as wide."""
@@ -28,8 +28,8 @@ G = TypeVar("G", bound="Generator")
 class Generator(nn.Module):
     """Base class of the generators.
 
-    Subclasses are called as ``generator(z, labels)``, or as ``generator(sketches, labels)`` where ``sketch_channels``
-    is not 0, and give images in [-1, 1].
+    Subclasses are called as ``generator(z, labels)``, or as ``generator(sketches, labels)`` if ``sketch_channels``
+    is not 0, and return images in [-1, 1].
 
     Attributes:
         n_classes: of the labels; 0 for a generator that takes none.
@@ -37,7 +37,7 @@ class Generator(nn.Module):
         sketch_channels: channels of the sketches; 0 for a generator from noise.
         resolution: height and width of the images.
         image_channels: 1 for grey, 3 for RGB.
-        config: the arguments that it was made with.
+        config: the arguments of ``__init__``.
         class_names: names of the classes in the order of their labels, or none.
 
     Example:
@@ -61,7 +61,7 @@ class Generator(nn.Module):
         Generator._classes[cls.__name__] = cls
 
     def record(self, arguments: dict[str, Any]) -> None:
-        """Keep the arguments of ``__init__``: all in :attr:`config`, those that every generator tells as attributes."""
+        """Keep the arguments of ``__init__`` in :attr:`config`, and those that all generators have as attributes."""
         self.config = arguments
         for name in ("n_classes", "dim_z", "sketch_channels", "resolution", "image_channels"):
             if name in arguments:
@@ -69,14 +69,14 @@ class Generator(nn.Module):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Class, arguments and class names: :meth:`from_description` makes the network of them, with fresh weights."""
+        """Class, arguments and class names: :meth:`from_description` builds the network from them, with new weights."""
         return {"class": type(self).__name__, "arguments": self.config, "class_names": [*self.class_names]}
 
     def label_of(self, name: str) -> int:
-        """The label of the class of this name or number.
+        """Return the label of the class with this name or number.
 
         Raises:
-            ValueError: there is no such class; those that there are, are listed.
+            ValueError: there is no such class; the message lists the classes.
         """
         if name in self.class_names:
             return self.class_names.index(name)
@@ -87,7 +87,7 @@ class Generator(nn.Module):
 
     @classmethod
     def from_description(cls: type[G], description: dict[str, Any]) -> G:
-        """A network as ``description`` says.
+        """Build the network that ``description`` describes.
 
         Raises:
             ValueError: the class is unknown, or not the one that this is called on, or the arguments do not fit it.
@@ -105,7 +105,7 @@ class Generator(nn.Module):
             raise ValueError(f"arguments do not make a {name}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is made where it is missing."""
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is created if missing."""
         from safetensors.torch import save
 
         from fastgan import __version__
@@ -144,7 +144,7 @@ class Generator(nn.Module):
         Args:
             folder: also that of a training run, which keeps the moving average of its generator in ``generator``; or
                 "user/repo" on the Hugging Face Hub, as a string, if there is no such folder.
-            device: where the weights are put.
+            device: of the weights.
             revision: branch, tag or commit of a repository on the Hub.
 
         Raises:

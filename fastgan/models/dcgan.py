@@ -124,7 +124,7 @@ class DCGANDiscriminator(nn.Module):
             With a gradient penalty batch norm is not allowed, as a sample has then no gradient of its own.
         dropout: probability after each layer but the last, as in the ACGAN paper; 0 for none.
         head: "plain", "projection", "auxiliary" (gives class logits too) or "one-hot": the label's one-hot maps join
-            the channels after the attention, or after the first layer where there is none.
+            the channels after the attention, or after the first layer without attention.
         width: channels at half the resolution; other arguments as for :class:`DCGANGenerator`.
 
     Raises:

@@ -31,7 +31,7 @@ from fastgan.nn.multihead_self_attention import LOGITS
 
 
 class ResNetGenerator(Generator):
-    """Images in [-1, 1] from noise, and from class labels where there are any.
+    """Images in [-1, 1] from noise, and from class labels if there are classes.
 
     A linear layer makes a map of 4x4 to 7x7, residual up-blocks with batch norm double it up to ``resolution``, and
     self-attention follows the block whose output is ``attention_resolution`` wide.
@@ -123,7 +123,7 @@ class ResNetGenerator(Generator):
 
 
 class ResNetDiscriminator(nn.Module):
-    """Logits of images, given their class labels where there are any.
+    """Logits of images, given their class labels if there are classes.
 
     Residual down-blocks halve the resolution to 4x4 (to 7x7), self-attention follows the block whose output is
     ``attention_resolution`` wide, one more block keeps the resolution, then come sum pooling and the head.

@@ -43,7 +43,7 @@ class TransformerBlock(nn.Module):
 
 
 class ViTDiscriminator(nn.Module):
-    """Logits of images, given their class labels where there are any, by a vision transformer.
+    """Logits of images, given their class labels if there are classes, by a vision transformer.
 
     Patches become tokens with a learned position, ``depth`` blocks follow, and the mean of the tokens goes to the head.
 

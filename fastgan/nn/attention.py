@@ -231,7 +231,7 @@ def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings, impl: 
     bias = None if bias is None else bias.to(dtype)
     qk_channels = _outputs_of(parts.theta)
     q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, impl)
-    k, v = kv.split((qk_channels, kv.shape[2] - qk_channels), dim=2)
+    k, v = kv.split_with_sizes((qk_channels, kv.shape[2] - qk_channels), dim=2)  # faster than split
     rows = attend(q, k, v, settings.scale, settings.impl, impl)
     weight, bias = _scaled_output(parts)
     bias = None if bias is None else bias.to(dtype)
@@ -275,7 +275,7 @@ def _projected(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _scaled_output(parts: AttentionParts) -> tuple[Tensor, Tensor | None]:
     assert parts.o is not None
-    weight, bias = _weight_of(parts.o), _bias_of(parts.o)
+    weight, bias = _parameter_of(parts.o, "weight").flatten(1), _parameter_of(parts.o, "bias")
     if parts.gamma is None:
         return weight, bias
     return parts.gamma * weight, None if bias is None else parts.gamma * bias
@@ -283,24 +283,29 @@ def _scaled_output(parts: AttentionParts) -> tuple[Tensor, Tensor | None]:
 
 def _joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight (outputs, C) and bias of one layer that does the work of all."""
-    weights, biases = [_weight_of(layer) for layer in layers], [_bias_of(layer) for layer in layers]
+    weights, biases = (
+        [_parameter_of(layer, "weight") for layer in layers],
+        [_parameter_of(layer, "bias") for layer in layers],
+    )
+    if len({weight.ndim for weight in weights}) > 1:
+        weights = [weight.flatten(1) for weight in weights]
+    joined = torch.cat(weights).flatten(1)
     if all(bias is None for bias in biases):
-        return torch.cat(weights), None
+        return joined, None
     pairs = zip(weights, biases, strict=True)
-    return torch.cat(weights), torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in pairs])
+    return joined, torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in pairs])
 
 
-def _weight_of(layer: Any) -> Tensor:
-    return layer.weight.flatten(1)
+def _parameter_of(module: Any, name: str) -> Any:
+    """``module.name``, past nn.Module's own way to a parameter, which takes several times as long."""
+    if torch.compiler.is_compiling() or name not in module._parameters:
+        return getattr(module, name)
+    return module._parameters[name]
 
 
 def _outputs_of(layer: Any) -> int:
     """The rows of the weight, which a norm would compute anew, and update its vectors for, if it were read again."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _bias_of(layer: Any) -> Tensor | None:
-    return layer.bias
 
 
 def _called_as_modules(*layers: nn.Module) -> bool:
@@ -336,7 +341,7 @@ def _checked_roles(roles: Mapping[str, str]) -> dict[str, str]:
     if len(set(roles.values())) != len(roles):
         raise ValueError(f"roles must be different names, got {dict(roles)}")
     exchanged = [part for part, name in roles.items() if name in ("theta", "phi") and name != part]
-    if exchanged:  # a state dict of this very module could not be told from the other
+    if exchanged:  # a state dict of this very module looks the same as the other
         raise ValueError(f"roles must not give {exchanged[0]} the name of another part, got {roles[exchanged[0]]!r}")
     return dict(roles)
 

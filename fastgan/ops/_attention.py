@@ -126,7 +126,7 @@ def _attend_heads(
     sinks: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
-    """As :func:`attend`, of (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
+    """Compute :func:`attend` for (B, H, N, channels), a mask (B, H, N, M) and sinks (H,)."""
     impl = asked if asked == "eager" else _able(resolve(asked, q), asked, q, v)
     dtype = autocast_dtype(q)
     if dtype is not None:
@@ -145,7 +145,7 @@ def _attend_heads(
 
 
 def _able(impl: str, asked: str, q: Tensor, v: Tensor) -> str:
-    """Return ``impl``, or "reference" where the kernels cannot take so many channels and were not ``asked`` for."""
+    """Return ``impl``, or "reference" if the kernels do not support so many channels and were not ``asked`` for."""
     reason = unsupported(q.shape[-1], v.shape[-1]) if impl == "triton" else ""
     if not reason:
         return impl

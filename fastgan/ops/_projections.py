@@ -14,9 +14,9 @@ from torch.library import custom_op
 
 from fastgan._checks import check_alike, check_tensor
 from fastgan._dispatch import differentiable, outside_autocast
-from fastgan._layout import image_like
+from fastgan._layout import image_like, rows_of
 from fastgan.backend import implementation, resolve
-from fastgan.reference.projections import gradients_of_projection, pooled_projection_bwd, projection_residual_bwd
+from fastgan.reference import projections as reference
 
 
 def pooled_projection(
@@ -137,14 +137,20 @@ def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _pooled_backward(ctx: Any, grad_q: Tensor, grad_kv: Tensor, _grad_index: Tensor | None) -> tuple[Any, ...]:
     x, weight, index = ctx.saved_tensors
-    if ctx.impl == "extension":
-        dx, dweight, dbias = gradients_of_projection(_unpool(grad_q, grad_kv, index, x.shape[3]), x, weight)
+    if ctx.impl != "extension":
+        dx, dweight, dbias = reference.pooled_projection_bwd(grad_q, grad_kv, index, x, weight)
     else:
-        dx, dweight, dbias = pooled_projection_bwd(grad_q, grad_kv, index, x, weight)
+        grad = _unpool(grad_q, grad_kv, index, x.shape[3])
+        if x.dtype == grad.dtype:
+            drows, dweight = _projection_gradients(grad, rows_of(x), weight)
+            dx, dbias = drows.mT.unflatten(2, x.shape[2:]), grad.sum(dim=(0, 1))
+        else:
+            dx, dweight, dbias = reference.gradients_of_projection(grad, x, weight)
     return dx, dweight, dbias if ctx.has_bias else None, None, None
 
 
-# What the gradient of pooled_projection does before its products: linear maps that are each other's gradient.
+# The gradient of pooled_projection is `unpool`, then the products of the projection. `unpool` and `gather_pooled` are
+# linear maps that are each other's gradient.
 @custom_op("fastgan::unpool", mutates_args=())
 def unpool_op(grad_q: Tensor, grad_kv: Tensor, index: Tensor, width: int) -> Tensor:
     return implementation("projections", "extension").unpool(grad_q, grad_kv, index, width)
@@ -165,6 +171,34 @@ def _(grad: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty(*grad.shape[:2], grad.shape[2] - index.shape[2]), grad.new_empty(index.shape)
 
 
+@custom_op("fastgan::projection_gradients", mutates_args=())
+def projection_gradients_op(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return implementation("projections", "extension").projection_gradients(grad, rows, weight)
+
+
+@projection_gradients_op.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(weight)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_backward(ctx: Any, grad_rows: Tensor | None, grad_weight: Tensor | None) -> tuple[Any, ...]:
+    """Of drows = grad weight and dweight = grad^T rows, either of which may not be differentiated."""
+    grad, rows, weight = ctx.saved_tensors
+    if grad_rows is None and grad_weight is None:
+        return None, None, None
+    if grad_weight is None:
+        return grad_rows @ weight.mT, None, (grad.mT @ grad_rows).sum(dim=0)
+    if grad_rows is None:
+        return rows @ grad_weight.mT, grad @ grad_weight, None
+    d_rows, d_weight = _projection_gradients(grad, grad_rows, grad_weight)
+    return grad_rows @ weight.mT + rows @ grad_weight.mT, d_rows, d_weight
+
+
 def _save_unpool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *_, index, ctx.width = inputs
     ctx.save_for_backward(index)
@@ -183,6 +217,7 @@ def _gather_backward(ctx: Any, grad_q: Tensor, grad_kv: Tensor) -> tuple[Any, ..
     return _unpool(grad_q, grad_kv, *ctx.saved_tensors, ctx.width), None, None
 
 
+_projection_gradients = differentiable(projection_gradients_op, _gradients_backward, _save_gradients)
 _unpool = differentiable(unpool_op, _unpool_backward, _save_unpool)
 _gather_pooled = differentiable(gather_pooled_op, _gather_backward, _save_gather)
 
@@ -199,13 +234,19 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, impl: str) -
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, bias, _, _ = inputs
+    rows, weight, bias, _, ctx.impl = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(rows, weight)
 
 
 def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    drows, dweight, dbias = projection_residual_bwd(grad, *ctx.saved_tensors)
+    rows, weight = ctx.saved_tensors
+    if ctx.impl == "extension":
+        grad_rows = rows_of(grad.to(weight.dtype))
+        drows, dweight = _projection_gradients(grad_rows, rows, weight)
+        dbias = grad_rows.sum(dim=(0, 1))
+    else:
+        drows, dweight, dbias = reference.projection_residual_bwd(grad, rows, weight)
     return drows, dweight, dbias if ctx.has_bias else None, grad, None
 
 

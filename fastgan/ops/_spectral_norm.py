@@ -329,7 +329,7 @@ def _third_order(ctx: Any, *_: Any) -> tuple[Any, ...]:
 
 
 def _filled(grads: list[Tensor | None], like: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Zeros where an output had no part in what is differentiated."""
+    """Zeros for outputs that the differentiated result does not depend on."""
     return [torch.zeros_like(w, dtype=dtype) if g is None else g for g, w in zip(grads, like, strict=True)]
 
 

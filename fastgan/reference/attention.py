@@ -22,7 +22,7 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Head:
-    """What changes the probabilities of one head.
+    """Everything that changes the probabilities of one head.
 
     Attributes:
         mask: boolean, False where a key is not seen, or added to the logits; (B, N, M), strides of 0 where it repeats.
@@ -90,7 +90,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, head: Head = UN
 
 
 def empty_stats(q: Tensor) -> Tensor:
-    """What :func:`attention_fwd` returns in place of statistics."""
+    """Stand-in for statistics in the result of :func:`attention_fwd`."""
     return q.new_empty(0, dtype=torch.float32)
 
 
@@ -166,7 +166,7 @@ def head_bwd_bwd(
     scale: float,
     head: Head,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`attention_bwd_bwd`, and with respect to the sink, with <gg_sink, dsink> in the sum.
+    """Extend :func:`attention_bwd_bwd` by the gradient of the sink, with <gg_sink, dsink> in the sum.
 
     The sink is a column of the maps that has A = gg_sink, dP = 0 and no part in the products.
     """
@@ -240,7 +240,7 @@ def _probabilities(
 
 
 def _above_diagonal(rows: range, keys: int, device: torch.device) -> Tensor:
-    """True (rows, keys) where a key comes after the row."""
+    """Mask (rows, keys), True for keys after the row."""
     return torch.arange(keys, device=device) > torch.arange(rows.start, rows.stop, device=device)[:, None]
 
 

@@ -27,7 +27,7 @@ def matrix_shape(weight: Tensor, dim: int) -> tuple[int, int]:
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """``weight`` as a (rows, columns) matrix; a view where its strides allow one."""
+    """``weight`` as a (rows, columns) matrix; a view if its strides allow one."""
     return weight.movedim(dim, 0).flatten(1)
 
 

@@ -25,7 +25,7 @@ from fastgan.kernels.precision import input_precision
 
 @dataclass(frozen=True)
 class Heads:
-    """What a call asks for beyond one unmasked head; its operands are (B, H, N, channels), k's and v's H / group heads.
+    """Options of a call beyond one unmasked head; its operands are (B, H, N, channels), k's and v's H / group heads.
 
     Attributes:
         count: H.
@@ -84,7 +84,7 @@ def attention_bwd(
     scale: float,
     heads: Heads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fastgan.reference.attention.attention_bwd`; dk and dv of grouped heads are summed over each group."""
+    """Launch :func:`fastgan.reference.attention.attention_bwd`; dk and dv of grouped heads are sums over each group."""
     b, (n, d), m, e = math.prod(q.shape[:-2]), q.shape[-2:], k.shape[-2], v.shape[-1]
     if not b * n:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -151,7 +151,7 @@ def attention_bwd_bwd(
     stats: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastgan.reference.attention.attention_bwd_bwd`, where the formulas are."""
+    """Launch :func:`fastgan.reference.attention.attention_bwd_bwd`, which has the formulas."""
     g_do, gq, gk, gv, _ = bwd_bwd_and_sums(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale)
     return g_do, gq, gk, gv
 

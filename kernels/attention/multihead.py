@@ -14,7 +14,7 @@ __all__ = ["empty_stats", "multihead_bwd", "multihead_bwd_bwd", "multihead_fwd"]
 def multihead_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, sinks: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`fastgan.reference.multihead.multihead_fwd`, with the statistics of each row, float32 (2, B, H, N)."""
+    """Launch :func:`fastgan.reference.multihead.multihead_fwd`, with statistics of each row, float32 (2, B, H, N)."""
     return launch.attention_fwd(q, k, v, scale, _heads(q, k, mask, sinks, is_causal))
 
 
@@ -30,7 +30,7 @@ def multihead_bwd(
     sinks: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastgan.reference.multihead.multihead_bwd`."""
+    """Launch :func:`fastgan.reference.multihead.multihead_bwd`."""
     heads = _heads(q, k, mask, sinks, is_causal)
     dq, dk, dv = launch.attention_bwd(grad_o, q, k, v, o, stats, scale, heads)
     if sinks is None:
@@ -55,7 +55,7 @@ def multihead_bwd_bwd(
     sinks: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastgan.reference.multihead.multihead_bwd_bwd`."""
+    """Launch :func:`fastgan.reference.multihead.multihead_bwd_bwd`."""
     heads, gg_sinks = _heads(q, k, mask, sinks, is_causal), gg_sinks.float()
     *outputs, sums = launch.bwd_bwd_and_sums(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale, heads, gg_sinks)
     g_do, gq, gk, gv = outputs

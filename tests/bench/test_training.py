@@ -28,7 +28,7 @@ def test_every_run_has_a_recipe_and_networks(name):
 def test_each_recipe_sized_for_digits_has_a_run():
     trained = {recipe for recipe, _ in RUNS.values()}
     sized = {name for name in available() if name.endswith("-digits")}
-    assert sized - trained == {"sagan-quick-digits"}  # the demo's
+    assert sized - trained == {"sagan-quick-digits"}  # for a quick look
 
 
 def test_spreads_within_classes():

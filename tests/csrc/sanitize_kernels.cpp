@@ -279,6 +279,41 @@ void test_projections(int64_t channels, int64_t height, int64_t width, int64_t o
   expect("projection with residual", y, true_y);
 }
 
+// Rows (batches, pixels, channels), or pixels following one another.
+View pixel_rows(Values& x, int64_t pixels, int64_t channels, bool transposed) {
+  return {x.data(), pixels * channels, 0, transposed ? 1 : channels, transposed ? pixels : 1};
+}
+
+void test_projection_gradients(int64_t batches, int64_t pixels, int64_t outputs, int64_t channels, bool dy_transposed,
+                               bool x_transposed) {
+  Values dy = random_values(batches * pixels * outputs), x = random_values(batches * pixels * channels);
+  Values weight = random_values(outputs * channels), dx(x.size()), dweight(weight.size());
+  Values true_dx(x.size()), true_dweight(weight.size());
+  for (int64_t i = 0; i < batches * pixels; ++i)
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t c = 0; c < channels; ++c) {
+        const auto at = [&](int64_t j, int64_t width, bool transposed) {
+          return i / pixels * pixels * width + (transposed ? j * pixels + i % pixels : i % pixels * width + j);
+        };
+        const double y = dy[at(o, outputs, dy_transposed)];
+        true_dx[at(c, channels, x_transposed)] += y * weight[o * channels + c];
+        true_dweight[o * channels + c] += y * x[at(c, channels, x_transposed)];
+      }
+  const ProjectionKernels& kernels = projection_kernels(Element::kDouble);
+  Memory memory(sizeof(double));
+  ProjectionGradients p{};
+  p.batches = batches, p.pixels = pixels, p.outputs = outputs, p.channels = channels;
+  p.dy = pixel_rows(dy, pixels, outputs, dy_transposed);
+  p.x = pixel_rows(x, pixels, channels, x_transposed), p.dx = pixel_rows(dx, pixels, channels, x_transposed);
+  p.weight = view(weight, outputs, channels), p.dweight = view(dweight, outputs, channels);
+  memory.give(p);
+  kernels.gradients_pack(p, 0, outputs);
+  kernels.gradients(p, 0, p.chunks(), memory.room(p.room()));
+  kernels.gradients_sum(p, 0, p.sum_rows());
+  expect("projection, gradient of x", dx, true_dx);
+  expect("projection, gradient of the weight", dweight, true_dweight);
+}
+
 void test_spectral_norm(const Lines& shape) {
   const int64_t size = shape.lines() * shape.length;
   Values w = random_values(size), g = random_values(size), h = random_values(size);
@@ -372,6 +407,12 @@ int main() {
     test_projections(1, 5, 3, 2, 1, last);
     test_projections(20, 7, 37, 37, 5, last);
   }
+  for (const bool dy_transposed : {false, true})
+    for (const bool x_transposed : {false, true}) {
+      test_projection_gradients(1, 3, 2, 3, dy_transposed, x_transposed);
+      test_projection_gradients(3, 70, 19, 37, dy_transposed, x_transposed);
+      test_projection_gradients(19, 65, 5, 2, dy_transposed, x_transposed);
+    }
   for (const Lines& shape : {Lines{1, 1, 1}, Lines{1, 70, 300}, Lines{9, 5, 16}, Lines{40, 30, 1}})
     test_spectral_norm(shape);
   for (const int64_t d : {1, 2, 3, 8, 17, 33, 64, 70, 256}) test_definite_trace(d);

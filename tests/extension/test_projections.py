@@ -11,7 +11,14 @@ from torch.library import opcheck
 from fastgan import backend
 from fastgan.nn import SelfAttention2d
 from fastgan.ops import pooled_projection, projection_residual
-from fastgan.ops._projections import gather_pooled_op, pooled_projection_op, projection_residual_op, unpool_op
+from fastgan.ops._projections import (
+    _projection_gradients,
+    gather_pooled_op,
+    pooled_projection_op,
+    projection_gradients_op,
+    projection_residual_op,
+    unpool_op,
+)
 from tests.accuracy import assert_as_accurate
 from tests.ops.operands import LAYOUTS, plain_pooled, plain_residual, pooled_operands, residual_operands, three_orders
 
@@ -86,7 +93,7 @@ def test_unpooling_and_gathering_are_each_others_gradient(shape):
 
 def test_the_gradient_has_an_operator_of_the_extension(monkeypatch):
     """The reference is not called for a gradient that is differentiated itself, nor for a compiled one."""
-    monkeypatch.setattr("fastgan.ops._projections.pooled_projection_bwd", None)
+    monkeypatch.setattr("fastgan.reference.projections.pooled_projection_bwd", None)
     operands = pooled_operands((2, 6, 5, 7), 9)
 
     def penalty(x, weight, bias):
@@ -104,6 +111,72 @@ def test_the_gradient_has_an_operator_of_the_extension(monkeypatch):
     loss = torch.compile(lambda *t: sum(y.square().sum() for y in pooled(*t, 3)), fullgraph=True)
     expected = torch.autograd.grad(sum(y.square().sum() for y in plain_pooled(*operands, 3)), operands)
     torch.testing.assert_close(torch.autograd.grad(loss(*operands), operands), expected)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("layout", ["rows", "pixels of the gradient", "pixels of x"])
+def test_gradients_of_the_products(layout, wanted):
+    """All or one of them differentiated."""
+    grad, rows = (torch.randn(2, 9, c, dtype=torch.float64) for c in (3, 4))
+    grad = grad.mT.contiguous().mT if "gradient" in layout else grad
+    rows = rows.mT.contiguous().mT if "x" in layout else rows
+    operands = [t.requires_grad_() for t in (grad, rows, torch.randn(3, 4, dtype=torch.float64))]
+    opcheck(projection_gradients_op, operands)
+
+    def products(grad, rows, weight):
+        both = _projection_gradients(grad, rows, weight)
+        return tuple(both[i] for i in wanted)
+
+    both = (grad @ operands[2], (grad.mT @ rows).sum(0))
+    torch.testing.assert_close(products(*operands), tuple(both[i] for i in wanted))
+    assert torch.autograd.gradcheck(products, operands)
+    assert torch.autograd.gradgradcheck(products, operands)
+
+
+def first_gradients(function, *inputs):
+    """Without a graph of their own, unlike those of ``three_orders``."""
+    inputs = [x.detach().requires_grad_() for x in inputs]  # as they are in memory
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    shapes = [y.shape for y in outputs]
+    cotangents = [torch.randn(s, generator=generator, dtype=torch.float64).bfloat16() for s in shapes]
+    cotangents = [
+        torch.empty_like(y).copy_(c) if y.ndim == 4 else c.to(y) for y, c in zip(outputs, cotangents, strict=True)
+    ]
+    return torch.autograd.grad(outputs, inputs, cotangents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 3, 2, 3), (2, 20, 9, 11), (9, 36, 12, 16), (3, 65, 2, 2), (0, 4, 4, 4)])
+def test_first_gradients(shape, layout, dtype):
+    """Of one pixel tile and of many, of sizes that are no multiples of a vector, and of empty batches."""
+    x, weight, bias = pooled_operands(shape, 23, layout=layout)
+    narrow = [t.detach().to(dtype) for t in (x, weight, bias)]
+    rows = torch.randn(shape[0], shape[2] * shape[3], 18, dtype=torch.float64)
+    other = [t.to(dtype) for t in (rows, torch.randn(shape[1], 18), torch.randn(shape[1]))]
+    cases = (
+        (lambda *t: pooled(*t, 5), lambda *t: plain_pooled(*t, 5), narrow),
+        (residual, plain_residual, [*other, narrow[0]]),
+        (residual, plain_residual, [other[0].mT.contiguous().mT, other[1].T.contiguous().T, other[2], narrow[0]]),
+    )
+    for ours, plain, inputs in cases:
+        found = first_gradients(ours, *inputs)
+        truth, naive = first_gradients(plain, *(t.double() for t in inputs)), first_gradients(plain, *inputs)
+        for i, (a, p, t) in enumerate(zip(found, naive, truth, strict=True)):
+            assert a.dtype == dtype
+            assert_as_accurate(a, p, t, f"{i}")
+
+
+def test_first_gradients_do_not_depend_on_the_number_of_threads():
+    x, weight, _ = pooled_operands((5, 36, 12, 16), 23, torch.float32)
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(first_gradients(lambda x, w: pooled(x, w, None, 5), x, weight))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
 def test_gradients_of_both_orders_match_finite_differences():

@@ -83,7 +83,7 @@ def head_operands(b, h, key_heads, n, m, d, e, dtype=torch.float64, requires_gra
 
 
 def masks(case, b, h, n, m):
-    """What ``attention`` is given to mask, and the same for ``attention_eager``; some rows see no key."""
+    """Masks for ``attention``, and the same ones for ``attention_eager``; some rows see no key."""
     causal = {"is_causal": True} if "causal" in case else {}
     if "keys" in case:
         mask = torch.rand(b, m) < 0.7

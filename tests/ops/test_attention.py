@@ -63,7 +63,7 @@ def test_opcheck():
 
 @pytest.fixture
 def auto_is_triton(monkeypatch):
-    """As on a GPU."""
+    """Run the kernels, as on a GPU."""
 
     def resolve(impl, tensor):
         return "triton" if impl == "auto" else right(impl, tensor)
