@@ -346,12 +346,25 @@ def unmet(
             return f"needs at least {least} images, {source.label} holds {n}"
     if needs.trained_on and knows_reference:
         return f"needs the images that {fake.label} was trained on as the second set"
-    if needs.classes:
-        names = [classes_of(source)[0] for source in (fake, real) if isinstance(source, ImageSource)]
-        if not all(names):
-            return "needs classes on both sides: a folder per class, labels.csv or dataset.json"
-        if names[0] != names[1]:
-            return f"needs the same classes on both sides, got {', '.join(names[0])} and {', '.join(names[1])}"
+    return _unmet_classes(fake, real) if needs.classes else None
+
+
+def _unmet_classes(fake: Source, real: Source | None) -> str | None:
+    sides = [source for source in (fake, real) if isinstance(source, ImageSource)]
+    try:
+        found = [classes_of(source) for source in sides]
+    except InputError as error:
+        return f"needs classes on both sides: {error}"
+    names = [names for names, _ in found]
+    if not all(names):
+        return "needs classes on both sides: a folder per class, labels.csv or dataset.json"
+    if names[0] != names[1]:
+        return f"needs the same classes on both sides, got {', '.join(names[0])} and {', '.join(names[1])}"
+    for source, (_, labels) in zip(sides, found, strict=True):
+        counts = [labels.count(c) for c in range(len(names[0]))]
+        if min(counts) < 2:
+            few = names[0][counts.index(min(counts))]
+            return f"needs at least 2 images per class, {source.label} holds {min(counts)} of class {few}"
     return None
 
 

@@ -19,7 +19,8 @@ later versions add keys and change the meaning of none.
 ``metrics`` maps each number's name to an object with ``value``, and, where they are known, ``low`` and ``high`` (the
 confidence interval), ``p_next`` (of the difference to the next set) and further keys of the metric, such as KID's
 ``std``. A name tells what the number is: ``FID`` is Inception's alone, and ``FD (dinov2)`` another network's distance.
-Numbers are not rounded. ``seconds`` is the time of each stage of the pass, or null for a file of statistics.
+Numbers are not rounded; null stands for one that
+is not known. ``seconds`` is the time of each stage of the pass, or null for a file of statistics.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Value:
     def as_dict(self) -> dict[str, Any]:
         """Return the values for JSON."""
         known = {key: getattr(self, key) for key in ("low", "high", "p_next") if getattr(self, key) is not None}
-        return {"value": self.value, **known, **self.details}
+        details = {key: _known_number(value) for key, value in self.details.items()}
+        return {"value": self.value, **known, **details}
 
     def text(self, plus_minus: str = " +- ") -> str:
         """Return the value for people, rounded to two digits of half its interval or of its spread."""
@@ -119,6 +121,11 @@ def measured_dict(side: Measured) -> dict[str, Any]:
         "left_out": side.left_out,
         "seconds": None if side.times is None else side.times.as_dict(),
     }
+
+
+def _known_number(value: Any) -> Any:
+    """Return ``value``, or None for NaN, which JSON does not have."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _first(values: Iterable[str | None]) -> str | None:

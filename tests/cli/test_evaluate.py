@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import re
-import time
+import threading
 import zipfile
 
 import numpy as np
@@ -200,36 +200,64 @@ def test_distances_within_classes(sets, features, tmp_path):
         (tmp_path / "flat" / name).unlink()
     (tmp_path / "flat" / "labels.csv").write_text("".join(f"{name},{'ab'[label]}\n" for name, label in rows))
     assert_one_line_error(run(*arguments), "needs the same classes on both sides, got 0, 1 and a, b")
+    (tmp_path / "flat" / "labels.csv").write_text("".join(f"{name},{int(name == '00.png')}\n" for name, _ in rows))
+    computed = Pooled.calls
+    assert_one_line_error(run(*arguments), "needs at least 2 images per class, ", "holds 1 of class 1")
+    (tmp_path / "flat" / "labels.csv").write_text("00.png,1\n")
+    assert_one_line_error(run(*arguments), "labels.csv has no label for 39 of 40 images")
+    assert Pooled.calls == computed
 
 
-def test_the_stages_of_a_pass_and_their_bound(sets, monkeypatch):
-    """A slow reader makes decoding the bound, a slow network the network; what overlaps is not waited for."""
-    read, forward = ImageArray.read, Pooled.forward
+def test_json_has_no_nan(tmp_path):
+    """KID's standard error is not known for so few images."""
+    for name, images in (("a", FAKE[:9]), ("b", REAL[:9])):
+        np.savez(tmp_path / f"{name}.npz", images=images)
+    text = run("evaluate", tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "kid", "--json").stdout
+    assert "NaN" not in text
+    assert numbers(json.loads(text))[NAMES[2]]["standard_error"] is None
 
-    def slow(method, seconds):
+
+@pytest.mark.parametrize(("reading", "forward", "bound"), [(1.0, 0.25, "decode"), (0.25, 8.0, "network")])
+def test_the_stages_of_a_pass_and_their_bound(sets, monkeypatch, reading, forward, bound):
+    """By a clock that images and batches move by so many seconds."""
+    now = [0.0]
+
+    def moving(method, seconds):
         def call(*arguments):
-            time.sleep(seconds)
+            now[0] += seconds
             return method(*arguments)
 
         return call
 
-    def seconds(*options):
-        arguments = ("fid", sets[1], sets[1], "--batch-size", 8, "--num-workers", 4, *options)
-        return run(*arguments, "--json"), run(*arguments, "--times")
+    monkeypatch.setattr("fastgan.data.stage_times.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(ImageArray, "read", moving(ImageArray.read, reading))
+    monkeypatch.setattr(Pooled, "forward", moving(Pooled.forward, forward))
+    arguments = ("fid", sets[1], sets[1], "--batch-size", 8, "--num-workers", 0)
+    found = json.loads(run(*arguments, "--json").stdout)["reference"]["seconds"]
+    expected = {"decode": 40 * reading, "waiting": 40 * reading, "resize": 0, "network": 5 * forward, "statistics": 0}
+    assert found == expected | {"threads": 0, "bound": bound}
+    line = run(*arguments, "--times").stdout.splitlines()[0]
+    assert line.startswith(f"{sets[1]}: waiting {40 * reading:.2f} s, ")
+    assert line.endswith(f"bound: {bound}")
 
-    monkeypatch.setattr(ImageArray, "read", slow(read, 0.02))
-    as_json, text = seconds()
-    found = json.loads(as_json.stdout)["reference"]["seconds"]
-    assert (found["bound"], found["threads"]) == ("decode", 4)
-    assert found["decode"] > 0.02 * 40
-    assert "bound: decode" in text.stdout.splitlines()[0]
 
-    monkeypatch.setattr(ImageArray, "read", read)
-    monkeypatch.setattr(Pooled, "forward", slow(forward, 0.1))
-    as_json, _ = seconds()
-    found = json.loads(as_json.stdout)["reference"]["seconds"]
-    assert found["bound"] == "network"
-    assert found["network"] > 0.1 * 3
+def test_images_are_decoded_while_the_network_runs(sets, monkeypatch):
+    """The first batch does not come through the network before an image of the second is read."""
+    ahead, read, forward, met = threading.Event(), ImageArray.read, Pooled.forward, []
+
+    def reading(self, index):
+        if index >= 8:
+            ahead.set()
+        return read(self, index)
+
+    def waiting(self, images):
+        met.append(ahead.wait(60))
+        return forward(self, images)
+
+    monkeypatch.setattr(ImageArray, "read", reading)
+    monkeypatch.setattr(Pooled, "forward", waiting)
+    assert run("fid", sets[1], sets[1], "--batch-size", 8, "--num-workers", 1).exit_code == 0
+    assert all(met)
 
 
 def test_many_images_are_worth_a_compilation(sets, monkeypatch):
