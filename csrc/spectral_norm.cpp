@@ -55,7 +55,8 @@ void run(Kernel kernel, const Pass<Operand>& pass, Rest... rest) {
   });
 }
 
-double norm(const auto* x, int64_t size) {
+template <typename W>
+double norm(const W* x, int64_t size) {
   double squares = 0;
   for (int64_t i = 0; i < size; ++i) squares += double(x[i]) * double(x[i]);
   return std::sqrt(squares);
