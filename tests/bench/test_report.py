@@ -100,7 +100,7 @@ def test_tables_and_plots_from_records(repository):
     readme = (repository / "README.md").read_text()
     usual = "20 ms (eager), 4.00×"
     row = f"| gradient penalty through attention, 64x64 | 5 ms (fastgan) | 10 ms (compile), 2.00×; {usual} |"
-    assert f"{row} 10.0 MB; 10.0 MB (compile) |" in readme
+    assert f"{row} 10 MB; 10 MB (compile) |" in readme
     assert "|  | cpu: layers; captured | cpu, gradient penalty |" in readme
     size = "(16 channels, batch 8)"
     assert f"| gan 32x32 | 1.25×; 2.00× {size} | 1.25×; 0.25× {size} |" in readme
