@@ -158,7 +158,7 @@ class ImageSource(ABC):
             with times.measure("decode"):
                 image = self.read(index)
                 if size is None or resize != "clean":
-                    return torch.from_numpy(channels_first(image))
+                    return torch.from_numpy(np.require(channels_first(image), requirements="W"))  # torch warns
                 return torch.from_numpy(clean_with_pillow(image, size))
 
         def resized(batch: list[Tensor]) -> Tensor:

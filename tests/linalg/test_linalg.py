@@ -1,4 +1,3 @@
-import doctest
 import math
 
 import pytest
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgan import backend, linalg
-from fastgan.linalg import _factors, trace_sqrt_product, trace_sqrt_product_from_factors
+from fastgan.linalg import trace_sqrt_product, trace_sqrt_product_from_factors
 from fastgan.linalg._trace import DEFINITE_SIZE
 from tests.linalg.spectra import (
     IMPLS,
@@ -187,13 +186,6 @@ def test_rounding_level_asymmetry_is_accepted():
 def test_docstring_names_every_option():
     for option in (*linalg.METHODS, *linalg.IMPLS):
         assert f'``"{option}"``' in (linalg.trace_sqrt_product.__doc__ or ""), option
-
-
-@pytest.mark.parametrize("module", [linalg, _factors])
-def test_examples(module):
-    results = doctest.testmod(module)
-    assert results.attempted
-    assert not results.failed
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
