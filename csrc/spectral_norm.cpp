@@ -9,17 +9,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <vector>
 
 #include "workspace.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace fastgan {
 namespace {
@@ -257,17 +252,6 @@ void combine(const Normed& normed, Pass<Combination>& pass) {
   run(spectral_norm_kernels(normed.is_double).combine, pass);
 }
 
-// Asks for huge pages for a new output: the first writes to pages of the usual size cost several times as much as a pass
-// over them. torch does so for all its memory if THP_MEM_ALLOC_ENABLE=1 is set. Nothing is done where there are none.
-void ask_for_huge_pages([[maybe_unused]] const Tensor& out) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
-  const auto start = reinterpret_cast<uintptr_t>(out.data_ptr()), end = start + out.numel() * out.element_size();
-  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 void add(Pass<Combination>& pass, const Combination& x) {
   pass.operands.push_back(x);
   pass.cut(x.shape.lines(), x.shape.length);
@@ -275,7 +259,6 @@ void add(Pass<Combination>& pass, const Combination& x) {
 
 void spectral_norm_scale(Tensors weights, Tensor u, Tensor v, Tensor sigma, std::vector<int64_t> dims, Tensors out) {
   const Normed normed(weights, u, v, sigma, dims);
-  for (const Tensor& x : out) ask_for_huge_pages(x);
   Pass<Combination> pass;
   for (size_t i = 0; i < weights.size(); ++i)
     add(pass, {normed.network.shapes[i], tagged(weights[i]), {}, tagged(out[i]), normed.sigma(i), 0, 0, nullptr, nullptr});
@@ -301,7 +284,6 @@ std::vector<std::array<double, 3>> dots(const Normed& normed, const Tensors& h, 
 void spectral_norm_scale_bwd(Tensors grads, Tensors weights, Tensor u, Tensor v, Tensor sigma,
                              std::vector<int64_t> dims, Tensors out) {
   const Normed normed(weights, u, v, sigma, dims);
-  for (const Tensor& x : out) ask_for_huge_pages(x);
   const auto sums = dots(normed, {}, grads, weights);
   Pass<Combination> pass;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -315,8 +297,6 @@ void spectral_norm_scale_bwd(Tensors grads, Tensors weights, Tensor u, Tensor v,
 void spectral_norm_scale_bwd_bwd(Tensors grad_grads, Tensors grads, Tensors weights, Tensor u, Tensor v, Tensor sigma,
                                  std::vector<int64_t> dims, Tensors d_grads, Tensors d_weights) {
   const Normed normed(weights, u, v, sigma, dims);
-  for (const Tensor& x : d_grads) ask_for_huge_pages(x);
-  for (const Tensor& x : d_weights) ask_for_huge_pages(x);
   const auto sums = dots(normed, grad_grads, grads, weights);
   Pass<Combination> pass;
   for (size_t i = 0; i < weights.size(); ++i) {

@@ -29,8 +29,9 @@ MOST_GRAPHS = 8
 VERIFIED_CALLS = 2
 EAGER, CAPTURE, COMPARE, GRAPH = range(4)  # how one call runs
 TOLERANCE = 3.4e-4  # the root of float32's epsilon
-ROUNDING_MARGIN = 30.0
+ROUNDING_ERRORS = 100.0
 LOW_PRECISION = 1e-4  # bfloat16 and float16 round by more
+TF32 = 2.0**-10
 
 
 class TrainStep:
@@ -597,10 +598,10 @@ class _Step:
     def _effect_of_rounding(
         self, graph: CapturedUpdate, batch: Batch, draws: Draws, start: Snapshot, end: Snapshot
     ) -> dict[str, float]:
-        """Map each tensor to how far rounding may move it: by what a rounding error in each weight does, and a margin.
+        """Map each tensor to how far rounding may move it: by what some rounding errors in each weight do.
 
-        Gradients of a penalty and of normalized layers may magnify it a thousandfold, and a moment of Adam's may change
-        by rounding alone, if two batches are equal.
+        Gradients of a penalty and of normalized layers may magnify it a thousandfold, a unit next to a kink may come to
+        lie on its other side, and a moment of Adam's may change by rounding alone, if two batches are equal.
         """
         start.restore()
         rng = torch.Generator().manual_seed(0)
@@ -608,17 +609,24 @@ class _Step:
         with torch.no_grad():
             for p in weights.values():
                 if p.is_floating_point():
-                    error = torch.randn(p.shape, dtype=torch.float64, generator=rng).mul_(graph.eps)
+                    error = torch.randn(p.shape, dtype=torch.float64, generator=rng).mul_(_error_of_products(graph, p))
                     p.copy_(p.double() * (1 + error.to(p.device)))
         graph.run_traced(batch, draws)
-        moved = distances(Snapshot(self._update.state(), self._owner.rng), end)
-        margin = 1.0 if graph.eps > LOW_PRECISION else ROUNDING_MARGIN
-        return {path: margin * distance for path, distance in moved.items()}
+        return distances(Snapshot(self._update.state(), self._owner.rng), end)
 
     def _give_up(self, error: Exception | str) -> None:
         self._is_eager, self._graphs = True, []
         reason = error if isinstance(error, str) else _first_line(error)
         warn_once(f"the {self._update.name} step runs eagerly: {reason}")
+
+
+def _error_of_products(graph: CapturedUpdate, weight: Tensor) -> float:
+    """Return the relative error that a compiler's own order of sums may make in products of a weight."""
+    if graph.eps > LOW_PRECISION:
+        return graph.eps
+    error = ROUNDING_ERRORS * graph.eps
+    is_tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return max(error, TF32) if weight.is_cuda and weight.dtype == torch.float32 and is_tf32 else error
 
 
 def _first_line(error: Exception) -> str:
