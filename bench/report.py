@@ -211,7 +211,7 @@ def _sizes(devices: dict[Path, dict[str, Run]]) -> str:
         columns += [plain, penalized]
         for workload, (eager, *others) in runs["train_step"].workloads().items():
             network, *options, update = workload.split(", ")
-            if update != "discriminator" or "bf16" in options or eager.median is None:
+            if update != "discriminator" or "bf16" in options or eager.median is None or not others:
                 continue
             gain = {r.implementation: f"{times(eager, r):.2f}×" for r in others if r.median is not None}
             layers, captured = (gain.get(f"fastgan{name}", "-") for name in (" layers, eager", ", captured"))
