@@ -106,7 +106,17 @@ def _speedup(figure: Any, runs: dict[str, Run]) -> None:
     axes.set_yticks(range(len(found)), [f"{line.suite}: {line.workload}" for line in found], fontsize=8)
     _plain_ticks(axes.xaxis)
     axes.set_xlabel("median time over fastgan's: right of the line fastgan is faster")
-    axes.set_title(next(iter(runs.values())).environment["device"], fontsize=9)
+    axes.set_title(_machines(runs), fontsize=9)
+
+
+def _machines(runs: dict[str, Run]) -> str:
+    """Name the device of the suites that are drawn; of several, the first alone stands without its suites."""
+    suites: dict[str, list[str]] = {}
+    for suite, run in runs.items():
+        if suite != "scale":
+            suites.setdefault(run.environment["device"], []).append(suite)
+    first, *others = suites
+    return "; ".join([first, *(f"{', '.join(suites[device])} on {device}" for device in others)])
 
 
 def _front(figure: Any, runs: dict[str, Run], dark: bool = False) -> None:
@@ -139,8 +149,7 @@ def _front(figure: Any, runs: dict[str, Run], dark: bool = False) -> None:
     axes.set(xlim=(0, 1.85 * longest), ylim=(-0.5, len(found) - 0.4))
     axes.axis("off")
     figure.text(0.015, 0.985, "Times faster than", **heading)
-    device = next(iter(runs.values())).environment["device"]
-    figure.text(0.015, 0.02, f"Medians on {device}", fontsize=10, color=faint, va="bottom")
+    figure.text(0.015, 0.02, f"Medians on {_machines(runs)}", fontsize=10, color=faint, va="bottom")
 
     if SAMPLES.exists():
         images = imread(SAMPLES)[: 4 + 5 * SAMPLE_CELL, : 4 + 4 * SAMPLE_CELL]  # 5 rows of 4
