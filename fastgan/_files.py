@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fastgan._checks import InputError
+
+CACHE = Path("~", ".cache", "fastgan")
+"""Folder of downloads, and of what was measured on this machine."""
 
 
 @contextmanager
@@ -54,6 +59,21 @@ def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file of :data:`CACHE`; empty if there is none."""
+    try:
+        entries = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def keep_entry(path: Path, key: str, value: Any) -> None:
+    """Add an entry to the JSON object in a file of :data:`CACHE`, if the file can be written."""
+    with suppress(OSError):
+        write_text(path.expanduser(), json.dumps(read_entries(path) | {key: value}, indent=1) + "\n")
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

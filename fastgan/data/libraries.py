@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgan._checks import InputError
+from fastgan._files import CACHE
 from fastgan.data.archives import ImageDataset
 
 PREFIXES = ("torchvision", "huggingface")
-CACHE = Path("~", ".cache", "fastgan")
-"""Folder of the downloads of torchvision."""
 
 _HELD_OUT = ("test", "validation", "valid", "val")
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from collections.abc import Callable
 
-from fastgan._files import write_text
-from fastgan.data.libraries import CACHE
+from fastgan._files import CACHE, keep_entry, read_entries
 from fastgan.training.trainer import Callback, Trainer
 
 COMPILE_TIMES = CACHE / "compile_times.json"
@@ -29,8 +26,11 @@ class CompileClock(Callback):
     def on_start(self, trainer: Trainer, steps: int) -> None:
         if not steps:
             return
-        known = _read_times().get(trainer.device.type)
-        about = "one to three minutes" if known is None else f"about {known * _layers(trainer):.0f} seconds"
+        known = read_entries(COMPILE_TIMES).get(trainer.device.type)
+        if isinstance(known, (int, float)):
+            about = f"about {known * _layers(trainer):.0f} seconds"
+        else:
+            about = "one to three minutes"
         self._tell(f"compiling the train steps, {about}, once")
         self._began = time.perf_counter()
 
@@ -39,19 +39,10 @@ class CompileClock(Callback):
             return
         seconds, self._began = time.perf_counter() - self._began, None
         self._tell(f"compiled, with the first step, in {seconds:.0f} s")
-        times = _read_times() | {trainer.device.type: seconds / _layers(trainer)}
-        with contextlib.suppress(OSError):  # a home without room or permission
-            write_text(COMPILE_TIMES.expanduser(), json.dumps(times) + "\n")
+        keep_entry(COMPILE_TIMES, trainer.device.type, seconds / _layers(trainer))
 
 
 def _layers(trainer: Trainer) -> int:
     """Number of modules with weights of their own."""
     networks = (trainer.generator, trainer.discriminator)
     return sum(bool([*module.parameters(recurse=False)]) for network in networks for module in network.modules())
-
-
-def _read_times() -> dict[str, float]:
-    try:
-        return {str(key): float(value) for key, value in json.loads(COMPILE_TIMES.expanduser().read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}

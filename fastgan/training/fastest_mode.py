@@ -6,15 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastgan import __version__
-from fastgan._files import write_text
+from fastgan._files import CACHE, keep_entry, read_entries
 from fastgan.backend import device_name
 from fastgan.data import LabelledImages
 from fastgan.recipes import Recipe
@@ -24,13 +21,14 @@ from fastgan.training.trainer import NonFiniteLossError, Trainer
 FEWEST_STEPS = 200
 SHORTEST_RUN = 1800.0  # seconds; compilation takes up to three minutes
 TIMED_STEPS = 5
+STEP_TIMES = CACHE / "step_modes.json"
 
 
 def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str], None]) -> str:
     """Return "compile" if captured updates save this run time on this CPU, their compilation included, else "eager".
 
     A run that takes less than half an hour eagerly is not worth compiling. For a longer one both are timed, on copies
-    of its networks, and the times are kept in ``~/.cache/fastgan/step_modes.json`` by processor, threads, versions,
+    of its networks, and the times are kept in :data:`STEP_TIMES` by processor, threads, versions,
     networks and updates.
 
     Args:
@@ -41,8 +39,8 @@ def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str]
     steps = recipe.train.steps
     if steps < FEWEST_STEPS:
         return "eager"
-    file, key = Path.home() / ".cache" / "fastgan" / "step_modes.json", _key(recipe, images)
-    times = _read(file).get(key)
+    key = _key(recipe, images)
+    times = read_entries(STEP_TIMES).get(key)
     if times is None:
         try:
             eager, _ = measure(recipe, images, "eager")
@@ -53,8 +51,7 @@ def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str]
         except NonFiniteLossError:  # the run will say so
             return "eager"
         times = {"eager": eager, "compile": captured, "compilation": compilation}
-        with suppress(OSError):  # a home that cannot be written to
-            write_text(file, json.dumps(_read(file) | {key: times}, indent=1))
+        keep_entry(STEP_TIMES, key, times)
     saves = (times["eager"] - times["compile"]) * steps > times["compilation"]
     mode = "compile" if saves else "eager"
     tell(f"step_mode auto: {mode}; a step took {times['compile']:.3g} s captured and {times['eager']:.3g} s eagerly")
@@ -90,10 +87,3 @@ def _key(recipe: Recipe, images: LabelledImages) -> str:
         "images": [*images.images.shape[1:], images.n_classes],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
