@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 pytest.importorskip("torchmetrics")
@@ -18,6 +17,7 @@ from fastgan.metrics import (
     KernelInceptionDistance,
     PrecisionRecall,
 )
+from tests.processes import run_in_group
 
 N = 48
 
@@ -77,9 +77,8 @@ def told_by(found):
     return told
 
 
-def process(rank, size, folder):
-    dist.init_process_group("gloo", rank=rank, world_size=size, init_method=f"file://{folder}/store")
-    busy = size - 1  # the last has no images
+def work(rank, folder):
+    busy = dist.get_world_size() - 1  # the last has no images
     part = torch.arange(N)[rank::busy] if rank < busy else torch.arange(0)
     values = {name: numbers(metric.compute()) for name, metric in feed(metrics(), part).items()}
     nobody = told_by(metrics())
@@ -91,14 +90,13 @@ def process(rank, size, folder):
     while not Path(folder, "done").exists():
         time.sleep(0.05)
     torch.save((values, nobody, alone), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_without_images_and_one_that_computes_alone(tmp_path, size):
     expected = {name: numbers(metric.compute()) for name, metric in feed(metrics(), torch.arange(N)).items()}
-    mp.spawn(process, (size, tmp_path), nprocs=size)
+    run_in_group(work, size, tmp_path)
     for rank in range(size):
         values, nobody, alone = torch.load(tmp_path / f"{rank}.pt")
         for name, value in values.items():

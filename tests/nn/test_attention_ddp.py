@@ -1,11 +1,10 @@
 """Two processes under DistributedDataParallel get the gradients that one process gets on the whole batch."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgan.nn import SelfAttention2d
+from tests.processes import run_in_group
 
 
 def block():
@@ -28,17 +27,14 @@ def loss(network, x):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     network = DistributedDataParallel(block())
     loss(network, images().chunk(2)[rank].clone()).backward()
     if rank == 0:
         torch.save([p.grad for p in network.module.parameters()], f"{folder}/gradients.pt")
-    dist.destroy_process_group()
 
 
 def test_gradients_equal_those_of_one_process(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    run_in_group(work, 2, tmp_path)
     single = block()
     loss(single, images()).backward()
     for actual, parameter in zip(torch.load(tmp_path / "gradients.pt"), single.parameters(), strict=True):

@@ -1,13 +1,14 @@
 """Two processes that shard a block by ``fully_shard`` get the outputs and gradients of one process."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from fastgan.nn import SelfAttention2d, fuse
+from tests.processes import run_in_group
 
 
 class Block(nn.Module):
@@ -34,9 +35,7 @@ def images():
     return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def work(rank, folder, kind):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(kind, rank, folder):
     model = network(kind)
     fully_shard(model[1])
     fully_shard(model)
@@ -45,13 +44,12 @@ def work(rank, folder, kind):
     gradients = [p.grad.full_tensor() for p in model.parameters()]
     if rank == 0:
         torch.save((y.detach(), gradients), f"{folder}/results.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SelfAttention2d", "fused"])
 def test_sharded_equals_whole(kind, tmp_path):
-    mp.spawn(work, args=(str(tmp_path), kind), nprocs=2)
+    run_in_group(partial(work, kind), 2, tmp_path)
     y, gradients = torch.load(tmp_path / "results.pt")
     model = network(kind)
     expected = model(images())

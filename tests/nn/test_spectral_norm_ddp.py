@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from fastgan.nn import group_spectral_norm
+from tests.processes import run_in_group
 
 STEPS = 3
 
@@ -37,17 +36,14 @@ def train(network, part):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     network = group_spectral_norm(critic())
     train(DistributedDataParallel(network), slice(2 * rank, 2 * rank + 2))
     torch.save(network.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    run_in_group(work, 2, tmp_path)
     single = critic()
     train(single, slice(0, 4))
     for rank in range(2):

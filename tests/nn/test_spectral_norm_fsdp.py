@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as older_spectral_norm
 
 from fastgan.nn import fuse, group_spectral_norm, spectral_norm
+from tests.processes import run_in_group
 
 STEPS = 3
 KINDS = {
@@ -84,8 +83,6 @@ def whole(state):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
     for kind, make in KINDS.items():
         for how in ("layers", "all", "root", "part"):
@@ -120,12 +117,11 @@ def work(rank, folder):
         except (RuntimeError, ValueError) as error:
             messages.append(str(error))
     torch.save((results, messages), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    run_in_group(work, 2, tmp_path)
     for rank in range(2):
         results, messages = torch.load(tmp_path / f"{rank}.pt")
         for name, (state, output) in results.items():

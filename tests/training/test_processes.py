@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from fastgan._checks import InputError
@@ -22,6 +21,7 @@ from fastgan.training import EMA, FunctionalGAN, LazyTerm, NonFiniteLossError, T
 from fastgan.training import trainer as loop
 from fastgan.training.run import resume_run, start_run
 from fastgan.training.step.process_mean import ProcessMean
+from tests.processes import run_in_group
 from tests.training.small_trainers import trainer
 from tests.training.tiny_runs import PIXELS, assert_same, tiny
 
@@ -118,19 +118,17 @@ def refused_in_one(mode, rank=0):
     return [d.state_dict(), losses]
 
 
-def work(rank, size, store, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+def work(rank, folder):
     warnings.simplefilter("error", BackendWarning)
-    results = {mode: own_states(mode, (rank, size)) for mode in ("eager", "compile")}
-    results["shared, eager"] = shared_and_lazy("eager", (rank, size))
+    results = {mode: own_states(mode, (rank, 2)) for mode in ("eager", "compile")}
+    results["shared, eager"] = shared_and_lazy("eager", (rank, 2))
     with pytest.warns(BackendWarning, match="several processes exchange gradients between updates that share tensors"):
-        results["shared, compile"] = shared_and_lazy("compile", (rank, size))
+        results["shared, compile"] = shared_and_lazy("compile", (rank, 2))
     results["refused, eager"] = refused_in_one("eager", rank)
     with pytest.warns(BackendWarning, match="the discriminator step runs eagerly: captured, it would leave other"):
         results["refused, compile"] = refused_in_one("compile", rank)
     results["mean"] = means(rank)
-    results["batch norm"] = own_states("compile", (rank, size), norm=nn.BatchNorm1d(16))
+    results["batch norm"] = own_states("compile", (rank, 2), norm=nn.BatchNorm1d(16))
     results["stopped"] = stopped_state(rank)
     results["run"] = run_and_resume(rank, folder)
     with pytest.raises(ValueError, match="batch_size must be divisible by the number of processes, 2, got 5"):
@@ -141,7 +139,6 @@ def work(rank, size, store, folder):
     with pytest.raises(NonFiniteLossError):  # in both, though one alone has seen it
         poisoned.run()
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def means(rank):
@@ -209,7 +206,7 @@ def refuse(*_args, **_options):
 def results(tmp_path_factory):
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, args=(2, folder / "store", str(folder)), nprocs=2)
+    run_in_group(work, 2, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
