@@ -28,7 +28,7 @@ from fastgan.training.step.cuda_graphs import CudaGraph
 from fastgan.training.step.eager import JointUpdate, MicroBatch, Update, copy_all_, mean_terms
 from fastgan.training.step.optimizers import CaptureError, OptimizerState, unscaled
 from fastgan.training.step.process_mean import Shared, floating_buffers
-from fastgan.training.step.reachable import Watch
+from fastgan.training.step.watch import Watch
 
 Attribute = tuple[nn.Module, str]
 

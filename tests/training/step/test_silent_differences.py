@@ -15,7 +15,7 @@ from torch import nn
 from fastgan.backend import BackendWarning, warn_anew
 from fastgan.losses.noise import normal
 from fastgan.training import EMA, FunctionalGAN, TrainStep
-from fastgan.training.step.reachable import differing_terms
+from fastgan.training.step.snapshot import differing_terms
 
 BACKENDS = ["eager", "aot_eager"]
 SLOPE = 0.1
