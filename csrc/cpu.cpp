@@ -274,6 +274,12 @@ std::tuple<Tensor, Tensor, bool> definite_trace(const Tensor& a, const Tensor& b
   return {values, report, found};
 }
 
+// Raise this when an operator's signature or meaning changes, and EXTENSION_INTERFACE in fastgan/backend.py with it:
+// Python code that expects another number does not use the extension.
+int64_t interface_version() {
+  return 1;
+}
+
 bool has_cuda() {
 #ifdef USE_CUDA
   return true;
@@ -286,6 +292,7 @@ bool has_cuda() {
 }  // namespace fastgan
 
 STABLE_TORCH_LIBRARY(fastgan_C, m) {
+  m.def("interface_version() -> int");
   m.def("has_cuda() -> bool");
   m.def("asymmetry(Tensor a) -> Tensor");
   m.def("scaled(Tensor a) -> (Tensor, Tensor)");
@@ -325,6 +332,7 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
+  m.impl("interface_version", TORCH_BOX(&fastgan::interface_version));
   m.impl("has_cuda", TORCH_BOX(&fastgan::has_cuda));
   m.impl("vector_bits", TORCH_BOX(&fastgan::vector_bits));
 }
