@@ -43,6 +43,7 @@ CPU_SOURCES = [
     )
 ]
 CUDA_SOURCES = ["csrc/cuda.cu"]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))  # a change of one is a reason to build again
 FALLBACK_VERSION = "0.1.0.dev0"  # of an export without git's history or an sdist's PKG-INFO
 
 
@@ -146,7 +147,11 @@ def cpu_extension() -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
-        "fastgan._C", CPU_SOURCES, py_limited_api=True, extra_compile_args={"cxx": ["-O3", "-g0", *STABLE_ABI]}
+        "fastgan._C",
+        CPU_SOURCES,
+        depends=HEADERS,
+        py_limited_api=True,
+        extra_compile_args={"cxx": ["-O3", "-g0", *STABLE_ABI]},
     )
 
 
@@ -160,6 +165,7 @@ def cuda_extension(home: Path, cuda_version: str) -> Extension:
     return cpp_extension.CUDAExtension(
         "fastgan._C",
         [*CPU_SOURCES, *CUDA_SOURCES],
+        depends=HEADERS,
         py_limited_api=True,
         include_dirs=[str(wheels / "include")] if (wheels / "include").is_dir() else [],
         library_dirs=link_directory(wheels),

@@ -1,1 +1,1 @@
-"""Benchmarks: every claim measured against eager references, side by side in one process (``python -m bench``)."""
+"""Benchmarks: every claim is measured against eager references in one process (``python -m bench``)."""

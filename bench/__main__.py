@@ -1,4 +1,4 @@
-"""``python -m bench``: run the suites, print a table a workload, write one JSON a suite."""
+"""``python -m bench``: run the suites, print one table per workload, write one JSON file per suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK_SECONDS = 0.5
 
 
 class BenchErrors(OneLineErrors):
-    """Usage errors in one line."""
+    """Print usage errors in one line."""
 
     program = "python -m bench"
 
@@ -73,7 +73,7 @@ def main(
         Path | None, typer.Option(file_okay=False, help="Folder of the JSON files  [default: bench/results/DEVICE].")
     ] = None,
 ) -> None:
-    """Measure fastgan against its baselines, all in one process. Status 1: a reference or fastgan failed somewhere."""
+    """Measure fastgan against its baselines in one process. Exits with status 1 if a reference or fastgan failed."""
     if context.invoked_subcommand:
         return
     if compare:

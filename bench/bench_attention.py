@@ -59,7 +59,7 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
 
 
 def _impls(device: str, by_name: bool) -> dict[str, str]:
-    """fastgan's rows: the default; with ``by_name`` on a CPU also the extension, which that is, and the reference."""
+    """fastgan's rows: the default, and with ``by_name`` on a CPU also the extension and the reference by name."""
     by_names = {"fastgan extension": "extension", "fastgan reference": "reference"}
     return {"fastgan": "auto"} | (by_names if by_name and device == "cpu" else {})
 
@@ -112,7 +112,7 @@ def _core(
 def _heads(
     batch: int, tokens: int, dtype: torch.dtype, device: str, mode: str, masked: bool, by_name: bool
 ) -> Workload:
-    """8 heads of 64 channels; on a CPU 4 of 32. ``masked`` ones leave out a tenth of all pairs, at random."""
+    """8 heads of 64 channels; on a CPU 4 of 32. ``masked``: a random tenth of all pairs is masked."""
     heads, d = (8, 64) if device == "cuda" else (4, 32)
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, tokens, 3, heads, d)
@@ -242,7 +242,7 @@ def _passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: s
     def backward() -> list[Tensor]:
         return list(torch.autograd.grad(function(*inputs).float().square().sum(), inputs))
 
-    # Without this, torch.compile refuses a second gradient for its buffers' sake and not for want of one.
+    # Without this, torch.compile refuses a second gradient because of its donated buffers, not because it has none.
     @functorch_config.patch(donated_buffer=False)
     def penalty() -> list[Tensor]:
         x = inputs[0]
@@ -281,7 +281,7 @@ def _floor(batch: int, n: int, m: int, d: int, e: int, dtype: torch.dtype, devic
     """Seconds for the exponentials, products and bytes of attention, each pass counted once."""
     maps = batch * n * m
     # Products of q, k, v-sized operands with the maps: S and O; then S, dP, dQ, dK, dV; then both passes of the
-    # second order. Exponentials: once per map where the maps are kept or computed anew.
+    # second order. Exponentials: once per map that is kept or recomputed.
     exponentials, with_d, with_e = {"forward": (1, 1, 1), "backward": (3, 4, 4), "penalty": (6, 12, 10)}[mode]
     tensors = {"forward": 1, "backward": 3, "penalty": 6}[mode]
     moved = tensors * batch * ((n + m) * d + (n + m) * e) * dtype.itemsize
@@ -290,8 +290,8 @@ def _floor(batch: int, n: int, m: int, d: int, e: int, dtype: torch.dtype, devic
 
 def _floor_of_projections(batch: int, channels: int, n: int, dtype: torch.dtype, device: str, mode: str) -> float:
     """Seconds for the products and bytes of a block's four projections."""
-    # Per layer: the output; then the gradients of input and weight; then those of both gradients, of which the weight's
-    # is taken with the penalty alone.
+    # Per layer: the output; then the gradients of input and weight; then those of both gradients; the weight's
+    # is needed only with the penalty.
     passes = {"forward": 1, "backward": 3, "penalty": 6}[mode]
     outputs = 2 * (channels // 8) + channels // 2
     products = 2 * batch * n * channels * (outputs + channels // 2)

@@ -56,8 +56,8 @@ def forward(dims: int, n: int, precision: str, device: str) -> Workload:
 
 
 def precision_error(n: int, device: str) -> Workload:
-    """The distance of two sets of photographs' parts, EfficientNet's real weights: the error column is the relative one
-    that the precision brings."""
+    """The distance between two sets of crops of photographs with EfficientNet's real weights. The error column is the
+    relative error of the precision."""
     low = ("tf32", "bf16") if device == "cuda" else ("bf16",)
     return Workload(
         name=f"precision-efficientnet_lite0-{n}",
@@ -70,7 +70,7 @@ def precision_error(n: int, device: str) -> Workload:
 
 
 def many_small(classes: int, device: str) -> Workload:
-    """A class's worth of images for each of many classes: one batch, or one by one."""
+    """As many images as one class has, for each of many classes: in one batch, or one by one."""
     from fastgan.metrics import FeatureStats, frechet_distance, paired_frechet_distances
 
     n, dim = 40, 512
@@ -95,7 +95,7 @@ def many_small(classes: int, device: str) -> Workload:
 
 
 def decoding(n: int, resize: str) -> Workload:
-    """Two folders of ``n`` PNGs to batches, by as many threads as cores or by as many of a DataLoader's processes."""
+    """Read two folders of ``n`` PNGs into batches, with one thread or one DataLoader process per core."""
     return Workload(
         name=f"decode-{2 * n}-pngs-{resize}",
         implementations={
@@ -110,7 +110,7 @@ def decoding(n: int, resize: str) -> Workload:
 
 
 def whole_command(n: int, dims: int) -> Workload:
-    """Both commands on two folders of ``n`` PNGs, from start to exit, compilation with an empty cache included."""
+    """Both commands on two folders of ``n`` PNGs, from start to exit, including compilation with an empty cache."""
     return Workload(
         name=f"command-{2 * n}-pngs-{dims}",
         implementations={
@@ -134,7 +134,7 @@ def whole_command(n: int, dims: int) -> Workload:
 
 
 def resident(n: int) -> Workload:
-    """``n`` images that are on the GPU, to the distance; compilation is not timed."""
+    """The distance of ``n`` images that are on the GPU; compilation is not timed."""
     images = torch.randint(0, 256, (2, n, 3, 32, 32), dtype=torch.uint8, device="cuda")
     return Workload(
         name=f"resident-{n}",
@@ -151,7 +151,7 @@ def resident(n: int) -> Workload:
 
 @functools.cache
 def weights_folder() -> Path:
-    """A torch home with random weights under the published name, where pytorch-fid finds them."""
+    """Make a torch home that holds random weights under the name that pytorch-fid looks for."""
     from fastgan.metrics.backbones.inception import InceptionV3
 
     generator = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ def lite0(precision: str, device: str) -> Any:
 
 @functools.cache
 def photographs(n: int) -> tuple[Tensor, Tensor]:
-    """Random 64 x 64 parts of scikit-learn's two photographs, a set of each."""
+    """Random 64 x 64 crops of scikit-learn's two photographs, one set per photograph."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -230,7 +230,7 @@ def photographs(n: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def image_folders(n: int) -> tuple[Path, Path]:
-    """The photographs' parts as PNGs."""
+    """The crops of the photographs as PNGs."""
     from PIL import Image
 
     root = Path(tempfile.mkdtemp(prefix="fastgan-bench-"))
@@ -254,7 +254,7 @@ def decoded_by_threads(n: int, resize: str) -> Tensor:
 
 
 def decoded_by_processes(n: int, resize: str) -> Tensor:
-    """The same by a DataLoader, as pytorch-fid and clean-fid read."""
+    """The same with a DataLoader, as in pytorch-fid and clean-fid."""
     total = torch.zeros(3, dtype=torch.float64)
     for folder in image_folders(n):
         images = _Images(folder, READ_SIZE[resize])

@@ -22,8 +22,8 @@ from fastgan.bench import Workload, largest_relative_norm
 from fastgan.bench.quick import Weights
 from fastgan.nn import group_spectral_norm
 
-# Passes over the weights that cannot be avoided on a GPU: reads and writes of one float32 an entry. A CPU, whose caches
-# hold the rows that it sums W v of, needs one pass less: it sums W^T u of them at once.
+# Passes over the weights that cannot be avoided on a GPU: reads and writes of one float32 per entry. A CPU needs
+# one pass less: it sums W^T u over the rows while its caches still hold them from W v.
 PASSES = {
     "forward": 4,  # W v, W^T u, and W / sigma from W
     "forward+backward": 8,  # and <G, W>, then dW from G
@@ -32,7 +32,7 @@ PASSES = {
 
 
 class OlderWeights(Weights):
-    """Under torch's older norm, whose hook runs at the forward of a layer."""
+    """torch's older norm, whose hook runs in the forward of a layer."""
 
     def forward(self) -> list[Tensor]:
         for layer in self.layers:

@@ -27,7 +27,7 @@ QUICK_SIZE = 256
 SAMPLES = {256: 1280, 768: 3840, 2048: 10000}
 CLASS_SAMPLES = 50
 SLOW_ON_A_CPU = 768
-"""Above this size a CPU takes too long for the methods that are made of matrix products."""
+"""Above this size the methods made of matrix products take too long on a CPU."""
 
 ONCE_ABOVE = 1.5  # seconds
 FACTORS = "singular values of Cholesky factors"
@@ -47,7 +47,7 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
 
 
 def full_rank(d: int, device: str) -> Workload:
-    """Covariances of two samples of one population that have many vectors."""
+    """Covariances of two large samples of one population."""
     pair = partial(two_samples, SAMPLES[d], d, device)
 
     def from_root() -> Tensor:
@@ -70,7 +70,7 @@ def full_rank(d: int, device: str) -> Workload:
 
 
 def unrelated(d: int, device: str) -> Workload:
-    """Covariances of two populations with nothing in common, of eigenvalues down to 1e-4 of the largest."""
+    """Covariances of two unrelated populations, with eigenvalues down to 1e-4 of the largest."""
 
     def pair() -> tuple[Tensor, Tensor]:
         a, b = (covariance(SAMPLES[d], d, seed, device, population=seed, smallest=1e-2) for seed in (1, 2))
@@ -134,7 +134,7 @@ def many_candidates(count: int, d: int, device: str) -> Workload:
 
 
 def many_classes(classes: int, d: int, device: str) -> Workload:
-    """Classes of a few samples, each against one reference of full rank."""
+    """Classes with few samples each, against one reference of full rank."""
 
     @functools.cache
     def factors() -> Tensor:
@@ -236,7 +236,7 @@ def two_samples(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def features(n: int, d: int, seed: int, device: str, population: int = 0, smallest: float = 1e-3) -> Tensor:
-    """(n, d) float64, drawn with the seed from a population of its own directions.
+    """(n, d) float64, drawn with the seed from a population with its own directions.
 
     Standard deviations along these go from 1 to ``smallest``, evenly in their logarithms.
     """
@@ -315,7 +315,7 @@ def cholesky_trace(a: Tensor, b: Tensor) -> Tensor:
 
 
 def newton_schulz_root(a: Tensor, iterations: int = 30) -> Tensor:
-    """The iteration that is often used in place of an eigensolver, here with enough steps for these covariances."""
+    """The iteration that often replaces an eigensolver, with enough steps for these covariances."""
     scale = a.norm()
     eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
     y, z = a / scale, eye

@@ -77,7 +77,7 @@ QUICK = [Case("dcgan", 16, width=8, batch=8, compiled="captured")]
 
 
 def workloads(quick: bool, device: str) -> Iterator[Workload]:
-    """The update of each network for every case; on a CPU a choice of narrow ones."""
+    """The updates of each network for every case; on a CPU only narrow networks."""
     for case in QUICK if quick else GPU if device == "cuda" else CPU:
         implementations = {name: functools.cache(make) for name, make in _variants(case, device).items()}
         for network in ("discriminator", "generator"):
@@ -109,7 +109,7 @@ def workloads(quick: bool, device: str) -> Iterator[Workload]:
 
 
 def _guards(name: str, device: str) -> Callable[[], str | None]:
-    """The comparison, before each captured update, of everything that the graph may hold."""
+    """The check before each captured update, which compares everything that the graph may hold."""
 
     @functools.cache
     def fit() -> tuple[Fit, dict[str, Tensor]]:
@@ -174,7 +174,7 @@ class _Updates:
 
 
 def _networks(case: Case, layers: str) -> tuple[nn.Module, nn.Module]:
-    """The recipe's networks, of fastgan's layers or of PyTorch's alone, with equal weights."""
+    """The recipe's networks with fastgan's layers or with PyTorch's only, with equal weights."""
     model = load_recipe(case.recipe).model
     normed = [model.generator_spectral_norm, model.discriminator_norm == "spectral"]
     size: dict[str, Any] = {"resolution": case.resolution}

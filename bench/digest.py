@@ -16,7 +16,7 @@ SELECTED = {
     "sqrtm": r"(full_rank|unrelated|rank_deficient|one_against_\d+|classes)-(256|2048)$|pairs-32$|^sqrtm",
     "train_step": r"discriminator$",
 }
-"""Workloads in the summary of a device, by suite; all workloads of a suite that has none of them."""
+"""Workloads in the summary of a device, by suite. A suite without an entry shows all of its workloads."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Highlight:
         use: "layers", "steps" or "evaluation".
         suite: its suite.
         workload: pattern of its name.
-        label: what a reader sees.
+        label: name of the row in the table.
         against: the implementation that most people use.
         pictured: whether README's picture has a bar for it.
     """
@@ -73,11 +73,11 @@ HIGHLIGHTS = (
     Highlight("evaluation", "fid", r"^inception-fp32", "Inception features of 16 images", "pytorch-fid", False),
     Highlight("evaluation", "sqrtm", r"unrelated-2048", "FID's matrix square root, 2048x2048", "scipy.linalg.sqrtm"),
 )
-"""Rows of README's tables, in order; one that a device has no record of is left out."""
+"""Rows of README's tables, in order. Rows without a record on a device are left out."""
 DEFAULTS = ("fastgan", "fastgan auto")
 """Implementations that a user gets by default. They are shown and ratios refer to them, even if another is faster."""
 BY_NAME = ("fastgan extension", "fastgan reference")
-"""Implementations that the default chooses from. They stand in the full tables alone."""
+"""Implementations that the default chooses from. Only the full tables show them."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def lines(suite: str, run: Run) -> list[Line]:
 
 
 def highlights(runs: dict[str, Run]) -> list[tuple[Highlight, Line]]:
-    """The rows of README's tables of which a device has records."""
+    """The rows of README's tables that a device has records of."""
     found = []
     for highlight in HIGHLIGHTS:
         workloads = runs[highlight.suite].workloads() if highlight.suite in runs else {}

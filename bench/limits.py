@@ -1,7 +1,8 @@
-"""The most that a device can do per second, which the floors of workloads follow from.
+"""The highest rates of a device per second, from which the floors of workloads follow.
 
 An H100's are those of its data sheet. A CPU's are measured when they are first asked for, by a matrix product and a
-copy that are large enough to reach them: processors differ too much, and so does what a virtual machine gets of one.
+copy that are large enough to reach them: processors differ too much, and so do the shares of them that virtual machines
+get.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots of records. Each PNG carries a digest of the records it was drawn from, so that a stale one is noticed."""
+"""Plots of records. Each PNG contains a digest of its records, so stale plots are noticed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def expected_plots(runs: dict[str, Run], folder: Path) -> list[Path]:
 
 
 def stale_plots(runs: dict[str, Run], folder: Path) -> list[Path]:
-    """Plots that are missing, not drawn from these records, or no longer of any use."""
+    """Plots that are missing, stale, or no longer needed."""
     from PIL import Image
 
     expected = expected_plots(runs, folder)
@@ -110,7 +110,7 @@ def _speedup(figure: Any, runs: dict[str, Run]) -> None:
 
 
 def _machines(runs: dict[str, Run]) -> str:
-    """Name the device of the suites that are drawn; of several, the first alone stands without its suites."""
+    """Name the device of the suites that are drawn; if there are several, all but the first with their suites."""
     suites: dict[str, list[str]] = {}
     for suite, run in runs.items():
         if suite != "scale":

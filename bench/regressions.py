@@ -1,4 +1,4 @@
-"""Find what one run does worse than another, beyond the noise."""
+"""Find the workloads that one run does worse than another, beyond the noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = tuple[str, str, str]
 
 
 def regressions(old: Run, new: Run) -> list[str]:
-    """A line for everything that is worse in ``new``: slower, larger, more launches, or failed.
+    """Return one line per implementation that is worse in ``new``: slower, larger, more launches, or failed.
 
     Slower means that the 20 % quantile of the new times lies above the 80 % quantile of the old ones, and that the
     median grew by at least 5 % (20 % if either is a single run).

@@ -23,7 +23,7 @@ FIGURE = re.compile(rf"(?<![\w.])\d[\d.,]*\s?(?:{UNITS})(?![\w/])")
 
 
 def write_report(root: Path = ROOT) -> list[str]:
-    """Write every table and plot; return one line per problem that is left."""
+    """Write every table and plot; return one line per remaining problem."""
     for path, text in _documents(root).items():
         write_text(path, text)
     try:
@@ -131,7 +131,7 @@ def _scale(devices: dict[Path, dict[str, Run]]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds in the largest unit of which there is at least one."""
+    """Seconds in the largest unit that gives at least 1."""
     for unit, size in (("years", 365.25 * 86400), ("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -221,7 +221,7 @@ def _sizes(devices: dict[Path, dict[str, Run]]) -> str:
 
 
 def _conditions(runs: dict[str, Run]) -> Iterator[str]:
-    """A sentence for each set of suites that were measured under the same conditions."""
+    """One sentence per group of suites that were measured under the same conditions."""
     groups: dict[str, list[str]] = {}
     for suite, run in runs.items():
         groups.setdefault(_condition(run), []).append(f"{suite} (quick)" if run.quick else suite)
@@ -266,7 +266,7 @@ def _full_tables(runs: dict[str, Run]) -> str:
     columns = (
         "Median and 20 % and 80 % quantiles of interleaved calls. Times the reference: how many times as fast. Error: "
         "relative, against the reference. First call: with compilation. Memory: the most that torch's allocator held "
-        "above what it held before the call."
+        "above its level before the call."
     )
     found = [line for suite, run in runs.items() for line in lines(suite, run)]
     parts = ["# Records", "Made by `python -m bench report`.", head, *_conditions(runs)]

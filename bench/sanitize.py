@@ -40,7 +40,7 @@ def attention(device: str) -> None:
 
 
 def spectral_norm(device: str) -> None:
-    """Weights of several tiles, which count those that are done, a ragged one and a row; differentiated twice."""
+    """Weights of several tiles (the last to finish adds up), of a ragged tile and of one row, differentiated twice."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((70, 24 * 9), (130, 140), (1, 7))
     given = [torch.randn(size, generator=generator) for size in sizes]

@@ -107,7 +107,7 @@ def simulation(processes: tuple[int, ...], quick: bool) -> list[Record]:
 
 
 def worker(rank: int, size: int, folder: str, n: int, seconds: float) -> None:
-    """One process of the simulation: its share of the images, and the reduction; what it found goes to ``folder``."""
+    """One process of the simulation: its share of the images and the reduction. Results go to ``folder``."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     rows = torch.randn(n, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     share = range(n * rank // size, n * (rank + 1) // size)

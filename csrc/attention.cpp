@@ -1,4 +1,4 @@
-// Operators on CPU tensors for attention and its gradients, whose passes are those of attention.h. Outputs are given.
+// Operators on CPU tensors for attention and its gradients, by the passes of attention.h. Callers allocate the outputs.
 #include "attention.h"
 
 #include <torch/csrc/stable/library.h>

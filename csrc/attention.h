@@ -1,10 +1,10 @@
-// Attention O = softmax(scale Q K^T) V and its first and second gradients on a CPU: what the operators (attention.cpp)
-// hand to the kernels (attention_kernels.h). Free of torch.
+// Attention O = softmax(scale Q K^T) V and its first and second gradients on a CPU: the data that the operators
+// (attention.cpp) pass to the kernels (attention_kernels.h). Does not depend on torch.
 //
-// Each pass first packs its operands, in float or double: keys in tiles of kTile, transposed (channels x kTile, one tile
-// behind the other) or as rows; queries as rows. The tasks of a pass write to places of their own and depend on the
-// shape alone, so that results do not depend on the number of threads. Several heads of queries may share one of keys
-// and values, whose gradients a single task sums over them.
+// Each pass first packs its operands, in float or double. Keys are packed in tiles of kTile, either transposed
+// (channels x kTile, one tile after another) or as rows; queries are packed as rows. Each task of a pass writes to its
+// own memory and is cut by the shape alone, so results do not depend on the number of threads. Several heads of queries
+// may share a head of keys and values; a single task then sums the gradients of that head.
 #pragma once
 
 #include <vector>
@@ -13,14 +13,14 @@
 
 namespace fastgan {
 
-constexpr int64_t kTile = 64;        // keys of a tile: sums for their gradients stay in the first-level cache
-constexpr int64_t kPadding = 16;     // rows of packed operands are multiples of so many elements, at least a vector
-constexpr int64_t kStrip = 8;        // query rows whose maps of all keys are in memory at a time
-constexpr int64_t kRowBlock = 32;    // query rows that pass a tile at a time in the gradient
-constexpr int64_t kStrip2 = 16;      // the same in the gradient of the gradient, which has twice the maps
+constexpr int64_t kTile = 64;        // keys per tile: the sums of their gradients stay in the first-level cache
+constexpr int64_t kPadding = 16;     // packed rows are padded to a multiple of this many elements, at least a vector
+constexpr int64_t kStrip = 8;        // query rows whose maps over all keys are in memory at once
+constexpr int64_t kRowBlock = 32;    // query rows per step over a tile in the gradient
+constexpr int64_t kStrip2 = 16;      // kStrip of the second gradient, which has twice as many maps
 constexpr double kLog2E = 1.4426950408889634074;
-constexpr int64_t kRowSums = 5;       // what the gradient of the gradient keeps of each query
-constexpr int64_t kTasks = 32;       // key tiles of one slice form groups, so that there are about so many tasks
+constexpr int64_t kRowSums = 5;       // values per query that the second gradient keeps
+constexpr int64_t kTasks = 32;       // key tiles of a slice are grouped to make about this many tasks
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t padded(int64_t x) { return ceil_div(x, kPadding) * kPadding; }
@@ -36,11 +36,11 @@ struct View {
 struct AttentionShape {
   int64_t batches, heads, key_heads, n, m, d, e;
   double scale;    // above zero
-  bool is_causal;  // query i sees the keys up to i alone
+  bool is_causal;  // query i sees only keys 0 to i
 
   int64_t slices() const { return batches * heads; }
   int64_t key_slices() const { return batches * key_heads; }
-  int64_t sharing() const { return heads / key_heads; }  // heads of queries to one of keys
+  int64_t sharing() const { return heads / key_heads; }  // heads of queries per head of keys
   int64_t tiles() const { return ceil_div(m, kTile); }
   int64_t padded_n() const { return ceil_div(n, kRowBlock) * kRowBlock; }
   int64_t strips() const { return ceil_div(n, kStrip); }
@@ -49,20 +49,20 @@ struct AttentionShape {
     return ceil_div(tiles(), ceil_div(tiles(), wanted < tiles() ? wanted : tiles()));
   }
 
-  // How many keys rows [first, first + rows) see at most, and the first row that may see a key.
+  // The number of keys that rows [first, first + rows) see at most; the first row that may see a key.
   int64_t seen(int64_t first, int64_t rows) const { return is_causal && first + rows < m ? first + rows : m; }
   int64_t first_row(int64_t key) const { return is_causal ? key : 0; }
-  // The i-th of `count` strips or tiles. If causal, they are unequal work: from either end by turns, a range is the
-  // same work wherever it lies.
+  // The i-th of `count` strips or tiles. If causal, their work is unequal: taking them from both ends by turns makes
+  // every range of i the same work.
   int64_t nth(int64_t i, int64_t count) const { return !is_causal ? i : i % 2 ? count - 1 - i / 2 : i / 2; }
 };
 
-// What else changes the weights.
+// The mask and the sinks, which also change the weights.
 struct Masking {
   View mask;          // (batches, heads, n, m); no data if there is none
-  bool is_boolean;    // bytes, 0 where a query may not see a key; otherwise the mask is added to the scaled logits
-  Element element;    // of a mask that is added
-  const void* sinks;  // (heads), in float or double: one more logit per head, which has no value; or null
+  bool is_boolean;    // bytes, 0 if the query may not see the key; otherwise the mask is added to the scaled logits
+  Element element;    // type of an additive mask
+  const void* sinks;  // (heads), float or double: one more logit per head, without a value; may be null
 
   bool is_added() const { return mask.data && !is_boolean; }
   bool is_scaled() const { return sinks || is_added(); }  // whether logits are scaled before the softmax
@@ -71,7 +71,7 @@ struct Masking {
 // A packed operand of all slices, in float or double.
 struct Packed {
   void* data;
-  int64_t slice;  // elements of one
+  int64_t slice;  // elements per slice
 };
 
 struct Size {
@@ -84,8 +84,8 @@ struct AttentionForward {
   AttentionShape shape;
   Masking masking;
   View q, k, v, o;
-  // (slices, n, 2): the largest logit, scaled if Masking::is_scaled, and 1 / the sum of exponentials relative to it. Of
-  // a row that sees no key both are 0, which makes its weights and gradients 0.
+  // (slices, n, 2): the largest logit, scaled if Masking::is_scaled, and 1 / the sum of exponentials relative to it.
+  // Both are 0 for a row that sees no key, so its weights and gradients are 0.
   void* stats;
   Packed kt, v_rows;
 
@@ -105,8 +105,8 @@ struct AttentionBackward {
   Packed kt, vt, k_rows;      // keys
   Packed q_rows, go_rows;     // queries; grad_o is divided by the sum of exponentials
   Packed tops, deltas;        // per query: stats[0], and rowsum(go_rows * o)
-  Packed sink_terms;          // per query: its part of d_sinks
-  Packed dq_groups;           // of each group of tiles
+  Packed sink_terms;          // per query: its contribution to d_sinks
+  Packed dq_groups;           // one per group of tiles
 
   Sizes sizes() {
     const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
@@ -127,13 +127,13 @@ struct AttentionBackward2 {
   AttentionShape shape;
   Masking masking;
   View ggq, ggk, ggv, grad_o, q, k, v;
-  const void *stats, *gg_sinks;  // gg_sinks and g_sinks as sinks
+  const void *stats, *gg_sinks;  // gg_sinks and g_sinks are like sinks
   View g_do, gq, gk, gv;
   void* g_sinks;
   Packed kt, vt, ggkt, ggvt, k_rows, v_rows, ggk_rows, ggv_rows;
   Packed q_rows, ggq_rows, go_rows;
-  Packed sums;        // kRowSums of each query
-  Packed sink_terms;  // per query: its part of g_sinks
+  Packed sums;        // kRowSums per query
+  Packed sink_terms;  // per query: its contribution to g_sinks
 
   Sizes sizes() {
     const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
@@ -154,7 +154,7 @@ struct AttentionBackward2 {
   }
 };
 
-// Each takes a range of tasks and, where it says so, room of its thread's own, in elements.
+// Each takes a range of tasks; those with `room` also take scratch memory of the calling thread, in elements.
 struct AttentionKernels {
   void (*forward_pack)(const AttentionForward&, int64_t begin, int64_t end);               // key slices x tiles
   void (*forward)(const AttentionForward&, int64_t begin, int64_t end, void* room);        // slices x strips
@@ -169,7 +169,7 @@ struct AttentionKernels {
   void (*backward2_sinks)(const AttentionBackward2&, int64_t begin, int64_t end);                 // heads
 };
 
-// Elements between the rows of a strip's maps: not a power of two, whose lines would meet in the same few places of a cache.
+// Elements between the rows of a strip's maps. A power of two would map their lines to the same few cache sets.
 inline int64_t map_stride(const AttentionShape& s) { return s.tiles() * kTile + kPadding; }
 
 inline int64_t forward_room(const AttentionShape& s) { return kStrip * (quads(s.d) + map_stride(s) + padded(s.e)); }

@@ -1,4 +1,4 @@
-// The passes of attention.h for one instruction set; included as simd.h is, behind it.
+// The passes of attention.h for one instruction set. Included like simd.h, and after it.
 
 template <typename T>
 struct Matrix {  // of one slice
@@ -20,7 +20,7 @@ FASTGAN_INLINE W* part_of(const Packed& packed, int64_t slice) {
 
 FASTGAN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows [first, first + count) times `factor`, to rows of `stride` elements; what is beyond their channels becomes zero.
+// Copies rows [first, first + count) times `factor` to rows of `stride` elements, padded with zeros.
 template <typename T>
 void pack_rows(const Matrix<const T>& from, int64_t first, int64_t count, int64_t channels, Wide<T> factor, Wide<T>* to,
                int64_t stride) {
@@ -29,7 +29,7 @@ void pack_rows(const Matrix<const T>& from, int64_t first, int64_t count, int64_
     for (int64_t j = channels; j < stride; ++j) to[i * stride + j] = 0;
 }
 
-// The same for a tile of keys, transposed; keys that there are not become zero.
+// The same for a tile of keys, transposed; missing keys become zero.
 template <typename T>
 void pack_tile(const Matrix<const T>& from, int64_t first, int64_t count, int64_t channels, Wide<T> factor,
                Wide<T>* to) {
@@ -51,7 +51,7 @@ FASTGAN_INLINE void tile_product(const W* a, int64_t channels, const W* packed_t
   product<false>(a, quads(channels), packed_tile, kTile, channels, rows, keys, map, stride, add);
 }
 
-// Keys that fill the last vector get no weight.
+// Gives no weight to the keys that only fill up the last vector.
 template <typename W>
 FASTGAN_INLINE void mask_tail(W* map, int64_t stride, int64_t rows, int64_t keys) {
   for (int64_t r = 0; r < rows; ++r)
@@ -101,7 +101,7 @@ struct Block {
   }
 };
 
-// map <- `value` where a boolean mask or causal attention hides the key, as torch's masked_fill: also from NaN.
+// map <- `value` if a boolean mask or causal attention hides the key, even if the map is NaN, like torch's masked_fill.
 template <typename W>
 void fill_hidden(const Masking& x, const AttentionShape& s, const Block& b, W value, W* map, int64_t stride) {
   if (x.mask.data && x.is_boolean) {
@@ -116,7 +116,7 @@ void fill_hidden(const Masking& x, const AttentionShape& s, const Block& b, W va
     for (int64_t c = b.first + r < b.key ? 0 : b.first + r + 1 - b.key; c < b.keys; ++c) map[r * stride + c] = value;
 }
 
-// Scales the logits if they are to be, and masks them.
+// Scales the logits if Masking::is_scaled, and masks them.
 template <typename W>
 void mask_logits(const Masking& x, const AttentionShape& s, const Block& b, W* map, int64_t stride) {
   const W scale = W(s.scale);
@@ -147,7 +147,7 @@ void attention_forward_pack(const AttentionForward& x, int64_t begin, int64_t en
   }
 }
 
-// The largest of a row of logits and 1 / the sum of the exponentials that take their place.
+// Replaces a row of logits by exponentials; `stats` receives the largest logit and 1 / the sum of the exponentials.
 template <typename W>
 FASTGAN_INLINE void softmax_row(W* row, int64_t keys, W scale, const Masking& masking, int64_t head, W* stats) {
   Vec<W> largest = broadcast<W>(-W(__builtin_inf())), sum{};
@@ -213,7 +213,7 @@ void attention_backward_pack_keys(const AttentionBackward& x, int64_t begin, int
   }
 }
 
-// Rows that there are not become zero.
+// Missing rows become zero.
 template <typename T>
 void pack_strip(const Matrix<const T>& from, int64_t first, int64_t rows, int64_t channels, Wide<T> factor,
                 Wide<T>* to) {
@@ -241,9 +241,9 @@ void attention_backward_pack_rows(const AttentionBackward& x, int64_t begin, int
         not_finite += 0 * row[j];
       }
       part_of<W>(x.tops, slice)[first + r] = stats[2 * r];
-      delta += not_finite;  // NaN, as a row of dP that an infinite cotangent makes has entries of both signs
+      delta += not_finite;  // NaN: an infinite cotangent makes a row of dP with entries of both signs
       part_of<W>(x.deltas, slice)[first + r] = delta;
-      if (x.masking.sinks)  // a key whose dP is 0
+      if (x.masking.sinks)  // the sink is a key with dP = 0
         part_of<W>(x.sink_terms, slice)[first + r] = -delta * sink_weight<W>(x.masking, slice % s.heads, stats[2 * r]);
     }
   }
@@ -310,7 +310,7 @@ void attention_backward_sum(const AttentionBackward& x, int64_t begin, int64_t e
   }
 }
 
-// Of each head: the sum of what each of its queries contributes to the gradient of its sink.
+// Per head: sums the contributions of its queries to the gradient of its sink.
 template <typename W>
 FASTGAN_INLINE void sum_sinks(const AttentionShape& s, const Packed& terms, void* sums, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; ++head) {
@@ -354,8 +354,8 @@ void attention_backward2_pack_keys(const AttentionBackward2& x, int64_t begin, i
   }
 }
 
-// Maps of rows x keys: the logits, which become weights P; dP = dO V^T; A = ggq K^T + Q ggk^T, of
-// ggq and ggk times the scale; T = dO ggv^T.
+// Maps of rows x keys: the logits, later the weights P; dP = dO V^T; A = ggq K^T + Q ggk^T with ggq and ggk multiplied
+// by the scale; T = dO ggv^T.
 template <typename W>
 struct Maps {
   W *p, *dp, *a, *t;
@@ -390,14 +390,14 @@ struct Maps {
   }
 };
 
-// Of a row: 2 statistics of P, then delta = rowsum(P dP), a = rowsum(P A) and b = rowsum(P B), where
+// Per row: 2 statistics of P, then delta = rowsum(P dP), a = rowsum(P A) and b = rowsum(P B), where
 // B = (A - a) (dP - delta) + T.
 template <typename W>
 struct RowSums {
   W top, inverse, delta, a, b;
 };
 
-// In place of a row's maps: dP <- dS = P (dP - delta), T <- scale S2 = scale P (B - b), A <- E = P (A - a).
+// Overwrites a row's maps: dP <- dS = P (dP - delta), T <- scale S2 = scale P (B - b), A <- E = P (A - a).
 template <typename W>
 FASTGAN_INLINE void finish_row(const Maps<W>& maps, int64_t row, int64_t keys, const RowSums<W>& sums, W scale) {
   for (int64_t c = row * maps.stride; c < row * maps.stride + keys; c += kWidth<W>) {
@@ -408,8 +408,8 @@ FASTGAN_INLINE void finish_row(const Maps<W>& maps, int64_t row, int64_t keys, c
   }
 }
 
-// P in place of the logits, and the sums of a row. A sink is a column that has A = gg_sink, dP = T = 0 and the weight
-// `share`; returned is the row's part of the sink's gradient.
+// Replaces the logits by P and computes the sums of a row. A sink is a column with A = gg_sink, dP = T = 0 and the
+// weight `share`. Returns the row's contribution to the sink's gradient.
 template <typename W>
 FASTGAN_INLINE W sum_row(const Maps<W>& maps, int64_t row, int64_t keys, RowSums<W>& sums, W log_scale, W share,
                          W gg_sink) {

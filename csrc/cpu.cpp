@@ -1,7 +1,6 @@
-// Schemas of the extension's operators, and those for CPU tensors: passes over matrices, pivoted Cholesky, small_trace.
-// Attention, its
-// projections and spectral norms are in files of their names.
-// nuclear_norm and sqrtm are for CUDA tensors alone (cuda.cu): on a CPU their products leave C++ nothing to gain.
+// Schemas of all operators, and the operators on CPU tensors for passes over matrices, pivoted Cholesky and
+// small_trace. Attention, its projections and spectral norms are in files of those names. nuclear_norm and sqrtm exist
+// only for CUDA tensors (cuda.cu): on a CPU, matrix products take nearly all of their time.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,7 +26,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 64;  // two float64 tiles stand in the first-level cache
+constexpr int64_t kTile = 64;  // two float64 tiles fit in the first-level cache
 
 template <typename T>
 T* data_of(const Tensor& tensor) {
@@ -50,8 +49,8 @@ void for_lower_tiles(int64_t d, int64_t begin, int64_t end, const Visit& visit) 
     for (int64_t j = 0; j <= i; j += kTile) visit(i, j, std::min(d, i + kTile), std::min(d, j + kTile));
 }
 
-// Tiles pass through two buffers, row by row: the columns of a matrix whose rows are a power of two apart would all
-// meet in the same few cache lines.
+// Copies tiles into two buffers row by row: if rows are a power of two apart, all entries of a column map to the same
+// few cache sets.
 template <typename T>
 void symmetrize(const T* a, double* out, int64_t d, double scale) {
   const double inverse = 1 / scale;
@@ -71,8 +70,8 @@ void symmetrize(const T* a, double* out, int64_t d, double scale) {
   });
 }
 
-// The power of two at or below the largest magnitude, 1 for zero, at least the smallest normal number: multiplying by its
-// inverse is exact. Sixteen running maxima, as a single one would make each comparison wait for the last.
+// The power of two at or below the largest magnitude, 1 for zero, at least the smallest normal number: multiplying by
+// its inverse is exact. Keeps sixteen running maxima, since with one each comparison would wait for the last.
 template <typename T>
 double power_of_two(const T* a, int64_t size) {
   constexpr int64_t kLanes = 16;
@@ -115,7 +114,7 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // the result, which is `out`
 }
 
-// What the factor's next rows leave: two matrices by turns, of which one is read while the other is written.
+// The matrix that the factor's rows leave: two buffers by turns, one read while the other is written.
 class Complement {
  public:
   Complement(const Tensor& like, const Tensor& block) : block_(block) {
@@ -142,8 +141,8 @@ class Complement {
   Tensor block_, rooms_[2];
 };
 
-// Of a float64 A (d, d): rows (r, d), the order of the pivots (d,) and the largest magnitude that is left, (1,), as in
-// fastgan/linalg/_pivoted.py.
+// Returns rows (r, d), the order of the pivots (d,) and the largest remaining magnitude (1,) of a float64 A (d, d),
+// like fastgan/linalg/_pivoted.py.
 std::tuple<Tensor, Tensor, Tensor> pivoted_factor(const Tensor& a) {
   const Tensor dense = torch::stable::contiguous(a);
   const int64_t d = a.size(0);
@@ -157,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> pivoted_factor(const Tensor& a) {
   return {torch::stable::narrow(rows, 0, 0, factor.rank), order, remainder};
 }
 
-// Largest magnitudes of A - A^T and of A in one row of tiles of (d, d) A, NaN where an entry is not finite.
+// Largest magnitudes of A - A^T and of A in one row of tiles of (d, d) A; NaN if an entry is not finite.
 template <typename T>
 void measure_tile_row(const T* a, int64_t d, int64_t row, double* difference, double* largest) {
   T gap = 0, magnitude = 0, poison = 0;  // 0 * x is NaN for every non-finite x; a comparison would lose it
@@ -174,7 +173,7 @@ void measure_tile_row(const T* a, int64_t d, int64_t row, double* difference, do
   *largest = double(magnitude) + double(poison);
 }
 
-// To `out` (count, 2), of `a` (count, d, d).
+// Writes them to `out` (count, 2) for `a` (count, d, d).
 template <typename T>
 void measure_asymmetry(const T* a, int64_t count, int64_t d, double* out) {
   const int64_t tiles = (d + kTile - 1) / kTile;
@@ -209,7 +208,8 @@ struct OneThread {
   void sync() const {}
 };
 
-// Rows (value, error bound, 1 or 0 for semi-definite) for the index pairs into a and b (n, d, d), d <= 64.
+// Returns rows (value, error bound, 1 if semi-definite else 0) for the pairs of indices into a and b (n, d, d), d <=
+// 64.
 Tensor small_trace(const Tensor& a, const Tensor& b, const Tensor& pairs) {
   const Tensor dense_a = torch::stable::contiguous(a), dense_b = torch::stable::contiguous(b);
   const Tensor dense_pairs = torch::stable::contiguous(pairs);
@@ -231,9 +231,9 @@ Tensor small_trace(const Tensor& a, const Tensor& b, const Tensor& pairs) {
   return rows;
 }
 
-// Values (*shape), rows (lower bound, upper bound, 0, 0), and whether all of them were found, of a (..., d, d) and
-// b (*shape, d, d), d <= kLargestDefinite. `a` has one matrix, or as many as b. If one was not found, others may be
-// missing too.
+// Returns values (*shape), rows (lower bound, upper bound, 0, 0), and whether all were found, for a (..., d, d) and
+// b (*shape, d, d), d <= kLargestDefinite. `a` has one matrix or as many as b. If one value was not found, others may
+// be missing too.
 std::tuple<Tensor, Tensor, bool> definite_trace(const Tensor& a, const Tensor& b, std::vector<int64_t> shape,
                                                 double tolerance) {
   const Tensor dense_a = torch::stable::contiguous(a), dense_b = torch::stable::contiguous(b);
@@ -274,6 +274,12 @@ std::tuple<Tensor, Tensor, bool> definite_trace(const Tensor& a, const Tensor& b
   return {values, report, found};
 }
 
+// Raise this when an operator's signature or meaning changes, and EXTENSION_INTERFACE in fastgan/backend.py with it:
+// Python code that expects another number does not use the extension.
+int64_t interface_version() {
+  return 1;
+}
+
 bool has_cuda() {
 #ifdef USE_CUDA
   return true;
@@ -286,6 +292,7 @@ bool has_cuda() {
 }  // namespace fastgan
 
 STABLE_TORCH_LIBRARY(fastgan_C, m) {
+  m.def("interface_version() -> int");
   m.def("has_cuda() -> bool");
   m.def("asymmetry(Tensor a) -> Tensor");
   m.def("scaled(Tensor a) -> (Tensor, Tensor)");
@@ -325,6 +332,7 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CompositeExplicitAutograd, m) {
+  m.impl("interface_version", TORCH_BOX(&fastgan::interface_version));
   m.impl("has_cuda", TORCH_BOX(&fastgan::has_cuda));
   m.impl("vector_bits", TORCH_BOX(&fastgan::vector_bits));
 }

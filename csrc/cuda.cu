@@ -1,5 +1,5 @@
 // Operators for CUDA tensors: the Device of iteration.h, with cuBLAS's strided-batched products and one kernel each for
-// `map` and `sum`, and small_trace with a block for each pair of matrices.
+// `map` and `sum`, and small_trace with one block per pair of matrices.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -24,7 +24,7 @@ using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int64_t kMaxBlocks = 1024;  // of one matrix; each thread takes every (blocks * kThreads)-th entry
+constexpr int64_t kMaxBlocks = 1024;  // per matrix; each thread takes every (blocks * kThreads)-th entry
 constexpr int64_t kMaxGridY = 65535;
 
 void check(cudaError_t code) {
@@ -42,7 +42,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// torch's own handle for the current device, set to its current stream and workspace.
+// torch's cuBLAS handle for the current device, set to its current stream and workspace.
 cublasHandle_t current_blas() {
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
@@ -62,11 +62,11 @@ __device__ double warp_sum(double x) {
   return x;
 }
 
-// The sum over a block's threads, to its first thread.
+// The sum over a block's threads, returned to its first thread.
 __device__ double block_sum(double x) {
   __shared__ double warps[kThreads / kWarp];
   x = warp_sum(x);
-  __syncthreads();  // the last call's sums were read
+  __syncthreads();  // until the last call's sums have been read
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
   __syncthreads();
   double total = 0;
@@ -137,7 +137,7 @@ class CudaDevice {
     gemm(a, b, transpose_b, out, CUDA_R_64F, CUBLAS_COMPUTE_64F, &one, &zero);
   }
 
-  // float32 from three products of TF32 parts; what is left out, low times low, is below 2^-21 of the product.
+  // float32 from three products of TF32 parts; the omitted product, low times low, is below 2^-21 of the result.
   void multiply(const Matrix<float>& a, const Matrix<float>& b, bool transpose_b, Matrix<float>& out) {
     const auto [a_high, a_low] = split(a);
     const auto [b_high, b_low] = split(b);
@@ -167,7 +167,8 @@ class CudaDevice {
     check(cudaGetLastError());
   }
 
-  // Waits for the stream, once a pass; within a graph, which must not wait, false: frozen matrices stay as they are.
+  // Waits for the stream, once per pass. Returns false within a graph, which must not wait; matrices that are done stay
+  // as they are.
   bool finished(const double* flags, int64_t count) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream_, &capture));
@@ -191,7 +192,7 @@ class CudaDevice {
     return {high, low};
   }
 
-  // Row-major out = a b is, for the column-major cuBLAS, out^T = b^T a^T: operands swapped, transposes kept.
+  // To column-major cuBLAS, row-major out = a b is out^T = b^T a^T: the operands swap, the transposes stay.
   template <typename T>
   void gemm(const Matrix<T>& a, const Matrix<T>& b, bool transpose_b, Matrix<T>& out, cudaDataType type,
             cublasComputeType_t compute, const T* alpha, const T* beta) {
@@ -208,7 +209,8 @@ class CudaDevice {
   cublasHandle_t blas_;
 };
 
-// Polar factors and reports (n, 3), value, error estimate and iterations, of float64 m (n, rows, cols), rows <= cols.
+// Returns polar factors and reports (n, 3), rows of value, error estimate and iterations, for float64 m (n, rows,
+// cols), rows <= cols.
 std::tuple<Tensor, Tensor> nuclear_norm(const Tensor& m, bool low_precision, double tolerance) {
   const Tensor dense = torch::stable::contiguous(m);
   CudaDevice device(dense);
@@ -219,7 +221,7 @@ std::tuple<Tensor, Tensor> nuclear_norm(const Tensor& m, bool low_precision, dou
   return {factors.tensor, torch::stable::select(report.tensor, 0, 0)};
 }
 
-// A^{1/2} or A^{-1/2} of float64 a (n, d, d).
+// Returns A^{1/2} or A^{-1/2} for float64 a (n, d, d).
 Tensor sqrtm(const Tensor& a, bool inverse) {
   const Tensor dense = torch::stable::contiguous(a);
   CudaDevice device(dense);
@@ -238,7 +240,7 @@ struct ThreadBlock {
   __device__ void sync() const { __syncthreads(); }
 };
 
-// A pair of matrices a block.
+// One pair of matrices per block.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     small_trace_kernel(const T* __restrict__ a, const T* __restrict__ b, const int64_t* __restrict__ pairs, int d,
@@ -260,7 +262,7 @@ void launch_small_trace(const Tensor& a, const Tensor& b, const Tensor& pairs, d
   check(cudaGetLastError());
 }
 
-// As on the CPU; `pairs` lies on the device.
+// Like the operator on the CPU; `pairs` is on the device.
 Tensor small_trace(const Tensor& a, const Tensor& b, const Tensor& pairs) {
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   const Tensor dense_a = torch::stable::contiguous(a), dense_b = torch::stable::contiguous(b);

@@ -1,5 +1,5 @@
-// The steps of definite_trace.h for one instruction set; included as simd.h is, after spectral_norm_kernels.h.
-// Matrices are in rows of definite_stride(d) entries; of symmetric ones the lower triangle counts.
+// The steps of definite_trace.h for one instruction set. Included like simd.h, after spectral_norm_kernels.h.
+// Matrices have rows of definite_stride(d) entries; only the lower triangle of a symmetric one is read.
 
 FASTGAN_INLINE double magnitude(double x) { return x < 0 ? -x : x; }
 
@@ -62,7 +62,7 @@ double definite_factor(const void* a, int64_t d, double* lower) {
   return scale;
 }
 
-// out <- the lower triangle of L^T B L, in blocks that leave out most of the zeros of L; `product_room` <- B L.
+// out <- the lower triangle of L^T B L, in blocks that skip most of the zeros of L; `product_room` <- B L.
 FASTGAN_INLINE void sandwich(const double* lower, const double* b, int64_t d, double* product_room, double* out) {
   constexpr int64_t kBlock = 32;
   const int64_t stride = definite_stride(d);
@@ -76,12 +76,12 @@ FASTGAN_INLINE void sandwich(const double* lower, const double* b, int64_t d, do
   }
 }
 
-// Householder's reduction of the lower triangle of x to a tridiagonal matrix: `diagonal`, and `beside` from 1 on. The
-// last row goes first. What a reflection changes is written while the next is multiplied by: one pass for each row.
+// Householder's reduction of the lower triangle of x to a tridiagonal matrix: `diagonal`, and `beside` from index 1. It
+// starts at the last row. Each reflection is applied while the next product is computed, so a row takes one pass.
 FASTGAN_INLINE void tridiagonalize(double* x, int64_t d, double* diagonal, double* beside, double* vectors) {
   const int64_t stride = definite_stride(d);
   double *v = vectors, *w = vectors + stride, *next = vectors + 2 * stride, *sums = vectors + 3 * stride;
-  bool pending = false;  // x is still to become x - v w^T - w v^T
+  bool pending = false;  // x still lacks the update x - v w^T - w v^T
   for (int64_t i = d - 1; i >= 0; --i) {
     double* row = x + i * stride;
     if (pending)
@@ -133,15 +133,15 @@ FASTGAN_INLINE void tridiagonalize(double* x, int64_t d, double* diagonal, doubl
   }
 }
 
-// Eigenvalues of a symmetric tridiagonal matrix, to `diagonal`, in no order: the root-free QL iteration (Pal, Walker and
-// Kahan; LAPACK's sterf). `beside` is overwritten. False if they were not found.
+// Writes the eigenvalues of a symmetric tridiagonal matrix to `diagonal`, unordered, by the root-free QL iteration
+// (Pal, Walker and Kahan; LAPACK's sterf). Overwrites `beside`. Returns false if the iteration does not converge.
 FASTGAN_INLINE bool tridiagonal_eigenvalues(int64_t d, double* diagonal, double* beside) {
   constexpr double kEpsilon = 0x1p-53, kSquare = kEpsilon * kEpsilon;
   double* squares = beside + 1;  // squares[i] joins i and i + 1
   for (int64_t i = 0; i + 1 < d; ++i) squares[i] *= squares[i];
   int64_t steps = 60 * d;
   for (int64_t first = 0; first < d;) {
-    int64_t last = first;  // of the block that begins at `first` and has no square at rounding level
+    int64_t last = first;  // end of the block that begins at `first` and has no square at rounding level
     while (last + 1 < d && squares[last] > kSquare * magnitude(diagonal[last] * diagonal[last + 1])) ++last;
     if (last + 1 < d) squares[last] = 0;
     if (last == first) {
@@ -178,7 +178,7 @@ FASTGAN_INLINE bool tridiagonal_eigenvalues(int64_t d, double* diagonal, double*
   return true;
 }
 
-// As root_sum of fastgan/linalg/_nuclear_norm.py, where the error is explained.
+// Like root_sum in fastgan/linalg/_nuclear_norm.py, which explains the error.
 FASTGAN_INLINE bool sum_of_roots(const double* eigenvalues, int64_t d, double tolerance, double* value, double* bound) {
   double squares = 0, smallest = eigenvalues[0], sum = 0, inverses = 0, lost = 0;
   for (int64_t i = 0; i < d; ++i) squares += eigenvalues[i] * eigenvalues[i];

@@ -1,13 +1,13 @@
-// What the matrix iterations share: the coefficients of their steps, and the terms their devices evaluate. Free of torch.
+// The common part of the matrix iterations: coefficients of their steps and terms that devices evaluate. No torch here.
 //
-// A Device has matrices in row-major batches, and five primitives:
+// A Device has row-major batches of matrices and five primitives:
 //   Device::Matrix<T>                       data, count, rows, cols; copies share the memory
 //   empty<T>(count, rows, cols)             a new one
 //   multiply(a, b, transpose_b, out)        out_i = a_i b_i or a_i b_i^T; `out` is neither operand
 //   map(count, size, f)                     calls f(i, k) for each matrix i and entry k, in any order
 //   sum(count, size, f, out)                out[i] = the sum of f(i, k) over k, in an order that depends on size alone
-//   finished(flags, count)                  true where the host knows, without waiting within a graph, that all are set
-// The terms f are structs with a call operator, compiled for the host and the device from these very lines.
+//   finished(flags, count)                  true if the host knows that all are set; never waits within a graph
+// Each f is a struct with a call operator; the same source is compiled for the host and the device.
 #pragma once
 
 #include <algorithm>
@@ -30,11 +30,11 @@ struct Step {
 
 constexpr Step kNewtonSchulz{1.5, 0.5};
 
-// The steps that bring singular values in [smallest, 1] within 1e-8 of 1, and one more: the scaled Newton-Schulz
+// The steps that bring singular values in [smallest, 1] within 1e-8 of 1, plus one: the scaled Newton-Schulz
 // iteration of Chen & Chow ("A stable scaling of Newton-Schulz for improving the sign function computation of a
 // Hermitian matrix", 2014), 3 rho / 2 and rho^3 / 2 with rho^2 = 3 / (1 + l + l^2). They map [l, 1] onto
 // [min(p(l), p(1)), 1]. Near l = 0 that rho sends 1 to almost 0, where rounding would drown it: kLargest keeps p(1)
-// above 1/6, at the price of growing small values by 2.51 instead of 2.60 a step.
+// above 1/6, but small values grow by 2.51 instead of 2.60 per step.
 inline std::vector<Step> scaled_newton_schulz(double smallest) {
   constexpr double kLargest = 2.8;
   constexpr double kClose = 1e-8;

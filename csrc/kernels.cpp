@@ -1,4 +1,4 @@
-// The CPU kernels for whatever the compiler makes of plain C++: x86-64's baseline, or NEON on aarch64.
+// The CPU kernels for the compiler's baseline: plain x86-64, or NEON on aarch64.
 #include "definite_trace.h"
 #include "projections.h"
 #include "spectral_norm.h"

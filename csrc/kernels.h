@@ -8,7 +8,7 @@ namespace FASTGAN_VARIANT {
 namespace {
 
 constexpr int64_t kVectorBytes = FASTGAN_VECTOR_BYTES;
-constexpr int64_t kRows = FASTGAN_BLOCK_ROWS;  // whose sums of two vectors each are in registers
+constexpr int64_t kRows = FASTGAN_BLOCK_ROWS;  // the sums of these rows, two vectors each, are in registers
 constexpr int64_t kLeastRows = 4;
 
 #include "simd.h"

@@ -1,8 +1,8 @@
-// ||M||_* = <U, M> by the polar factor U of M, from matrix products alone. Free of torch: see iteration.h.
+// ||M||_* = <U, M> by the polar factor U of M, from matrix products alone. Does not depend on torch: see iteration.h.
 //
 // Any U with ||U||_2 <= 1 gives <U, M> <= ||M||_*, with equality at the polar factor, where the value is stationary: an
 // error e in U costs O(e^2). With H = M U^T, M = H U + R and K the skew part of H,
-//   ||M||_* <= ||H||_* + sqrt(m) |R|_F <= tr(H) + sqrt(m) (|K|_F + |R|_F)     where H + H^T is semi-definite.
+//   ||M||_* <= ||H||_* + sqrt(m) |R|_F <= tr(H) + sqrt(m) (|K|_F + |R|_F)     if H + H^T is semi-definite.
 // polar_factor in fastgan/linalg/_nuclear_norm.py takes the same steps.
 #pragma once
 
@@ -74,9 +74,9 @@ class PolarIteration {
         scale_(device.template empty<double>(1, 1, m.count)), done_(device.template empty<double>(1, 1, m.count)),
         terms_(device.template empty<double>(3, 1, m.count)) {}
 
-  // A pass resolves singular values down to 1e-7 of the largest, a second one to about 1e-14. A float32 pass goes
-  // first where asked for. A matrix that is done when a pass ends is left alone by the next; where the host may look,
-  // it ends the work.
+  // One pass resolves singular values down to 1e-7 of the largest, a second one down to about 1e-14. A float32 pass
+  // goes first if `low_precision` asks for it. Each pass skips matrices that are done. If the host may read the flags,
+  // the work ends once all matrices are done.
   void run(bool low_precision) {
     auto gram = device_.template empty<double>(m_.count, rows_, rows_);
     auto product = device_.template empty<double>(m_.count, rows_, m_.cols);

@@ -1,5 +1,5 @@
-// Cholesky factor with complete pivoting of a symmetric positive semi-definite matrix, as in fastgan/linalg/_pivoted.py.
-// In main memory, and without torch: the products are the caller's.
+// Cholesky factor with complete pivoting of a symmetric positive semi-definite matrix, as in
+// fastgan/linalg/_pivoted.py. Works on main memory and does not depend on torch; the caller computes the products.
 #pragma once
 
 #include <algorithm>
@@ -12,24 +12,24 @@
 namespace fastgan {
 
 constexpr int64_t kPivotBlock = 64;
-// Pivots and eigenvalues up to d times this share of the largest entry or eigenvalue are no directions.
+// Pivots and eigenvalues up to d times this share of the largest entry or eigenvalue count as zero.
 constexpr double kRounding = 4 * std::numeric_limits<double>::epsilon();
 
 struct PivotedFactor {
   int64_t rank;
-  std::vector<int64_t> order;  // of the pivots, then what is left
-  double remainder;            // largest magnitude of what is left
+  std::vector<int64_t> order;  // the pivots, then the remaining rows
+  double remainder;            // largest magnitude of the remaining matrix
 };
 
-// A pivot up to this is rounding, and not a direction.
+// Pivots up to this are rounding errors.
 inline double pivot_floor(const double* a, int64_t d) {
   double largest = 0;
   for (int64_t i = 0; i < d; ++i) largest = std::max(largest, a[i * d + i]);
   return double(d) * kRounding * largest;
 }
 
-// row <- row - sum of factors[k] times the k-th of `count` rows, `stride` apart; four at a time, as each pass over `row`
-// takes as long as the arithmetic of two.
+// row <- row - the sum over k of factors[k] times the k-th of `count` rows, `stride` apart. Takes four rows at a time,
+// since a pass over `row` takes as long as the arithmetic of two.
 inline void subtract_rows(double* row, int64_t size, const double* rows, int64_t stride, int64_t count,
                           const double* factors) {
   int64_t k = 0;
@@ -42,8 +42,8 @@ inline void subtract_rows(double* row, int64_t size, const double* rows, int64_t
     for (int64_t i = 0; i < size; ++i) row[i] -= factors[k] * rows[k * stride + i];
 }
 
-// The next rows of the factor, at most kPivotBlock of them, to `block` with rows `stride` apart; `rest` is what is left,
-// (size, size). Returns the positions of their pivots.
+// Writes the next rows of the factor, at most kPivotBlock, to `block` with rows `stride` apart. `rest`, (size, size),
+// is the remaining matrix. Returns the positions of the pivots.
 inline std::vector<int64_t> factor_pivot_block(const double* rest, int64_t size, double floor, double* block,
                                                int64_t stride) {
   std::vector<double> diagonal(size);
@@ -69,9 +69,9 @@ inline std::vector<int64_t> factor_pivot_block(const double* rest, int64_t size,
   return picked;
 }
 
-// Of (d, d) A. Rows of the factor go to the first rows of `rows`, of which all d x d are given and zero; `block` is room
-// for kPivotBlock rows of d. complement(rest, size, count, kept) returns the kept rows and columns of `rest`, (size, size),
-// less block^T block, where the first `count` rows of `block` have their kept columns in front by then.
+// Factors A (d, d). Writes the factor to the first rows of `rows`, which is (d, d) and zero before; `block` has room for
+// kPivotBlock rows of d. complement(rest, size, count, kept) returns the kept rows and columns of `rest`, (size, size),
+// minus block^T block; by then the kept columns are in front in the first `count` rows of `block`.
 template <class Complement>
 PivotedFactor pivoted_cholesky(const double* a, int64_t d, double* rows, double* block, Complement&& complement) {
   const double floor = pivot_floor(a, d);

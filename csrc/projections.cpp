@@ -1,4 +1,4 @@
-// Operators on CPU tensors for the projections around attention, whose passes are those of projections.h.
+// Operators on CPU tensors for the projections around attention, by the passes of projections.h.
 #include "projections.h"
 
 #include <torch/csrc/stable/library.h>
@@ -65,8 +65,8 @@ void projection_gradients(const Tensor& dy, const Tensor& x, const Tensor& weigh
   in_parallel(p.sum_rows(), kernels.gradients_sum, p);
 }
 
-// Each pixel's gradient with respect to all outputs: that of q, and that of kv where this pixel was the largest of its
-// window. Numbers are copied as `Bits`.
+// Each pixel's gradient with respect to all outputs: that of q, and that of kv if this pixel was the largest of its
+// window. Copies numbers as `Bits`.
 template <typename Bits>
 void unpool_rows(const View& grad_q, const View& grad_kv, const int8_t* index, Bits* out, int64_t height, int64_t width,
                  int64_t d, int64_t channels, int64_t begin, int64_t end) {
@@ -91,7 +91,7 @@ void unpool_rows(const View& grad_q, const View& grad_kv, const int8_t* index, B
   }
 }
 
-// The transpose of unpool_rows: q's channels of each pixel, and of each window those of the pixel that was largest.
+// The transpose of unpool_rows: q's channels of each pixel, and kv's channels of the largest pixel of each window.
 template <typename Bits>
 void gather_rows(const View& grad, const int8_t* index, const View& q, const View& kv, int64_t height, int64_t width,
                  int64_t d, int64_t channels, int64_t begin, int64_t end) {
@@ -114,7 +114,7 @@ void gather_rows(const View& grad, const int8_t* index, const View& q, const Vie
   }
 }
 
-// Calls f with a null pointer to numbers that are as many bits as the tensor's.
+// Calls f with a null pointer to an integer type as wide as the tensor's elements.
 template <typename F>
 void for_bits_of(const Tensor& tensor, const F& f) {
   switch (element_of(tensor)) {

@@ -1,13 +1,13 @@
-// The projections around attention on a CPU: what the operators (projections.cpp) hand to the kernels
-// (projections_kernels.h). Free of torch.
+// The projections around attention on a CPU: the data that the operators (projections.cpp) pass to the kernels
+// (projections_kernels.h). Does not depend on torch.
 #pragma once
 
 #include "attention.h"
 
 namespace fastgan {
 
-constexpr int64_t kTileColumns = 16;  // pixels of a tile of pooled_projection, in each of two image rows
-constexpr int64_t kChunks = 16;       // of tiles, each with a sum of the weight's gradient
+constexpr int64_t kTileColumns = 16;  // pixels per tile of pooled_projection, in each of two image rows
+constexpr int64_t kChunks = 16;       // groups of tiles, each with its own sum of the weight's gradient
 
 // A feature map (batch, channels, height, width) of elements of its own type; strides in elements.
 struct Image {
@@ -16,11 +16,12 @@ struct Image {
   int64_t batch, channel, row, column;
 };
 
-// q <- the first d outputs, kv <- the others, max-pooled over windows of 2 x 2, index <- which pixel of each was largest.
+// q <- the first d outputs, kv <- the others, max-pooled over windows of 2 x 2, index <- which pixel of each was
+// largest.
 struct PooledProjection {
   int64_t batches, channels, height, width, outputs, d;
   Image x;
-  View weight, bias;        // (outputs, channels); (outputs), of which only `row` counts, or no data
+  View weight, bias;        // (outputs, channels); (outputs), only `row` is used, or no data
   View q, kv;               // kv (batches, 1, pooled pixels, outputs - d)
   int8_t* index;            // kv's shape, contiguous
   Packed weight_t, biases;  // (channels, padded(outputs)), (padded(outputs))
@@ -30,7 +31,7 @@ struct PooledProjection {
   Sizes sizes() { return {{&weight_t, 1, channels * padded(outputs)}, {&biases, 1, padded(outputs)}}; }
 };
 
-// y <- x + rows weight^T + bias. Pixels of x and y follow one another at a stride of `column`.
+// y <- x + rows weight^T + bias. Consecutive pixels of x and y are `column` elements apart.
 struct ProjectionResidual {
   int64_t batches, pixels, channels, e;
   View rows, weight, bias;  // (batches, 1, pixels, e); (channels, e); (channels)
@@ -51,12 +52,12 @@ struct ProjectionGradients {
   Packed packed;         // the weight
   Packed sums;           // dweight of each chunk of tiles, transposed if x is
 
-  // Whether the pixels of a channel follow one another.
+  // Whether the pixels of a channel are contiguous.
   bool dy_transposed() const { return dy.row == 1 && dy.channel != 1; }
   bool x_transposed() const { return x.row == 1 && x.channel != 1 && !dy_transposed(); }
   int64_t tiles() const { return batches * ceil_div(pixels, kTile); }
   int64_t chunks() const { return tiles() < kChunks ? tiles() : kChunks; }
-  // Elements between rows: not a power of two, as map_stride.
+  // Elements between rows; not a power of two, like map_stride.
   int64_t stride_of_outputs() const { return padded(outputs) + kPadding; }
   int64_t stride_of_channels() const { return padded(channels) + kPadding; }
   int64_t sum_rows() const { return x_transposed() ? channels : outputs; }

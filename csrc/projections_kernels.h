@@ -1,4 +1,4 @@
-// The passes of projections.h for one instruction set; included as simd.h is, behind attention_kernels.h.
+// The passes of projections.h for one instruction set. Included like simd.h, after attention_kernels.h.
 
 template <typename T>
 void pooled_pack(const PooledProjection& x, int64_t begin, int64_t end) {
@@ -15,7 +15,7 @@ void pooled_pack(const PooledProjection& x, int64_t begin, int64_t end) {
   for (int64_t o = 0; o < width; ++o) biases[o] = bias && o < x.outputs ? widen(bias[o * x.bias.row]) : 0;
 }
 
-// The largest of four rows, and which it was: the first of equals, and the last that is not a number, as in torch.
+// The largest of four rows and its index: the first among equals, but the last NaN, as in torch.
 template <typename T, typename W>
 FASTGAN_INLINE void pool(const W* const (&rows)[4], int64_t channels, T* largest, int64_t stride, int8_t* index) {
   for (int64_t c = 0; c < channels; c += kWidth<W>) {
@@ -151,7 +151,7 @@ void gradients_pack(const ProjectionGradients& x, int64_t begin, int64_t end) {
                static_cast<Wide<T>*>(x.packed.data) + begin * stride, stride);
 }
 
-// Tiles are packed in the order in which they are in memory, as far as one of both products can take it.
+// Packs tiles in their order in memory if either product can use it.
 template <typename T>
 void gradients(const ProjectionGradients& x, int64_t begin, int64_t end, void* room) {
   using W = Wide<T>;

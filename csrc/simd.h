@@ -1,8 +1,8 @@
-// Vectors of the compiler's own, their exponential, conversions and register-blocked products, for one instruction set.
+// Vectors (the compiler's vector types) for one instruction set: exponential, conversions, register-blocked products.
 //
-// Included within the namespace of a variant (variants.h), after its target is set: everything here is compiled once
-// for each instruction set, under names of its own. No function of the standard library may be called below, since the
-// linker would keep one copy of its instantiation for all variants.
+// Included within the namespace of a variant (variants.h), after its target is set, so everything here is compiled once
+// per instruction set under its own names. Nothing below may call a function of the standard library: the linker would
+// keep one copy of its instantiation for all variants.
 
 template <typename T>
 struct VecOf {
@@ -44,7 +44,7 @@ FASTGAN_INLINE To bits_as(From x) {
   return y;
 }
 
-// The sum of the lanes, in an order of its own.
+// The sum of the lanes, in a fixed order.
 template <typename T>
 FASTGAN_INLINE T sum_lanes(Vec<T> x) {
   T lanes[kWidth<T>];
@@ -54,7 +54,7 @@ FASTGAN_INLINE T sum_lanes(Vec<T> x) {
   return lanes[0];
 }
 
-// The largest lane; NaN counts for nothing.
+// The largest lane; ignores NaN.
 template <typename T>
 FASTGAN_INLINE T max_lanes(Vec<T> x) {
   T lanes[kWidth<T>];
@@ -64,7 +64,7 @@ FASTGAN_INLINE T max_lanes(Vec<T> x) {
   return lanes[0];
 }
 
-// What 2^t for t <= 0 is made of: n = round(t) by adding and subtracting `magic`, whose last bits then hold n; a
+// The parts of 2^t for t <= 0: n = round(t) by adding and subtracting `magic`, whose last bits then hold n; a
 // polynomial in t - n, near-minimax with the exact value 1 at 0; and 2^n through the exponent's bits. The polynomial
 // is scaled by 2^-offset and the power by 2^offset, so that the product may be a subnormal number.
 template <typename T>
@@ -162,7 +162,7 @@ using Wide = typename WideOf<T>::type;
     case Element::kHalf: f(static_cast<Half*>(data) + (offset)); break;       \
   }
 
-// out[i][j] <- factor in[i][j], each with strides of its own, between any two types.
+// out[i][j] <- factor in[i][j], each with its own strides, between any two types.
 template <typename From, typename To, typename Factor>
 FASTGAN_INLINE void convert_strided(const From* in, int64_t in_row, int64_t in_column, To* out, int64_t out_row,
                                     int64_t out_column, int64_t rows, int64_t columns, Factor factor) {
@@ -171,7 +171,7 @@ FASTGAN_INLINE void convert_strided(const From* in, int64_t in_row, int64_t in_c
       narrow(factor * widen(in[i * in_row + j * in_column]), &out[i * out_row + j * out_column]);
 }
 
-// The loops follow whichever strides are 1: columns inmost if they are on both sides, else rows.
+// The inner loop runs over columns if their stride is 1 on both sides, else over rows.
 template <typename From, typename To, typename Factor>
 void convert(const From* in, int64_t in_row, int64_t in_column, To* out, int64_t out_row, int64_t out_column,
              int64_t rows, int64_t columns, Factor factor) {

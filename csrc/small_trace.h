@@ -1,5 +1,5 @@
 // tr((A B)^{1/2}) of one pair of small matrices by one group of threads: pivoted Cholesky factors of both, then the
-// singular values of their product by one-sided Jacobi rotations, all in memory of the group. Free of torch.
+// singular values of their product by one-sided Jacobi rotations, all in the group's memory. No torch here.
 //
 // A Group has: worker() of workers(), each of which handles a pair of columns; lane() of lanes() within a worker;
 // sum(x), over the lanes; sync(), of all. The CPU's has one worker of one lane. The same lines run on both.
@@ -12,7 +12,7 @@
 namespace fastgan {
 
 constexpr int kLargestSmall = 64;
-constexpr double kIndefiniteShare = 1e-5;  // as in fastgan/linalg/_symmetric.py
+constexpr double kIndefiniteShare = 1e-5;  // the value in fastgan/linalg/_symmetric.py
 
 // Doubles of memory that a group needs for matrices of d rows.
 FASTGAN_HD inline int64_t small_workspace(int64_t d) { return 3 * d * d + d + 2; }
@@ -52,7 +52,7 @@ class SmallTrace {
 
  private:
   // Columns F with A = scale F F^T, the largest remaining diagonal entry first; returns the scale, a power of two, or
-  // -1 where what is left of A shows that it has a negative eigenvalue. Pivots at rounding level count as zero.
+  // -1 if the remainder shows that A has a negative eigenvalue. Pivots at rounding level count as zero.
   FASTGAN_HD double factor(const T* a, double* f) {
     double largest = 0;
     for (int i = 0; i < d_; ++i) largest = fmax(largest, double(a[i * d_ + i]));
@@ -124,7 +124,7 @@ class SmallTrace {
     }
   }
 
-  // Makes two columns orthogonal; false where they were.
+  // Makes two columns orthogonal; returns false if they already were.
   FASTGAN_HD bool rotate_pair(double* x, double* y) {
     double xx = 0, yy = 0, xy = 0;
     for (int i = group_.lane(); i < d_; i += group_.lanes()) {

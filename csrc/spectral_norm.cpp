@@ -1,5 +1,5 @@
-// Operators on CPU tensors for the spectral norms of many weights, whose passes are those of spectral_norm.h. Weights
-// are contiguous; vectors are contiguous, in float64 for float64 weights and else float32. Outputs are given.
+// Operators on CPU tensors for the spectral norms of many weights, by the passes of spectral_norm.h. Weights and
+// vectors are contiguous; vectors are float64 for float64 weights, otherwise float32. Callers allocate the outputs.
 #include "spectral_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -22,11 +22,11 @@ namespace {
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kLeastColumns = 128;  // of a task: less would use a part of each cache line that it reads
+constexpr int64_t kLeastColumns = 128;  // per task: fewer would use only a part of each cache line read
 
 Tagged tagged(const Tensor& x) { return {x.data_ptr(), element_of(x)}; }
 
-// Shapes of the weights, and where their vectors lie in the flat ones.
+// Shapes of the weights, and the offsets of their vectors in the flat ones.
 struct Network {
   std::vector<Lines> shapes;
   std::vector<int64_t> u_at{0}, v_at{0};
@@ -104,8 +104,8 @@ class PowerMethod {
   }
 
  private:
-  static constexpr int64_t kLeastRows = 32, kMostParts = 8;  // of an iteration: each part has sums of all columns
-  // W^T s is the product with u, times |s|, unless it may have left W's range.
+  static constexpr int64_t kLeastRows = 32, kMostParts = 8;  // per iteration: each part has sums of all columns
+  // W^T s is |s| times the product with u, unless it may have left the range of type W.
   static constexpr double kLeastNorm = 0x1p-20, kLargestNorm = 0x1p20;
 
   std::vector<size_t> all() const {
@@ -171,7 +171,7 @@ class PowerMethod {
     normalize_all(v_product_, v_, network_.v_at);
   }
 
-  // Renews u, and returns whether W^T u is known then.
+  // Updates u; returns whether this also computed W^T u.
   bool take_products(size_t i) {
     const Iteration& x = iterations_.operands[i];
     const int64_t rows = x.shape.rows, columns = x.shape.columns();
@@ -226,7 +226,7 @@ void spectral_norm_update(Tensors weights, Tensors us, Tensors vs, std::vector<i
   copy_vectors(vs, v, network.v_at, size, true);
 }
 
-// What gradients need of a network: its vectors and sigmas.
+// The vectors and sigmas of a network, which gradients need.
 struct Normed {
   Network network;
   bool is_double;
@@ -265,7 +265,7 @@ void spectral_norm_scale(Tensors weights, Tensor u, Tensor v, Tensor sigma, std:
   combine(normed, pass);
 }
 
-// <G, W>, <H, G> and <H, u v^T> of each weight; without `h` the first alone.
+// <G, W>, <H, G> and <H, u v^T> per weight; only the first if there is no `h`.
 std::vector<std::array<double, 3>> dots(const Normed& normed, const Tensors& h, const Tensors& g, const Tensors& w) {
   Pass<Dots> pass;
   for (size_t i = 0; i < w.size(); ++i) {

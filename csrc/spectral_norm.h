@@ -1,9 +1,9 @@
-// Spectral norms of many weights on a CPU: what the operators (spectral_norm.cpp) hand to the kernels
-// (spectral_norm_kernels.h). Free of torch.
+// Spectral norms of many weights on a CPU: the data that the operators (spectral_norm.cpp) pass to the kernels
+// (spectral_norm_kernels.h). Does not depend on torch.
 //
-// A weight in memory is `blocks` times `rows` lines of `length` elements: its matrix has `rows` rows, and in each of them
-// the columns of all blocks. Vectors and sums are float64 for float64 weights and else float32. Tasks are cut by the
-// shapes alone, and sums over them are added in their order, so that results do not depend on the number of threads.
+// A weight in memory is `blocks` times `rows` lines of `length` elements. Its matrix has `rows` rows, each of which
+// holds the columns of all blocks. Vectors and sums are float64 for float64 weights and float32 otherwise. Tasks are
+// cut by the shapes alone and their sums are added in order, so results do not depend on the number of threads.
 #pragma once
 
 #include <vector>
@@ -13,7 +13,7 @@
 namespace fastgan {
 
 constexpr int64_t kTaskElements = 16384;
-constexpr int64_t kBuffer = 256;  // elements that are widened at a time
+constexpr int64_t kBuffer = 256;  // elements widened at a time
 
 struct Tagged {
   const void* data;  // or null
@@ -27,7 +27,7 @@ struct Lines {
   int64_t columns() const { return blocks * length; }
 };
 
-// W v, or W^T u, of lines that are all rows of one block, or all blocks.
+// W v or W^T u, over lines that are all rows of one block, or over all blocks.
 struct Product {
   Lines shape;
   Tagged w;
@@ -35,7 +35,7 @@ struct Product {
   void* out;
 };
 
-// s = W v, and W^T s as a sum over the parts: `every` rows each, whose sums lie one behind the other in `sums`.
+// s = W v, and W^T s as a sum over parts of `every` rows each, whose sums are contiguous in `sums`.
 struct Iteration {
   Lines shape;
   Tagged w;
@@ -44,14 +44,14 @@ struct Iteration {
   int64_t every;
 };
 
-// <g, w>, <h, g> and <h, u v^T>; what is null counts as zero.
+// <g, w>, <h, g> and <h, u v^T>; a null operand counts as zero.
 struct Dots {
   Lines shape;
   Tagged w, g, h;
   const void *u, *v;
 };
 
-// out <- x / sigma + p y + q u v^T; what is null counts as zero.
+// out <- x / sigma + p y + q u v^T; a null operand counts as zero.
 struct Combination {
   Lines shape;
   Tagged x, y, out;
@@ -59,7 +59,7 @@ struct Combination {
   const void *u, *v;
 };
 
-// Lines [first, first + count) of an operand; of W v and of iterations, rows, and of W^T u, columns.
+// Lines [first, first + count) of an operand: rows for W v and iterations, columns for W^T u.
 struct Part {
   int64_t operand, first, count;
 };
@@ -69,13 +69,14 @@ struct Pass {
   std::vector<Operand> operands;
   std::vector<Part> parts;
 
-  // Cuts `size` lines, rows or columns of the last operand, `elements` of the weight each, at least so many at a time.
+  // Cuts `size` lines, rows or columns of the last operand into parts of at least `least`. Each of them has `elements`
+  // elements of the weight.
   void cut(int64_t size, int64_t elements, int64_t least = 1) {
     const int64_t wanted = kTaskElements / (elements ? elements : 1);
     cut_evenly(size, wanted > least ? wanted : least);
   }
 
-  // Cuts `count` lines, rows or columns at a time.
+  // Cuts them into parts of `count`.
   void cut_evenly(int64_t size, int64_t count) {
     for (int64_t first = 0; first < size; first += count)
       parts.push_back({int64_t(operands.size()) - 1, first, size - first < count ? size - first : count});
@@ -86,7 +87,7 @@ struct SpectralNormKernels {
   void (*rows)(const Product*, const Part*, int64_t begin, int64_t end);
   void (*columns)(const Product*, const Part*, int64_t begin, int64_t end);
   void (*iterate)(const Iteration*, const Part*, int64_t begin, int64_t end);
-  void (*dots)(const Dots*, const Part*, int64_t begin, int64_t end, double* sums);  // three for each part
+  void (*dots)(const Dots*, const Part*, int64_t begin, int64_t end, double* sums);  // three per part
   void (*combine)(const Combination*, const Part*, int64_t begin, int64_t end);
 };
 

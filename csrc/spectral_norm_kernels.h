@@ -1,6 +1,6 @@
-// The passes of spectral_norm.h for one instruction set; included as simd.h is.
+// The passes of spectral_norm.h for one instruction set. Included like simd.h.
 
-// Elements [first, first + count) in W: where they are, or widened into `buffer`.
+// Returns elements [first, first + count) as W: in place, or widened into `buffer`.
 template <typename W>
 FASTGAN_INLINE const W* widened(const Tagged& from, int64_t first, int64_t count, W* buffer) {
   switch (from.element) {
@@ -33,7 +33,7 @@ FASTGAN_INLINE void narrowed(const W* values, const Tagged& to, int64_t first, i
   }
 }
 
-// A sum of products in four vectors and a rest.
+// A sum of products in four vectors plus a remainder.
 template <typename W>
 struct Accumulator {
   Vec<W> sums[4] = {};
@@ -70,7 +70,7 @@ void spectral_norm_rows(const Product* operands, const Part* parts, int64_t begi
   }
 }
 
-// Columns of one block pass in pieces, over all rows.
+// Takes the columns of one block in pieces, each over all rows.
 template <typename W>
 void spectral_norm_columns(const Product* operands, const Part* parts, int64_t begin, int64_t end) {
   W buffer[kBuffer], sums[kBuffer];
@@ -94,7 +94,7 @@ void spectral_norm_columns(const Product* operands, const Part* parts, int64_t b
   }
 }
 
-// Rows [r, r + kCount) of an iteration: they are read from memory for s, and from the cache for W^T s.
+// Rows [r, r + kCount) of an iteration: read from memory for s and from the cache for W^T s.
 template <int kCount, typename W>
 FASTGAN_INLINE void iterate_rows(const Iteration& x, int64_t r, W* sums) {
   constexpr int64_t kPiece = 2 * kWidth<W>;
@@ -178,7 +178,7 @@ void spectral_norm_dots(const Dots* operands, const Part* parts, int64_t begin, 
   }
 }
 
-// From the last task to the first, since what the pass before has read last may still be in the cache.
+// Runs from the last task to the first, since the cache may still hold what the previous pass read last.
 template <typename W>
 void spectral_norm_combine(const Combination* operands, const Part* parts, int64_t begin, int64_t end) {
   W x_buffer[kBuffer], y_buffer[kBuffer], buffer[kBuffer];

@@ -1,6 +1,6 @@
-// A^{1/2} and A^{-1/2} of symmetric positive semi-definite A by the coupled, scaled Newton-Schulz iteration, from matrix
-// products alone (Higham, "Functions of Matrices", 2008, section 6.7). Free of torch: see iteration.h.
-// newton_schulz in fastgan/linalg/_sqrtm.py takes the same steps.
+// A^{1/2} and A^{-1/2} of symmetric positive semi-definite A by the coupled, scaled Newton-Schulz iteration, from
+// matrix products alone (Higham, "Functions of Matrices", 2008, section 6.7). Does not depend on torch: see
+// iteration.h. newton_schulz in fastgan/linalg/_sqrtm.py takes the same steps.
 #pragma once
 
 #include "iteration.h"
@@ -46,9 +46,9 @@ struct Symmetrized {
   }
 };
 
-// `root` receives A^{1/2}, or A^{-1/2} where `inverse`, of each matrix of `a`; returns the iterations. Eigenvalues are
-// resolved down to 1e-10 of |A|_F, for the inverse to 1e-16: rounding leaves the zeros of a singular matrix at about
-// -1e-17, and what is below zero grows without end where it is given the time.
+// Writes A^{1/2}, or A^{-1/2} if `inverse`, of each matrix of `a` to `root`; returns the number of iterations. Resolves
+// eigenvalues down to 1e-10 of |A|_F, or 1e-16 for the inverse. Rounding leaves the zero eigenvalues of a singular
+// matrix at about -1e-17, and negative eigenvalues would grow without bound in further iterations.
 template <class Device>
 int coupled_newton_schulz(Device& device, typename Device::template Matrix<double> a,
                           typename Device::template Matrix<double> root, bool inverse) {

@@ -1,4 +1,4 @@
-// Instruction sets that the CPU kernels are compiled for, and the choice between them. Free of torch.
+// Instruction sets that the CPU kernels are compiled for, and the choice between them. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ enum class Element { kFloat, kDouble, kBFloat16, kHalf };
 #define FASTGAN_X86_VARIANTS 1
 #endif
 
-// Bits of the vectors of the variant in use: the widest that this processor has, and ATEN_CPU_CAPABILITY ("default",
-// "avx2" or "avx512") allows, as in torch. 128 is what the compiler makes of plain C++.
+// Vector width in bits of the variant in use: the widest that the processor has and ATEN_CPU_CAPABILITY ("default",
+// "avx2" or "avx512") allows, as in torch. 128 means plain C++.
 int64_t vector_bits();
 
 

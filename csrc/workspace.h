@@ -25,7 +25,7 @@ inline Element element_of(const torch::stable::Tensor& tensor) {
 
 constexpr size_t kCacheLine = 64;
 
-// Room in cache lines of its own.
+// Memory that shares no cache line with other memory.
 class Room {
  public:
   explicit Room(size_t bytes) : memory_(new char[bytes + kCacheLine]) {}
@@ -40,7 +40,7 @@ class Room {
   std::unique_ptr<char[]> memory_;
 };
 
-// Packed operands, float64 for float64 tensors and else float32.
+// Packed operands: float64 for float64 tensors, otherwise float32.
 class Workspace {
  public:
   explicit Workspace(const torch::stable::Tensor& like)
@@ -48,7 +48,7 @@ class Workspace {
 
   size_t bytes(int64_t elements) const { return size_t(elements * size_); }
 
-  // Gives each operand room.
+  // Allocates memory for each operand.
   void take(const Sizes& sizes) {
     int64_t total = kPadding;
     for (const Size& size : sizes) total += size.slices * padded(size.elements);
@@ -70,7 +70,7 @@ void in_parallel(int64_t tasks, void (*kernel)(const Operands&, int64_t, int64_t
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
 }
 
-// With room for each thread.
+// The same with scratch memory for each thread.
 template <typename Operands>
 void in_parallel(int64_t tasks, void (*kernel)(const Operands&, int64_t, int64_t, void*), const Operands& x,
                  size_t bytes) {

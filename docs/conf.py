@@ -12,8 +12,8 @@ import fastgan
 
 project, release, copyright = "fastgan", fastgan.__version__, "the fastgan authors"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
-html_theme = "alabaster"
-html_theme_options = {"description": "Fast building blocks for GANs in PyTorch", "page_width": "1100px"}
+html_theme = "furo"
+html_title = f"fastgan {release.partition('+')[0]}"  # without the commit of a development version
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # they are in the signatures
 napoleon_numpy_docstring = False

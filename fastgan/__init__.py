@@ -1,4 +1,4 @@
-"""Fast layers, captured train steps and large-sample FID for GANs in PyTorch.
+"""Faster attention, spectral norms, train steps and FID for GANs in PyTorch.
 
 ``fastgan.nn``
     ``SelfAttention2d``, ``spectral_norm``, ``group_spectral_norm``; ``fuse`` puts them into an existing model.

@@ -26,6 +26,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 IMPLS = ("auto", "triton", "extension", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# The interface_version() of csrc/cpu.cpp that this code calls; an extension with another one is not used.
+EXTENSION_INTERFACE = 1
+
 # Sentences on kernels that the installed Triton spills; launchers append to it.
 SPILLED: list[str] = []
 
@@ -156,6 +159,13 @@ def load_extension() -> str:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
         return f"{found[0].name} does not load: {error}"
+    operators = torch.ops.fastgan_C
+    built = operators.interface_version() if hasattr(operators, "interface_version") else "unknown"
+    if built != EXTENSION_INTERFACE:
+        return (
+            f"{found[0].name} was built from other sources than this Python code (interface {built}, "
+            f"expected {EXTENSION_INTERFACE}); rebuild it: pip install -e . --no-build-isolation"
+        )
     return ""
 
 

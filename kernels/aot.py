@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not in this machine, and read what they use: registers, shared memory, MMA.
+"""Compile kernels for GPUs that are not in this machine, and read their use of registers, shared memory and MMA.
 
 Triton ships ptxas and the tools that read its output, so neither a GPU nor a driver is needed. Triton's interpreter
 must be off.
@@ -180,7 +180,7 @@ def _attention(capability: int) -> Iterator[AotCase]:
     """Yield every entry of the table, at the most channels that it serves, in float16 and float32.
 
     Operands are contiguous along channels; in half precision on sm_90 also along rows, as channels-first models have
-    them, of which launchers copy what is float32.
+    them; launchers copy the float32 ones.
     """
     for kernel, d, e, one, dtype in launches(capability, has_heads=False):
         layouts = (

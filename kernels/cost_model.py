@@ -5,8 +5,8 @@ multiprocessor's schedulers can issue with the warps that are resident: 0.25 ins
 most 0.7. Matrix instructions also take the time of the matrix units. Beside it stands the floor: the time of the
 arithmetic alone, on the padding-free sizes, or of the exponentials if those take longer.
 
-It is a model, not a measurement. It ranks launches of one kernel and finds what is many times off; it knows nothing
-of caches, of latency, of what adds up the parts of a split sum, or of the clock that a chip really holds.
+It is a model, not a measurement. It ranks launches of one kernel and finds those that are many times off. It knows
+nothing of caches, of latency, of what adds up the parts of a split sum, or of the clock that a chip really holds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Launch kernels: on the device of their operands, and with a smaller tile if this Triton spills the usual one.
 
 The tiles in the tables compile without local memory in their loops under the releases of Triton that are tested. For
-any other, the first launch of each specialization looks at what was compiled.
+any other, the first launch of each specialization inspects the compiled kernel.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Launch:
 
 
 _seen: set[Any] = set()  # compiled kernels that were looked at
-_instead: dict[Any, dict[Hashable, Any]] = {}  # by kernel and by what it is specialized for: the configuration to take
+_instead: dict[Any, dict[Hashable, Any]] = {}  # by kernel and specialization: the configuration to use
 _record: list[Launch] | None = None
 
 

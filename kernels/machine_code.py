@@ -19,7 +19,7 @@ import triton
 if TYPE_CHECKING:
     import networkx as nx
 
-# Bytes a thread may keep in local memory outside loops: what is set aside once costs less than a smaller tile.
+# Bytes a thread may keep in local memory outside loops: a spill outside loops costs less than a smaller tile.
 MOST_LOCAL = 32
 
 
@@ -108,7 +108,7 @@ def _loops_of(flow: nx.DiGraph, instructions: list[str]) -> list[Loop]:
 
 
 def _output(cubin: bytes, tool: str, option: str) -> str:
-    """Return what a tool that Triton ships says of ``cubin``."""
+    """Return the output of a tool that Triton ships, run on ``cubin``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

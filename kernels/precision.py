@@ -11,7 +11,7 @@ from fastgan.backend import interpreting
 # "highest" asks for float32 products: three TF32 products on the tensor cores keep about 22 of the 24 bits of the
 # mantissa and are several times faster than the scalar units.
 _FLOAT32 = {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"}
-# Triton's interpreter multiplies the raw bits of bfloat16 matrices, and cuts off where hardware rounds to bfloat16.
+# Triton's interpreter multiplies the raw bits of bfloat16 matrices, and truncates to bfloat16; hardware rounds.
 INTERPRETING = tl.constexpr(interpreting())
 
 
@@ -31,7 +31,7 @@ def _matmul_precision() -> str:
 
 
 def conv_precision(dtype: torch.dtype) -> str:
-    """Triton's ``input_precision`` for what takes the place of a convolution: as cuDNN's are told to."""
+    """Triton's ``input_precision`` for kernels that replace a convolution: torch's setting for cuDNN."""
     if dtype != torch.float32:
         return "tf32"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
@@ -50,9 +50,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dot_of_parts(a, b, acc):
-    """Three products of TF32 parts, the small ones first, summed apart from ``acc``: tensor cores cut off sums.
+    """Three products of TF32 parts, the small ones first, summed apart from ``acc``, since tensor cores truncate sums.
 
-    Triton's own "tf32x3" cuts off the parts too, where these are rounded, and is several times less accurate.
+    Triton's own "tf32x3" also truncates the parts, which are rounded here, and is several times less accurate.
     """
     a_high, b_high = _tf32(a), _tf32(b)
     product = tl.dot(_tf32(a - a_high), b_high, input_precision="tf32")

@@ -4,7 +4,7 @@ Compiles each ahead of time and prints registers, bytes of local memory and the 
 shared memory, matrix instructions, and the share of a multiprocessor's warps that can be resident. The exit status is 1
 if a configuration must not be launched.
 
-``--model`` prints what the launches of attention would cost on an H100 in place of that: see
+``--model`` prints what the launches of attention would cost on an H100 instead: see
 :mod:`fastgan.kernels.cost_model`.
 """
 

@@ -1,5 +1,9 @@
+import hashlib
+import re
 import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +38,33 @@ def test_auto_takes_the_extension_on_a_cpu_and_warns_once_where_it_is_not_built(
     assert len(caught) == 1
     with pytest.raises(ValueError, match="impl='extension' cannot be used: not built"):
         resolve("extension", torch.ones(1))
+
+
+@pytest.mark.parametrize("built", ["unknown", backend.EXTENSION_INTERFACE + 1])
+def test_an_extension_of_other_sources_falls_back_with_one_warning(built, monkeypatch):
+    operators = {} if built == "unknown" else {"interface_version": lambda: built}
+    ops = SimpleNamespace(load_library=lambda path: None, fastgan_C=SimpleNamespace(**operators))
+    with monkeypatch.context() as context:
+        context.setattr(backend, "torch", SimpleNamespace(ops=ops))
+        context.setattr(Path, "glob", lambda folder, pattern: [folder / "_C.so"])
+        reason = backend.load_extension.__wrapped__()
+    assert re.search(rf"_C.so was built from other sources .*\(interface {built}, .*rebuild it", reason)
+    monkeypatch.setattr(backend, "load_extension", lambda: reason)
+    with pytest.warns(BackendWarning, match="rebuild it: pip install -e") as caught:
+        assert [attention(*torch.ones(3, 1, 2, 4)).shape for _ in range(2)] == [(1, 2, 4)] * 2
+    assert len(caught) == 1
+    for half in ("extension cpu", "extension cuda"):
+        assert not fastgan.backend_status()[half].available
+        assert fastgan.backend_status()[half].detail == reason
+
+
+def test_the_interface_number_belongs_to_these_operators():
+    """Raise both numbers if an operator's signature changed, then write down the new digest."""
+    source = (Path(__file__).parents[1] / "csrc" / "cpu.cpp").read_text()
+    (number,) = re.findall(r"int64_t interface_version\(\) \{\s*return (\d+);", source)
+    signatures = ["".join(re.findall(r'"(.*?)"', call)) for call in re.findall(r"m\.def\((.*?)\);", source, re.DOTALL)]
+    digest = hashlib.sha256("\n".join(sorted(signatures)).encode()).hexdigest()[:16]
+    assert (int(number), digest) == (backend.EXTENSION_INTERFACE, "391a4e550069b678")
 
 
 def test_the_extension_takes_cpu_tensors_alone():

@@ -39,7 +39,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Fast layers, captured train steps and large-sample FID for GANs in PyTorch."""
+    """Faster attention, spectral norms, train steps and FID for GANs in PyTorch."""
 
 
 @app.command()

@@ -22,7 +22,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 NumWorkers = Annotated[
     int | None, typer.Option(min=0, help="Threads that decode images.  [default: one per core, at most 8]")
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda where there is one]")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: cuda if available]")]
 Dims = Annotated[
     str | None,
     typer.Option(help="Inception's features: 64, 192, 768, 2048, or spatial for sFID.  [default: 2048]"),
@@ -40,7 +40,7 @@ ProtocolName = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="All that a number depends on beside the network: pytorch-fid, clean-fid, torch-fidelity, torchmetrics or "
+        help="All that a number depends on but the network: pytorch-fid, clean-fid, torch-fidelity, torchmetrics or "
         "tensorflow.  [default: that of the statistics given, else pytorch-fid for inception, clean-fid for others]",
     ),
 ]
@@ -57,8 +57,8 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable 
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="A folder for unfinished statistics: the same command goes on there after an interruption, and empties "
-        "it in the end."
+        help="Folder for unfinished statistics. After an interruption the same command resumes from it; it is emptied "
+        "at the end."
     ),
 ]
 Times = Annotated[
@@ -72,18 +72,18 @@ WithRoot = Annotated[
     bool,
     typer.Option(
         "--root",
-        help="Write a factor of the covariance too, so that no distance to these statistics has to compute it: twice "
-        "the file, 32 MB more at 2048 features.",
+        help="Also write a factor of the covariance, which saves its computation in every later distance. The file is "
+        "twice as large, 32 MB more at 2048 features.",
     ),
 ]
 Floor = Annotated[
     Path | None,
-    typer.Option(help="Another split of B's data: prints its distance to B too, which no generator can beat."),
+    typer.Option(help="Another split of B's data. Also prints its distance to B, the best score to expect."),
 ]
 
 
 def warn(line: str) -> None:
-    """A line on stderr, from the first of the processes that torchrun started."""
+    """Print a line on stderr in the first of the processes that torchrun started."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(printable(f"fastgan: {line}"), err=True)
 
@@ -92,10 +92,10 @@ def warn(line: str) -> None:
 def feature_options(given: Mapping[str, Any]) -> Iterator[tuple[FeatureOptions, World, Callable[[str], None]]]:
     """Turn the options that all commands with features share into a ``FeatureOptions``.
 
-    ``given`` are a command's arguments by name; its others are left alone.
+    ``given`` holds a command's arguments by name; the other arguments are ignored.
 
-    Yields it with the processes that torchrun started, or this one, and a print that the first alone does. A user's
-    mistake in the block is one line.
+    Yields the options, the processes that torchrun started (or this one), and a function that prints in the first of
+    them. A user's mistake in the block is reported in one line.
     """
     with user_errors():
         from fastgan._checks import InputError

@@ -32,16 +32,14 @@ def train(
         str | None,
         typer.Option(
             help="digits, photos, cifar10, torchvision:NAME, huggingface:NAME, or a folder, archive or array file of "
-            "images; with --resume the new place of the same files.  [default: the recipe's]"
+            "images; with --resume the new location of the same files.  [default: the recipe's]"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of the run to resume.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda if available]")] = None,
     quiet: Quiet = False,
-    init: Annotated[
-        Path | None, typer.Option(help="A run or a saved generator whose weights a new run begins with.")
-    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Run or saved generator to take the initial weights from.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load the data, do a few steps, predict memory and time; write nothing.")
     ] = False,
@@ -52,7 +50,7 @@ def train(
 ) -> None:
     """Train a GAN, or resume a run. Ctrl-C and SIGTERM save it and print how to resume.
 
-    On several devices: torchrun --nproc-per-node K -m fastgan train ...; batch_size is that of all together.
+    On several devices: torchrun --nproc-per-node K -m fastgan train ...; batch_size is the total over all devices.
     """
     with user_errors():
         from fastgan._checks import InputError
@@ -66,9 +64,9 @@ def train(
         if dry_run:
             out = Path("dry-run") if out is None else out
         if dry_run and resume is not None:
-            raise InputError("--dry-run is for a new run, it goes without --resume")
+            raise InputError("--dry-run is for a new run and cannot be combined with --resume")
         if (resume is None) == (out is None):
-            raise InputError("give either --out for a new run, or --resume for one to go on with")
+            raise InputError("give either --out for a new run, or --resume for an existing one")
         chosen = None if recipe is None else load_recipe(recipe)
         target = _own_device(device)
         with launched_world(target) as world:
@@ -98,7 +96,7 @@ def train(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, or YAML file, with all its settings.")] = None,
 ) -> None:
-    """The recipes that come with fastgan, or one of them with a comment on each setting."""
+    """List the recipes that come with fastgan, or print one with a comment on each setting."""
     with user_errors():
         from fastgan.recipes import available, explain_recipe, load_recipe
 
@@ -122,7 +120,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With -n: remove the samples in --out first.")] = False,
     columns: Annotated[int, typer.Option(min=2, help="Images per row of the grid.")] = 8,
     truncation: Annotated[
-        float | None, typer.Option(help="Bound of the noise, as in 0.8: less variety, fewer bad images.")
+        float | None, typer.Option(help="Bound of the noise, such as 0.8: less variety, fewer bad images.")
     ] = None,
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Interpolate between two noise vectors in each row.")
@@ -132,7 +130,7 @@ def sample(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint of a run: best or last.")] = "best",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda if available]")] = None,
 ) -> None:
-    """Images from a trained generator: a grid, or a folder of PNG files for `fastgan fid`."""
+    """Write images from a trained generator: a grid, or a folder of PNG files for `fastgan fid`."""
     with user_errors():
         from fastgan.training.export import SampleOptions, write_samples
 
@@ -179,7 +177,7 @@ def _own_device(name: str | None) -> torch.device:
     if device.type != "cuda" or processes == 1:
         return device
     if device.index is not None:
-        raise InputError(f"--device must be cuda or cpu where torchrun starts several processes, got {name}")
+        raise InputError(f"--device must be cuda or cpu if torchrun starts several processes, got {name}")
     if processes > torch.cuda.device_count():
         raise InputError(
             f"--nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got {processes}"

@@ -1,6 +1,6 @@
 """Spectral normalization of a list of weights by the C++ extension, on a CPU: each step is one pass over all weights.
 
-The signatures are those of ``fastgan.reference.spectral_norm``, which computes what the extension does not take:
+The signatures are those of ``fastgan.reference.spectral_norm``, which handles the cases that the extension does not:
 weights that are not contiguous, and vectors of another dtype than the arithmetic's.
 """
 

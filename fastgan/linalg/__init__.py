@@ -207,8 +207,8 @@ def trace_sqrt_product(
 
     Returns:
         The value, of the broadcast batch shape and the operands' dtype, differentiable twice. Gradients of ``a`` and
-        ``b`` are symmetric. In the null space of a singular operand, where the derivative is infinite, they are zero.
-        On a GPU, gradients of definite operands take only matrix products and triangular solves.
+        ``b`` are symmetric. They are zero in the null space of a singular operand, although the derivative is infinite
+        there. On a GPU, gradients of definite operands take only matrix products and triangular solves.
 
     Raises:
         ValueError: an operand is not square, not finite, clearly asymmetric or indefinite (by 1e-5 of its largest entry

@@ -29,7 +29,7 @@ BATCH_SIZE, BATCH_PAIRS = 128, 2
 more than the arithmetic."""
 
 DEFINITE_SIZE = 256
-"""Largest d of the extension's own method for definite matrices on a CPU: a core's caches hold what it works on."""
+"""Largest d for the extension's method for definite matrices on a CPU: its working memory then fits a core's caches."""
 
 _CHUNK_ENTRIES = 2**26  # of the products that a chunk of pairs is iterated on
 

@@ -148,7 +148,7 @@ class _Factor:
         return torch.linalg.vector_norm(torch.linalg.solve_triangular(upper.mT, eye, upper=False)) ** -2
 
     def gram(self, y: Tensor) -> Tensor:
-        """F^T Y F, of which the lower triangle counts."""
+        """F^T Y F; only the lower triangle is read."""
         if self.method == "eigh":
             return self.rows @ y @ self.rows.mT
         if self.order is None:

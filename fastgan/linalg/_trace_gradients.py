@@ -1,6 +1,6 @@
 """``fastgan::trace_sqrt_product_bwd`` and ``_bwd_bwd``: derivatives of tr((A B)^{1/2}).
 
-The gradients are P / 2 and Q / 2 with symmetric P and Q such that P A P = B, Q B Q = A and Q = P^{-1}. Differentiating
+The gradients are P / 2 and Q / 2 with symmetric P and Q: P A P = B, Q B Q = A and Q = P^{-1}. Differentiating
 gives the Lyapunov equation dP A P + P A dP = dB - P dA P. Both are solved by eigenvectors for any A and B. On a GPU,
 whose eigensolvers are slow, definite ones are solved by matrix products and triangular solves.
 """

@@ -65,7 +65,7 @@ def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror each image left to right where ``mirrored``, int64 (n, 1, 1, 1), is 1."""
+    """Mirror each image left to right if its ``mirrored``, int64 (n, 1, 1, 1), is 1."""
     return torch.where(mirrored.bool(), images.flip(3), images)
 
 
@@ -175,7 +175,7 @@ class AdaptiveAugment(nn.Module):
     Make it a part of the discriminator, and the probability is saved with it and averaged over processes.
 
     Args:
-        policy: names in :data:`AUGMENTATIONS`, all of which an image gets or none.
+        policy: names in :data:`AUGMENTATIONS`. An image gets all of them or none.
         target: mean sign of real images' logits that is aimed at.
         images: number of real images over which the probability may go from 0 to 1.
         device: of the probability.
@@ -230,7 +230,7 @@ class AdaptiveAugment(nn.Module):
 
     @torch.no_grad()
     def adjust_(self, real_logits: Tensor) -> None:
-        """Move :attr:`p` by the sign of what the logits of real images, of any shape, have above the target."""
+        """Raise :attr:`p` if the logits of real images, of any shape, exceed the target, and lower it otherwise."""
         check_tensor("real_logits", real_logits)
         excess = (real_logits.float().sign().mean() - self.target).sign()
         self.p.add_(excess * (real_logits.numel() / self.images)).clamp_(0, 1)

@@ -1,7 +1,7 @@
-"""Random inputs of a train step, said first and drawn later.
+"""Random inputs of a train step, declared first and drawn later.
 
-A step tells what it needs as named :class:`Draw` objects; :func:`draw` makes all of them from one generator. So the
-same step runs on fresh noise, on noise that a test made, on static buffers, or on noise drawn inside a graph.
+A step declares its random numbers as named :class:`Draw` objects; :func:`draw` makes all of them from one generator.
+So the same step runs on fresh noise, on noise that a test made, on static buffers, or on noise drawn inside a graph.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def gradient_penalty(
 ) -> Tensor:
     """mean over the samples of (|grad critic(x)| - target)^2 at x = real + alpha (fake - real).
 
-    The norm is over all dimensions but the first, float32 throughout whatever autocast says, and sqrt(sum g^2 + eps),
-    whose gradient is finite where the critic is flat. Differentiable in the critic's weights. A critic with batch norm
+    The norm is over all dimensions but the first, in float32 even under autocast, and is sqrt(sum g^2 + eps), so its
+    gradient is finite even if the critic is flat. Differentiable in the critic's weights. A critic with batch norm
     has no gradient of one sample alone: use another norm.
 
     Args:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._checks import InputError, check_tensor
+from fastgan.models._hub import HubMixin, download, offline
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -25,11 +24,12 @@ SMALLEST_MAP = 4
 G = TypeVar("G", bound="Generator")
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, HubMixin):
     """Base class of the generators.
 
     Subclasses are called as ``generator(z, labels)``, or as ``generator(sketches, labels)`` if ``sketch_channels``
-    is not 0, and return images in [-1, 1].
+    is not 0, and return images in [-1, 1]. If huggingface_hub is installed, a generator is one of its
+    ``PyTorchModelHubMixin``.
 
     Attributes:
         n_classes: of the labels; 0 for a generator that takes none.
@@ -104,55 +104,93 @@ class Generator(nn.Module):
         except (TypeError, ValueError) as error:
             raise ValueError(f"arguments do not make a {name}: {error}") from error
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is created if missing."""
+    def save_pretrained(self, folder: str | Path, **options: Any) -> str | None:
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``, which is created if missing.
+
+        Args:
+            folder: also written to if it has such files already.
+            options: those of huggingface_hub's ``save_pretrained``, such as ``push_to_hub=True`` with ``repo_id``. It
+                also writes a model card, and returns the address of the commit if it uploads.
+
+        Raises:
+            InputError: there are options, and huggingface_hub is not installed.
+        """
+        if options:
+            return super().save_pretrained(folder, **options)
+        self._save_pretrained(Path(folder))
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the two files; huggingface_hub calls this too."""
         from safetensors.torch import save
 
         from fastgan import __version__
         from fastgan._files import write_bytes, write_text
 
-        folder = Path(folder)
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         content = {**self.description, "fastgan": __version__}
-        write_bytes(folder / WEIGHTS_FILE, save(state))
-        write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+        write_bytes(save_directory / WEIGHTS_FILE, save(state))
+        write_text(save_directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, and return the address of the commit.
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the files of :meth:`save_pretrained` and a model card to the Hugging Face Hub.
 
         Args:
             repo_id: "user/repo", created if it does not exist.
-            private: whether a new repository is private; by default as the account says.
-            token: by default that of ``hf auth login``.
+            options: those of huggingface_hub's ``push_to_hub``: ``private``, ``token`` (by default that of ``hf auth
+                login``), ``commit_message``, ``branch``, ``create_pr`` and others.
+
+        Returns:
+            The address of the commit.
 
         Raises:
             InputError: huggingface_hub is not installed, or ``FASTGAN_OFFLINE`` is set.
         """
-        hub = _hub(f"push_to_hub({repo_id!r})")
-        api = hub.HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a generator"))
+        if offline():
+            raise InputError(f"push_to_hub({repo_id!r}) needs the network, and FASTGAN_OFFLINE is set")
+        card = {"repo_id": repo_id, **(options.pop("model_card_kwargs", None) or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
     @classmethod
     def from_pretrained(
-        cls: type[G], folder: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None
+        cls: type[G],
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> G:
-        """Rebuild what :meth:`save_pretrained` wrote, in eval mode; call it on :class:`Generator` or the very class.
+        """Rebuild the generator that :meth:`save_pretrained` wrote, in eval mode.
+
+        Call it on :class:`Generator` or on the class that was saved.
 
         Args:
             folder: also that of a training run, which keeps the moving average of its generator in ``generator``; or
                 "user/repo" on the Hugging Face Hub, as a string, if there is no such folder.
             device: of the weights.
             revision: branch, tag or commit of a repository on the Hub.
+            token: for a private repository, by default that of ``hf auth login``.
+            cache_dir: by default huggingface_hub's.
+            force_download: also if the cache has the files.
+            local_files_only: read the cache of huggingface_hub, not the network; ``FASTGAN_OFFLINE`` sets it.
 
         Raises:
             InputError: a file is missing or damaged, the class is unknown or another one, the weights do not fit, or
                 a repository cannot be read.
         """
         if isinstance(folder, str) and _REPOSITORY.fullmatch(folder) and not Path(folder).exists():
-            folder = _download(folder, revision)
+            folder = download(
+                folder,
+                [CONFIG_FILE, WEIGHTS_FILE],
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
         folder = Path(folder)
         if not (folder / CONFIG_FILE).exists() and (folder / RUN_FOLDER / CONFIG_FILE).exists():
             folder = folder / RUN_FOLDER
@@ -164,27 +202,6 @@ class Generator(nn.Module):
             raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
         _load_weights(generator, folder / WEIGHTS_FILE)
         return generator.to(device).eval()
-
-
-def _hub(wanted: str) -> Any:
-    """The module huggingface_hub."""
-    if os.environ.get("FASTGAN_OFFLINE"):
-        raise InputError(f"{wanted} needs the network, and FASTGAN_OFFLINE is set")
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError:
-        raise InputError(f"{wanted} needs huggingface_hub: pip install huggingface_hub") from None
-    return huggingface_hub
-
-
-def _download(repo_id: str, revision: str | None) -> str:
-    """The local folder of a repository's two files on the Hugging Face Hub."""
-    hub = _hub(f"folder {repo_id!r} does not exist; to read it from the Hugging Face Hub")
-    try:
-        files = [CONFIG_FILE, WEIGHTS_FILE]
-        return str(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise InputError(f"no folder and no repository on the Hugging Face Hub: {repo_id!r}: {error}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class ResNetDiscriminator(nn.Module):
 
         Args:
             images: (n, image_channels, resolution, resolution) in [-1, 1].
-            labels: int64 (n,), each in [0, n_classes), not looked at where ``n_classes`` is 0; the range is not
+            labels: int64 (n,), each in [0, n_classes), ignored if ``n_classes`` is 0; the range is not
                 checked here.
 
         Returns:

@@ -148,8 +148,8 @@ class SketchDiscriminator(nn.Module):
         init_dcgan(self)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Scores (n,) of images (n, image_channels, resolution, resolution), followed by the channels of their
-        sketches where ``sees_sketch``, and int64 labels (n,).
+        """Score images (n, image_channels, resolution, resolution), with the channels of their sketches appended if
+        ``sees_sketch``, for int64 labels (n,); returns (n,).
 
         Raises:
             ValueError: a shape or dtype is wrong.

@@ -18,7 +18,7 @@ three passes and x read with it; drawing o into its epilogue would save 1, but a
 at most 256 channels of v, and o's weight would not fit beside them. The gradients of both projections are made of
 library products, exact to every order.
 
-The C++ extension does the same on a CPU. Elsewhere, and where a hook on a convolution must run, theta is one
+The C++ extension does the same on a CPU. Elsewhere, and if a hook on a convolution must run, theta is one
 convolution, phi and g another, pooled together, and gamma is folded into o's weight: 8.8 B C N in 10 launches.
 """
 
@@ -164,7 +164,7 @@ class SelfAttention2d(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if self.pool and min(x.shape[2:]) < 2:
-            raise ValueError(f"x must be at least 2 x 2 pixels where keys are pooled, got {tuple(x.shape)}")
+            raise ValueError(f"x must be at least 2 x 2 pixels if keys are pooled, got {tuple(x.shape)}")
         parts = AttentionParts(self.theta, self.phi, self.g, self.o, self.gamma)
         settings = AttentionSettings(self.pool, self.scale, self.impl)
         return self_attention_and_map(x, parts, settings) if return_attention else self_attention(x, parts, settings)
@@ -343,7 +343,7 @@ def _channels(name: str, given: int | None, in_channels: int, divisor: int) -> i
             raise ValueError(f"{name} must be at least 1, got {given}")
         return given
     if in_channels < divisor or in_channels % divisor:
-        raise ValueError(f"in_channels must be divisible by {divisor} where {name} is not given, got {in_channels}")
+        raise ValueError(f"in_channels must be divisible by {divisor} if {name} is not given, got {in_channels}")
     return in_channels // divisor
 
 

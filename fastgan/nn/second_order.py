@@ -62,7 +62,7 @@ def _attention_inside(*args: Any, **kwargs: Any) -> Tensor:
     return scaled_dot_product_attention(*args, **kwargs)
 
 
-# The function hands itself to the mode before it calls the one that is to be replaced, of which no mode then learns.
+# The function passes itself to the mode before it calls the function to be replaced, which no mode sees then.
 # So its code runs with other globals. Without __name__, as the compiler would look names up in the module of that name.
 _multi_head_attention_forward = types.FunctionType(
     F.multi_head_attention_forward.__code__,

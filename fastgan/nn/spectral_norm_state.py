@@ -82,7 +82,7 @@ def _reduce(module: Any, _protocol: int = 0) -> tuple[Any, tuple[type, list[str]
 
 
 def _rebuild(cls: type[nn.Module], names: list[str]) -> nn.Module:
-    """A parametrized instance of ``cls``, of a class of its own, whose ``__dict__`` is still to be filled in."""
+    """A parametrized instance of ``cls`` with its own class, whose ``__dict__`` is still to be filled in."""
     module = cls.__new__(cls)
     parametrize._inject_new_class(module)
     for name in names:

@@ -1,4 +1,4 @@
-"""softmax(scale Q K^T) V as an op with first and second gradients, none of which puts an N x M map in device memory.
+"""softmax(scale Q K^T) V as an op with first and second gradients; none puts an N x M map in device memory.
 
 Three ops: ``attention``, ``attention_bwd`` and ``attention_bwd_bwd``. The output and two statistics of each row are
 saved and the probabilities recomputed. ``attention_bwd`` takes them as inputs, but its gradient regards them as
@@ -21,7 +21,7 @@ from fastgan.kernels.attention.config import SINGLE_QK, unsupported
 from fastgan.ops._multihead import multihead
 from fastgan.reference.attention import attention_eager
 
-# Maps of at most so many bytes stay in a CPU's last-level cache, where keeping them is quicker than recomputing them
+# Maps up to this many bytes stay in a CPU's last-level cache, and keeping them is faster than recomputing them
 # (measured at 8 to 64 MB, see bench_attention).
 SMALL_MAPS = 16 << 20
 ATTENTION_IMPLS = (*IMPLS, "eager")
@@ -53,11 +53,11 @@ def attention(
             16 MB are kept, as by "eager". "auto" is "reference", with one warning, for more channels than Triton's
             kernels take (d 128, e 256). Within transforms of ``torch.func`` and forward-mode differentiation, which
             know no such op, maps of any size are kept, whatever ``impl`` says.
-        is_causal: the i-th query sees the keys up to the i-th alone.
-        mask: boolean, True where a query may see a key: (B, M) for keys alone, or broadcastable to (B, N, M) or
+        is_causal: the i-th query sees only the keys up to the i-th.
+        mask: boolean, True if the query may see the key: (B, M) for keys alone, or broadcastable to (B, N, M) or
             (B, H, N, M). Or floating-point, added to the scaled logits, of the latter shapes. It is read tile by tile
             and never expanded. Queries that see no key give 0, with gradients of 0. A mask that is itself
-            differentiated (a learnt bias, as large as the maps) needs "eager", which "auto" then is.
+            differentiated (a learned bias, as large as the maps) needs "eager", which "auto" then is.
         sinks: (H,), or (1,) for operands without heads: one more logit per head, which takes part in the softmax and
             has no value. Floating-point, any dtype; differentiable.
 

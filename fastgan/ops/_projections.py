@@ -22,7 +22,7 @@ from fastgan.reference import projections as reference
 def pooled_projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, qk_channels: int, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """1x1 convolution of x, of which all outputs but the first ``qk_channels`` are 2x2 max-pooled.
+    """1x1 convolution of x whose outputs after the first ``qk_channels`` are 2x2 max-pooled.
 
     Args:
         x: feature map (B, C, H, W), H and W at least 2; float32, bfloat16 or float16 (float64 not by Triton),
@@ -187,7 +187,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, 
 
 
 def _gradients_backward(ctx: Any, grad_rows: Tensor | None, grad_weight: Tensor | None) -> tuple[Any, ...]:
-    """Of drows = grad weight and dweight = grad^T rows, either of which may not be differentiated."""
+    """Differentiate drows = grad weight and dweight = grad^T rows; either may have no cotangent."""
     grad, rows, weight = ctx.saved_tensors
     if grad_rows is None and grad_weight is None:
         return None, None, None

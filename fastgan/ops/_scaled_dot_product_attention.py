@@ -26,7 +26,7 @@ def scaled_dot_product_attention(
 
     Args:
         query, key, value: (..., N, d), (..., M, d) and (..., M, e) with leading dimensions that broadcast.
-        attn_mask: broadcastable to (..., N, M): boolean, True where a query may see a key, or added to the logits.
+        attn_mask: broadcastable to (..., N, M): boolean, True if the query may see the key, or added to the logits.
             One that is differentiated keeps the maps in memory.
         dropout_p: 0, as random maps cannot be recomputed.
         is_causal: the i-th query sees the keys up to the i-th alone; not together with ``attn_mask``.
@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
     if dropout_p != 0:
         raise ValueError(f"dropout_p must be 0 (put the module in eval mode or set its dropout to 0), got {dropout_p}")
     if attn_mask is not None and is_causal:
-        raise ValueError("attn_mask must be None where is_causal is True: combine the two in the mask")
+        raise ValueError("attn_mask must be None if is_causal is True: combine the two in the mask")
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x)
         if x.ndim < 2:

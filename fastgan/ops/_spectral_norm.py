@@ -54,9 +54,9 @@ def spectral_norm_update(
             BigGAN's code; otherwise u is renewed before v, as in torch's parametrization.
 
     Returns:
-        ``(u, v, sigma)`` in float32 (float64 for float64 weights): all left vectors one behind the other, all right
-        vectors, and for each weight sigma = u^T W v, or 1 where that is 0. Without gradient. A vector stays as it was
-        where its product with W is zero or not finite.
+        ``(u, v, sigma)`` in float32 (float64 for float64 weights): all left vectors concatenated, all right
+        vectors, and per weight sigma = u^T W v, or 1 if that is 0. None has a gradient. A vector stays as it was if
+        its product with W is zero or not finite.
 
     Raises:
         ValueError: a list has the wrong length, or a tensor the wrong rank, shape, dtype or device.
@@ -125,7 +125,7 @@ def spectral_norm_scale(
         weights: as in :func:`spectral_norm_update`.
         u, v, sigma: what :func:`spectral_norm_update` returned for these weights.
         dims: as in :func:`spectral_norm_update`.
-        dtype: of the results; if None, the autocast dtype where autocast is active, else that of the weights.
+        dtype: of the results; if None, the autocast dtype if autocast is active, else that of the weights.
         impl: "auto", "triton", "extension" or "reference".
 
     Returns:
@@ -168,7 +168,7 @@ def scaled(
 
 
 def output_dtype(weight: Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is active and applies to ``weight``, else the dtype of ``weight``."""
+    """The autocast dtype if autocast is active and applies to ``weight``, else the dtype of ``weight``."""
     return autocast_dtype(weight) or weight.dtype
 
 

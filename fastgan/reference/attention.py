@@ -25,7 +25,7 @@ class Head:
     """Everything that changes the probabilities of one head.
 
     Attributes:
-        mask: boolean, False where a key is not seen, or added to the logits; (B, N, M), strides of 0 where it repeats.
+        mask: boolean, False if the key is not seen, or added to the logits; (B, N, M), with strides of 0 if it repeats.
         sink: the logit of one more key, which has no value; a tensor of shape ().
         is_causal: row i sees the keys up to the i-th alone.
     """

@@ -103,7 +103,7 @@ def _heads(
 
 
 def _zeros(x: Tensor, q: Tensor) -> Tensor:
-    """Memory for the sums of a gradient of k or v over heads, in float32 where several share one."""
+    """Memory for the sums of a gradient of k or v over heads, in float32 if several share one."""
     return torch.zeros_like(x, dtype=torch.float32 if x.dtype != torch.float64 and x.shape[1] < q.shape[1] else None)
 
 

@@ -49,10 +49,10 @@ def update(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Power iterations on all weights; writes ``us`` and ``vs`` and returns flat copies of them and sigma = u^T W v.
 
-    An iteration renews u from v and then v from u, or with ``v_first`` v from u and then u from v. With
-    ``n_power_iterations=0`` nothing is written and sigma belongs to the given vectors. Where a product is zero or not
-    finite, the vector it would give is undefined and the old one stays; where sigma is zero, 1 is returned, so that a
-    weight of zeros stays zero.
+    An iteration updates u from v and then v from u, or with ``v_first`` v from u and then u from v. With
+    ``n_power_iterations=0`` nothing is written and sigma belongs to the given vectors. If a product is zero or not
+    finite, its vector is undefined and the old one stays. If sigma is zero, 1 is returned, so a weight of zeros stays
+    zero.
     """
     new_us, new_vs, sigmas = [], [], []
     for weight, u, v, dim in zip(weights, us, vs, dims, strict=True):  # one by one, as a core's cache may hold a weight
@@ -164,7 +164,7 @@ def _widen(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> over all entries, without a temporary where both are laid out alike."""
+    """<a, b> over all entries, without a temporary if both have the same layout."""
     if a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.view(-1), b.view(-1))
     return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -4,8 +4,8 @@ Each entry compiles without local memory in its loops at the most channels that 
 family, sm_90's of half precision for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a
 program keeps its own operands and its float32 sums, and of each tile up to five maps. The tensor cores of sm_90 and
 later want 64 rows of the program's own side; if that leaves too few registers for the sums as wide as v, v is cut into
-slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so their tiles
-are smaller. A double backward that has no registers for the parts multiplies in float32 proper.
+slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles the registers, so their
+tiles are smaller. A double backward that has no registers for the parts multiplies in float32 proper.
 
 Among the tiles that compile, sm_90's are those that ``python -m fastgan.kernels.report --model`` ranks first: four
 warps on 64 rows, since eight warps are two groups that share the narrow side of the product, and a single pipeline
@@ -70,7 +70,7 @@ class Tile:
 # for those as wide as v, which then come from launches of their own.
 Entry: TypeAlias = tuple[int, int, Tile] | tuple[int, int, Tile, Tile]
 
-# (kernel, bytes of the dtype, oldest capability) -> entries, of which the first that is wide enough is taken.
+# (kernel, bytes of the dtype, oldest capability) -> entries; the first that is wide enough is used.
 _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ("fwd", 2, 90): (
         (64, 64, Tile(128, 64, 64, 8)),
@@ -189,8 +189,8 @@ _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
         (64, 256, Tile(16, 16, 32, 8, 2, True), Tile(16, 16, 32, 8, 2, True)),
     ),
 }
-# The same for operands with heads. Each holds under a causal and an additive mask, with sinks. An entry ends where v no
-# longer fits one slab, as other launches follow.
+# The same for operands with heads. Each holds under a causal and an additive mask, with sinks. An entry ends at the
+# widest v that fits one slab, since other launches follow.
 _HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ("fwd", 2, 80): (
         (64, 256, Tile(128, 32, 64, 8)),

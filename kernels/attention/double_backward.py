@@ -83,7 +83,7 @@ def attention_bwd_bwd_rows_kernel(
             pc_row = tl.zeros([R], tl.float32)  # rowsum(P * c), the rounding of delta
         pac_row = tl.zeros([R], tl.float32)  # rowsum(P * A * c)
         ph_row = tl.zeros([R], tl.float32)  # rowsum(P * (dO ggv^T))
-        if sinks is not None:  # a key of its own, with c = -delta and no value
+        if sinks is not None:  # one more key, with c = -delta and no value
             sinks_base, gg_sinks_base = sinks
             a_row += sink_share(sinks_base + head, top, log_total) * tl.load(gg_sinks_base + head)
             pac_row -= a_row * delta

@@ -129,7 +129,7 @@ def attention_bwd_rows_kernel(
         scale_log2 = LOG2E
     cols_d, cols_e = tl.arange(0, D), tl.arange(0, SLAB)
     k_base, v_base, do_base = k_ptr + image * k_sb, v_ptr + image * v_sb, do_ptr + image * do_sb
-    # O is rounded to half precision, and delta with it; what the rows of dS then sum to is taken off at the end.
+    # O is rounded to half precision, and so is delta; the resulting row sums of dS are subtracted at the end.
     HALF: tl.constexpr = o_ptr.dtype.element_ty != tl.float32
 
     q = load_tile(q_ptr + image * q_sb, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
@@ -142,7 +142,7 @@ def attention_bwd_rows_kernel(
         missing = tl.zeros([R], tl.float32)
         if sinks is not None:
             missing -= sink_share(sinks + head, top, log_total) * delta
-    else:  # rows of dS sum to 0 but for rounding, which is multiplied by less where keys are far from 0
+    else:  # rows of dS sum to 0 up to rounding, which is multiplied by less if keys are far from 0
         first_key = tl.load(k_base + cols_d.to(tl.int64) * k_sd, mask=cols_d < d, other=0.0)
     for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
         keys = start + tl.arange(0, C)

@@ -1,7 +1,7 @@
 """Launchers of the fused attention kernels: same names, arguments and results as in ``fastgan.reference.attention``.
 
 Forward, backward and double backward each stream over tiles; none has an N x M map in memory. They take 1, 2 and 2
-launches, one more for each kernel where v's channels are split into slabs.
+launches, plus one per kernel if v's channels are split into slabs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def attention_bwd(
     over_keys = passes("bwd_keys", e, q)
     parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
     dq, dk, dv = torch.empty_like(q), _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
-    first = [sums if sums.ndim == k.ndim else sums[0] for sums in (dk, dv)]  # what is written of the first part
+    first = [sums if sums.ndim == k.ndim else sums[0] for sums in (dk, dv)]  # the output of the first part
     delta = stats.new_empty(b, n)
     sizes = (n, m, d, e, scale, b * n)
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
@@ -202,7 +202,7 @@ def bwd_bwd_and_sums(
     parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
     g_do, gq = torch.empty_like(o), torch.empty_like(q)
     gk, gv = _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
-    first = [sums if sums.ndim == k.ndim else sums[0] for sums in (gk, gv)]  # what is written of the first part
+    first = [sums if sums.ndim == k.ndim else sums[0] for sums in (gk, gv)]  # the output of the first part
     sums = stats.new_empty(3, *q.shape[:-1])
     sinks = None if heads is None or heads.sinks is None else (heads.sinks, gg_sinks)
     operands = (ggq, ggk, ggv, grad_o, q, k, v)
@@ -276,7 +276,7 @@ def _are_loadable(*tensors: Tensor) -> bool:
     """Return whether 16 bytes of each tensor can be loaded at once.
 
     They are of all along their channels or, in half precision, of all along their rows: float32 products would have to
-    transpose what they load. Of lengths along rows Triton notices multiples of 16 alone.
+    transpose what they load. Triton notices only multiples of 16 among lengths along rows.
     """
     if all(map(_has_aligned_rows, tensors)):
         return True
@@ -293,8 +293,8 @@ def _has_aligned_rows(x: Tensor) -> bool:
 
 
 def _in_rows(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors whose rows can be loaded 16 bytes at once: copies where they cannot be, or if the number of
-    channels is no multiple of 8, to which zeros fill it up.
+    """Return tensors whose rows can be loaded 16 bytes at once, copying those whose rows cannot be. Zeros pad the
+    channels to a multiple of 8.
 
     Loads of one entry at a time would take most of a kernel's time, and the registers of their addresses with it. A
     copy takes O(N).
@@ -327,7 +327,7 @@ def _of_heads(heads: Heads | None, *tensors: Tensor) -> tuple[Any, Any]:
 
 
 def _empty_sums(x: Tensor, heads: Heads | None, parts: int) -> Tensor:
-    """Memory for a gradient of k or v: float32 (parts, B, ..) if there are several, and of each head of q where some
+    """Memory for a gradient of k or v: float32 (parts, B, ..) if there are several, and one per head of q if several
     share x's."""
     if parts == 1 and (heads is None or heads.group == 1):
         return torch.empty_like(x)

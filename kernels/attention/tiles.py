@@ -40,7 +40,7 @@ def row_stats(base, rows, N, plane):
 
 @triton.jit
 def masked(s, heads, mask, batch, rows, keys, scale, N, M, CAUSAL: tl.constexpr):
-    """Logits s, as they are for one unmasked head; of several heads multiplied by ``scale``, and -inf where masked."""
+    """Logits s, unchanged for one unmasked head; with several heads multiplied by ``scale``, and -inf if masked."""
     if heads is not None:
         s = s * scale
         if mask is not None:

@@ -107,7 +107,7 @@ def layout_of(shape: Sequence[int], strides: Sequence[int], dim: int) -> Layout 
 
 @dataclass(frozen=True)
 class Plan:
-    """Device tables for weights of given layouts; ``*_tiles`` say which part of which layer a program has."""
+    """Device tables for weights of given layouts; ``*_tiles`` map each program to its part of a layer."""
 
     geometry: Tensor  # (layers, FIELDS) int64
     s_tiles: Tensor  # (programs, 3) int32: layer, first row, chunk of columns

@@ -1,9 +1,11 @@
-"""Generators in a folder: written, read back, and what is wrong with one."""
+"""Generators in folders and on the Hugging Face Hub: written, read back, and refused if they are damaged."""
 
 import inspect
 import json
+import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,31 +124,59 @@ def hub(tmp_path, monkeypatch):
 
         return call
 
-    def download(repo_id, revision, allow_patterns):
+    def download(repo_id, allow_patterns, **options):
         if not (repositories / repo_id).exists():
             raise library.errors.LocalEntryNotFoundError(f"{repo_id} is not there")
         return str(repositories / repo_id)
 
-    def upload(repo_id, folder_path, commit_message):
+    def upload(repo_id, folder_path, **options):
         shutil.copytree(folder_path, repositories / repo_id)
         return f"https://hub/{repo_id}"
 
     api = library.HfApi
     monkeypatch.setattr(library, "snapshot_download", stand_in(library.snapshot_download, download))
-    monkeypatch.setattr(api, "create_repo", stand_in(api.create_repo, lambda **options: None))
+    monkeypatch.setattr(api, "create_repo", stand_in(api.create_repo, lambda **options: SimpleNamespace(**options)))
     monkeypatch.setattr(api, "upload_folder", stand_in(api.upload_folder, upload))
     return calls
 
 
 def test_the_hub_holds_generators(hub):
     generator = MAKERS["dcgan"]().eval()
-    assert generator.push_to_hub("user/repo", private=True) == "https://hub/user/repo"
+    assert generator.push_to_hub("user/repo", private=True, commit_message="First") == "https://hub/user/repo"
     assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
     assert hub[0][1] == {"repo_id": "user/repo", "private": True, "exist_ok": True}
-    loaded = Generator.from_pretrained("user/repo", revision="v1")
-    assert hub[2][1]["revision"] == "v1"
+    assert hub[1][1]["commit_message"] == "First"
+    loaded = Generator.from_pretrained("user/repo", revision="v1", token="secret")
+    assert hub[2][1].items() >= {"revision": "v1", "token": "secret"}.items()
     z, labels = torch.randn(2, 4), torch.tensor([0, 2])
     assert torch.equal(loaded(z, labels), generator(z, labels))
+
+
+def test_uploads_have_a_model_card(hub, tmp_path):
+    MAKERS["dcgan"]().push_to_hub("user/repo")
+    assert sorted(p.name for p in (tmp_path / "hub/user/repo").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    card = (tmp_path / "hub/user/repo/README.md").read_text()
+    assert 'Generator.from_pretrained("user/repo")' in card
+    assert {"library_name: fastgan", "- gan", "- pytorch_model_hub_mixin"} <= set(card.splitlines())
+    MAKERS["dcgan"]().save_pretrained(tmp_path / "named", push_to_hub=True, repo_id="user/other")
+    assert (tmp_path / "hub/user/other/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_mixin_of_huggingface_hub_loads_the_weights(name, tmp_path):
+    library = pytest.importorskip("huggingface_hub")
+    generator = MAKERS[name]()
+    assert isinstance(generator, library.PyTorchModelHubMixin)
+    generator.save_pretrained(tmp_path)
+    arguments = json.loads((tmp_path / "config.json").read_text())["arguments"]
+    loaded = type(generator)(**arguments)
+    library.PyTorchModelHubMixin._load_as_safetensor(loaded, str(tmp_path / "model.safetensors"), "cpu", True)
+    for key, value in generator.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
 
 
 def test_folders_go_before_the_hub(hub, tmp_path):
@@ -158,14 +188,31 @@ def test_folders_go_before_the_hub(hub, tmp_path):
 def test_a_hub_that_cannot_be_read(hub, monkeypatch):
     with pytest.raises(InputError, match="no folder and no repository on the Hugging Face Hub: 'user/other'"):
         Generator.from_pretrained("user/other")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="'user/other' does not exist.*pip install huggingface_hub"):
+        Generator.from_pretrained("user/other")
+
+
+def test_offline_only_the_cache_of_the_hub_is_read(hub, monkeypatch):
+    MAKERS["dcgan"]().push_to_hub("user/repo")
     hub.clear()
     monkeypatch.setenv("FASTGAN_OFFLINE", "1")
-    with pytest.raises(InputError, match="'user/other' does not exist; .* FASTGAN_OFFLINE is set"):
+    Generator.from_pretrained("user/repo")
+    assert [options["local_files_only"] for _, options in hub] == [True]
+    with pytest.raises(InputError, match="in the Hub's cache .FASTGAN_OFFLINE is set.: 'user/other'"):
         Generator.from_pretrained("user/other")
     with pytest.raises(InputError, match="push_to_hub.*FASTGAN_OFFLINE"):
         MAKERS["dcgan"]().push_to_hub("user/repo")
-    monkeypatch.delenv("FASTGAN_OFFLINE")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="pip install huggingface_hub"):
-        Generator.from_pretrained("user/other")
-    assert hub == []
+
+
+@pytest.mark.parametrize("version", ["none", "old"])
+def test_without_huggingface_hub_folders_still_work(version, monkeypatch):
+    module = None if version == "none" else SimpleNamespace(PyTorchModelHubMixin=object)  # takes no model card
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    mixin = runpy.run_path(inspect.getfile(Generator).replace("base.py", "_hub.py"))["HubMixin"]
+    generator = type("Plain", (torch.nn.Linear, mixin), {})(2, 3)
+    advice = "pip install huggingface_hub" if version == "none" else "a newer huggingface_hub"
+    with pytest.raises(InputError, match=advice):
+        generator.push_to_hub("user/repo")
+    with pytest.raises(InputError, match=advice):
+        generator.save_pretrained("folder", push_to_hub=True)

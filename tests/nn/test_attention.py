@@ -388,8 +388,8 @@ def test_onnx_export_uses_plain_operators(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 12}, "in_channels must be divisible by 8 where qk_channels is not given, got 12"),
-        ({"in_channels": 7, "qk_channels": 2}, "in_channels must be divisible by 2 where value_channels is not given"),
+        ({"in_channels": 12}, "in_channels must be divisible by 8 if qk_channels is not given, got 12"),
+        ({"in_channels": 7, "qk_channels": 2}, "in_channels must be divisible by 2 if value_channels is not given"),
         ({"in_channels": 16, "qk_channels": 0}, "qk_channels must be at least 1"),
         ({"in_channels": 16, "impl": "cuda"}, "impl must be one of"),
     ],

@@ -102,7 +102,7 @@ def fuse(
             ``o``, ``gamma`` and ``norm`` if the block has them; several such mappings for several kinds of block.
 
     Returns:
-        The model, and a report of what was swapped and of what was not and why.
+        The model, and a report of the swapped parts and of the others, with the reasons.
 
     Raises:
         ValueError: ``example_input`` does not fit the model, it has parameters without a shape yet, ``impl`` is none

@@ -353,7 +353,7 @@ def _norms(path: str, module: nn.Module, impl: str) -> Iterator[Swap | Refusal]:
     if spelling is not None and spelling.method not in module.__dict__:
         count = vectors_stored(module, spelling)
         if count > 1:
-            reason = f"it keeps {count} singular vectors (num_SVs), of which fastgan's would renew one"
+            reason = f"it keeps {count} singular vectors (num_SVs), and fastgan's would update only one"
             yield Refusal(path, f"spectral norm in {spelling.method} with {spelling.u}", reason)
         else:
             yield StoredVectorSwap(path, module, impl, spelling)
