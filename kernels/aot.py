@@ -6,13 +6,15 @@ must be off.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -57,6 +59,7 @@ class AotCase:
     label: str
     divisible: tuple[str, ...] = field(default=())  # arguments that the launcher finds to be multiples of 16
     mma: bool = False  # the dtype allows matrix instructions, so there must be some
+    variant: bool = False  # another case has the same tile, for more outputs or for another dtype or layout
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,11 @@ def compile_for(case: AotCase, capability: int) -> Any:
 
 def compile_case(case: AotCase, capability: int) -> Report:
     """Compile ``case`` for compute capability ``capability`` (80, 90, 100) and report its resources."""
-    compiled = compile_for(case, capability)
+    return report_of(case, compile_for(case, capability), capability)
+
+
+def report_of(case: AotCase, compiled: Any, capability: int) -> Report:
+    """Return the resources of ``case``, which was compiled for ``capability``."""
     usage = resource_usage(compiled.asm["cubin"])
     local = usage["STACK"] + usage["LOCAL"]
     return Report(
@@ -159,9 +166,13 @@ def resident(registers: int, shared: int, num_warps: int, capability: int) -> in
     )
 
 
-def cases(op: str, capability: int) -> list[AotCase]:
-    """Return every configuration of ``op`` (a key of :data:`OPS`) that can be launched on ``capability``."""
-    return list(OPS[op](capability))
+@functools.cache
+def cases(op: str, capability: int, rows: bool = False) -> tuple[AotCase, ...]:
+    """Return every configuration of ``op`` (a key of :data:`OPS`) that can be launched on ``capability``.
+
+    With ``rows`` variants are left out: each row of a table is there once.
+    """
+    return tuple(case for case in OPS[op](capability) if not (rows and case.variant))
 
 
 ATTENTION_KERNELS = {
@@ -173,28 +184,21 @@ ATTENTION_KERNELS = {
 }
 _BEYOND = ("heads", "mask", "sinks")  # arguments that are None for one unmasked head
 _CHANNEL_STRIDES = ("_sd", "_se")
-_ROW_STRIDES = ("_sn", "_sm")
 
 
 def _attention(capability: int) -> Iterator[AotCase]:
-    """Yield every entry of the table, at the most channels that it serves, in float16 and float32.
+    """Yield every entry of the tables, at the most channels that it serves, in bfloat16 and float32.
 
-    Operands are contiguous along channels; in half precision on sm_90 also along rows, as channels-first models have
-    them; launchers copy the float32 ones.
+    Operands are contiguous along channels. Outputs as wide as v that have a launch of their own, in the tile of the one
+    before it, are a variant.
     """
-    for kernel, d, e, one, dtype in launches(capability, has_heads=False):
-        layouts = (
-            (_CHANNEL_STRIDES, _ROW_STRIDES) if capability == 90 and dtype == torch.float16 else (_CHANNEL_STRIDES,)
-        )
-        for units in layouts:
-            yield attention_case(kernel, d, e, one.tile, dtype, one.outputs, _precision(one.tile, dtype), units)
-    for kernel, d, e, one, dtype in launches(capability, has_heads=True):
-        precision = _precision(one.tile, dtype)
-        yield attention_case(kernel, d, e, one.tile, dtype, one.outputs, precision, heads=True)
-
-
-def _precision(tile: Tile, dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float16 else "ieee" if tile.scalar else "tf32x3"
+    for heads in (False, True):
+        before = None
+        for kernel, d, e, one, dtype in launches(capability, heads):
+            precision = "tf32" if dtype == torch.bfloat16 else "ieee" if one.tile.scalar else "tf32x3"
+            case = attention_case(kernel, d, e, one.tile, dtype, one.outputs, precision, heads)
+            yield replace(case, variant=one.outputs.get("QK") is False and one.tile == before)
+            before = one.tile
 
 
 def attention_case(
@@ -205,10 +209,9 @@ def attention_case(
     dtype: torch.dtype,
     outputs: dict[str, bool],
     precision: str = "tf32",
-    unit_strides: tuple[str, str] = _CHANNEL_STRIDES,
     heads: bool = False,
 ) -> AotCase:
-    """Return one launch, for operands whose strides of these names are 1.
+    """Return one launch, for operands that are contiguous along channels and whose rows are multiples of 16.
 
     With ``heads`` it is the one that takes most: several heads under a causal and an additive mask, with sinks.
     """
@@ -216,9 +219,9 @@ def attention_case(
     logits = "tf32x3" if precision == "ieee" else precision
     constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, "PARTS": 1, **outputs}
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
-    constexprs |= {name: 1 for name in function.arg_names if name.endswith(unit_strides)}
+    constexprs |= {name: 1 for name in function.arg_names if name.endswith(_CHANNEL_STRIDES)}
     beyond = [name for name in _BEYOND if name in function.arg_names and not heads]
-    constexprs |= {**dict.fromkeys(beyond), "CAUSAL": heads, "UNIT": 1}
+    constexprs |= {**dict.fromkeys(beyond), "CAUSAL": heads, "UNIT": 16}
     floats: dict[str, Any] = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
     floats |= {
         "heads": ("i32",) * (2 + sum(name.endswith("_sb") for name in function.arg_names)),
@@ -232,14 +235,16 @@ def attention_case(
     }
     label = f"{_POINTERS[dtype][1:]} {precision} D={d} E={e} slab={tile.slab} {tile}"
     label = " ".join([label, *(name for name, value in outputs.items() if value)])
-    label += " channels-first" if unit_strides == _ROW_STRIDES else ""
     label += " heads" if heads else ""
     divisible = tuple(name for name, kind in signature.items() if kind != "fp32" and name not in _BEYOND)
     return AotCase(function, signature, constexprs, tile, label, divisible, mma=precision != "ieee")
 
 
 def _projections(_capability: int) -> Iterator[AotCase]:
-    """Yield every tile in float16 and float32, x channels-first and channels-last, float32 x under float16 weights."""
+    """Yield every tile in float16 and float32, x channels-first and channels-last, float32 x under float16 weights.
+
+    The first of these layouts, with x in the dtype of the weights, stands for the others.
+    """
     dtypes = (("*fp16", "*fp16"), ("*fp32", "*fp32"), ("*fp16", "*fp32"))
     for (weight, x), layout, outputs in itertools.product(dtypes, ("_sn", "_sc"), (16, 32, 64, 128)):
         itemsize = 2 if weight == "*fp16" else 4
@@ -262,11 +267,15 @@ def _projections(_capability: int) -> Iterator[AotCase]:
             }
             memory = "channels-first" if layout == "_sn" else "channels-last"
             label = f"{weight[1:]} x={x[1:]} {precision} {memory} {tile}"
-            yield AotCase(kernel, signature, constexprs, tile, label, tuple(signature), mma=True)
+            variant = layout != "_sn" or x != weight
+            yield AotCase(kernel, signature, constexprs, tile, label, tuple(signature), mma=True, variant=variant)
 
 
 def _spectral_norm(_capability: int) -> Iterator[AotCase]:
-    """Yield all launches for weights of each dtype and, beside them, outputs or gradients of each dtype."""
+    """Yield all launches for weights of each dtype and, beside them, outputs or gradients of each dtype.
+
+    Those that are float32 throughout stand for the others.
+    """
     types = {
         **dict.fromkeys(("pointers", "geometry"), "*i64"),
         "tiles": "*i32",
@@ -290,7 +299,8 @@ def _spectral_norm(_capability: int) -> Iterator[AotCase]:
         for kernel, flags, sizes in launches:
             signature = {name: kind for name, kind in types.items() if name in kernel.arg_names}
             label = " ".join([f"{w} {x}", *(f"{name}={value}" for name, value in flags.items())])
-            yield AotCase(kernel, signature, {**flags, "W_DTYPE": w, **sizes}, TILES, label)
+            variant = not w == x == tl.float32
+            yield AotCase(kernel, signature, {**flags, "W_DTYPE": w, **sizes}, TILES, label, variant=variant)
 
 
 OPS = {"attention": _attention, "projection": _projections, "spectral_norm": _spectral_norm}

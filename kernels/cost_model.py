@@ -15,13 +15,15 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastgan.kernels.aot import case_of, compile_for, resident
+from fastgan.kernels.aot import case_of, compile_for, report_of, resident
+from fastgan.kernels.attention.launch import Heads, attention_bwd, attention_fwd, bwd_bwd_and_sums
 from fastgan.kernels.launch import Launch, recorded
-from fastgan.kernels.machine_code import Loop, count_in_loops, disassemble, loops, resource_usage
+from fastgan.kernels.machine_code import Loop, disassemble, loops
 
 # An H100 SXM (NVIDIA H100 data sheet): multiprocessors, clocks per second under load, schedulers and the number of
 # exponentials and of floating-point operations by matrix instructions per clock and multiprocessor.
@@ -37,6 +39,7 @@ MOST_ISSUE = 0.7
 # A loop of fewer instructions waits for a barrier; it is passed once.
 LEAST_LOOP = 8
 
+Shape: TypeAlias = tuple[int, int, int, int, int]
 # (B, N, M, d, e) of SelfAttention2d(C) on H x H images: C and H name the row.
 SHAPES = {
     "C=64 H=64": (32, 4096, 1024, 8, 32),
@@ -44,6 +47,11 @@ SHAPES = {
     "C=192 H=64": (32, 4096, 1024, 24, 96),
     "C=256 H=64": (32, 4096, 1024, 32, 128),
     "C=384 H=32": (32, 1024, 256, 48, 192),
+}
+# Those of 12 heads of 32 images of 1024 tokens, one map for each head.
+N_HEADS = 12
+HEADS_SHAPES = {
+    "12 heads of 64": (32 * N_HEADS, 1024, 1024, 64, 64),
 }
 
 
@@ -60,6 +68,7 @@ class Cost:
         registers: of each thread.
         local_in_loops: instructions in loops that use local memory.
         resident: programs that a multiprocessor holds at once.
+        violations: why it must not be launched; nothing if it may.
     """
 
     kernel: str
@@ -70,6 +79,7 @@ class Cost:
     registers: int
     local_in_loops: int
     resident: int
+    violations: list[str]
 
     @property
     def ratio(self) -> float:
@@ -84,14 +94,13 @@ class Cost:
 
 
 def attention_launches(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_first: bool = False
+    shape: Shape, dtype: torch.dtype, channels_first: bool = False, options: Heads | None = None
 ) -> list[Launch]:
     """Return the launches of a forward, a backward and a double backward pass for (B, N, M, d, e).
 
-    Keys and values are parts of one tensor, as the pooled projection makes them.
+    Keys and values are parts of one tensor, as the pooled projection makes them. With ``options`` of heads B is the
+    number of maps of all heads.
     """
-    from fastgan.kernels.attention.launch import attention_bwd, attention_bwd_bwd, attention_fwd
-
     b, n, m, d, e = shape
 
     def rows(count: int, channels: int) -> Tensor:
@@ -101,21 +110,24 @@ def attention_launches(
 
     q = rows(n, d)
     k, v = rows(m, d + e).split((d, e), 2)
+    gg_sinks = None
+    if options is not None:
+        q, k, v = (rows(*sizes).unflatten(0, (-1, options.count)) for sizes in ((n, d), (m, d), (m, e)))
+        gg_sinks = options.sinks
     with recorded() as made:
-        o, stats = attention_fwd(q, k, v, 1.0)
+        o, stats = attention_fwd(q, k, v, 1.0, options)
         grad_o = torch.empty_like(o)
-        dq, dk, dv = attention_bwd(grad_o, q, k, v, o, stats, 1.0)
-        attention_bwd_bwd(dq, dk, dv, grad_o, q, k, v, o, stats, 1.0)
+        dq, dk, dv = attention_bwd(grad_o, q, k, v, o, stats, 1.0, options)
+        bwd_bwd_and_sums(dq, dk, dv, grad_o, q, k, v, o, stats, 1.0, options, gg_sinks)
     return made
 
 
-def launch_cost(launch: Launch, shape: tuple[int, int, int, int, int], capability: int = 90) -> Cost:
+def launch_cost(launch: Launch, shape: Shape, capability: int = 90) -> Cost:
     """Compile ``launch`` for ``capability`` (80, 90, 100) and return its modelled cost on an H100's multiprocessors."""
     case = case_of(launch)
     compiled = compile_for(case, capability)
-    cubin = compiled.asm["cubin"]
-    usage = resource_usage(cubin)
-    assembly = disassemble(cubin)
+    report = report_of(case, compiled, capability)
+    assembly = disassemble(compiled.asm["cubin"])
     outer, inner = _turns(launch, shape)
     issued = matrix_operations = 0.0
     for loop, turns in _counted(loops(assembly), outer, inner):
@@ -124,7 +136,7 @@ def launch_cost(launch: Launch, shape: tuple[int, int, int, int, int], capabilit
     programs = math.prod(launch.grid)
     warps = launch.config.num_warps
     busiest = -(-programs // MULTIPROCESSORS)  # programs of the fullest multiprocessor
-    held = resident(usage["REG"], compiled.metadata.shared, warps, capability)
+    held = resident(report.registers, report.shared, warps, capability)
     rate = min(MOST_ISSUE, ISSUE_PER_WARP * max(1.0, min(held, busiest) * warps / SCHEDULERS))
     issue_clocks = busiest * warps * issued / SCHEDULERS / rate
     half = launch.arguments[0].element_size() == 2
@@ -135,13 +147,14 @@ def launch_cost(launch: Launch, shape: tuple[int, int, int, int, int], capabilit
         tile=" ".join([str(launch.config), *(name for name in ("QK", "V") if launch.constants.get(name))]),
         microseconds=max(issue_clocks, matrix_clocks) / CLOCK * 1e6,
         floor=floor(launch, shape) * 1e6,
-        registers=usage["REG"],
-        local_in_loops=count_in_loops(assembly),
+        registers=report.registers,
+        local_in_loops=report.local_in_loops,
         resident=held,
+        violations=report.violations(case),
     )
 
 
-def floor(launch: Launch, shape: tuple[int, int, int, int, int]) -> float:
+def floor(launch: Launch, shape: Shape) -> float:
     """Return the seconds that the products of a launch, or its exponentials, take at least on an H100."""
     b, n, m, d, e = shape
     name, qk, v = launch.kernel.__name__, launch.constants.get("QK", True), launch.constants.get("V", True)
@@ -162,7 +175,7 @@ def floor(launch: Launch, shape: tuple[int, int, int, int, int]) -> float:
     return clocks / (MULTIPROCESSORS * CLOCK)
 
 
-def _turns(launch: Launch, shape: tuple[int, int, int, int, int]) -> tuple[int, int]:
+def _turns(launch: Launch, shape: Shape) -> tuple[int, int]:
     """Return the turns of a kernel's loop over tiles, and of the loops within it over v's other slabs."""
     _, n, m, _, e = shape
     constants = launch.constants

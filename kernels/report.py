@@ -11,18 +11,23 @@ if a configuration must not be launched.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fastgan.backend import interpreting
 from fastgan.kernels.aot import ARCHITECTURES, OPS, cases, compile_case
 from fastgan.kernels.cost_model import SHAPES, Cost, attention_launches, launch_cost
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def main() -> int:
@@ -33,10 +38,14 @@ def main() -> int:
     if arguments.model:
         return _model(arguments)
     jobs = [(op, capability) for op in arguments.op or OPS for capability in arguments.capability]
-    tasks = [(op, capability, i) for op, capability in jobs for i in range(len(cases(op, capability)))]
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        rows = []
-        for row, violations in pool.imap(_compile, tasks):
+    tasks = [
+        (op, capability, arguments.rows, i)
+        for op, capability in jobs
+        for i in range(len(cases(op, capability, arguments.rows)))
+    ]
+    rows = []
+    with mapped(_compile, tasks, arguments.processes) as results:
+        for row, violations in results:
             rows.append(row | {"violations": violations})
             if not arguments.json:
                 print(_line(row), *(f"  NO: {v}" for v in violations), sep="\n", flush=True)
@@ -49,24 +58,35 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastgan.kernels.report", description=__doc__)
     parser.add_argument("--op", action="append", choices=list(OPS), help="may be repeated; all by default")
     parser.add_argument("--capability", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--rows", action="store_true", help="each tile once, not for every dtype and layout")
     parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
     parser.add_argument("--model", action="store_true", help="print modelled microseconds, floors and their ratios")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     return parser.parse_args()
 
 
-def _compile(task: tuple[str, int, int]) -> tuple[dict[str, Any], list[str]]:
-    op, capability, i = task
-    case = cases(op, capability)[i]
+@contextlib.contextmanager
+def mapped(function: Callable[[T], R], tasks: Sequence[T], processes: int) -> Iterator[Iterator[R]]:
+    """Results of ``tasks`` in their order, by so many processes; by this one if it is 1, since each imports torch."""
+    if processes == 1:
+        yield map(function, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield pool.imap(function, tasks)
+
+
+def _compile(task: tuple[str, int, bool, int]) -> tuple[dict[str, Any], list[str]]:
+    op, capability, rows, i = task
+    case = cases(op, capability, rows)[i]
     report = compile_case(case, capability)
     return {"op": op} | asdict(report), report.violations(case)
 
 
 def _model(arguments: argparse.Namespace) -> int:
     tasks = [(shape, dtype) for shape in SHAPES for dtype in ("bfloat16", "float32")]
-    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        rows = []
-        for (shape, dtype), costs in zip(tasks, pool.imap(_costs, tasks), strict=True):
+    rows = []
+    with mapped(_costs, tasks, arguments.processes) as results:
+        for (shape, dtype), costs in zip(tasks, results, strict=True):
             rows += [{"shape": shape, "dtype": dtype, **asdict(cost), "ratio": cost.ratio} for cost in costs]
             if not arguments.json:
                 print(f"{shape}, {dtype}: {_sums(costs)}", *(f"  {cost}" for cost in costs), sep="\n", flush=True)

@@ -1,11 +1,11 @@
 """Launch configurations of the attention kernels: a small frozen table.
 
 Each entry compiles without local memory in its loops at the most channels that it is for, on all architectures of its
-family, sm_90's of half precision for operands of both layouts (``tests/kernels/test_aot.py``). Registers limit it: a
-program keeps its own operands and its float32 sums, and of each tile up to five maps. The tensor cores of sm_90 and
-later want 64 rows of the program's own side; if that leaves too few registers for the sums as wide as v, v is cut into
-slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles the registers, so their
-tiles are smaller. A double backward that has no registers for the parts multiplies in float32 proper.
+family, and so does what attention blocks launch on sm_90 in both layouts (``tests/kernels/test_aot.py``). Registers
+limit it: a program keeps its own operands and its float32 sums, and of each tile up to five maps. The tensor cores of
+sm_90 and later want 64 rows of the program's own side; if that leaves too few registers for the sums as wide as v, v is
+cut into slabs rather than the tile. float32 operands are split into three TF32 parts, which doubles what is kept, so
+their tiles are smaller. A double backward that has no registers for the parts multiplies in float32 proper.
 
 Among the tiles that compile, sm_90's are those that ``python -m fastgan.kernels.report --model`` ranks first: four
 warps on 64 rows, since eight warps are two groups that share the narrow side of the product, and a single pipeline
@@ -335,7 +335,7 @@ def launches(capability: int, has_heads: bool) -> Iterator[tuple[str, int, int, 
     for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in table):
         for entry in _entries(table, kernel, itemsize, capability):
             for one in _passes_of(kernel, entry, entry[1]):
-                yield kernel, entry[0], entry[1], one, torch.float16 if itemsize == 2 else torch.float32
+                yield kernel, entry[0], entry[1], one, torch.bfloat16 if itemsize == 2 else torch.float32
 
 
 def _entries(

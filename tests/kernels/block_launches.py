@@ -5,7 +5,6 @@ import argparse
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 from dataclasses import asdict
 from unittest import mock
@@ -14,6 +13,7 @@ import torch
 
 from fastgan.kernels.aot import ARCHITECTURES, case_of, compile_case
 from fastgan.kernels.launch import recorded
+from fastgan.kernels.report import mapped
 from fastgan.nn import SelfAttention2d
 from fastgan.nn import attention as module
 
@@ -72,9 +72,9 @@ def main():
     given = parser.parse_args()
     choices = tuple(tuple(getattr(given, name)) for name in ("blocks", "channels", "heights", "dtypes", "layouts"))
     tasks = [(choices, i, capability) for capability in given.capability for i in range(len(cases_of(*choices)))]
-    with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+    with mapped(report, tasks, given.processes) as rows:
         print("[", end="", flush=True)
-        for i, row in enumerate(pool.imap(report, tasks)):
+        for i, row in enumerate(rows):
             print(",\n" * (i > 0) + json.dumps(row), end="", flush=True)
     print("]")
 

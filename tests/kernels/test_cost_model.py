@@ -73,7 +73,7 @@ MISSED = {
 
 @pytest.mark.slow
 def test_no_launch_of_the_table_is_far_from_its_floor():
-    command = [sys.executable, "-W", "ignore", "-m", "fastgan.kernels.report", "--model", "--json", "--processes", "2"]
+    command = [sys.executable, "-W", "ignore", "-m", "fastgan.kernels.report", "--model", "--json", "--processes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     rows = json.loads(done.stdout)
     assert {row["shape"] for row in rows} == set(SHAPES)
@@ -85,4 +85,4 @@ def test_no_launch_of_the_table_is_far_from_its_floor():
         if row["ratio"] > MISSED.get((row["shape"], row["kernel"]), 3.3 if row["direction"] == "forward" else 4.4)
     ]
     assert not slower, "\n".join(slower)
-    assert all(row["local_in_loops"] == 0 for row in rows)
+    assert [v for row in rows for v in row["violations"]] == []
