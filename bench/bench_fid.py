@@ -1,4 +1,5 @@
-"""Inception's forward pass, decoding, and whole FIDs from files and from resident images: against pytorch-fid.
+"""Inception's forward pass, decoding, and whole FIDs from files and from resident images: against pytorch-fid. Five
+metrics of one pass: against the FID alone.
 
 The weights are random, the same for both. Every number of a precision comes with its error against float32.
 """
@@ -29,10 +30,12 @@ def workloads(quick: bool, device: str) -> list[Workload]:
     """The forward pass in float32 and bfloat16, precision's error with real weights, decoding, and whole FIDs."""
     if quick:
         found = [forward(64, 4, "fp32", device), many_small(10, device)]
+        found.append(five_metrics(12, device))
         return found if device == "cuda" else [*found, whole_command(20, dims=192)]
     found = [forward(2048, 16 if device == "cpu" else 256, precision, device) for precision in ("fp32", "bf16")]
     found += [precision_error(200, device), many_small(50, device)]
     found += [decoding(1000, resize) for resize in ("legacy_pytorch", "clean")]
+    found.append(five_metrics(1000, device))
     return [*found, resident(50_000)] if device == "cuda" else [*found, whole_command(1000, dims=2048)]
 
 
@@ -129,6 +132,26 @@ def whole_command(n: int, dims: int) -> Workload:
         },
         tolerance=1e-3,
         once=True,
+        images=2 * n,
+    )
+
+
+def five_metrics(n: int, device: str) -> Workload:
+    """Two folders of ``n`` PNGs to the FID alone and to five metrics, in one process: both decode each image once and
+    run the network once."""
+    five = ("fid", "kid", "is", "prdc", "sfid")
+    return Workload(
+        name=f"evaluate-{2 * n}-pngs-2048",
+        implementations={
+            "fastgan fid": partial(evaluated, n, device, ("fid",)),
+            f"fastgan {','.join(five)}": partial(evaluated, n, device, five),
+        },
+        reference="fastgan fid",
+        check=relative_difference,
+        parameters={"n": [n, n], "dims": 2048, "size": 64, "precision": "fp32", "device": device},
+        tolerance=1e-6,
+        warmup=0,
+        min_rounds=1,
         images=2 * n,
     )
 
@@ -287,6 +310,18 @@ def run_fastgan_fid(n: int, dims: int) -> float:
         return _last_number(
             ["fastgan", "fid", *map(str, image_folders(n)), *options], dims, {"TORCHINDUCTOR_CACHE_DIR": cache}
         )
+
+
+def evaluated(n: int, device: str, metrics: tuple[str, ...]) -> float:
+    """The FID, and the other metrics beside it."""
+    from fastgan.metrics.catalogue import EvaluateOptions
+    from fastgan.metrics.evaluate import evaluate
+    from fastgan.metrics.options import FeatureOptions
+
+    options = FeatureOptions(backbone="inception", weights=weights_file(), precision="fp32", device=device, quiet=True)
+    fake, real = image_folders(n)
+    result = evaluate(fake, real, options, EvaluateOptions(metrics))
+    return next(value.value for name, value in result.values.items() if name.startswith("FD"))
 
 
 def _last_number(module: list[str], dims: int, environment: dict[str, str]) -> float:

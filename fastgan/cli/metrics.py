@@ -102,8 +102,8 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Any of fid, fid-infinity, kid, is, prdc, sfid, mifid, cmmd, authpct, ct, vendi, intra-fid, separated "
-            "by commas; or all, which says what is left out and why."
+            help="Any of fid, fid-infinity, kid, is, prdc, sfid, mifid, cmmd, authpct, ct, fld, vendi, intra-fid, "
+            "separated by commas; or all, which says what is left out and why."
         ),
     ] = "fid,kid,prdc",
     plot: Annotated[

@@ -9,6 +9,7 @@ from fastgan._checks import InputError
 from fastgan.data.archives import open_images
 from fastgan.data.image_sources import ImageFolder, ImageSource
 from fastgan.metrics._fid_infinity import fid_infinity
+from fastgan.metrics._fld import fld
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, default_backbone, load_backbone
 from fastgan.metrics.diversity import auth_pct, cmmd, ct_score, mifid, vendi_score
@@ -47,6 +48,7 @@ __all__ = [
     "ct_score",
     "default_backbone",
     "fid_infinity",
+    "fld",
     "folder_stats",
     "frechet_distance",
     "frechet_distances",

@@ -21,6 +21,7 @@ from fastgan.metrics._fid_infinity import (
     fid_infinity,
     least_for_infinity,
 )
+from fastgan.metrics._fld import fld
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.backbones.inception_network import SPATIAL_DIM
@@ -281,6 +282,11 @@ def _ct(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     yield Found("C_T", each.mean().item(), lambda: centred(each), least=None, higher_is_better=True)
 
 
+def _fld(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
+    value = fld(sets.features("real"), sets.features("test"), sets.features("fake"), seed=options.seed)
+    yield Found(f"FLD ({sets.fake.stats.backbone or 'unknown backbone'})", value, least=None)
+
+
 def _vendi(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     fake = sets.features("fake")
     yield Found("Vendi", vendi_score(fake), lambda: vendi_influences(fake), least=1.0, higher_is_better=True)
@@ -312,6 +318,7 @@ METRICS: dict[str, Metric] = {
     "cmmd": Metric(_cmmd),
     "authpct": Metric(_auth_pct, trained_on=True),
     "ct": Metric(_ct, test=FEATURES, trained_on=True),
+    "fld": Metric(_fld, test=FEATURES, least=lambda options: 4, trained_on=True),
     "vendi": Metric(_vendi, real=""),
     "intra-fid": Metric(_intra_fid, IMAGES, IMAGES, classes=True),
 }

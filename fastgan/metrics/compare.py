@@ -154,10 +154,9 @@ def compare(
         sides = [with_classes(side, source) for side, source in zip(sides, sources, strict=True)]
     reference, measured = sides[0], sides[1 : len(sets) + 1]
     reference.stats.root()  # once for all sets
-    found = []
-    for each in measured:
-        compared = Sets(each, reference, sides[-1] if test is not None else None, head_of(network))
-        found.append([number for _, number in compute(choice.metrics, compared, what)])
+    test_side = sides[-1] if test is not None else None
+    compared = [Sets(each, reference, test_side, head_of(network)) for each in measured]
+    found = [[number for _, number in of_set] for of_set in compute(choice, compared)]
     first = [numbers[0] for numbers in found]
     ranks = sorted(range(len(sets)), key=lambda i: -first[i].value if first[i].higher_is_better else first[i].value)
     noise = [[resampled(one, seed=what.seed + i) for one in row] for i, row in enumerate(found)]

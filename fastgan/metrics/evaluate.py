@@ -150,8 +150,7 @@ def evaluate(
         sides = [with_classes(side, source) for side, source in zip(sides, sources, strict=True)]
     fake, real, test, *_ = *sides, None, None
     assert fake is not None
-    sets = Sets(fake, real, test, head_of(network))
-    found = compute(choice.metrics, sets, what)
+    (found,) = compute(choice, [Sets(fake, real, test, head_of(network))])
     values = {one.name: Value(one.value, **printed(one)) for _, one in found}
     extras: dict[str, Any] = {"limit": next((one.value for key, one in found if key == "fid-infinity"), None)}
     if real is not None and test is not None:
@@ -198,9 +197,23 @@ class Choice:
         return any(getattr(METRICS[name], side) not in ("", STATISTICS) and name != "sfid" for name in self.metrics)
 
 
-def compute(metrics: Sequence[str], sets: Sets, what: EvaluateOptions) -> list[tuple[str, Found]]:
-    """Return the numbers of ``metrics``, each with the metric that it belongs to."""
-    return [(metric, one) for metric in metrics for one in METRICS[metric].compute(sets, what)]
+def compute(choice: Choice, sets: Sequence[Sets]) -> list[list[tuple[str, Found]]]:
+    """Return the numbers of each of ``sets``, each number with the metric that it belongs to.
+
+    A metric that the features of one set do not allow is an error, or left out of ``choice`` for all sets.
+    """
+    found: list[list[tuple[str, Found]]] = [[] for _ in sets]
+    for metric in list(choice.metrics):
+        try:
+            numbers = [[(metric, one) for one in METRICS[metric].compute(each, choice.what)] for each in sets]
+        except InputError as error:
+            if not choice.what.skip_unmet:
+                raise
+            choice.leave_out(metric, f"cannot be computed of these features: {error}")
+            continue
+        for of_set, more in zip(found, numbers, strict=True):
+            of_set += more
+    return found
 
 
 def printed(found: Found) -> dict[str, Any]:

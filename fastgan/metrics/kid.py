@@ -6,7 +6,7 @@ Binkowski et al., "Demystifying MMD GANs", 2018.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 4096
 _DIAGONAL = 64  # rows whose kernels with themselves are computed at a time
+_VALUES = 1 << 24  # of the kernel, held at a time
 _GROUPS, _MOST = 12, 4000
 
 
@@ -80,28 +81,66 @@ def kernel_distance(
     kernel = functools.partial(
         polynomial, degree=degree, gamma=1 / real.shape[1] if gamma is None else gamma, coef=coef
     )
-    values = []
-    whole = _Kernels(real.double(), fake.double(), kernel) if max(len(real), len(fake)) <= _MOST else None
-    for _ in range(1 if size == len(real) == len(fake) else subsets):
-        i, j = (torch.randperm(len(rows), generator=generator)[:size].to(rows.device) for rows in (real, fake))
-        values.append(squared_mmd(real[i], fake[j], kernel) if whole is None else whole.squared_mmd(i, j))
-    drawn = torch.stack(values)
-    error = standard_error(real, fake, kernel, generator)
+    x, y = real.double(), fake.double()
+    count = 1 if size == len(x) == len(y) else subsets
+    draws = [[torch.randperm(len(rows), generator=generator)[:size] for rows in (x, y)] for _ in range(count)]
+    members = [_indicators([draw[side] for draw in draws], rows) for side, rows in enumerate((x, y))]
+    orders = [torch.randperm(len(rows), generator=generator)[:_MOST] for rows in (x, y)]
+    groups = [_indicators(order.tensor_split(_GROUPS), rows) for order, rows in zip(orders, (x, y), strict=True)]
+    if _whole_is_cheaper(len(x), len(y), count, size):
+        sums = _kernel_sums(x, y, *(torch.cat(pair) for pair in zip(members, groups, strict=True)), kernel)
+        within, between, diagonals = sums
+        drawn = _unbiased(
+            *(part.diagonal()[:count] for part in (*within, between)), *(d[:count] for d in diagonals), size
+        )
+        of_groups = ([part[count:, count:] for part in within], between[count:, count:], [d[count:] for d in diagonals])
+    else:
+        drawn = torch.stack([squared_mmd(x[i.to(x.device)], y[j.to(y.device)], kernel) for i, j in draws])
+        rows = [rows[order.to(rows.device)] for order, rows in zip(orders, (x, y), strict=True)]
+        columns = [group[:, order.to(group.device)] for group, order in zip(groups, orders, strict=True)]
+        of_groups = _kernel_sums(*rows, *columns, kernel)
+    error = _standard_error(*of_groups, [group.sum(dim=1) for group in groups], (len(x), len(y)))
     return KernelDistance(drawn.mean().item(), drawn.std(unbiased=False).item(), subsets, size, error)
 
 
-class _Kernels:
-    """The kernel of all pairs, of which many subsets of small sets are taken without computing it again."""
+def _indicators(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Return (len(parts), n) float64: 1 where a row of ``rows`` (n, dim) is in a part, else 0."""
+    found = torch.zeros(len(parts), len(rows), dtype=torch.float64)
+    for indicator, part in zip(found, parts, strict=True):
+        indicator[part] = 1
+    return found.to(rows.device)
 
-    def __init__(self, x: Tensor, y: Tensor, kernel: Kernel) -> None:
-        self.pairs = kernel(x, x), kernel(y, y), kernel(x, y)
 
-    def squared_mmd(self, i: Tensor, j: Tensor) -> Tensor:
-        """The unbiased squared MMD of rows ``i`` of x and ``j`` of y."""
-        xx, yy, xy = (pairs[a][:, b] for pairs, a, b in zip(self.pairs, (i, j, i), (i, j, j), strict=True))
-        n, m = len(i), len(j)
-        within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
-        return within - 2 * xy.sum() / (n * m)
+def _whole_is_cheaper(n: int, m: int, subsets: int, size: int) -> bool:
+    """Return whether the kernel of all pairs has fewer values than those of the subsets."""
+    return n * n + m * m + n * m <= 3 * subsets * size * size
+
+
+_Sums = tuple[list[Tensor], Tensor, list[Tensor]]
+"""Sums of the kernel over pairs of sets of rows: within each side, between the sides, and of rows with themselves."""
+
+
+def _kernel_sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, kernel: Kernel) -> _Sums:
+    """Sum the kernel over the pairs of any two sets of rows, which ``of_x`` (s, n) and ``of_y`` (s, m) indicate.
+
+    Each value of the kernel is computed once for all sets, and a block of rows at a time.
+    """
+
+    def between(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
+        size = max(1, _VALUES // len(b))
+        parts = zip(a.split(size), of_a.split(size, dim=1), strict=True)
+        return torch.stack([part @ kernel(block, b) for block, part in parts]).sum(dim=0) @ of_b.mT
+
+    within, diagonals = [], []
+    for rows, sets in ((x, of_x), (y, of_y)):
+        within.append(between(rows, rows, sets, sets))
+        diagonal = torch.cat([kernel(part, part).diagonal() for part in rows.split(_DIAGONAL)])
+        diagonals.append(sets @ diagonal)
+    return within, between(x, y, of_x, of_y), diagonals
+
+
+def _unbiased(xx: Tensor, yy: Tensor, xy: Tensor, x_diagonal: Tensor, y_diagonal: Tensor, size: int) -> Tensor:
+    return (xx - x_diagonal + yy - y_diagonal) / (size * (size - 1)) - 2 * xy / size**2
 
 
 def check_kernel(*, subsets: int, subset_size: int, degree: int, gamma: float | None, coef: float) -> None:
@@ -167,23 +206,16 @@ def squared_mmd(
     return within(x) + within(y) - 2 * _block_sum(x, y, kernel) / (len(x) * len(y))
 
 
-def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.Generator) -> float:
-    """The standard error of the unbiased squared MMD of ``real`` and ``fake``: a jackknife that leaves out a group of
-    each at a time. Of more than 4000 vectors 4000 are drawn, and the error is scaled to their number.
+def _standard_error(
+    within: list[Tensor], between: Tensor, diagonals: list[Tensor], sizes: list[Tensor], numbers: tuple[int, int]
+) -> float:
+    """Return the standard error of the unbiased squared MMD, by a jackknife that leaves out a group at a time.
 
-    NaN for fewer than 24 vectors on a side.
+    ``sizes`` are those of the groups of each side, which may hold at most 4000 of its ``numbers`` of vectors: the error
+    is scaled to these. NaN for fewer than 24 vectors on a side.
     """
-    groups = []
-    for rows in (real, fake):
-        if len(rows) < 2 * _GROUPS:
-            return float("nan")
-        groups.append(draw_at_most(rows, generator).tensor_split(_GROUPS))
-    x, y = groups
-    # sums of the kernel over pairs of groups, of which each leave-one-out MMD is made
-    within = [torch.stack([torch.stack([kernel(a, b).sum() for b in side]) for a in side]) for side in groups]
-    between = torch.stack([torch.stack([kernel(a, b).sum() for b in y]) for a in x])
-    diagonals = [torch.stack([kernel(a, a).diagonal().sum() for a in side]) for side in groups]
-    sizes = [torch.tensor([len(a) for a in side], dtype=torch.float64, device=between.device) for side in groups]
+    if min(numbers) < 2 * _GROUPS:
+        return float("nan")
 
     def without(keep_x: Tensor, keep_y: Tensor) -> Tensor:
         value = between.new_zeros(())
@@ -193,14 +225,14 @@ def standard_error(real: Tensor, fake: Tensor, kernel: Kernel, generator: torch.
         return value - 2 * between[keep_x][:, keep_y].sum() / (sizes[0][keep_x].sum() * sizes[1][keep_y].sum())
 
     everything, variance = torch.ones(_GROUPS, dtype=torch.bool, device=between.device), 0.0
-    for side, rows in enumerate((real, fake)):
+    for side, number in enumerate(numbers):
         left_out = []
         for i in range(_GROUPS):
             keep = everything.clone()
             keep[i] = False
             left_out.append(without(keep, everything) if side == 0 else without(everything, keep))
         spread = torch.stack(left_out).var(unbiased=False).item() * (_GROUPS - 1)
-        variance += spread * min(len(rows), _MOST) / len(rows)
+        variance += spread * min(number, _MOST) / number
     return variance**0.5
 
 

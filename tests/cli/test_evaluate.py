@@ -18,6 +18,7 @@ from fastgan.metrics import (
     auth_pct,
     cmmd,
     ct_score,
+    fld,
     frechet_distance,
     kernel_distance,
     mifid,
@@ -164,6 +165,7 @@ def test_every_metric_of_all(sets, features, tmp_path):
         "CMMD (efficientnet_lite0)": cmmd(real, fake),
         "AuthPct": auth_pct(real, fake),
         "C_T": ct_score(real, real[:30], fake),
+        "FLD (efficientnet_lite0)": fld(real, real[:30], fake),
         "Vendi": vendi_score(fake),
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -443,3 +445,19 @@ def interrupt(patch, *, after):
         return forward(self, images)
 
     patch.setattr(Pooled, "forward", interrupted)
+
+
+def test_all_leaves_out_what_the_features_do_not_allow(tmp_path):
+    """A feature that is constant in the held-out images has no FLD; a metric named by itself is an error."""
+    features = {"fake": FAKE, "real": REAL, "floor": REAL[:30]}
+    for name, images in features.items():
+        rows = images.reshape(len(images), -1)[:, :3].astype(np.float32)
+        rows[:, 1] *= name != "floor"
+        np.save(tmp_path / f"{name}.npy", rows)
+    arguments = ("evaluate", tmp_path / "fake.npy", tmp_path / "real.npy", "--floor", tmp_path / "floor.npy")
+    reason = "test must vary in every feature for an FLD, feature 1 is constant"
+    for against in (arguments, (*arguments[:2], "--against", *arguments[2:])):
+        found = json.loads(run(*against, "--metrics", "all", "--json").stdout)
+        assert found["not_computed"]["fld"] == f"cannot be computed of these features: {reason}"
+        assert found["sets"][0]["metrics"]["C_T"]["value"]
+    assert_one_line_error(run(*arguments, "--metrics", "fld"), reason)

@@ -72,7 +72,7 @@ def simulated():
     drawn = {}
     for seed in range(DRAWS):
         sets = Sets(measured(NUMBER, 2.3), real, test, lambda rows: rows @ head)
-        for key in set(METRICS) - {"sfid", "intra-fid"}:  # the first is the distance of other features
+        for key in set(METRICS) - {"sfid", "intra-fid", "fld"}:  # the distance of other features; no intervals
             for one in METRICS[key].compute(sets, options):
                 noise = resampled(one, seed=seed)
                 drawn.setdefault(one.name, []).append((one.value, interval(one, noise), noise))

@@ -1,8 +1,9 @@
 """The kernel distance: against torchmetrics and its definition, loop by loop."""
 
 import pytest
+import torch
 
-from fastgan.metrics import InputError, kernel_distance
+from fastgan.metrics import InputError, kernel_distance, kid
 from fastgan.metrics.kid import squared_mmd
 from tests.metrics.rows import UNUSABLE_PAIRS, rows
 
@@ -56,11 +57,36 @@ def test_wrong_arguments():
             call()
 
 
-@pytest.mark.parametrize("size", [10, 30, 45])
-def test_subsets_of_one_kernel_matrix_equal_their_own(size, monkeypatch):
-    """Small sets compute the kernel of all pairs once; the subsets and their values are the same."""
+@pytest.mark.parametrize(("size", "most"), [(10, 4000), (30, 4000), (45, 4000), (30, 36)])
+def test_subsets_of_one_kernel_matrix_equal_their_own(size, most, monkeypatch):
+    """If it has fewer values, the kernel of all pairs is computed once; the numbers are the same."""
     real, fake = rows(60), rows(45, shift=0.5, seed=1)
-    found = kernel_distance(real, fake, subsets=7, subset_size=size)
-    monkeypatch.setattr("fastgan.metrics.kid._MOST", 40)
-    expected = kernel_distance(real, fake, subsets=7, subset_size=size)
-    assert (found.mean, found.std) == pytest.approx((expected.mean, expected.std), rel=1e-9)
+    monkeypatch.setattr(kid, "_MOST", most)
+    monkeypatch.setattr(kid, "_VALUES", 500)
+    found = []
+    for whole in (True, False):
+        monkeypatch.setattr(kid, "_whole_is_cheaper", lambda *sizes, whole=whole: whole)
+        found.append(kernel_distance(real, fake, subsets=7, subset_size=size))
+    one, own = found
+    assert (one.mean, one.std) == pytest.approx((own.mean, own.std), rel=1e-9)
+    assert one.standard_error == pytest.approx(own.standard_error, rel=1e-9)
+
+
+def test_the_standard_error_is_the_jackknifes():
+    """Leaving out each of 12 groups of a side, drawn after the subsets."""
+    x, y = rows(50), rows(40, shift=0.5, seed=1)
+    found = kernel_distance(x, y, subsets=3, subset_size=20, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        torch.randperm(50, generator=generator), torch.randperm(40, generator=generator)
+    sides = [side[torch.randperm(len(side), generator=generator)].tensor_split(12) for side in (x, y)]
+    variance = 0.0
+    for side in range(2):
+        without = []
+        for i in range(12):
+            kept = [
+                torch.cat([g for j, g in enumerate(groups) if j != i or s != side]) for s, groups in enumerate(sides)
+            ]
+            without.append(squared_mmd(*kept))
+        variance += torch.stack(without).var(unbiased=False).item() * 11
+    assert found.standard_error == pytest.approx(variance**0.5, rel=1e-9)

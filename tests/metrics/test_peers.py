@@ -1,8 +1,5 @@
 """Beside pytorch-fid and clean-fid: the same folders, the same numbers; each other's files."""
 
-import json
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +13,6 @@ from fastgan.metrics.backbones.inception import InceptionV3
 from tests.metrics.random_weights import randomize
 
 DIMS = 64
-ROUNDING = 2e-6  # of float32 features in a distance
 
 
 @pytest.fixture(scope="module")
@@ -71,47 +67,6 @@ def test_the_same_command_prints_pytorch_fids_number(folders, random_weights, tm
     assert score.calculate_fid_given_paths(paths, 40, "cpu", DIMS, 0) == pytest.approx(value, rel=1e-3)
     ours = run("fid", tmp_path / "theirs.npz", folders[1], *arguments, "--backbone", "inception").splitlines()[-1]
     assert float(ours.rpartition("  ")[2]) == pytest.approx(value, rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """Of 90 and 80 PNGs of 24 x 24: more than features, so that the covariances have full rank."""
-    rng = np.random.default_rng(1)
-    roots = []
-    for name, n, low in (("many_a", 90, 0), ("many_b", 80, 60)):
-        root = tmp_path_factory.mktemp(name)
-        for i in range(n):
-            Image.fromarray(rng.integers(low, 256, (24, 24, 3), dtype=np.uint8)).save(root / f"{i:02}.png")
-        roots.append(root)
-    return roots
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_numbers_of_three_packages(many, random_weights):
-    """Their own calls on the same folders, and our command with their protocols."""
-    fidelity = pytest.importorskip("torch_fidelity")
-    fid = pytest.importorskip("torchmetrics.image.fid")
-    weights = os.environ[inception.ENVIRONMENT]
-    options = {"input1": str(many[0]), "input2": str(many[1]), "fid": True, "cuda": False, "verbose": False}
-    options |= {"feature_layer_fid": str(DIMS), "feature_extractor_weights_path": weights, "cache": False}
-    theirs = fidelity.calculate_metrics(**options, save_cpu_ram=True)["frechet_inception_distance"]
-
-    def ours(protocol):
-        arguments = ("fid", *many, "--dims", DIMS, "--num-workers", 0, "--protocol", protocol, "--json")
-        return json.loads(run(*arguments))["value"]
-
-    assert theirs > 0.1
-    assert ours("torch-fidelity") == pytest.approx(theirs, rel=ROUNDING)
-    metric = fid.FrechetInceptionDistance(DIMS, feature_extractor_weights_path=weights)
-    for root, real in zip(many, (True, False), strict=True):
-        images = [torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1) for path in sorted(root.iterdir())]
-        metric.update(torch.stack(images), real=real)
-    expected = metric.compute().item()
-    assert ours("torchmetrics") == pytest.approx(expected, rel=ROUNDING)
-    score = pytest.importorskip("pytorch_fid.fid_score")
-    theirs = score.calculate_fid_given_paths([str(root) for root in many], 40, "cpu", DIMS, 0)
-    assert ours("pytorch-fid") == pytest.approx(theirs, rel=ROUNDING)
 
 
 @pytest.fixture(autouse=True)

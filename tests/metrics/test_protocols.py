@@ -1,5 +1,6 @@
 """Each protocol against the code of the package it is named after, on random weights, feature by feature."""
 
+import functools
 import inspect
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def ours(weights):
+    """Features by fastgan's network of so many, which is loaded once."""
+    load = functools.cache(lambda dims: load_backbone("inception", weights=weights, dims=dims))
+    return lambda dims, protocol, pixels: load(dims)(pixels, protocol=protocol)
+
+
 def images(size):
     """8-bit images of structure: an edge, a gradient and noise, so that each filter differs from the others."""
     height, width = size
@@ -48,10 +56,6 @@ def images(size):
 SIZES = ((24, 31), (299, 299), (350, 421))  # upsampled, as it is, downsampled
 
 
-def ours(weights, dims, protocol, pixels):
-    return load_backbone("inception", weights=weights, dims=dims)(pixels, protocol=protocol)
-
-
 def agree(ours, theirs):
     assert ours.shape == theirs.shape
     scale = theirs.abs().max()
@@ -59,45 +63,55 @@ def agree(ours, theirs):
     assert (ours - theirs).abs().max() <= ROUNDING * scale
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_torch_fidelity(weights, size):
+NAMES = (*map(str, FEATURES), "logits_unbiased", "logits")
+
+
+@pytest.fixture(scope="module")
+def fidelitys(weights):
+    """torch-fidelity's network, which gives all features at a time."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    names = [*map(str, FEATURES), "logits_unbiased", "logits"]
-    theirs = fidelity.FeatureExtractorInceptionV3(
-        "inception-v3-compat", names, feature_extractor_weights_path=str(weights)
+    return fidelity.FeatureExtractorInceptionV3(
+        "inception-v3-compat", [*NAMES], feature_extractor_weights_path=str(weights)
     )
-    for name, expected in zip(names, theirs(images(size)), strict=True):
-        agree(ours(weights, name, "torch-fidelity", images(size)), expected)
-        agree(ours(weights, name, "tensorflow", images(size)), expected)  # the graph that it reproduces
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_torch_fidelity(ours, fidelitys, size):
+    for name, expected in zip(NAMES, fidelitys(images(size)), strict=True):
+        found = ours(name, "torch-fidelity", images(size))
+        agree(found, expected)
+        if name == "64":  # the graph that it reproduces
+            assert torch.equal(ours(name, "tensorflow", images(size)), found)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-@pytest.mark.parametrize("size", SIZES)
-def test_torchmetrics(weights, size, antialias):
+def test_torchmetrics(weights, ours, antialias):
     pytest.importorskip("torch_fidelity")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     protocol = get_protocol("torchmetrics", None if antialias else "legacy_tensorflow")
     for dims in (64, 2048):
         theirs = NoTrainInceptionV3("inception-v3-compat", [str(dims)], str(weights), antialias)
-        agree(ours(weights, dims, protocol, images(size)), theirs(images(size)))
-    floats = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    agree(ours(weights, 2048, protocol, floats), theirs((floats * 255).byte()))  # as its metrics do
+        for size in SIZES:
+            agree(ours(dims, protocol, images(size)), theirs(images(size)))
+    for size in SIZES:
+        floats = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        agree(ours(2048, protocol, floats), theirs((floats * 255).byte()))  # as its metrics do
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_pytorch_fid(weights, size, monkeypatch):
+def test_pytorch_fid(weights, ours, monkeypatch):
     pytorch_fid = pytest.importorskip("pytorch_fid.inception")
     monkeypatch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *args, **kwargs: torch.load(weights))
-    for dims in (64, 2048):
-        theirs = pytorch_fid.InceptionV3([pytorch_fid.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).eval()
+    theirs = pytorch_fid.InceptionV3([0, 3]).eval()
+    for size in SIZES:
         with torch.no_grad():
-            (expected,) = theirs(images(size).float() / 255)
-        agree(ours(weights, dims, "pytorch-fid", images(size)), expected.mean((2, 3)))
+            expected = theirs(images(size).float() / 255)
+        for dims, maps in zip((64, 2048), expected, strict=True):
+            agree(ours(dims, "pytorch-fid", images(size)), maps.mean((2, 3)))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_clean_fid(weights, size, tmp_path):
+def test_clean_fid(weights, ours, size, tmp_path):
     """Its resizing and its network's input; its TorchScript file of the layers is not at hand."""
     torchscript = pytest.importorskip("cleanfid.inception_torchscript")
     resizing = pytest.importorskip("cleanfid.resize")
@@ -114,17 +128,17 @@ def test_clean_fid(weights, size, tmp_path):
     resize = resizing.build_resizer("clean")
     with torch.no_grad():
         expected = wrapper(torch.stack([torch.from_numpy(resize(image)).permute(2, 0, 1) for image in pixels]))
-    agree(ours(weights, 2048, "clean-fid", images(size)), expected)
+    agree(ours(2048, "clean-fid", images(size)), expected)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     stats = folder_stats(tmp_path, load_backbone("inception", weights=weights), protocol="clean-fid")
     agree(stats.mean.float(), expected.mean(0))
 
 
-def test_each_protocol_gives_another_number(weights):
+def test_each_protocol_gives_another_number(ours):
     """Were two alike, the tests above could not tell them apart."""
     a = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = {name: ours(weights, 64, name, a) for name in PROTOCOLS}
+    features = {name: ours(64, name, a) for name in PROTOCOLS}
     scale = features["pytorch-fid"].abs().max()
     for name, other in (
         ("pytorch-fid", "clean-fid"),
@@ -136,7 +150,7 @@ def test_each_protocol_gives_another_number(weights):
     assert torch.equal(features["tensorflow"], features["torch-fidelity"])
 
 
-def test_names(weights):
+def test_names():
     assert get_protocol("pytorch-fid", "legacy_pytorch").name == "pytorch-fid"
     overridden = get_protocol("pytorch-fid", "clean")
     assert (overridden.name, overridden.resize, overridden.center) == ("pytorch-fid+clean", "clean", 127.5)
