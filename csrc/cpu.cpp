@@ -317,13 +317,16 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
   m.def(
       "spectral_norm_update(Tensor[] weights, Tensor(a!)[] us, Tensor(b!)[] vs, int[] dims, int iterations, float eps, "
       "bool v_first, Tensor(c!) u, Tensor(d!) v, Tensor(e!) sigma) -> ()");
-  m.def("spectral_norm_scale(Tensor[] weights, Tensor u, Tensor v, Tensor sigma, int[] dims, Tensor(a!)[] out) -> ()");
   m.def(
-      "spectral_norm_scale_bwd(Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, Tensor sigma, int[] dims, "
-      "Tensor(a!)[] out) -> ()");
+      "spectral_norm_scale(Tensor[] weights, Tensor u, Tensor v, Tensor sigma, int[] dims, ScalarType dtype) -> "
+      "Tensor[]");
+  m.def(
+      "spectral_norm_scale_bwd(Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, Tensor sigma, int[] dims) -> "
+      "Tensor[]");
   m.def(
       "spectral_norm_scale_bwd_bwd(Tensor[] grad_grads, Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, "
-      "Tensor sigma, int[] dims, Tensor(a!)[] d_grads, Tensor(b!)[] d_weights) -> ()");
+      "Tensor sigma, int[] dims) -> Tensor[]");
+  m.def("release_memory() -> int");
   m.def(
       "projection_gradients(Tensor dy, Tensor x, Tensor weight, Tensor(a!) dx, Tensor(b!) dweight) -> ()");
   m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");

@@ -1,6 +1,10 @@
 """The C++ spectral norms of many weights on a CPU against the reference."""
 
 import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -132,14 +136,122 @@ def test_extreme_weights_as_in_float64(value):
         torch.testing.assert_close(a.double(), b, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_that_are_not_contiguous_go_to_the_reference():
-    weights, us, vs = operands(SHAPES, DIMS, torch.float32)
-    weights[1] = weights[1].contiguous(memory_format=torch.channels_last)
-    assert torch.equal(
-        extension.update(weights, us, vs, DIMS, 0, 1e-12)[2], reference.update(weights, us, vs, DIMS, 0, 1e-12)[2]
+def in_memory(x, order, gap=False):
+    """``x`` with its dimensions in another order of memory, from the slowest to the fastest; with gaps if asked."""
+    moved = x.permute(order).contiguous()
+    if gap:
+        moved = torch.stack((moved, moved), dim=-1)[..., 0]
+    return moved.permute([order.index(d) for d in range(x.ndim)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(0, 2), st.booleans(), st.sampled_from([torch.float64, torch.float32]))
+def test_weights_and_gradients_in_any_order_of_memory(data, iterations, v_first, dtype):
+    shapes = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4), min_size=1, max_size=3))
+    dims = [data.draw(st.integers(0, len(shape) - 1)) for shape in shapes]
+    gaps = data.draw(st.booleans())
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    weights, us, vs = operands(shapes, dims, torch.float64)
+
+    def stored(xs):
+        return [in_memory(x, data.draw(st.permutations(range(x.ndim))), gaps and i == 0) for i, x in enumerate(xs)]
+
+    grads, grad_grads = ([torch.randn_like(w) for w in weights] for _ in range(2))
+    ours = [stored(xs) for xs in (weights, grads, grad_grads)]
+    if dtype == torch.float32:  # memory of another width; the values are those of float64 within float32's accuracy
+        ours, us, vs = [[x.float() for x in xs] for xs in ours], [u.float() for u in us], [v.float() for v in vs]
+        weights, grads, grad_grads = ([x.float().double() for x in xs] for xs in (weights, grads, grad_grads))
+    wide = [[x.double().clone() for x in xs] for xs in (us, vs)]
+    found = extension.update(ours[0], us, vs, dims, 0, 1e-12, v_first)[2].double()
+    expected = reference.update(weights, *wide, dims, 0, 1e-12, v_first)[2]
+    near = {"rtol": 1e-8, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(found, expected, **near)
+    if dtype == torch.float64:
+        extension.update(ours[0], us, vs, dims, iterations, 1e-12, v_first)
+        reference.update(weights, *wide, dims, iterations, 1e-12, v_first)
+        for a, b in zip([*us, *vs], [*wide[0], *wide[1]], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    u, v, sigma = torch.cat(us), torch.cat(vs), torch.rand(len(weights), dtype=dtype) + 0.5
+    exact = [x.double() for x in (u, v, sigma)]
+    for name, count in (("scale", 1), ("scale_bwd", 2), ("scale_bwd_bwd", 3)):
+        narrow, truths = ours[:count][::-1], [weights, grads, grad_grads][:count][::-1]
+        last = [(dtype,), (torch.float64,)] if name == "scale" else [(), ()]
+        results = getattr(extension, name)(*narrow, u, v, sigma, dims, *last[0])
+        for i, (a, b) in enumerate(
+            zip(results, getattr(reference, name)(*truths, *exact, dims, *last[1]), strict=True)
+        ):
+            assert a.stride() == torch.empty_like(ours[0][i % len(weights)]).stride()
+            torch.testing.assert_close(a.double(), b, **near)
+
+
+def test_outputs_share_no_memory_and_keep_it_as_long_as_anything_uses_it():
+    weights, us, vs = operands([(300, 400), (300, 400)], [0, 0], torch.float32)
+    vectors = extension.update(weights, us, vs, [0, 0], 1, 1e-12)
+    backend.release_memory()
+
+    def scaled(factor):
+        return extension.scale([w * factor for w in weights], *vectors, [0, 0], torch.float32)
+
+    first = scaled(1)
+    view, storage, array = first[0][1:2, ::7], first[0].untyped_storage(), first[1].numpy()
+    expected, address = [w.clone() for w in first], {w.data_ptr() for w in first}
+    del first
+    kept = scaled(2)  # of a view, a storage and an array, none may be overwritten
+    assert not address & {w.data_ptr() for w in kept}
+    assert torch.equal(view, expected[0][1:2, ::7])
+    assert torch.equal(torch.empty(0).set_(storage, 0, (300, 400)), expected[0])
+    assert torch.equal(torch.from_numpy(array), expected[1])
+    torch.testing.assert_close(kept, [2 * w for w in expected])
+    del view, storage, array
+    assert address == {w.data_ptr() for w in scaled(3)}  # nothing held them any more
+    del kept
+    assert backend.release_memory() == 4 * 4 * 300 * 400
+    assert backend.release_memory() == 0
+
+
+def test_memory_that_autograd_has_saved_is_not_used_again():
+    weights, us, vs = operands([(300, 400)], [0], torch.float32)
+    vectors = spectral_norm_update(weights, us, vs, impl="extension")
+    w = weights[0].requires_grad_()
+    x = torch.randn(5, 400, requires_grad=True)
+    y = x @ spectral_norm_scale([w], *vectors, impl="extension")[0].T  # saves the weight for the gradient of x
+    for _ in range(3):
+        spectral_norm_scale([w.detach() * 7], *vectors, impl="extension")
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    expected = (w.detach() / vectors[2]).sum(dim=0).expand(5, -1)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_memory_is_used_again_from_many_threads():
+    weights, us, vs = operands([(200, 300)] * 3, [0] * 3, torch.float32)
+    vectors = extension.update(weights, us, vs, [0] * 3, 1, 1e-12)
+    expected = extension.scale(weights, *vectors, [0] * 3, torch.float32)
+
+    def work(_):
+        results = []
+        for _ in range(20):
+            results = (results + [extension.scale(weights, *vectors, [0] * 3, torch.float32)])[-3:]
+            assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize("megabytes", ["0", "1"])
+def test_the_environment_limits_unused_memory(megabytes):
+    code = (
+        "import torch; from fastgan import backend; from fastgan.extension import spectral_norm as s;"
+        "w = [torch.ones(400, 400)] * 3; v = torch.ones(1200); sigma = torch.ones(3);"
+        "out = s.scale(w, v, v, sigma, [0] * 3, torch.float32); del out; print(backend.release_memory())"
     )
-    (scaled,) = extension.scale(weights[1:2], *(x[:1] for x in (us[1], vs[1], torch.ones(1))), [0], torch.float32)
-    assert scaled.stride() == weights[1].stride()
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"FASTGAN_CPU_CACHE_MB": megabytes},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) == (640_000 if megabytes == "1" else 0)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
