@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from fastgan._layout import empty_rows_like
-from fastgan.kernels.attention.config import Tile, padded, parts_of_rows, passes
+from fastgan.kernels.attention.config import Operands, Tile, padded, parts_of_rows, passes
 from fastgan.kernels.attention.double_backward import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
 from fastgan.kernels.attention.kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
 from fastgan.kernels.launch import launch, on_its_device
@@ -58,7 +58,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, heads: Heads | 
     o, stats = empty_rows_like(q, e), empty_stats(q)
     sinks = None if heads is None else heads.sinks
     if o.numel():
-        (one,) = passes("fwd", e, q)
+        (one,) = passes("fwd", e, q, _kind(heads))
         launch(
             attention_fwd_kernel,
             one.tile,
@@ -96,7 +96,7 @@ def attention_bwd(
         do_rows, q_rows, k_rows, v_rows, o_rows = _in_rows(grad_o, q, k, v, o)
         dq, dk, dv = attention_bwd(do_rows, q_rows, k_rows, v_rows, o_rows, stats, scale, heads)
         return _copied(dq, q), _copied(dk, k), _copied(dv, v)
-    over_keys = passes("bwd_keys", e, q)
+    over_keys = passes("bwd_keys", e, q, _kind(heads))
     parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
     dq, dk, dv = torch.empty_like(q), _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
     first = [sums if sums.ndim == k.ndim else sums[0] for sums in (dk, dv)]  # what is written of the first part
@@ -105,7 +105,7 @@ def attention_bwd(
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
     constants |= {"CAUSAL": heads is not None and heads.is_causal, "UNIT": _unit(grad_o, q, k, v, o, dq, *first)}
     sinks = None if heads is None else heads.sinks
-    (one,) = passes("bwd_rows", e, q)
+    (one,) = passes("bwd_rows", e, q, _kind(heads))
     launch(
         attention_bwd_rows_kernel,
         one.tile,
@@ -198,7 +198,7 @@ def bwd_bwd_and_sums(
             ggq, ggk, ggv, grad_o, q_rows, k_rows, v_rows, o_rows, stats, scale, heads, gg_sinks
         )
         return _copied(g_do, o), _copied(gq, q), _copied(gk, k), _copied(gv, v), sums
-    over_keys = passes("bwd_bwd_keys", e, q)
+    over_keys = passes("bwd_bwd_keys", e, q, _kind(heads))
     parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
     g_do, gq = torch.empty_like(o), torch.empty_like(q)
     gk, gv = _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
@@ -212,7 +212,7 @@ def bwd_bwd_and_sums(
     constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
     constants["CAUSAL"] = heads is not None and heads.is_causal
     constants["UNIT"] = _unit(*operands, o, g_do, gq, *first)
-    for one in passes("bwd_bwd_rows", e, q):
+    for one in passes("bwd_bwd_rows", e, q, _kind(heads)):
         launch(
             attention_bwd_bwd_rows_kernel,
             one.tile,
@@ -316,6 +316,10 @@ def _copied(rows: Tensor, x: Tensor) -> Tensor:
 def _strides(*tensors: Tensor) -> list[int]:
     """Strides of batch, rows and channels."""
     return [stride for x in tensors for stride in (x.stride() if x.ndim == 3 else (x.stride(0), *x.stride()[2:]))]
+
+
+def _kind(heads: Heads | None) -> Operands:
+    return "single" if heads is None else "heads" if heads.mask is None else "masked"
 
 
 def _of_heads(heads: Heads | None, *tensors: Tensor) -> tuple[Any, Any]:
