@@ -102,7 +102,7 @@ def attention_bwd(
     first = [sums if sums.ndim == k.ndim else sums[0] for sums in (dk, dv)]  # what is written of the first part
     delta = stats.new_empty(b, n)
     sizes = (n, m, d, e, scale, b * n)
-    constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
+    constants: dict[str, Any] = {"D": padded(d), "PRECISION": input_precision(q.dtype)}
     constants |= {"CAUSAL": heads is not None and heads.is_causal, "UNIT": _unit(grad_o, q, k, v, o, dq, *first)}
     sinks = None if heads is None else heads.sinks
     (one,) = passes("bwd_rows", e, q, _kind(heads))
@@ -124,6 +124,7 @@ def attention_bwd(
             *_of_heads(heads, grad_o, q, k, v, o, dq),
             sinks,
         ),
+        E=_of_slabs(e, one.tile),
         **constants,
     )
     for one, count in zip(over_keys, parts, strict=True):
@@ -144,6 +145,7 @@ def attention_bwd(
                 *sizes,
                 *_of_heads(heads, grad_o, q, k, v, *first),
             ),
+            E=_of_slabs(e, one.tile),
             **constants,
             **one.outputs,
             PARTS=count,
@@ -209,7 +211,7 @@ def bwd_bwd_and_sums(
     strides = _strides(*operands)
     sizes = (n, m, d, e, scale, b * n)
     logits = input_precision(q.dtype)
-    constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
+    constants: dict[str, Any] = {"D": padded(d), "LOGITS": logits}
     constants["CAUSAL"] = heads is not None and heads.is_causal
     constants["UNIT"] = _unit(*operands, o, g_do, gq, *first)
     for one in passes("bwd_bwd_rows", e, q, _kind(heads)):
@@ -231,6 +233,7 @@ def bwd_bwd_and_sums(
                 sinks,
             ),
             PRECISION="ieee" if one.tile.scalar else logits,
+            E=_of_slabs(e, one.tile),
             **constants,
             **one.outputs,
         )
@@ -251,11 +254,17 @@ def bwd_bwd_and_sums(
                 *_of_heads(heads, *operands, *first),
             ),
             PRECISION="ieee" if one.tile.scalar else logits,
+            E=_of_slabs(e, one.tile),
             **constants,
             **one.outputs,
             PARTS=count,
         )
     return g_do, gq, _total(gk, k, heads), _total(gv, v, heads), sums
+
+
+def _of_slabs(e: int, tile: Tile) -> int:
+    """The channels of as many slabs as hold ``e``: fewer than the next power of two where those are not needed."""
+    return triton.cdiv(e, tile.slab) * tile.slab
 
 
 def _programs(side: str, size: int, b: int, slabs: int, parts: int = 1) -> Callable[[Tile], tuple[int, int, int]]:
