@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -21,9 +21,9 @@ from triton.compiler import ASTSource
 
 from fastgan.kernels.attention import double_backward
 from fastgan.kernels.attention import kernels as attention
-from fastgan.kernels.attention.config import Tile, launches
+from fastgan.kernels.attention.config import Operands, Tile, launches
 from fastgan.kernels.launch import Configuration, Launch
-from fastgan.kernels.machine_code import MOST_LOCAL, local_memory_in_loops, resource_usage
+from fastgan.kernels.machine_code import MOST_LOCAL, MOST_LOCAL_OF_HEADS, local_memory_in_loops, resource_usage
 from fastgan.kernels.projections import pooled_projection_fwd_kernel, projection_residual_fwd_kernel, tile_for
 from fastgan.kernels.spectral_norm import kernels as spectral_norm
 from fastgan.kernels.spectral_norm.launch import COMBINE_BLOCKS, DOTS_BLOCKS, S_BLOCKS, T_BLOCKS, TL_DTYPES
@@ -59,6 +59,7 @@ class AotCase:
     label: str
     divisible: tuple[str, ...] = field(default=())  # arguments that the launcher finds to be multiples of 16
     mma: bool = False  # the dtype allows matrix instructions, so there must be some
+    most_local: int = MOST_LOCAL  # bytes of local memory outside loops
     variant: bool = False  # another case has the same tile, for more outputs or for another dtype or layout
 
 
@@ -85,7 +86,7 @@ class Report:
         found = []
         if self.local_in_loops:
             found.append(f"{self.local_in_loops} accesses to local memory in a loop")
-        if self.local > MOST_LOCAL:
+        if self.local > case.most_local:
             found.append(f"{self.local} bytes of local memory")
         if self.shared > SHARED_PER_BLOCK[self.capability]:
             found.append(f"{self.shared} bytes of shared memory")
@@ -119,7 +120,9 @@ def case_of(launch: Launch, label: str = "") -> AotCase:
             multiple = value % 16 == 0
         if multiple:
             divisible.append(name)
-    return AotCase(launch.kernel, signature, constexprs, launch.config, label or str(launch.config), tuple(divisible))
+    label = label or str(launch.config)
+    most = MOST_LOCAL_OF_HEADS if "heads" in signature else MOST_LOCAL
+    return AotCase(launch.kernel, signature, constexprs, launch.config, label, tuple(divisible), most_local=most)
 
 
 def compile_for(case: AotCase, capability: int) -> Any:
@@ -182,7 +185,7 @@ ATTENTION_KERNELS = {
     "bwd_bwd_rows": double_backward.attention_bwd_bwd_rows_kernel,
     "bwd_bwd_keys": double_backward.attention_bwd_bwd_keys_kernel,
 }
-_BEYOND = ("heads", "mask", "sinks")  # arguments that are None for one unmasked head
+_BEYOND = ("heads", "mask", "sinks")
 _CHANNEL_STRIDES = ("_sd", "_se")
 
 
@@ -192,11 +195,11 @@ def _attention(capability: int) -> Iterator[AotCase]:
     Operands are contiguous along channels. Outputs as wide as v that have a launch of their own, in the tile of the one
     before it, are a variant.
     """
-    for heads in (False, True):
+    for kind in get_args(Operands):
         before = None
-        for kernel, d, e, one, dtype in launches(capability, heads):
+        for kernel, d, e, one, dtype in launches(capability, kind):
             precision = "tf32" if dtype == torch.bfloat16 else "ieee" if one.tile.scalar else "tf32x3"
-            case = attention_case(kernel, d, e, one.tile, dtype, one.outputs, precision, heads)
+            case = attention_case(kernel, d, e, one.tile, dtype, one.outputs, precision, kind)
             yield replace(case, variant=one.outputs.get("QK") is False and one.tile == before)
             before = one.tile
 
@@ -209,18 +212,20 @@ def attention_case(
     dtype: torch.dtype,
     outputs: dict[str, bool],
     precision: str = "tf32",
-    heads: bool = False,
+    kind: Operands = "single",
 ) -> AotCase:
     """Return one launch, for operands that are contiguous along channels and whose rows are multiples of 16.
 
-    With ``heads`` it is the one that takes most: several heads under a causal and an additive mask, with sinks.
+    Of heads it is the one that takes most: under a causal mask and, if ``masked``, an additive one, with sinks.
     """
+    heads = kind != "single"
     function = ATTENTION_KERNELS[kernel]
     logits = "tf32x3" if precision == "ieee" else precision
     constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, "PARTS": 1, **outputs}
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
     constexprs |= {name: 1 for name in function.arg_names if name.endswith(_CHANNEL_STRIDES)}
-    beyond = [name for name in _BEYOND if name in function.arg_names and not heads]
+    absent = {"single": ("heads", "mask", "sinks"), "heads": ("mask",), "masked": ()}[kind]
+    beyond = [name for name in absent if name in function.arg_names]
     constexprs |= {**dict.fromkeys(beyond), "CAUSAL": heads, "UNIT": 16}
     floats: dict[str, Any] = {"scale": "fp32", "stats_ptr": "*fp32", "delta_ptr": "*fp32", "sums_ptr": "*fp32"}
     floats |= {
@@ -235,9 +240,10 @@ def attention_case(
     }
     label = f"{_POINTERS[dtype][1:]} {precision} D={d} E={e} slab={tile.slab} {tile}"
     label = " ".join([label, *(name for name, value in outputs.items() if value)])
-    label += " heads" if heads else ""
+    label += f" {kind}" if heads else ""
     divisible = tuple(name for name, kind in signature.items() if kind != "fp32" and name not in _BEYOND)
-    return AotCase(function, signature, constexprs, tile, label, divisible, mma=precision != "ieee")
+    most = MOST_LOCAL_OF_HEADS if heads else MOST_LOCAL
+    return AotCase(function, signature, constexprs, tile, label, divisible, precision != "ieee", most)
 
 
 def _projections(_capability: int) -> Iterator[AotCase]:
@@ -274,7 +280,7 @@ def _projections(_capability: int) -> Iterator[AotCase]:
 def _spectral_norm(_capability: int) -> Iterator[AotCase]:
     """Yield all launches for weights of each dtype and, beside them, outputs or gradients of each dtype.
 
-    Those that are float32 throughout stand for the others.
+    Those that are float32 or bfloat16 throughout stand for the others.
     """
     types = {
         **dict.fromkeys(("pointers", "geometry"), "*i64"),
@@ -299,7 +305,7 @@ def _spectral_norm(_capability: int) -> Iterator[AotCase]:
         for kernel, flags, sizes in launches:
             signature = {name: kind for name, kind in types.items() if name in kernel.arg_names}
             label = " ".join([f"{w} {x}", *(f"{name}={value}" for name, value in flags.items())])
-            variant = not w == x == tl.float32
+            variant = w != x or w == tl.float16
             yield AotCase(kernel, signature, {**flags, "W_DTYPE": w, **sizes}, TILES, label, variant=variant)
 
 

@@ -48,11 +48,9 @@ SHAPES = {
     "C=256 H=64": (32, 4096, 1024, 32, 128),
     "C=384 H=32": (32, 1024, 256, 48, 192),
 }
-# Those of 12 heads of 32 images of 1024 tokens, one map for each head.
+# Unmasked heads of a transformer; B counts the maps of them all.
 N_HEADS = 12
-HEADS_SHAPES = {
-    "12 heads of 64": (32 * N_HEADS, 1024, 1024, 64, 64),
-}
+HEADS_SHAPES = {"12 heads of 64": (32 * N_HEADS, 1024, 1024, 64, 64)}
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,11 @@ class Cost:
 
 
 def attention_launches(
-    shape: Shape, dtype: torch.dtype, channels_first: bool = False, options: Heads | None = None
+    shape: Shape, dtype: torch.dtype, channels_first: bool = False, heads: Heads | None = None
 ) -> list[Launch]:
     """Return the launches of a forward, a backward and a double backward pass for (B, N, M, d, e).
 
-    Keys and values are parts of one tensor, as the pooled projection makes them. With ``options`` of heads B is the
+    Keys and values are parts of one tensor, as the pooled projection makes them. With ``heads`` B is the
     number of maps of all heads.
     """
     b, n, m, d, e = shape
@@ -111,14 +109,14 @@ def attention_launches(
     q = rows(n, d)
     k, v = rows(m, d + e).split((d, e), 2)
     gg_sinks = None
-    if options is not None:
-        q, k, v = (rows(*sizes).unflatten(0, (-1, options.count)) for sizes in ((n, d), (m, d), (m, e)))
-        gg_sinks = options.sinks
+    if heads is not None:
+        q, k, v = (rows(*sizes).unflatten(0, (-1, heads.count)) for sizes in ((n, d), (m, d), (m, e)))
+        gg_sinks = heads.sinks
     with recorded() as made:
-        o, stats = attention_fwd(q, k, v, 1.0, options)
+        o, stats = attention_fwd(q, k, v, 1.0, heads)
         grad_o = torch.empty_like(o)
-        dq, dk, dv = attention_bwd(grad_o, q, k, v, o, stats, 1.0, options)
-        bwd_bwd_and_sums(dq, dk, dv, grad_o, q, k, v, o, stats, 1.0, options, gg_sinks)
+        dq, dk, dv = attention_bwd(grad_o, q, k, v, o, stats, 1.0, heads)
+        bwd_bwd_and_sums(dq, dk, dv, grad_o, q, k, v, o, stats, 1.0, heads, gg_sinks)
     return made
 
 

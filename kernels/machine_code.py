@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Bytes a thread may keep in local memory outside loops: a spill outside loops costs less than a smaller tile.
 MOST_LOCAL = 32
+# The same where heads of up to 128 channels are walked over in up to two loops. A program then keeps operands of some
+# 100 KiB; to set aside 512 bytes of each thread, once, moves about as much, a loop over 1024 keys many times that.
+MOST_LOCAL_OF_HEADS = 512
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

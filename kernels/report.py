@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ import torch
 
 from fastgan.backend import interpreting
 from fastgan.kernels.aot import ARCHITECTURES, OPS, cases, compile_case
-from fastgan.kernels.cost_model import SHAPES, Cost, attention_launches, launch_cost
+from fastgan.kernels.attention.launch import Heads
+from fastgan.kernels.cost_model import HEADS_SHAPES, N_HEADS, SHAPES, Cost, attention_launches, launch_cost
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -69,6 +71,7 @@ def _parse() -> argparse.Namespace:
 def mapped(function: Callable[[T], R], tasks: Sequence[T], processes: int) -> Iterator[Iterator[R]]:
     """Results of ``tasks`` in their order, by so many processes; by this one if it is 1, since each imports torch."""
     if processes == 1:
+        gc.freeze()  # the modules, which each collection of the compiler's garbage would visit
         yield map(function, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -83,7 +86,7 @@ def _compile(task: tuple[str, int, bool, int]) -> tuple[dict[str, Any], list[str
 
 
 def _model(arguments: argparse.Namespace) -> int:
-    tasks = [(shape, dtype) for shape in SHAPES for dtype in ("bfloat16", "float32")]
+    tasks = [(shape, dtype) for shape in (*SHAPES, *HEADS_SHAPES) for dtype in ("bfloat16", "float32")]
     rows = []
     with mapped(_costs, tasks, arguments.processes) as results:
         for (shape, dtype), costs in zip(tasks, results, strict=True):
@@ -97,8 +100,10 @@ def _model(arguments: argparse.Namespace) -> int:
 
 def _costs(task: tuple[str, str]) -> list[Cost]:
     shape, dtype = task
-    launches = attention_launches(SHAPES[shape], getattr(torch, dtype))
-    return [launch_cost(launch, SHAPES[shape]) for launch in launches]
+    heads = Heads(N_HEADS, 1, mask=None, sinks=None, is_causal=False) if shape in HEADS_SHAPES else None
+    sizes = (SHAPES | HEADS_SHAPES)[shape]
+    launches = attention_launches(sizes, getattr(torch, dtype), heads=heads)
+    return [launch_cost(launch, sizes) for launch in launches]
 
 
 def _sums(costs: list[Cost]) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -189,13 +189,10 @@ _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
         (64, 256, Tile(16, 16, 32, 8, 2, True), Tile(16, 16, 32, 8, 2, True)),
     ),
 }
-# The same for operands with heads. Each holds under a causal and an additive mask, with sinks. An entry ends at the
-# widest v that fits one slab, since other launches follow.
-_HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
-    ("fwd", 2, 80): (
-        (64, 256, Tile(128, 32, 64, 8)),
-        (128, 256, Tile(128, 32, 64, 8)),
-    ),
+# The same for operands with heads under a mask that is a tensor, whose addresses take registers. Each holds under a
+# causal and an additive mask, with sinks. An entry ends where v no longer fits one slab, as other launches follow.
+_MASKED: dict[tuple[str, int, int], tuple[Entry, ...]] = {
+    ("fwd", 2, 80): ((128, 256, Tile(128, 32, 64, 8)),),
     ("fwd", 4, 80): (
         (64, 256, Tile(32, 32, 64, 4, 1)),
         (128, 256, Tile(32, 32, 64, 8, 1)),
@@ -203,19 +200,15 @@ _HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ("bwd_rows", 2, 80): (
         (64, 64, Tile(64, 32, 64, 4)),
         (64, 128, Tile(64, 32, 128, 8)),
-        (64, 256, Tile(64, 32, 32, 8)),
         (128, 128, Tile(64, 32, 64, 8)),
         (128, 256, Tile(32, 32, 128, 8)),
     ),
     ("bwd_rows", 4, 80): (
         (64, 128, Tile(32, 32, 64, 8, 1)),
-        (64, 256, Tile(32, 32, 32, 8, 1)),
         (128, 128, Tile(16, 16, 64, 4, 1)),
         (128, 256, Tile(16, 16, 32, 4, 1)),
     ),
     ("bwd_keys", 2, 80): (
-        (64, 64, Tile(32, 64, 64, 8)),
-        (64, 256, Tile(32, 64, 64, 8)),
         (128, 64, Tile(32, 64, 64, 8)),
         (128, 128, Tile(32, 64, 64, 8)),
         (128, 256, Tile(32, 64, 32, 8)),
@@ -223,7 +216,6 @@ _HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ("bwd_keys", 4, 80): (
         (64, 64, Tile(32, 32, 64, 4, 1)),
         (64, 128, Tile(32, 32, 64, 4, 1)),
-        (64, 256, Tile(32, 32, 32, 8, 1)),
         (128, 64, Tile(16, 32, 32, 8, 1)),
         (128, 128, Tile(16, 16, 64, 4, 1)),
         (128, 256, Tile(16, 32, 32, 8, 1)),
@@ -247,12 +239,45 @@ _HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
         (128, 256, Tile(16, 16, 64, 4, 1)),
     ),
     ("bwd_bwd_keys", 4, 80): (
-        (64, 64, Tile(16, 16, 64, 8, 1, True)),
-        (64, 256, Tile(16, 16, 64, 8, 1, True)),
         (128, 64, Tile(16, 16, 64, 8, 1, True)),
+        (64, 256, Tile(16, 16, 64, 8, 1, True)),
         (128, 256, Tile(16, 16, 32, 8, 2, True)),
     ),
 }
+
+# Those of heads without such a mask, causal or not, with or without sinks. Other architectures take those of a mask.
+_HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
+    ("fwd", 2, 90): (
+        (64, 64, Tile(128, 32, 64, 8)),
+        (128, 128, Tile(128, 64, 128, 8)),
+    ),
+    ("fwd", 4, 90): (
+        (64, 64, Tile(64, 32, 64, 4, 1)),
+        (128, 128, Tile(64, 16, 64, 4, 1)),
+    ),
+    ("bwd_rows", 2, 90): (
+        (64, 64, Tile(128, 64, 64, 8)),
+        (128, 128, Tile(64, 32, 128, 4, 1)),
+    ),
+    ("bwd_rows", 4, 90): ((64, 64, Tile(64, 32, 64, 4, 1)),),
+    ("bwd_keys", 2, 90): (
+        (64, 64, Tile(32, 64, 64, 4, 1)),
+        (128, 128, Tile(64, 128, 64, 8, 1), Tile(32, 64, 128, 4, 1)),
+    ),
+    ("bwd_keys", 4, 90): ((64, 64, Tile(16, 64, 64, 4, 1)),),
+    ("bwd_bwd_rows", 2, 90): (
+        (64, 64, Tile(64, 32, 64, 4, 1)),
+        (128, 128, Tile(32, 16, 64, 4, 1), Tile(128, 32, 64, 8, 1)),
+    ),
+    ("bwd_bwd_rows", 4, 90): ((64, 64, Tile(64, 16, 32, 4, 1), Tile(64, 16, 32, 4, 1)),),
+    ("bwd_bwd_keys", 2, 90): (
+        (64, 64, Tile(32, 64, 64, 4, 1)),
+        (128, 128, Tile(16, 128, 64, 8, 1), Tile(16, 128, 64, 8, 1)),
+    ),
+    ("bwd_bwd_keys", 4, 90): ((64, 64, Tile(16, 32, 32, 4, 1), Tile(16, 64, 32, 4, 1)),),
+}
+# One head without a mask; heads without one that is a tensor; heads under such a mask.
+Operands: TypeAlias = Literal["single", "heads", "masked"]
 
 
 def unsupported(d: int, e: int) -> str:
@@ -285,15 +310,17 @@ class Pass:
     outputs: dict[str, bool]
 
 
-def passes(kernel: str, e: int, q: Tensor) -> tuple[Pass, ...]:
-    """Return the launches of ``kernel`` for values of ``e`` channels and operands like ``q``, (B, H, N, d) if it has
-    heads. Each may read what those before it wrote."""
-    return _passes(kernel, q.dtype.itemsize, _capability(q.device), q.shape[-1], e, q.ndim == 4)
+def passes(kernel: str, e: int, q: Tensor, kind: Operands) -> tuple[Pass, ...]:
+    """Return the launches of ``kernel`` for values of ``e`` channels and operands of this kind, q one of them.
+
+    Each may read what those before it wrote.
+    """
+    return _passes(kernel, q.dtype.itemsize, _capability(q.device), q.shape[-1], e, kind)
 
 
 @functools.cache
-def _passes(kernel: str, itemsize: int, capability: int, d: int, e: int, has_heads: bool) -> tuple[Pass, ...]:
-    entries = _entries(_HEADS if has_heads else _TABLE, kernel, itemsize, capability)
+def _passes(kernel: str, itemsize: int, capability: int, d: int, e: int, kind: Operands) -> tuple[Pass, ...]:
+    entries = _entries(kind, kernel, itemsize, capability)
     return _passes_of(kernel, next(entry for entry in entries if d <= entry[0] and e <= entry[1]), e)
 
 
@@ -328,19 +355,19 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] * 10 if device.type == "cuda" else 90
 
 
-def launches(capability: int, has_heads: bool) -> Iterator[tuple[str, int, int, Pass, torch.dtype]]:
+def launches(capability: int, kind: Operands) -> Iterator[tuple[str, int, int, Pass, torch.dtype]]:
     """Yield every launch in the tables for ``capability``: kernel, the most channels of q and of v that its entry
-    serves, the launch and its dtype."""
-    table = _HEADS if has_heads else _TABLE
-    for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in table):
-        for entry in _entries(table, kernel, itemsize, capability):
+    serves, the launch and its dtype. Those that heads share with masked ones are masked."""
+    for kernel, itemsize in dict.fromkeys((kernel, itemsize) for kernel, itemsize, _ in _MASKED):
+        own = _HEADS.get((kernel, itemsize, capability), ())
+        for entry in own if kind == "heads" else _entries(kind, kernel, itemsize, capability):
             for one in _passes_of(kernel, entry, entry[1]):
                 yield kernel, entry[0], entry[1], one, torch.bfloat16 if itemsize == 2 else torch.float32
 
 
-def _entries(
-    table: dict[tuple[str, int, int], tuple[Entry, ...]], kernel: str, itemsize: int, capability: int
-) -> tuple[Entry, ...]:
+def _entries(kind: Operands, kernel: str, itemsize: int, capability: int) -> tuple[Entry, ...]:
     """Those of the newest family up to ``capability``: tcgen05 leaves other registers free than wgmma."""
+    table = _TABLE if kind == "single" else _MASKED
     families = (family for family in (100, 90, 80) if family <= max(capability, 80))
-    return next(table[kernel, itemsize, family] for family in families if (kernel, itemsize, family) in table)
+    found = next(table[kernel, itemsize, family] for family in families if (kernel, itemsize, family) in table)
+    return _HEADS.get((kernel, itemsize, capability), ()) + found if kind == "heads" else found

@@ -10,7 +10,7 @@ the strides from head to head of all operands. Logits are then multiplied by ``s
 and a row that sees no key is 0. ``mask`` is None or a pointer and four strides. A sink is one more key with a logit of
 its own and no value: it takes part only in the sums over a row.
 
-Shapes in comments: R query rows and C keys of a tile, D and E the padded channels of q/k and of v.
+Shapes in comments: R query rows and C keys of a tile, D the padded channels of q and k, E those of all slabs of v.
 """
 
 from __future__ import annotations

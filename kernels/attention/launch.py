@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from fastgan._layout import empty_rows_like
-from fastgan.kernels.attention.config import Tile, padded, parts_of_rows, passes
+from fastgan.kernels.attention.config import Operands, Tile, padded, parts_of_rows, passes
 from fastgan.kernels.attention.double_backward import attention_bwd_bwd_keys_kernel, attention_bwd_bwd_rows_kernel
 from fastgan.kernels.attention.kernels import attention_bwd_keys_kernel, attention_bwd_rows_kernel, attention_fwd_kernel
 from fastgan.kernels.launch import launch, on_its_device
@@ -58,7 +58,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, heads: Heads | 
     o, stats = empty_rows_like(q, e), empty_stats(q)
     sinks = None if heads is None else heads.sinks
     if o.numel():
-        (one,) = passes("fwd", e, q)
+        (one,) = passes("fwd", e, q, _kind(heads))
         launch(
             attention_fwd_kernel,
             one.tile,
@@ -96,16 +96,16 @@ def attention_bwd(
         do_rows, q_rows, k_rows, v_rows, o_rows = _in_rows(grad_o, q, k, v, o)
         dq, dk, dv = attention_bwd(do_rows, q_rows, k_rows, v_rows, o_rows, stats, scale, heads)
         return _copied(dq, q), _copied(dk, k), _copied(dv, v)
-    over_keys = passes("bwd_keys", e, q)
+    over_keys = passes("bwd_keys", e, q, _kind(heads))
     parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
     dq, dk, dv = torch.empty_like(q), _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
     first = [sums if sums.ndim == k.ndim else sums[0] for sums in (dk, dv)]  # the output of the first part
     delta = stats.new_empty(b, n)
     sizes = (n, m, d, e, scale, b * n)
-    constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "PRECISION": input_precision(q.dtype)}
+    constants: dict[str, Any] = {"D": padded(d), "PRECISION": input_precision(q.dtype)}
     constants |= {"CAUSAL": heads is not None and heads.is_causal, "UNIT": _unit(grad_o, q, k, v, o, dq, *first)}
     sinks = None if heads is None else heads.sinks
-    (one,) = passes("bwd_rows", e, q)
+    (one,) = passes("bwd_rows", e, q, _kind(heads))
     launch(
         attention_bwd_rows_kernel,
         one.tile,
@@ -124,6 +124,7 @@ def attention_bwd(
             *_of_heads(heads, grad_o, q, k, v, o, dq),
             sinks,
         ),
+        E=_of_slabs(e, one.tile),
         **constants,
     )
     for one, count in zip(over_keys, parts, strict=True):
@@ -144,6 +145,7 @@ def attention_bwd(
                 *sizes,
                 *_of_heads(heads, grad_o, q, k, v, *first),
             ),
+            E=_of_slabs(e, one.tile),
             **constants,
             **one.outputs,
             PARTS=count,
@@ -198,7 +200,7 @@ def bwd_bwd_and_sums(
             ggq, ggk, ggv, grad_o, q_rows, k_rows, v_rows, o_rows, stats, scale, heads, gg_sinks
         )
         return _copied(g_do, o), _copied(gq, q), _copied(gk, k), _copied(gv, v), sums
-    over_keys = passes("bwd_bwd_keys", e, q)
+    over_keys = passes("bwd_bwd_keys", e, q, _kind(heads))
     parts = [parts_of_rows(one, b, n, m, q.device) for one in over_keys]
     g_do, gq = torch.empty_like(o), torch.empty_like(q)
     gk, gv = _empty_sums(k, heads, parts[0]), _empty_sums(v, heads, parts[-1])
@@ -209,10 +211,10 @@ def bwd_bwd_and_sums(
     strides = _strides(*operands)
     sizes = (n, m, d, e, scale, b * n)
     logits = input_precision(q.dtype)
-    constants: dict[str, Any] = {"D": padded(d), "E": padded(e), "LOGITS": logits}
+    constants: dict[str, Any] = {"D": padded(d), "LOGITS": logits}
     constants["CAUSAL"] = heads is not None and heads.is_causal
     constants["UNIT"] = _unit(*operands, o, g_do, gq, *first)
-    for one in passes("bwd_bwd_rows", e, q):
+    for one in passes("bwd_bwd_rows", e, q, _kind(heads)):
         launch(
             attention_bwd_bwd_rows_kernel,
             one.tile,
@@ -231,6 +233,7 @@ def bwd_bwd_and_sums(
                 sinks,
             ),
             PRECISION="ieee" if one.tile.scalar else logits,
+            E=_of_slabs(e, one.tile),
             **constants,
             **one.outputs,
         )
@@ -251,11 +254,17 @@ def bwd_bwd_and_sums(
                 *_of_heads(heads, *operands, *first),
             ),
             PRECISION="ieee" if one.tile.scalar else logits,
+            E=_of_slabs(e, one.tile),
             **constants,
             **one.outputs,
             PARTS=count,
         )
     return g_do, gq, _total(gk, k, heads), _total(gv, v, heads), sums
+
+
+def _of_slabs(e: int, tile: Tile) -> int:
+    """The channels of as many slabs as hold ``e``: fewer than the next power of two where those are not needed."""
+    return triton.cdiv(e, tile.slab) * tile.slab
 
 
 def _programs(side: str, size: int, b: int, slabs: int, parts: int = 1) -> Callable[[Tile], tuple[int, int, int]]:
@@ -316,6 +325,10 @@ def _copied(rows: Tensor, x: Tensor) -> Tensor:
 def _strides(*tensors: Tensor) -> list[int]:
     """Strides of batch, rows and channels."""
     return [stride for x in tensors for stride in (x.stride() if x.ndim == 3 else (x.stride(0), *x.stride()[2:]))]
+
+
+def _kind(heads: Heads | None) -> Operands:
+    return "single" if heads is None else "heads" if heads.mask is None else "masked"
 
 
 def _of_heads(heads: Heads | None, *tensors: Tensor) -> tuple[Any, Any]:

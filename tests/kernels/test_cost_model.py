@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from fastgan.kernels.aot import case_of
 from fastgan.kernels.attention.config import Tile
-from fastgan.kernels.cost_model import CLOCK, MULTIPROCESSORS, SHAPES, attention_launches, floor
+from fastgan.kernels.cost_model import CLOCK, HEADS_SHAPES, MULTIPROCESSORS, SHAPES, attention_launches, floor
 from fastgan.kernels.launch import Launch
 
 
@@ -68,6 +68,8 @@ MISSED = {
     ("C=192 H=64", "attention_bwd_bwd_keys"): 6,
     ("C=384 H=32", "attention_bwd_bwd_rows"): 5.5,
     ("C=384 H=32", "attention_bwd_bwd_keys"): 9,
+    ("12 heads of 64", "attention_fwd"): 5,
+    ("12 heads of 64", "attention_bwd_bwd_keys"): 5,
 }
 
 
@@ -76,7 +78,7 @@ def test_no_launch_of_the_table_is_far_from_its_floor():
     command = [sys.executable, "-W", "ignore", "-m", "fastgan.kernels.report", "--model", "--json", "--processes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     rows = json.loads(done.stdout)
-    assert {row["shape"] for row in rows} == set(SHAPES)
+    assert {row["shape"] for row in rows} == {*SHAPES, *HEADS_SHAPES}
     assert {row["direction"] for row in rows} == {"forward", "backward", "double backward"}
     slower = [
         f"{row['shape']} {row['dtype']} {row['kernel']} {row['tile']}: {row['ratio']:.1f}"

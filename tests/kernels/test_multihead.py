@@ -1,6 +1,7 @@
 """The Triton kernels of several heads, masks and sinks against eager attention in float64: on a GPU or interpreted."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastgan.kernels.attention import config, launch
+from fastgan.kernels.launch import recorded
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import FLOOR, assert_as_accurate
@@ -132,3 +134,16 @@ def test_runs_are_bitwise_repeatable(device):
     inputs = [x.to(device) for x in head_operands(2, 4, 2, 40, 33, 8, 16, torch.float32)]
     for a, b in zip(three_orders(fused, *inputs), three_orders(fused, *inputs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_mask_takes_tiles_of_its_own():
+    q = torch.empty(2, 12, 256, 64, device="meta")
+    options = launch.Heads(12, 1, mask=None, sinks=None, is_causal=False)
+    mask = torch.empty(1, 1, 256, 256, device="meta").expand(2, 12, 256, 256)
+    made = []
+    for heads in (options, replace(options, is_causal=True), replace(options, mask=mask)):
+        with recorded() as launches:
+            o, stats = launch.attention_fwd(q, q, q, 1.0, heads)
+            launch.attention_bwd(o, q, q, q, o, stats, 1.0, heads)
+        made.append([one.config for one in launches])
+    assert made[0] == made[1] != made[2]
