@@ -1,8 +1,9 @@
 """The metrics as ``torchmetrics.Metric``: update with images, compute, reset; in collections and across processes.
 
-Classes, arguments and their positions, and the errors' types are those of ``torchmetrics.image``; the default protocol
-is ``"torchmetrics"``, so that another import changes no number. What differs: moments are merged in shifted float64,
-the network follows the metric to its device and nothing else reaches it, and torch-fidelity is not needed.
+Classes, arguments and their positions, and the errors' types and first words are those of ``torchmetrics.image``; the
+default protocol is ``"torchmetrics"``, so that another import changes no number. What differs: moments are merged in
+shifted float64, the network follows the metric to its device and nothing else reaches it, no warning says that features
+are kept, and torch-fidelity is not needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from fastgan._checks import InputError, check_count
 from fastgan.distributed import collective_device, gather_objects
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, load_backbone
+from fastgan.metrics.backbones.inception_network import DIMS
+from fastgan.metrics.diversity import mifid
 from fastgan.metrics.features import empty_stats
 from fastgan.metrics.frechet import frechet_distance, paired_frechet_distances
 from fastgan.metrics.kid import check_kernel, kernel_distance
@@ -48,8 +51,8 @@ class FeatureMetric(Metric):
             which gets the images as they come and returns (n, dim). It stays in eval mode.
         reset_real_features: whether :meth:`reset` forgets the real images too.
         normalize: images are floating-point in [0, 1], in place of uint8 in [0, 255].
-        input_img_size: (c, h, w) of the images that find out the dim of a ``feature`` that is a module without a
-            ``num_features``.
+        input_img_size: (c, h, w) of the image by which :class:`FrechetInceptionDistance` finds out the dim of a
+            ``feature`` that is a module without ``num_features``.
         feature_extractor_weights_path: Inception's weights file.
         antialias: resize with antialiasing; False is the resizing of the original FID (``legacy_tensorflow``).
         protocol: a name of :mod:`fastgan.metrics.protocols`, for Inception and backbones.
@@ -70,6 +73,7 @@ class FeatureMetric(Metric):
     is_differentiable = False
     full_state_update = False
     feature_network = "extractor"  # what torchmetrics' FeatureShare shares
+    needs_dim = False  # before the first image
     reference_kinds = "features (n, dim)"
     _network: nn.Module
 
@@ -102,7 +106,12 @@ class FeatureMetric(Metric):
         if isinstance(feature, nn.Module):
             extractor = feature.eval()
         elif isinstance(feature, bool) or not isinstance(feature, int | str):
-            raise ArgumentKindError(f"feature must be an int, 'logits', a module or a Backbone, got {feature!r}")
+            raise ArgumentKindError(
+                f"Got unknown input to argument `feature`: it must be an int, 'logits_unbiased', a module or a "
+                f"Backbone, got {feature!r}"
+            )
+        elif isinstance(feature, int) and feature not in DIMS:
+            raise InputError(f"Integer input to argument `feature` must be one of {list(DIMS)}, but got {feature}")
         else:
             path = feature_extractor_weights_path
             extractor = load_backbone("inception", weights=path, dims=feature, precision=precision)
@@ -120,13 +129,15 @@ class FeatureMetric(Metric):
         """The network, by torchmetrics' name for it."""
         return self._network
 
-    def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int:
+    def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int | None:
         extractor = self.extractor
         found = extractor.dim if isinstance(extractor, Backbone) else getattr(extractor, "num_features", None)
         if isinstance(extractor, Backbone) and found is None:
             raise ValueError(f"backbone {extractor.name} must be made with its dim")
         if isinstance(found, Tensor):
             found = int(found.item())
+        if found is None and not self.needs_dim:
+            return None
         if found is None:
             images = torch.zeros(1, *input_img_size, dtype=torch.float32 if self.normalize else torch.uint8)
             found = self.extract(images.to(self.device)).shape[1]
@@ -139,8 +150,9 @@ class FeatureMetric(Metric):
         if isinstance(reference, FeatureStats):
             raise InputError(f"reference must be {self.reference_kinds}, got statistics")
         features = as_features("reference", reference)
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise InputError(f"reference must have shape (n, {self.num_features}), got {tuple(features.shape)}")
+        dim = self.num_features or "dim"
+        if features.ndim != 2 or dim not in ("dim", features.shape[1]):
+            raise InputError(f"reference must have shape (n, {dim}), got {tuple(features.shape)}")
         return features
 
     def extract(self, imgs: Tensor) -> Tensor:
@@ -153,8 +165,9 @@ class FeatureMetric(Metric):
             raise ArgumentKindError(f"imgs must be a tensor, got {type(imgs).__name__}")
         if self._is_backbone:
             if imgs.is_floating_point() != self.normalize:
-                wanted = "floating-point in [0, 1]" if self.normalize else "uint8 in [0, 255]"
-                raise ValueError(f"imgs must be {wanted} with normalize={self.normalize}, got {imgs.dtype}")
+                wanted = "floating-point values in [0, 1]" if self.normalize else "dtype=torch.uint8"
+                with_option = f"with normalize={self.normalize}, got imgs of {imgs.dtype}"
+                raise ValueError(f"Expecting image as torch.Tensor with {wanted} {with_option}")
             return self.extractor(imgs, protocol=self.protocol).to(self.device)
         if self._network.training:
             self._network.eval()
@@ -247,6 +260,8 @@ class FrechetInceptionDistance(FeatureMetric):
 
     plot_lower_bound = 0.0
     reference_kinds = "FeatureStats or features (n, dim)"
+    needs_dim = True
+    num_features: int
     real: Tensor
     fake: Tensor
 
@@ -275,7 +290,10 @@ class FrechetInceptionDistance(FeatureMetric):
             count, mean, scatter = _unpacked(getattr(self, side))
             n = int(count.item())
             if n < 2:
-                raise TooFewImages(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
+                raise TooFewImages(
+                    f"More than one sample is required for both the real and fake distributed to compute FID: at least "
+                    f"2 {side} images are needed, there are {n}"
+                )
             stats.append(FeatureStats.from_moments(mean, scatter / (n - 1), n=n))
         return self._scalar(frechet_distance(*stats))
 
@@ -346,7 +364,7 @@ class _KeptFeatures(FeatureMetric):
             rows = getattr(self, f"{side}_features")
             if side == "real" and self._reference is not None:
                 rows = self._reference
-            found = dim_zero_cat(rows) if len(rows) else torch.zeros(0, self.num_features)
+            found = dim_zero_cat(rows) if len(rows) else torch.zeros(0, self.num_features or 1)
             if not len(found):
                 raise TooFewImages(f"there are no {side} images yet")
             sides.append(found)
@@ -385,7 +403,12 @@ class KernelInceptionDistance(_KeptFeatures):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+        try:
+            check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+        except ValueError as error:
+            name = str(error).split()[0]
+            kind = {"gamma": "`None` or float", "coef": "float"}.get(name, "integer")
+            raise InputError(f"Argument `{name}` expected to be {kind} larger than 0: {error}") from error
         super().__init__(feature, reset_real_features, normalize, **kwargs)
         self._options: dict[str, Any] = {"subsets": subsets, "subset_size": subset_size, "seed": seed}
         self._options |= {"degree": degree, "gamma": gamma, "coef": coef}
@@ -395,9 +418,47 @@ class KernelInceptionDistance(_KeptFeatures):
         real, fake = self._both()
         size, least = self._options["subset_size"], min(len(real), len(fake))
         if least < size:
-            raise InputError(f"subset_size must be at most the number of samples, {least}, got {size}")
+            raise InputError(
+                f"Argument `subset_size` should be smaller than the number of samples: it must be at most {least}, "
+                f"got {size}"
+            )
         result = kernel_distance(real, fake, **self._options)
         return self._scalar(result.mean), self._scalar(result.std)
+
+
+class MemorizationInformedFrechetInceptionDistance(_KeptFeatures):
+    """The memorization-informed Frechet distance; the MiFID for ``feature=2048``. Lower is better. Keeps all features.
+
+    Args:
+        feature, reset_real_features, normalize, kwargs: as in :class:`FeatureMetric`.
+        cosine_distance_eps: as in :func:`fastgan.metrics.mifid`.
+
+    Example:
+        >>> metric = MemorizationInformedFrechetInceptionDistance(nn.Flatten(), normalize=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=False)
+        >>> value = metric.compute()
+    """
+
+    def __init__(
+        self,
+        feature: int | str | nn.Module | Backbone = 2048,
+        reset_real_features: bool = True,
+        normalize: bool = False,
+        cosine_distance_eps: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        eps = cosine_distance_eps
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps <= 1:
+            raise InputError(
+                f"Argument `cosine_distance_eps` expected to be a float greater than 0 and at most 1, got {eps!r}"
+            )
+        super().__init__(feature, reset_real_features, normalize, **kwargs)
+        self.cosine_distance_eps = cosine_distance_eps
+
+    def compute(self) -> Tensor:
+        """The distance, float64. Raises ``InputError`` where a side has fewer than 2 images."""
+        return self._scalar(mifid(*self._both(), cosine_distance_eps=self.cosine_distance_eps))
 
 
 class PrecisionRecall(_KeptFeatures):
