@@ -32,7 +32,7 @@ from tests.metrics.random_weights import randomize
 README = Path(fastgan.metrics.__file__).with_name("README.md")
 TOLERANCE = 1e-6
 DIMS = 64  # fewer than images, so that no covariance is singular and SciPy's root is exact
-N = 72
+N = 80
 
 # SciPy no longer takes the argument with which pytorch-fid and clean-fid call it
 SQRTM = """
