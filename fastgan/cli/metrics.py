@@ -10,6 +10,7 @@ import typer
 
 from fastgan.cli.errors import user_errors
 from fastgan.cli.options import (
+    MAX_SEED,
     AsJson,
     BackboneName,
     BatchSize,
@@ -124,13 +125,15 @@ def evaluate(
     truncation: Annotated[
         float | None, typer.Option(help="For a training run: truncate the noise of its samples at plus and minus this.")
     ] = None,
-    sample_seed: Annotated[int, typer.Option(help="For a training run: seed of its samples' noise.")] = 1,
+    sample_seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="For a training run: seed of its samples' noise.")
+    ] = 1,
     standing_statistics: Annotated[
         int,
         typer.Option(min=0, help="For a training run: recompute batch norm's statistics over this many batches of 64."),
     ] = 0,
     k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
     as_json: AsJson = False,
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = None,
@@ -150,7 +153,7 @@ def evaluate(
     given = locals()
     with feature_options(given) as (options, world, echo):
         from fastgan._checks import InputError
-        from fastgan._files import write_text
+        from fastgan._files import check_output, write_text
         from fastgan.data.archives import register_opener
         from fastgan.data.image_sources import ImageSource
         from fastgan.metrics.catalogue import METRICS, EvaluateOptions
@@ -166,9 +169,8 @@ def evaluate(
         }
         wanted = tuple(METRICS) if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
-        for output in filter(None, (csv, latex, html)):
-            if not output.parent.is_dir():
-                raise InputError(f"cannot write {output}: its folder does not exist")
+        for output in filter(None, (csv, latex, html, plot)):
+            check_output(output)
         if against is not None:
             from fastgan.metrics.compare import compare
 
@@ -276,7 +278,9 @@ def stats_merge(
     """Join statistics of disjoint sets of images into those of all of them."""
     with user_errors():
         from fastgan.metrics.evaluate import merge_files
+        from fastgan.metrics.stats_file import check_statistics_path
 
+        check_statistics_path(output)
         merged = merge_files(files)
         merged.save(output, root=root)
     typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fastgan.distributed import World
     from fastgan.metrics.options import FeatureOptions
 
+MAX_SEED = (1 << 32) - 1
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 NumWorkers = Annotated[
     int | None, typer.Option(min=0, help="Threads that decode images.  [default: one per core, at most 8]")

@@ -48,6 +48,8 @@ from fastgan.metrics.kid import gaussian, kernel_distance, polynomial
 from fastgan.metrics.prdc import memberships
 from fastgan.metrics.stats import FeatureStats
 
+_MEMORIZED = 1000  # an FLD from which on its authors warn
+
 STATISTICS, FEATURES, IMAGES = "statistics", "features", "images"
 
 Source = ImageSource | Measured
@@ -70,7 +72,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             if metric not in METRICS:
-                raise InputError(f"--metrics must be of {', '.join(METRICS)}, got {metric}")
+                raise InputError(f"--metrics must be of {', '.join(METRICS)}, got {metric or 'an empty name'}")
         for option, value, least in (
             ("--subsets", self.subsets, 1),
             ("--subset-size", self.subset_size, 2),
@@ -284,7 +286,8 @@ def _ct(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
 
 def _fld(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     value = fld(sets.features("real"), sets.features("test"), sets.features("fake"), seed=options.seed)
-    yield Found(f"FLD ({sets.fake.stats.backbone or 'unknown backbone'})", value, least=None)
+    note = f"{sets.fake.label} holds copies of training images, it seems" if value > _MEMORIZED else ""
+    yield Found(f"FLD ({sets.fake.stats.backbone or 'unknown backbone'})", value, note=note, least=None)
 
 
 def _vendi(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:

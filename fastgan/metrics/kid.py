@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgan._checks import check_count, check_features
+from fastgan._checks import check_count, check_features, check_seed
 from fastgan.metrics.moments import as_features
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def kernel_distance(
     """
     real, fake = as_features("real", real), as_features("fake", fake)
     check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+    check_seed("seed", seed)
     check_features(real=real, fake=fake, least=2)
     size = min(subset_size, len(real), len(fake))
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from fastgan._checks import InputError, check_count
+from fastgan._checks import InputError, check_count, check_seed
 from fastgan.distributed import collective_device, gather_objects
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, load_backbone
@@ -403,6 +403,7 @@ class KernelInceptionDistance(_KeptFeatures):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_seed("seed", seed)
         try:
             check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
         except ValueError as error:
@@ -521,6 +522,7 @@ class InceptionScore(FeatureMetric):
         **kwargs: Any,
     ) -> None:
         check_count("splits", splits, 1)
+        check_seed("seed", seed)
         as_scores = isinstance(feature, str)  # 2048 features, of which the head makes scores: FeatureShare shares them
         super().__init__(2048 if feature == "logits_unbiased" else feature, normalize=normalize, **kwargs)
         self._scores: Callable[[Tensor], Tensor] | None = (

@@ -150,7 +150,7 @@ def test_no_file_no_npz_and_a_pickle(tmp_path):
     (tmp_path / "junk.npz").write_bytes(b"junk that is no archive")
     with pytest.raises(InputError, match="junk.npz is not an npz file"):
         FeatureStats.load(tmp_path / "junk.npz")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder, not an npz file"):
         FeatureStats.load(tmp_path)
 
 
