@@ -82,6 +82,8 @@ def fid_infinity(
         >>> result.value >= 0
         True
     """
+    if not isinstance(reference, FeatureStats):
+        raise InputError(f"reference must be FeatureStats, got {type(reference).__name__}")
     features = as_features("features", features)
     check_features(features=features, least=LEAST)
     n, dim = features.shape

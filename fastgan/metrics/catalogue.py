@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgan._checks import InputError
 from fastgan.data.image_sources import ImageSource
@@ -31,6 +30,7 @@ from fastgan.metrics.diversity import (
     authentic,
     cmmd,
     ct_contributions,
+    directions,
     memorization,
     vendi_score,
 )
@@ -267,7 +267,7 @@ def _cmmd(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     real, fake = sets.features("real"), sets.features("fake")
 
     def influences() -> Tensor:
-        unit = [F.normalize(rows.double(), dim=1) for rows in (real, fake)]
+        unit = [directions(rows) for rows in (real, fake)]
         kernel = functools.partial(gaussian, sigma=CMMD_SIGMA)
         return CMMD_SCALE * mmd_influences(unit[0], unit[1], kernel, seed=options.seed)
 

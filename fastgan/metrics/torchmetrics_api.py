@@ -100,6 +100,8 @@ class FeatureMetric(Metric):
                 raise ValueError(f"{name} must be a bool, got {value!r}")
         self.reset_real_features = reset_real_features
         self.normalize = normalize
+        if isinstance(sync_timeout, bool) or not isinstance(sync_timeout, int | float) or not sync_timeout > 0:
+            raise ValueError(f"sync_timeout must be a positive number of seconds, got {sync_timeout!r}")
         self.sync_timeout = sync_timeout
         self.protocol = get_protocol(protocol, resize or (None if antialias else "legacy_tensorflow"))
         extractor: nn.Module
@@ -139,6 +141,9 @@ class FeatureMetric(Metric):
         if found is None and not self.needs_dim:
             return None
         if found is None:
+            size = input_img_size
+            if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+                raise ValueError(f"input_img_size must be (c, h, w), got {size!r}")
             images = torch.zeros(1, *input_img_size, dtype=torch.float32 if self.normalize else torch.uint8)
             found = self.extract(images.to(self.device)).shape[1]
         if not isinstance(found, int):
@@ -171,12 +176,22 @@ class FeatureMetric(Metric):
             return self.extractor(imgs, protocol=self.protocol).to(self.device)
         if self._network.training:
             self._network.eval()
+        if imgs.ndim == 0:
+            raise ValueError("imgs must have a batch dimension, got one number")
         with torch.no_grad():
             features = self.extractor(imgs)
+        if not isinstance(features, Tensor):
+            raise ArgumentKindError(f"feature must return a tensor, got {type(features).__name__}")
         if features.ndim == 1 and len(imgs) == 1:
             features = features[None]
         if features.ndim != 2 or len(features) != len(imgs):
             raise ValueError(f"feature must return (n, dim) for {len(imgs)} images, got {tuple(features.shape)}")
+        if len(features) and features.shape[1] != getattr(self, "num_features", None):
+            if getattr(self, "num_features", None) is not None:
+                raise InputError(
+                    f"feature must return {self.num_features} features for each image, got {features.shape[1]}"
+                )
+            self.num_features = features.shape[1]
         return features.to(self.device)
 
     def reset(self) -> None:
@@ -273,8 +288,7 @@ class FrechetInceptionDistance(FeatureMetric):
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
-        _refuse_real(real, self._reference)
-        side, features = "real" if real else "fake", self.extract(imgs)
+        side, features = "real" if _is_real(real, self._reference) else "fake", self.extract(imgs)
         stats = FeatureStats(self.num_features).update(features)
         state = getattr(self, side)
         added = _packed(stats.n or 0, *stats.moments()).to(state.device)
@@ -335,9 +349,14 @@ def _unpacked(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return moments[0, 0], moments[0, 1:], moments[1:, 1:]
 
 
-def _refuse_real(real: bool, reference: Any) -> None:
-    if real and reference is not None:
+def _is_real(real: Any, reference: Any) -> bool:
+    """Return ``real``. Raises ``InputError`` for what is no bool, or if the real side is known before."""
+    value = real.item() if isinstance(real, Tensor) and real.numel() == 1 else real
+    if isinstance(value, Tensor | str | float) or value not in (True, False):
+        raise InputError(f"real must be a bool, got {real!r}")
+    if value and reference is not None:
         raise InputError("real images must not be given: the metric was made with a reference")
+    return bool(value)
 
 
 class _KeptFeatures(FeatureMetric):
@@ -354,8 +373,8 @@ class _KeptFeatures(FeatureMetric):
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
-        _refuse_real(real, self._reference)
-        getattr(self, f"{'real' if real else 'fake'}_features").append(self.extract(imgs))
+        side = "real" if _is_real(real, self._reference) else "fake"
+        getattr(self, f"{side}_features").append(self.extract(imgs))
 
     def _both(self) -> tuple[Tensor, Tensor]:
         """Features of the real and the fake images. Raises ``TooFewImages`` where there are none."""
@@ -579,18 +598,20 @@ class ClassFrechetDistance(_KeptFeatures):
         for side in _SIDES:
             self.add_state(f"{side}_labels", [], dist_reduce_fx="cat")
 
-    def update(self, imgs: Tensor, labels: Tensor, real: bool) -> None:  # type: ignore[override]
-        """Add images (n, c, h, w) with their classes (n,), int64, real or generated.
+    def update(self, imgs: Tensor, labels: Any, real: bool) -> None:  # type: ignore[override]
+        """Add images (n, c, h, w) with their classes (n,), integers, real or generated.
 
         Raises:
             InputError: the labels are no integers in [0, num_classes), or not one for each image.
         """
-        if labels.ndim != 1 or len(labels) != len(imgs) or labels.is_floating_point():
+        labels = as_features("labels", labels)
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if labels.ndim != 1 or len(labels) != len(imgs) or not is_integer:
             raise InputError(f"labels must be {len(imgs)} integers, got {labels.dtype} of {tuple(labels.shape)}")
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise InputError(f"labels must be in [0, {self.num_classes}), got {labels.min()} to {labels.max()}")
         super().update(imgs, real)
-        getattr(self, f"{'real' if real else 'fake'}_labels").append(labels.long().to(self.device))
+        getattr(self, f"{'real' if _is_real(real, None) else 'fake'}_labels").append(labels.long().to(self.device))
 
     def compute(self) -> Tensor:
         """The distances, (num_classes,) float64; NaN for a class with fewer than 2 images on a side."""

@@ -346,8 +346,7 @@ def test_a_module_of_any_input_size(make):
     metric = make(nn.Sequential(nn.Flatten(), nn.Linear(5, 4)), normalize=True)
     for real in (True, False):
         metric.update(torch.rand(3, 1, 1, 5), **({} if make is InceptionScore else {"real": real}))
-    assert metric.num_features is None
-    assert metric.extract(torch.rand(2, 1, 1, 5)).shape == (2, 4)
+    assert metric.num_features == 4
 
 
 def test_plots():
@@ -369,3 +368,41 @@ def test_the_spread_of_the_score_is_torchmetrics(monkeypatch):
     for found, expected in zip(ours.compute(), theirs.compute(), strict=True):
         assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert inception_score(scores, splits=4).std == pytest.approx(ours.compute()[1].item() * (3 / 4) ** 0.5)
+
+
+def test_what_is_no_image_and_no_side():
+    """Of wrong kinds: each is refused, and none is taken for another."""
+
+    class Pair(nn.Module):
+        def forward(self, images):
+            return images.flatten(1), images
+
+    plain = {"normalize": True, "input_img_size": (3, 2, 2)}
+    kernel = KernelInceptionDistance(nn.Flatten(), **plain)
+    kernel.update(images(3), real=True)
+    for call, message in (
+        (lambda: kernel.update(images(3), real="fake"), "real must be a bool, got 'fake'"),
+        (lambda: kernel.update(images(3), real=None), "real must be a bool, got None"),
+        (lambda: kernel.update(images(3), real=torch.tensor([True, False])), "real must be a bool"),
+        (lambda: kernel.update(torch.tensor(1.0), real=True), "imgs must have a batch dimension"),
+        (lambda: kernel.update(torch.rand(3, 3, 4, 4), real=True), "feature must return 12 features for each image"),
+        (
+            lambda: KernelInceptionDistance(Pair()).update(images(3), real=True),
+            "feature must return a tensor, got tuple",
+        ),
+        (
+            lambda: FrechetInceptionDistance(nn.Flatten(), input_img_size=3),
+            r"input_img_size must be \(c, h, w\), got 3",
+        ),
+        (lambda: FrechetInceptionDistance(Network(), sync_timeout=0), "sync_timeout must be a positive number"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+    kernel.update(images(2), real=torch.tensor(False))
+    assert [len(rows) for rows in (*kernel.real_features, *kernel.fake_features)] == [3, 2]
+    classes = ClassFrechetDistance(2, nn.Flatten(), **plain)
+    for labels in ([0, 1, 0], torch.tensor([0, 1, 0]).numpy()):
+        classes.update(images(3), labels, real=True)
+    assert torch.cat(classes.real_labels).tolist() == [0, 1, 0] * 2
+    with pytest.raises(InputError, match="labels must be 3 integers, got torch.bool"):
+        classes.update(images(3), [True, False, True], real=True)
