@@ -558,3 +558,24 @@ def test_numbers_are_rounded_to_what_is_known():
         (-0.0021, 0.0059, "-0.0021 +- 0.0059"),
     ):
         assert Value(value, spread=half).text() == text
+
+
+def test_an_empty_path_is_not_the_current_folder(sets, monkeypatch):
+    """That of an unset variable of the shell, where the current folder may hold images."""
+    monkeypatch.chdir(sets[0])
+    for arguments in (("fid", "", sets[1]), ("evaluate", sets[1], "--against", ""), ("stats", "save", "", "a.npz")):
+        assert_one_line_error(run(*arguments), "must not be empty")
+    assert_one_line_error(run("evaluate", *sets, "--floor", ""), "must not be empty")
+
+
+def test_a_damaged_checkpoint(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.features.Measured.finish", lambda self: None)
+    arguments = ("fid", *sets, "--checkpoint", tmp_path / "ck")
+    expected = run(*arguments).stdout
+    assert run(*arguments).stdout == expected
+    for file in (tmp_path / "ck").iterdir():
+        np.savez(file, mu=np.zeros(12), sigma=np.eye(12))
+    assert_one_line_error(run(*arguments), "is no checkpoint of a pass, delete it to start anew")
+    for file in (tmp_path / "ck").iterdir():
+        file.write_bytes(b"junk")
+    assert_one_line_error(run(*arguments), "is no checkpoint of a pass, delete it to start anew")
