@@ -40,6 +40,12 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_seed(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer that every generator takes as its seed."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+        raise ValueError(f"{name} must be an integer from 0 to {(1 << 32) - 1}, got {value!r}")
+
+
 def check_alike(**tensors: Tensor) -> None:
     """Raise ``ValueError`` unless all the named tensors share dtype and device with the first."""
     (first_name, first), *others = tensors.items()

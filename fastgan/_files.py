@@ -55,6 +55,16 @@ def check_writable(folder: Path | str) -> None:
                 place.rmdir()
 
 
+def check_output(path: Path | str) -> None:
+    """Raise ``InputError`` unless a file can be written at ``path``, whose folder must exist."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    check_writable(path.parent)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     with atomic_path(path) as temporary:

@@ -10,6 +10,7 @@ import typer
 
 from fastgan.cli.errors import user_errors
 from fastgan.cli.options import (
+    MAX_SEED,
     AsJson,
     BackboneName,
     BatchSize,
@@ -27,6 +28,7 @@ from fastgan.cli.options import (
     Weights,
     WithRoot,
     feature_options,
+    not_empty,
     report,
     warn,
 )
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from fastgan.metrics.features import Measured
 
 stats_app = typer.Typer(
-    help="Write, look at and join files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
+    help="Write, show and merge files of feature statistics.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -49,8 +51,15 @@ def register(app: typer.Typer) -> None:
 
 
 def fid(
-    a: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images, or an .npz file of statistics.")],
-    b: Annotated[Path, typer.Argument(help="The same; with --save-stats the .npz file to write.")],
+    a: Annotated[
+        Path,
+        typer.Argument(
+            parser=not_empty, help="Images: a folder, or a zip, npz, npy or pt file. Or an .npz file of statistics."
+        ),
+    ],
+    b: Annotated[
+        Path, typer.Argument(parser=not_empty, help="What to compare with; with --save-stats, the .npz file to write.")
+    ],
     save_stats: Annotated[
         bool, typer.Option("--save-stats", help="Write the statistics of the images A to the file B.")
     ] = False,
@@ -71,7 +80,7 @@ def fid(
     times: Times = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print the Frechet distance of two sets of images: the FID if the features are Inception's."""
+    """Print the Frechet distance between two sets of images: the FID if the features are Inception's."""
     given = locals()
     if save_stats:
         _save(a, b, given, root=root, as_json=as_json)
@@ -90,12 +99,18 @@ def evaluate(
     sets: Annotated[
         list[Path],
         typer.Argument(
-            help="The images to judge, as for fid, or a training run, which knows its real images; then the real "
-            "images. With --against, any number of sets to judge."
+            parser=not_empty,
+            help="The generated images or a training run, then the real images. A run knows its real images. With "
+            "--against, any number of sets of generated images.",
         ),
     ],
     against: Annotated[
-        Path | None, typer.Option(help="The real images, with which all sets are compared in one table, best first.")
+        Path | None,
+        typer.Option(
+            parser=not_empty,
+            metavar="PATH",
+            help="The real images; ranks all sets against them in one table, best first.",
+        ),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="With --against: write the table to this .csv file.")] = None,
     latex: Annotated[Path | None, typer.Option(help="With --against: write the table to this .tex file.")] = None,
@@ -103,34 +118,38 @@ def evaluate(
         str,
         typer.Option(
             help="Any of fid, fid-infinity, kid, is, prdc, sfid, mifid, cmmd, authpct, ct, fld, vendi, intra-fid, "
-            "separated by commas; or all, which says what is left out and why."
+            "separated by commas; or all, which reports what is left out and why."
         ),
     ] = "fid,kid,prdc",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the distance over the number of images into this .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Plot the distance over the number of images to this .png, .svg or .pdf file.")
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write one self-contained page of the result, with pictures, to this file."),
+        typer.Option(help="Write one self-contained HTML page of the results, with pictures, to this file."),
     ] = None,
     floor: Floor = None,
     subsets: Annotated[int, typer.Option(help="Number of KID subsets.")] = 100,
-    subset_size: Annotated[int, typer.Option(help="Images per KID subset, or all if there are fewer.")] = 1000,
+    subset_size: Annotated[int, typer.Option(help="Images per KID subset; all images if there are fewer.")] = 1000,
     splits: Annotated[int, typer.Option(help="Number of splits of the inception score.")] = 10,
     classify: Annotated[
         bool,
-        typer.Option(help="For a training run with classes: judge its samples by a classifier of its real images."),
+        typer.Option(
+            help="For a training run with classes: score its samples with a classifier trained on its real images."
+        ),
     ] = True,
     truncation: Annotated[
-        float | None, typer.Option(help="For a training run: truncate the noise of its samples at plus and minus this.")
+        float | None, typer.Option(help="For a training run: truncate the noise to plus or minus this value.")
     ] = None,
-    sample_seed: Annotated[int, typer.Option(help="For a training run: seed of its samples' noise.")] = 1,
+    sample_seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="For a training run: random seed of the noise.")
+    ] = 1,
     standing_statistics: Annotated[
         int,
-        typer.Option(min=0, help="For a training run: recompute batch norm's statistics over this many batches of 64."),
+        typer.Option(min=0, help="For a training run: recompute batch-norm statistics over this many batches of 64."),
     ] = 0,
     k: Annotated[int, typer.Option("-k", help="k for precision, recall, density and coverage.")] = 5,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
     as_json: AsJson = False,
     batch_size: BatchSize = 64,
     num_workers: NumWorkers = None,
@@ -146,11 +165,11 @@ def evaluate(
     times: Times = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print several metrics of a set of images against real ones, from one pass over them."""
+    """Compare generated with real images by several metrics, in one pass over the images."""
     given = locals()
     with feature_options(given) as (options, world, echo):
         from fastgan._checks import InputError
-        from fastgan._files import write_text
+        from fastgan._files import check_output, write_text
         from fastgan.data.archives import register_opener
         from fastgan.data.image_sources import ImageSource
         from fastgan.metrics.catalogue import METRICS, EvaluateOptions
@@ -166,9 +185,8 @@ def evaluate(
         }
         wanted = tuple(METRICS) if metrics == "all" else tuple(part.strip() for part in metrics.split(","))
         what = EvaluateOptions(wanted, subsets, subset_size, splits, k, seed, plot, skip_unmet=metrics == "all")
-        for output in filter(None, (csv, latex, html)):
-            if not output.parent.is_dir():
-                raise InputError(f"cannot write {output}: its folder does not exist")
+        for output in filter(None, (csv, latex, html, plot)):
+            check_output(output)
         if against is not None:
             from fastgan.metrics.compare import compare
 
@@ -225,14 +243,14 @@ def evaluate(
 
 @stats_app.command("save")
 def stats_save(
-    images: Annotated[Path, typer.Argument(help="A folder, zip, npz, npy or pt of images.")],
-    output: Annotated[Path, typer.Argument(help="The .npz file to write; pytorch-fid and clean-fid read it too.")],
+    images: Annotated[Path, typer.Argument(parser=not_empty, help="Images: a folder, or a zip, npz, npy or pt file.")],
+    output: Annotated[Path, typer.Argument(help="The .npz file to write, which pytorch-fid and clean-fid also read.")],
     root: WithRoot = False,
     save_features: Annotated[
         bool,
         typer.Option(
             "--save-features",
-            help="Write the features too: the file then stands for the images in every metric, with no second pass.",
+            help="Also write the features, from which other metrics are computed later without a second pass.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -259,7 +277,7 @@ def stats_show(
     file: Annotated[Path, typer.Argument(help="An .npz file of statistics.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show the content of a file of statistics."""
+    """Show what a statistics file holds."""
     with user_errors():
         from fastgan.metrics import FeatureStats
 
@@ -269,14 +287,16 @@ def stats_show(
 
 @stats_app.command("merge")
 def stats_merge(
-    files: Annotated[list[Path], typer.Argument(help="Files of statistics with their n.")],
+    files: Annotated[list[Path], typer.Argument(help="Statistics files that record n, of disjoint sets of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file to write.")],
     root: WithRoot = False,
 ) -> None:
-    """Join statistics of disjoint sets of images into those of all of them."""
+    """Merge the statistics of disjoint sets of images."""
     with user_errors():
         from fastgan.metrics.evaluate import merge_files
+        from fastgan.metrics.stats_file import check_statistics_path
 
+        check_statistics_path(output)
         merged = merge_files(files)
         merged.save(output, root=root)
     typer.echo(f"{output}: N = {merged.n}, backbone {merged.backbone or 'unknown'} ({merged.dim} features)")

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from fastgan.distributed import World
     from fastgan.metrics.options import FeatureOptions
 
+
+def not_empty(text: str) -> Path:
+    """Return the path ``text``; an empty one, as of an unset variable of the shell, is not the current folder."""
+    if not text:
+        raise typer.BadParameter("it must not be empty")
+    return Path(text)
+
+
+MAX_SEED = (1 << 32) - 1
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 NumWorkers = Annotated[
     int | None, typer.Option(min=0, help="Threads that decode images.  [default: one per core, at most 8]")
@@ -33,27 +43,27 @@ BackboneName = Annotated[
     typer.Option(
         "--backbone",
         help="inception, efficientnet_lite0, dinov2, clip, timm:NAME or torchvision:NAME.  "
-        "[default: that of the statistics given, else inception]",
+        "[default: that of the statistics, else inception]",
     ),
 ]
 ProtocolName = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="All that a number depends on but the network: pytorch-fid, clean-fid, torch-fidelity, torchmetrics or "
-        "tensorflow.  [default: that of the statistics given, else pytorch-fid for inception, clean-fid for others]",
+        help="How images are resized and scaled for the network: pytorch-fid, clean-fid, torch-fidelity, torchmetrics "
+        "or tensorflow.  [default: that of the statistics, else pytorch-fid for inception and clean-fid for others]",
     ),
 ]
 Resize = Annotated[
     str | None,
     typer.Option(
-        help="Replace the protocol's resize method, and change its name: clean, legacy_pytorch, legacy_tensorflow or "
-        "bilinear_antialias."
+        help="Replace the protocol's resize method, which changes its name: clean, legacy_pytorch, legacy_tensorflow "
+        "or bilinear_antialias."
     ),
 ]
-Precision = Annotated[str, typer.Option(help="fp32, tf32, bf16, or auto: tf32 on a GPU that has it, fp32 elsewhere.")]
+Precision = Annotated[str, typer.Option(help="fp32, tf32, bf16, or auto: tf32 on GPUs that support it, else fp32.")]
 Weights = Annotated[Path | None, typer.Option(help="The backbone's weights file.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images and count them.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip unreadable images and report their number.")]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
@@ -72,30 +82,32 @@ WithRoot = Annotated[
     bool,
     typer.Option(
         "--root",
-        help="Also write a factor of the covariance, which saves its computation in every later distance. The file is "
-        "twice as large, 32 MB more at 2048 features.",
+        help="Also write a factor of the covariance, which saves time in each distance to these statistics and doubles "
+        "the file: 32 MB more at 2048 features.",
     ),
 ]
 Floor = Annotated[
     Path | None,
-    typer.Option(help="Another split of B's data. Also prints its distance to B, the best score to expect."),
+    typer.Option(
+        parser=not_empty,
+        metavar="PATH",
+        help="Another split of the real images: also prints its distance to the real images, the best score to expect.",
+    ),
 ]
 
 
 def warn(line: str) -> None:
-    """Print a line on stderr in the first of the processes that torchrun started."""
+    """Print a line on stderr, in the first process of torchrun only."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(printable(f"fastgan: {line}"), err=True)
 
 
 @contextmanager
 def feature_options(given: Mapping[str, Any]) -> Iterator[tuple[FeatureOptions, World, Callable[[str], None]]]:
-    """Turn the options that all commands with features share into a ``FeatureOptions``.
+    """Yield the ``FeatureOptions`` of a command, its processes, and a print function that acts in the first of them.
 
-    ``given`` holds a command's arguments by name; the other arguments are ignored.
-
-    Yields the options, the processes that torchrun started (or this one), and a function that prints in the first of
-    them. A user's mistake in the block is reported in one line.
+    ``given`` holds the command's arguments by name; those that are no ``FeatureOptions`` are ignored. User errors in
+    the block are printed as one line.
     """
     with user_errors():
         from fastgan._checks import InputError
@@ -118,5 +130,5 @@ def _print_nothing(line: str) -> None:
 
 
 def report(lines: Sequence[str], result: dict[str, Any], *, as_json: bool) -> str:
-    """The output of a command: ``lines`` for people or ``result`` as JSON."""
+    """Return the output of a command: ``lines`` for people, or ``result`` as JSON."""
     return json.dumps(result) if as_json else printable("\n".join(lines))

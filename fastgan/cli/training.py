@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastgan.cli.errors import user_errors
-from fastgan.cli.options import Quiet
+from fastgan.cli.options import MAX_SEED, Quiet
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def sample(
         bool, typer.Option("--interpolate", help="Interpolate between two noise vectors in each row.")
     ] = False,
     sketches: Annotated[Path | None, typer.Option(help="Folder of sketches, for a generator that needs them.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed of the noise.")] = 0,
     checkpoint: Annotated[str, typer.Option(help="Checkpoint of a run: best or last.")] = "best",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda if available]")] = None,
 ) -> None:

@@ -102,6 +102,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder, not an npz file") from error
     except InputError:
         raise
     except ValueError as error:
@@ -323,6 +325,8 @@ def _read_file(path: Path) -> Any:
     except ImportError as error:
         raise InputError(f"{path} needs h5py: run `pip install h5py`") from error
     except Exception as error:  # whatever the damage leads to
+        if suffix == ".npy" and "pickle" in str(error):  # what NumPy takes any other content for
+            raise InputError(f"{path} is no npy file of numbers") from error
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 

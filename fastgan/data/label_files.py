@@ -23,7 +23,7 @@ def read_label_file(root: str | Path, images: ImageSource) -> tuple[tuple[str, .
     are numbered in their order.
 
     Raises:
-        InputError: the file is damaged, or an image has no label in it.
+        InputError: the file is damaged, or an image has no label or two in it.
     """
     root = Path(root)
     for name, parse in zip(LABEL_FILES, (_of_json, _of_csv), strict=True):
@@ -48,21 +48,29 @@ def _text(root: Path, name: str) -> str | None:
 
 def _of_json(text: str, where: str) -> dict[str, str]:
     try:
-        rows = {str(path): label for path, label in json.loads(text)["labels"] or []}
+        found = [(str(path), label) for path, label in json.loads(text)["labels"] or []]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where} must hold 'labels', a list of [path, label] or null: {error}") from error
-    for path, label in rows.items():
+    for path, label in found:
         is_number = isinstance(label, int) and not isinstance(label, bool) and label >= 0
         if not is_number and not isinstance(label, str):
             raise InputError(f"labels of {where} must be whole numbers from 0 or names, got {label!r} for {path}")
-    return {path: str(label) for path, label in rows.items()}
+    return _unambiguous([(path, str(label)) for path, label in found], where)
 
 
 def _of_csv(text: str, where: str) -> dict[str, str]:
     rows = [row for row in csv.reader(io.StringIO(text)) if row]
     if short := next((row for row in rows if len(row) < 2), None):
         raise InputError(f"{where} must have rows of a path and a label, got {','.join(short)!r}")
-    return {row[0].strip(): row[1].strip() for row in rows}
+    return _unambiguous([(row[0].strip(), row[1].strip()) for row in rows], where)
+
+
+def _unambiguous(rows: list[tuple[str, str]], where: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path, label in rows:
+        if found.setdefault(path, label) != label:
+            raise InputError(f"{where} has two labels for {path}: {found[path]} and {label}")
+    return found
 
 
 def _labels(rows: dict[str, str], images: ImageSource, where: str) -> tuple[tuple[str, ...], list[int]]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         FrechetInceptionDistance,
         InceptionScore,
         KernelInceptionDistance,
+        MemorizationInformedFrechetInceptionDistance,
         PrecisionRecall,
     )
 
@@ -41,6 +42,7 @@ __all__ = [
     "InceptionScore",
     "InputError",
     "KernelInceptionDistance",
+    "MemorizationInformedFrechetInceptionDistance",
     "PrecisionRecall",
     "Protocol",
     "auth_pct",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError, check_features
+from fastgan._checks import InputError, check_features, check_seed
 from fastgan._files import atomic_path
 from fastgan.linalg import sqrtm
 from fastgan.metrics.frechet import cross_term, frechet_distances
@@ -82,6 +82,8 @@ def fid_infinity(
         >>> result.value >= 0
         True
     """
+    if not isinstance(reference, FeatureStats):
+        raise InputError(f"reference must be FeatureStats, got {type(reference).__name__}")
     features = as_features("features", features)
     check_features(features=features, least=LEAST)
     n, dim = features.shape
@@ -136,6 +138,7 @@ def distance_influences(features: Tensor, stats: FeatureStats, reference: Featur
 
 
 def _random_order(features: Tensor, seed: int) -> Tensor:
+    check_seed("seed", seed)
     return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
 
 

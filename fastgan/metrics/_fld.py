@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError, check_count, check_features
+from fastgan._checks import InputError, check_count, check_features, check_seed
 from fastgan.metrics.moments import as_features
 from fastgan.metrics.prdc import distances
 
@@ -63,7 +63,7 @@ def fld(
     Raises:
         InputError: the features are not finite sets of at least 2 vectors (``train``: 4) and one dim, or ``test`` is
             constant in a feature.
-        ValueError: ``evaluate`` or ``gen_size`` is out of its range.
+        ValueError: ``evaluate``, ``gen_size`` or ``seed`` is out of its range.
 
     Example:
         >>> train, test, copies = torch.randn(200, 4), torch.randn(100, 4), torch.randn(100, 4)
@@ -73,6 +73,7 @@ def fld(
     if evaluate not in _SETS:
         raise ValueError(f"evaluate must be one of {', '.join(_SETS)}, got {evaluate!r}")
     check_count("gen_size", gen_size, 2)
+    check_seed("seed", seed)
     sets = {"train": as_features("train", train), "test": as_features("test", test), "fake": as_features("fake", fake)}
     check_features(**sets, least=2)
     check_features(train=sets["train"], least=4)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgan._checks import InputError, check_count, check_features
+from fastgan._checks import InputError, check_count, check_features, check_seed
 from fastgan.metrics.moments import as_features
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ def inception_score(logits: Tensor | npt.ArrayLike, *, splits: int = 10, seed: i
 
     Raises:
         InputError: the logits are not finite, or fewer than ``splits``.
-        ValueError: ``splits`` under 1.
+        ValueError: ``splits`` under 1, or a ``seed`` out of its range.
 
     Example:
         >>> inception_score(torch.zeros(20, 10), splits=2).mean  # no image looks like any class
         1.0
     """
     check_count("splits", splits, 1)
+    check_seed("seed", seed)
     logits = as_features("logits", logits)
     check_features(logits=logits, least=1)
     if len(logits) < splits:

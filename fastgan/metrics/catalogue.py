@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgan._checks import InputError
 from fastgan.data.image_sources import ImageSource
@@ -31,6 +30,7 @@ from fastgan.metrics.diversity import (
     authentic,
     cmmd,
     ct_contributions,
+    directions,
     memorization,
     vendi_score,
 )
@@ -47,6 +47,8 @@ from fastgan.metrics.influences import (
 from fastgan.metrics.kid import gaussian, kernel_distance, polynomial
 from fastgan.metrics.prdc import memberships
 from fastgan.metrics.stats import FeatureStats
+
+_MEMORIZED = 1000  # an FLD from which on its authors warn
 
 STATISTICS, FEATURES, IMAGES = "statistics", "features", "images"
 
@@ -70,7 +72,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             if metric not in METRICS:
-                raise InputError(f"--metrics must be of {', '.join(METRICS)}, got {metric}")
+                raise InputError(f"--metrics must be of {', '.join(METRICS)}, got {metric or 'an empty name'}")
         for option, value, least in (
             ("--subsets", self.subsets, 1),
             ("--subset-size", self.subset_size, 2),
@@ -265,7 +267,7 @@ def _cmmd(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     real, fake = sets.features("real"), sets.features("fake")
 
     def influences() -> Tensor:
-        unit = [F.normalize(rows.double(), dim=1) for rows in (real, fake)]
+        unit = [directions(rows) for rows in (real, fake)]
         kernel = functools.partial(gaussian, sigma=CMMD_SIGMA)
         return CMMD_SCALE * mmd_influences(unit[0], unit[1], kernel, seed=options.seed)
 
@@ -284,7 +286,8 @@ def _ct(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
 
 def _fld(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     value = fld(sets.features("real"), sets.features("test"), sets.features("fake"), seed=options.seed)
-    yield Found(f"FLD ({sets.fake.stats.backbone or 'unknown backbone'})", value, least=None)
+    note = f"{sets.fake.label} holds copies of training images, it seems" if value > _MEMORIZED else ""
+    yield Found(f"FLD ({sets.fake.stats.backbone or 'unknown backbone'})", value, note=note, least=None)
 
 
 def _vendi(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:

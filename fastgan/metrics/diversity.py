@@ -43,7 +43,7 @@ def cmmd(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> float:
     True
     """
     x, y = _checked(real, fake, least=2)
-    x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    x, y = directions(x), directions(y)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return gaussian(a, b, sigma=CMMD_SIGMA)
@@ -83,8 +83,11 @@ def memorization(real: Tensor, fake: Tensor, *, cosine_distance_eps: float = 0.1
     The divisor is the mean of these if it is below ``cosine_distance_eps``, else 1. Vectors whose entries sum to 0 are
     left out, as in the competition's code.
     """
-    sides = (rows.double()[rows.sum(1) != 0] for rows in (real, fake))
-    real_directions, fake_directions = (F.normalize(rows, dim=1) for rows in sides)
+    sides = [rows.double()[rows.double().sum(1) != 0] for rows in (real, fake)]
+    for name, rows in zip(("real", "fake"), sides, strict=True):
+        if not len(rows):
+            raise InputError(f"{name} must hold a vector whose entries do not sum to 0")
+    real_directions, fake_directions = (directions(rows) for rows in sides)
     similarity = torch.cat([(part @ real_directions.mT).abs().amax(1) for part in fake_directions.split(_BLOCK)])
     mean = (1 - similarity).mean().item()
     return 1 - similarity, mean if mean < cosine_distance_eps else 1.0
@@ -185,10 +188,9 @@ def vendi_score(features: Tensor | npt.ArrayLike, *, q: float = 1.0) -> float:
     rows = as_features("features", features)
     check_features(features=rows, least=1)
     rows = rows.double()
-    lengths = rows.norm(dim=1, keepdim=True)
-    if not (lengths > 0).all():
+    if not rows.any(dim=1).all():
         raise InputError("features must not hold a vector of zeros, which has no direction")
-    rows = rows / lengths
+    rows = directions(rows)
     gram = (rows @ rows.mT if rows.shape[0] <= rows.shape[1] else rows.mT @ rows) / len(rows)
     weights = torch.linalg.eigvalsh(gram).clamp(min=0)
     weights = weights[weights > 0] / weights.sum()
@@ -199,6 +201,13 @@ def vendi_score(features: Tensor | npt.ArrayLike, *, q: float = 1.0) -> float:
     else:
         score = weights.pow(q).sum().pow(1 / (1 - q))
     return score.item()
+
+
+def directions(rows: Tensor) -> Tensor:
+    """Return ``rows`` (n, dim) as float64 unit vectors, whatever their lengths; rows of zeros stay zeros."""
+    rows = rows.double()
+    largest = rows.abs().amax(dim=1, keepdim=True)  # whose square may be too large or too small for a float
+    return F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
 
 
 def ct_contributions(train: Tensor, test: Tensor, fake: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ read once."""
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgan._checks import InputError
+from fastgan._checks import InputError, check_features
 from fastgan._progress import progress_bar
 from fastgan.data.archives import open_images, read_npz
 from fastgan.data.image_sources import ImageSource
@@ -36,9 +37,10 @@ from fastgan.metrics.features import Measured, collect, empty_stats
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.moments import as_features, float64_device
 from fastgan.metrics.options import FeatureOptions
+from fastgan.metrics.protocols import get_protocol
 from fastgan.metrics.results import SetResult, Value, measured_dict, result_dict
 from fastgan.metrics.stats import FeatureStats, check_comparable
-from fastgan.metrics.stats_file import FEATURES, holds_statistics, write_npz
+from fastgan.metrics.stats_file import FEATURES, check_statistics_path, holds_statistics, write_npz
 
 INCEPTION_DIM = 2048
 
@@ -257,10 +259,7 @@ def save_stats(
         InputError: a path or an option cannot be used; ``output`` is then as it was.
     """
     world = world or World()
-    if output.suffix != ".npz":
-        raise InputError(f"statistics are written to an .npz file, got {output}")
-    if not output.parent.is_dir():
-        raise InputError(f"cannot write {output}: its folder does not exist")
+    check_statistics_path(output)
     with world.agreed():
         source = open_images(images, skip_bad=options.skip_bad)
     (side,), _ = measure([source], options, world, keep_features=[features])
@@ -275,8 +274,11 @@ def save_stats(
 
 def merge_files(files: Sequence[Path]) -> FeatureStats:
     """Statistics of all the images behind ``files``. Raises ``InputError`` naming the file that cannot be joined."""
-    merged = FeatureStats()
+    merged, seen = FeatureStats(), set()
     for file in files:
+        if (place := file.resolve()) in seen:
+            raise InputError(f"{file} is given twice: its images would count twice")
+        seen.add(place)
         stats = FeatureStats.load(file)
         try:
             merged.merge(stats)
@@ -291,13 +293,13 @@ def open_source(source: Path | ImageSource | Measured, options: FeatureOptions) 
         return source
     features, suffix = None, source.suffix.lower()
     if suffix == ".npy" and source.is_file() and _holds_features(source):
-        features = as_features(str(source), np.load(source, allow_pickle=False))
+        features = _checked(source, np.load(source, allow_pickle=False))
         stats = FeatureStats(backbone=options.backbone).update(features)
     elif suffix != ".npz" or source.is_dir() or not holds_statistics(source):
         return open_images(source, skip_bad=options.skip_bad)
     else:
         arrays = read_npz(source)
-        features = as_features(str(source), arrays[FEATURES]) if FEATURES in arrays else None
+        features = _checked(source, arrays[FEATURES]) if FEATURES in arrays else None
         if features is not None and "mu" not in arrays:
             stats = FeatureStats(backbone=options.backbone).update(features)
         else:
@@ -307,6 +309,24 @@ def open_source(source: Path | ImageSource | Measured, options: FeatureOptions) 
         options.note(f"{source} does not name its backbone; its {stats.dim} features are taken for inception's")
         stats.backbone = "inception"
     return Measured(str(source), stats, features)
+
+
+def _checked(path: Path, array: np.ndarray) -> torch.Tensor:
+    features = as_features(str(path), array)
+    check_features(least=2, **{str(path): features})
+    return features
+
+
+def _check_options(side: Measured, options: FeatureOptions) -> None:
+    """Raise ``InputError`` if ``options`` ask for what the statistics of ``side``, as far as they tell, are not of."""
+    stats = side.stats
+    recorded = re.sub(r"-[0-9a-f]{8}$", "", stats.backbone or "")
+    if options.backbone is not None and recorded not in ("", options.backbone):
+        raise InputError(f"--backbone {options.backbone} does not fit {side.label}, which is of {stats.backbone}")
+    if stats.protocol is not None and (options.protocol or options.resize):
+        asked = get_protocol(options.protocol or stats.protocol, options.resize).name
+        if asked != stats.protocol:
+            raise InputError(f"protocol {asked} does not fit {side.label}, which is of {stats.protocol}")
 
 
 def _holds_features(path: Path) -> bool:
@@ -362,6 +382,9 @@ def measure(
     if not images:
         for stats in loaded[1:]:
             check_comparable(loaded[0], stats)
+        for source in sources:
+            if isinstance(source, Measured):
+                _check_options(source, options)
         for stats in loaded:
             stats.backbone = stats.backbone or options.backbone
         if options.dims is not None and {SPATIAL: SPATIAL_DIM}.get(str(options.dims), options.dims) != loaded[0].dim:

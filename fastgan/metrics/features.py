@@ -198,13 +198,16 @@ def collect(
         if checkpoint is not None:
             path = _checkpoint_path(checkpoint, source, backbone, protocol, world, keep_features)
         if path is not None and path.exists():
-            arrays = read_npz(path)
-            stats = FeatureStats.from_arrays(path, arrays).to(float64_device(backbone.device))
-            if extra is not None:
-                prefixed = {key.removeprefix(_EXTRA): value for key, value in arrays.items() if key.startswith(_EXTRA)}
-                extra = FeatureStats.from_arrays(path, prefixed).to(float64_device(backbone.device))
-            features = [torch.from_numpy(arrays["features"])] if keep_features else None
-            source.skipped, done = json.loads(str(arrays["skipped"])), int(arrays["done"])
+            try:
+                arrays = read_npz(path)
+                stats = FeatureStats.from_arrays(path, arrays).to(float64_device(backbone.device))
+                if extra is not None:
+                    of_extra = {key.removeprefix(_EXTRA): arrays[key] for key in arrays if key.startswith(_EXTRA)}
+                    extra = FeatureStats.from_arrays(path, of_extra).to(float64_device(backbone.device))
+                features = [torch.from_numpy(arrays["features"])] if keep_features else None
+                source.skipped, done = json.loads(str(arrays["skipped"])), int(arrays["done"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is no checkpoint of a pass, delete it to start anew: {error}") from error
             if progress is not None and done:
                 progress(done)
         batches = source.batches(

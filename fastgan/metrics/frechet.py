@@ -161,6 +161,8 @@ def paired_frechet_distances(real: Sequence[FeatureStats], fake: Sequence[Featur
         >>> paired_frechet_distances(real, fake)
         tensor([ 3., 12.], dtype=torch.float64)
     """
+    if len(real) != len(fake):
+        raise InputError(f"real and fake must be of one length, got {len(real)} and {len(fake)}")
     values = torch.zeros(len(real), dtype=torch.float64)
     small: list[tuple[int, int]] = []  # entries of X Y^T, index
     for index, (a, b) in enumerate(zip(real, fake, strict=True)):

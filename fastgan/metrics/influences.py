@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fastgan.metrics.diversity import directions
 from fastgan.metrics.kid import Kernel, draw_at_most
 from fastgan.metrics.moments import as_features
 from fastgan.metrics.prdc import distances, radii
@@ -47,7 +47,7 @@ def vendi_influences(features: Tensor) -> Tensor | None:
     """
     if features.shape[0] <= features.shape[1]:
         return None
-    rows = F.normalize(as_features("features", features).double(), dim=1)
+    rows = directions(as_features("features", features))
     weights, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
     seen = weights > weights.max() * 1e-12
     logs = torch.where(seen, weights.clamp(min=1e-300).log(), 0.0)

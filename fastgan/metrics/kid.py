@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgan._checks import check_count, check_features
+from fastgan._checks import InputError, check_count, check_features, check_seed
 from fastgan.metrics.moments import as_features
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def kernel_distance(
         seed: of the draws.
 
     Raises:
-        InputError: the features are not two finite sets of at least 2 vectors and one dim.
+        InputError: the features are not two finite sets of at least 2 vectors and one dim, or are so large that the
+            kernel overflows.
         ValueError: an argument is out of its range.
 
     >>> real, fake = torch.zeros(50, 4), torch.ones(50, 4)
@@ -75,6 +76,7 @@ def kernel_distance(
     """
     real, fake = as_features("real", real), as_features("fake", fake)
     check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+    check_seed("seed", seed)
     check_features(real=real, fake=fake, least=2)
     size = min(subset_size, len(real), len(fake))
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +101,8 @@ def kernel_distance(
         rows = [rows[order.to(rows.device)] for order, rows in zip(orders, (x, y), strict=True)]
         columns = [group[:, order.to(group.device)] for group, order in zip(groups, orders, strict=True)]
         of_groups = _kernel_sums(*rows, *columns, kernel)
+    if not torch.isfinite(drawn).all():
+        raise InputError("real and fake must be smaller: the kernel of these features overflows float64")
     error = _standard_error(*of_groups, [group.sum(dim=1) for group in groups], (len(x), len(y)))
     return KernelDistance(drawn.mean().item(), drawn.std(unbiased=False).item(), subsets, size, error)
 

@@ -110,7 +110,9 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     Of float32 rows on a CPU they come from a matrix product in float64, which is rounded to float32 in the end, so that
     equal distances stay equal. Where |x|^2 + |y|^2 - 2 x.y would cancel, they are computed again from the difference.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu":
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    if dtype == torch.float32 and x.device.type == "cpu":
         center = y.double().mean(dim=0)
         a, b = x.double() - center, y.double() - center
         scale = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)

@@ -65,8 +65,10 @@ class Value:
     def text(self, plus_minus: str = " +- ") -> str:
         """Return the value for people, rounded to two digits of half its interval or of its spread."""
         half = (self.high - self.low) / 2 if self.low is not None and self.high is not None else self.spread
-        if half is None or not math.isfinite(half) or half <= 0:
+        if half is None or not math.isfinite(half) or half <= 1e-6 * abs(self.value):
             return f"{self.value:.6g}"
+        if half < 1e-9:
+            return f"{self.value:.2g}{plus_minus}{half:.2g}"
         digits = max(0, 1 - math.floor(math.log10(half)))
         return f"{self.value:.{digits}f}{plus_minus}{half:.{digits}f}"
 

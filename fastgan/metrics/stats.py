@@ -115,8 +115,9 @@ class FeatureStats:
         if (cov.ndim == 3 and len(cov) == 1) or cov.numel() == len(mean) == 1:
             cov = cov.reshape(len(mean), -1)
         check_moments(mean, cov, rounding)
-        if n is not None and n < 2:
-            raise InputError(f"n must be at least 2 for a covariance, got {n}")
+        if n is not None and (not isinstance(n, int | np.integer) or n < 2):
+            raise InputError(f"n must be an integer of at least 2 for a covariance, got {n}")
+        n = None if n is None else int(n)
         names = {"backbone": backbone, "protocol": protocol, "resize": resize, "precision": precision}
         stats = cls(mean.shape[0], **names)
         cov = (cov + cov.mT) / 2

@@ -22,12 +22,19 @@ from typing import Any
 import numpy as np
 
 from fastgan._checks import InputError
-from fastgan._files import atomic_path
+from fastgan._files import atomic_path, check_output
 
 FEATURES = "features"
 """Key of the features (n, dim), in the order of the images, where they were asked for."""
 
 _MEAN_KEYS, _COV_KEYS = ("mu", "mu_s"), ("sigma", "sigma_s")
+
+
+def check_statistics_path(path: Path) -> None:
+    """Raise ``InputError`` unless an .npz file can be written at ``path``."""
+    if path.suffix != ".npz":
+        raise InputError(f"statistics are written to an .npz file, got {path}")
+    check_output(path)
 
 
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:

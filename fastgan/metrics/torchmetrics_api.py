@@ -1,8 +1,9 @@
 """The metrics as ``torchmetrics.Metric``: update with images, compute, reset; in collections and across processes.
 
-Classes, arguments and their positions, and the errors' types are those of ``torchmetrics.image``; the default protocol
-is ``"torchmetrics"``, so that another import changes no number. What differs: moments are merged in shifted float64,
-the network follows the metric to its device and nothing else reaches it, and torch-fidelity is not needed.
+Classes, arguments and their positions, and the errors' types and first words are those of ``torchmetrics.image``; the
+default protocol is ``"torchmetrics"``, so that another import changes no number. What differs: moments are merged in
+shifted float64, the network follows the metric to its device and nothing else reaches it, no warning says that features
+are kept, and torch-fidelity is not needed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from fastgan._checks import InputError, check_count
+from fastgan._checks import InputError, check_count, check_seed
 from fastgan.distributed import collective_device, gather_objects
 from fastgan.metrics._inception_score import inception_score
 from fastgan.metrics.backbones import Backbone, load_backbone
+from fastgan.metrics.backbones.inception_network import DIMS
+from fastgan.metrics.diversity import mifid
 from fastgan.metrics.features import empty_stats
 from fastgan.metrics.frechet import frechet_distance, paired_frechet_distances
 from fastgan.metrics.kid import check_kernel, kernel_distance
@@ -48,8 +51,8 @@ class FeatureMetric(Metric):
             which gets the images as they come and returns (n, dim). It stays in eval mode.
         reset_real_features: whether :meth:`reset` forgets the real images too.
         normalize: images are floating-point in [0, 1], in place of uint8 in [0, 255].
-        input_img_size: (c, h, w) of the images that find out the dim of a ``feature`` that is a module without a
-            ``num_features``.
+        input_img_size: (c, h, w) of the image by which :class:`FrechetInceptionDistance` finds out the dim of a
+            ``feature`` that is a module without ``num_features``.
         feature_extractor_weights_path: Inception's weights file.
         antialias: resize with antialiasing; False is the resizing of the original FID (``legacy_tensorflow``).
         protocol: a name of :mod:`fastgan.metrics.protocols`, for Inception and backbones.
@@ -70,6 +73,7 @@ class FeatureMetric(Metric):
     is_differentiable = False
     full_state_update = False
     feature_network = "extractor"  # what torchmetrics' FeatureShare shares
+    needs_dim = False  # before the first image
     reference_kinds = "features (n, dim)"
     _network: nn.Module
 
@@ -96,13 +100,20 @@ class FeatureMetric(Metric):
                 raise ValueError(f"{name} must be a bool, got {value!r}")
         self.reset_real_features = reset_real_features
         self.normalize = normalize
+        if isinstance(sync_timeout, bool) or not isinstance(sync_timeout, int | float) or not sync_timeout > 0:
+            raise ValueError(f"sync_timeout must be a positive number of seconds, got {sync_timeout!r}")
         self.sync_timeout = sync_timeout
         self.protocol = get_protocol(protocol, resize or (None if antialias else "legacy_tensorflow"))
         extractor: nn.Module
         if isinstance(feature, nn.Module):
             extractor = feature.eval()
         elif isinstance(feature, bool) or not isinstance(feature, int | str):
-            raise ArgumentKindError(f"feature must be an int, 'logits', a module or a Backbone, got {feature!r}")
+            raise ArgumentKindError(
+                f"Got unknown input to argument `feature`: it must be an int, 'logits_unbiased', a module or a "
+                f"Backbone, got {feature!r}"
+            )
+        elif isinstance(feature, int) and feature not in DIMS:
+            raise InputError(f"Integer input to argument `feature` must be one of {list(DIMS)}, but got {feature}")
         else:
             path = feature_extractor_weights_path
             extractor = load_backbone("inception", weights=path, dims=feature, precision=precision)
@@ -120,14 +131,19 @@ class FeatureMetric(Metric):
         """The network, by torchmetrics' name for it."""
         return self._network
 
-    def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int:
+    def _number_of_features(self, input_img_size: tuple[int, int, int]) -> int | None:
         extractor = self.extractor
         found = extractor.dim if isinstance(extractor, Backbone) else getattr(extractor, "num_features", None)
         if isinstance(extractor, Backbone) and found is None:
             raise ValueError(f"backbone {extractor.name} must be made with its dim")
         if isinstance(found, Tensor):
             found = int(found.item())
+        if found is None and not self.needs_dim:
+            return None
         if found is None:
+            size = input_img_size
+            if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+                raise ValueError(f"input_img_size must be (c, h, w), got {size!r}")
             images = torch.zeros(1, *input_img_size, dtype=torch.float32 if self.normalize else torch.uint8)
             found = self.extract(images.to(self.device)).shape[1]
         if not isinstance(found, int):
@@ -139,8 +155,9 @@ class FeatureMetric(Metric):
         if isinstance(reference, FeatureStats):
             raise InputError(f"reference must be {self.reference_kinds}, got statistics")
         features = as_features("reference", reference)
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise InputError(f"reference must have shape (n, {self.num_features}), got {tuple(features.shape)}")
+        dim = self.num_features or "dim"
+        if features.ndim != 2 or dim not in ("dim", features.shape[1]):
+            raise InputError(f"reference must have shape (n, {dim}), got {tuple(features.shape)}")
         return features
 
     def extract(self, imgs: Tensor) -> Tensor:
@@ -153,17 +170,28 @@ class FeatureMetric(Metric):
             raise ArgumentKindError(f"imgs must be a tensor, got {type(imgs).__name__}")
         if self._is_backbone:
             if imgs.is_floating_point() != self.normalize:
-                wanted = "floating-point in [0, 1]" if self.normalize else "uint8 in [0, 255]"
-                raise ValueError(f"imgs must be {wanted} with normalize={self.normalize}, got {imgs.dtype}")
+                wanted = "floating-point values in [0, 1]" if self.normalize else "dtype=torch.uint8"
+                with_option = f"with normalize={self.normalize}, got imgs of {imgs.dtype}"
+                raise ValueError(f"Expecting image as torch.Tensor with {wanted} {with_option}")
             return self.extractor(imgs, protocol=self.protocol).to(self.device)
         if self._network.training:
             self._network.eval()
+        if imgs.ndim == 0:
+            raise ValueError("imgs must have a batch dimension, got one number")
         with torch.no_grad():
             features = self.extractor(imgs)
+        if not isinstance(features, Tensor):
+            raise ArgumentKindError(f"feature must return a tensor, got {type(features).__name__}")
         if features.ndim == 1 and len(imgs) == 1:
             features = features[None]
         if features.ndim != 2 or len(features) != len(imgs):
             raise ValueError(f"feature must return (n, dim) for {len(imgs)} images, got {tuple(features.shape)}")
+        if len(features) and features.shape[1] != getattr(self, "num_features", None):
+            if getattr(self, "num_features", None) is not None:
+                raise InputError(
+                    f"feature must return {self.num_features} features for each image, got {features.shape[1]}"
+                )
+            self.num_features = features.shape[1]
         return features.to(self.device)
 
     def reset(self) -> None:
@@ -247,6 +275,8 @@ class FrechetInceptionDistance(FeatureMetric):
 
     plot_lower_bound = 0.0
     reference_kinds = "FeatureStats or features (n, dim)"
+    needs_dim = True
+    num_features: int
     real: Tensor
     fake: Tensor
 
@@ -258,8 +288,7 @@ class FrechetInceptionDistance(FeatureMetric):
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
-        _refuse_real(real, self._reference)
-        side, features = "real" if real else "fake", self.extract(imgs)
+        side, features = "real" if _is_real(real, self._reference) else "fake", self.extract(imgs)
         stats = FeatureStats(self.num_features).update(features)
         state = getattr(self, side)
         added = _packed(stats.n or 0, *stats.moments()).to(state.device)
@@ -275,7 +304,10 @@ class FrechetInceptionDistance(FeatureMetric):
             count, mean, scatter = _unpacked(getattr(self, side))
             n = int(count.item())
             if n < 2:
-                raise TooFewImages(f"at least 2 {side} images are needed for a Frechet distance, there are {n}")
+                raise TooFewImages(
+                    f"More than one sample is required for both the real and fake distributed to compute FID: at least "
+                    f"2 {side} images are needed, there are {n}"
+                )
             stats.append(FeatureStats.from_moments(mean, scatter / (n - 1), n=n))
         return self._scalar(frechet_distance(*stats))
 
@@ -317,9 +349,14 @@ def _unpacked(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return moments[0, 0], moments[0, 1:], moments[1:, 1:]
 
 
-def _refuse_real(real: bool, reference: Any) -> None:
-    if real and reference is not None:
+def _is_real(real: Any, reference: Any) -> bool:
+    """Return ``real``. Raises ``InputError`` for what is no bool, or if the real side is known before."""
+    value = real.item() if isinstance(real, Tensor) and real.numel() == 1 else real
+    if isinstance(value, Tensor | str | float) or value not in (True, False):
+        raise InputError(f"real must be a bool, got {real!r}")
+    if value and reference is not None:
         raise InputError("real images must not be given: the metric was made with a reference")
+    return bool(value)
 
 
 class _KeptFeatures(FeatureMetric):
@@ -336,8 +373,8 @@ class _KeptFeatures(FeatureMetric):
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images (n, c, h, w), real or generated."""
-        _refuse_real(real, self._reference)
-        getattr(self, f"{'real' if real else 'fake'}_features").append(self.extract(imgs))
+        side = "real" if _is_real(real, self._reference) else "fake"
+        getattr(self, f"{side}_features").append(self.extract(imgs))
 
     def _both(self) -> tuple[Tensor, Tensor]:
         """Features of the real and the fake images. Raises ``TooFewImages`` where there are none."""
@@ -346,7 +383,7 @@ class _KeptFeatures(FeatureMetric):
             rows = getattr(self, f"{side}_features")
             if side == "real" and self._reference is not None:
                 rows = self._reference
-            found = dim_zero_cat(rows) if len(rows) else torch.zeros(0, self.num_features)
+            found = dim_zero_cat(rows) if len(rows) else torch.zeros(0, self.num_features or 1)
             if not len(found):
                 raise TooFewImages(f"there are no {side} images yet")
             sides.append(found)
@@ -385,7 +422,13 @@ class KernelInceptionDistance(_KeptFeatures):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+        check_seed("seed", seed)
+        try:
+            check_kernel(subsets=subsets, subset_size=subset_size, degree=degree, gamma=gamma, coef=coef)
+        except ValueError as error:
+            name = str(error).split()[0]
+            kind = {"gamma": "`None` or float", "coef": "float"}.get(name, "integer")
+            raise InputError(f"Argument `{name}` expected to be {kind} larger than 0: {error}") from error
         super().__init__(feature, reset_real_features, normalize, **kwargs)
         self._options: dict[str, Any] = {"subsets": subsets, "subset_size": subset_size, "seed": seed}
         self._options |= {"degree": degree, "gamma": gamma, "coef": coef}
@@ -395,9 +438,47 @@ class KernelInceptionDistance(_KeptFeatures):
         real, fake = self._both()
         size, least = self._options["subset_size"], min(len(real), len(fake))
         if least < size:
-            raise InputError(f"subset_size must be at most the number of samples, {least}, got {size}")
+            raise InputError(
+                f"Argument `subset_size` should be smaller than the number of samples: it must be at most {least}, "
+                f"got {size}"
+            )
         result = kernel_distance(real, fake, **self._options)
         return self._scalar(result.mean), self._scalar(result.std)
+
+
+class MemorizationInformedFrechetInceptionDistance(_KeptFeatures):
+    """The memorization-informed Frechet distance; the MiFID for ``feature=2048``. Lower is better. Keeps all features.
+
+    Args:
+        feature, reset_real_features, normalize, kwargs: as in :class:`FeatureMetric`.
+        cosine_distance_eps: as in :func:`fastgan.metrics.mifid`.
+
+    Example:
+        >>> metric = MemorizationInformedFrechetInceptionDistance(nn.Flatten(), normalize=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=True)
+        >>> metric.update(torch.rand(20, 3, 2, 2), real=False)
+        >>> value = metric.compute()
+    """
+
+    def __init__(
+        self,
+        feature: int | str | nn.Module | Backbone = 2048,
+        reset_real_features: bool = True,
+        normalize: bool = False,
+        cosine_distance_eps: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        eps = cosine_distance_eps
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps <= 1:
+            raise InputError(
+                f"Argument `cosine_distance_eps` expected to be a float greater than 0 and at most 1, got {eps!r}"
+            )
+        super().__init__(feature, reset_real_features, normalize, **kwargs)
+        self.cosine_distance_eps = cosine_distance_eps
+
+    def compute(self) -> Tensor:
+        """The distance, float64. Raises ``InputError`` where a side has fewer than 2 images."""
+        return self._scalar(mifid(*self._both(), cosine_distance_eps=self.cosine_distance_eps))
 
 
 class PrecisionRecall(_KeptFeatures):
@@ -460,6 +541,7 @@ class InceptionScore(FeatureMetric):
         **kwargs: Any,
     ) -> None:
         check_count("splits", splits, 1)
+        check_seed("seed", seed)
         as_scores = isinstance(feature, str)  # 2048 features, of which the head makes scores: FeatureShare shares them
         super().__init__(2048 if feature == "logits_unbiased" else feature, normalize=normalize, **kwargs)
         self._scores: Callable[[Tensor], Tensor] | None = (
@@ -516,18 +598,20 @@ class ClassFrechetDistance(_KeptFeatures):
         for side in _SIDES:
             self.add_state(f"{side}_labels", [], dist_reduce_fx="cat")
 
-    def update(self, imgs: Tensor, labels: Tensor, real: bool) -> None:  # type: ignore[override]
-        """Add images (n, c, h, w) with their classes (n,), int64, real or generated.
+    def update(self, imgs: Tensor, labels: Any, real: bool) -> None:  # type: ignore[override]
+        """Add images (n, c, h, w) with their classes (n,), integers, real or generated.
 
         Raises:
             InputError: the labels are no integers in [0, num_classes), or not one for each image.
         """
-        if labels.ndim != 1 or len(labels) != len(imgs) or labels.is_floating_point():
+        labels = as_features("labels", labels)
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if labels.ndim != 1 or len(labels) != len(imgs) or not is_integer:
             raise InputError(f"labels must be {len(imgs)} integers, got {labels.dtype} of {tuple(labels.shape)}")
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise InputError(f"labels must be in [0, {self.num_classes}), got {labels.min()} to {labels.max()}")
         super().update(imgs, real)
-        getattr(self, f"{'real' if real else 'fake'}_labels").append(labels.long().to(self.device))
+        getattr(self, f"{'real' if _is_real(real, None) else 'fake'}_labels").append(labels.long().to(self.device))
 
     def compute(self) -> Tensor:
         """The distances, (num_classes,) float64; NaN for a class with fewer than 2 images on a side."""

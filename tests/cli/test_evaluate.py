@@ -15,16 +15,21 @@ from PIL import Image
 from fastgan.data.archives import ImageArray, register_opener
 from fastgan.metrics import (
     FeatureStats,
+    InceptionScore,
+    KernelInceptionDistance,
     auth_pct,
     cmmd,
     ct_score,
+    fid_infinity,
     fld,
     frechet_distance,
+    inception_score,
     kernel_distance,
     mifid,
     precision_recall,
     vendi_score,
 )
+from fastgan.metrics.results import Value
 from tests.cli.commands import assert_one_line_error, run
 from tests.data.resizing import resize_array
 
@@ -461,3 +466,116 @@ def test_all_leaves_out_what_the_features_do_not_allow(tmp_path):
         assert found["not_computed"]["fld"] == f"cannot be computed of these features: {reason}"
         assert found["sets"][0]["metrics"]["C_T"]["value"]
     assert_one_line_error(run(*arguments, "--metrics", "fld"), reason)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_pass(sets, tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("folder.npz", "missing/a.npz"):
+        path = tmp_path / name
+        reason = "it is a folder" if name == "folder.npz" else "its folder does not exist"
+        for arguments in (
+            ("evaluate", *sets, "--html", path),
+            ("evaluate", sets[0], "--against", sets[1], "--csv", path),
+            ("evaluate", sets[0], "--against", sets[1], "--latex", path),
+            ("stats", "save", sets[0], path),
+            ("stats", "merge", tmp_path / "a.npz", "-o", path),
+        ):
+            assert_one_line_error(run(*arguments), f"cannot write {path}: {reason}")
+    (tmp_path / "folder.png").mkdir()
+    assert_one_line_error(run("evaluate", *sets, "--plot", tmp_path / "folder.png"), "it is a folder")
+    assert Pooled.calls == 0
+
+
+def test_statistics_are_what_the_options_ask_for(sets, tmp_path):
+    """Of two files of statistics no image is read, so that an option cannot change what they are of."""
+    path = tmp_path / "a.npz"
+    assert run("stats", "save", sets[0], path, "--protocol", "clean-fid").exit_code == 0
+    for options, message in (
+        (("--protocol", "pytorch-fid"), f"protocol pytorch-fid does not fit {path}, which is of clean-fid"),
+        (("--resize", "legacy_pytorch"), f"protocol clean-fid+legacy_pytorch does not fit {path}"),
+        (("--backbone", "dinov2"), f"--backbone dinov2 does not fit {path}, which is of efficientnet_lite0"),
+        (("--dims", "64"), "--dims must be 12"),
+    ):
+        assert_one_line_error(run("fid", path, path, *options), message)
+    same = ("--protocol", "clean-fid", "--resize", "clean", "--backbone", "efficientnet_lite0")
+    assert run("fid", path, path, *same).exit_code == 0
+    assert_one_line_error(run("stats", "merge", path, path, "-o", tmp_path / "b.npz"), f"{path} is given twice")
+    assert_one_line_error(run("stats", "merge", path, "-o", tmp_path / "b.txt"), "written to an .npz file")
+    assert_one_line_error(run("stats", "show", tmp_path), f"{tmp_path} is a folder, not an npz file")
+
+
+def test_features_that_cannot_be_used(tmp_path):
+    good = np.random.default_rng(0).standard_normal((30, 12))
+    np.save(tmp_path / "good.npy", good)
+    nan = good.copy()
+    nan[3, 4] = np.nan
+    for name, array, message in (
+        ("integers", (100 * good).astype(int), "must be floating-point features (n, dim), got torch.int64"),
+        ("complex", good.astype(complex), "must be floating-point features (n, dim), got torch.complex128"),
+        ("none", good[:0], "must have at least 2 feature vectors, it has 0"),
+        ("one", good[:1], "must have at least 2 feature vectors, it has 1"),
+        ("nan", nan, "must be finite, it has NaN or infinity"),
+    ):
+        path = tmp_path / f"{name}.npy"
+        np.save(path, array)
+        np.savez(tmp_path / "kept.npz", features=array)
+        for file in (path, tmp_path / "kept.npz"):
+            assert_one_line_error(run("evaluate", file, tmp_path / "good.npy", "--metrics", "all"), file, message)
+    (tmp_path / "junk.npy").write_bytes(b"junk")
+    assert_one_line_error(
+        run("fid", tmp_path / "junk.npy", tmp_path / "good.npy"), "junk.npy is no npy file of numbers"
+    )
+    np.save(tmp_path / "half.npy", good.astype(np.float16))
+    metrics = ("--metrics", "authpct,prdc,kid,mifid,cmmd,vendi")
+    found = run("evaluate", tmp_path / "half.npy", tmp_path / "good.npy", *metrics)
+    assert found.exit_code == 0, found.output
+
+
+def test_seeds(sets):
+    for option in ("--seed", "--sample-seed"):
+        for value in (-1, 1 << 32, "x"):
+            assert_one_line_error(run("evaluate", *sets, option, value), option)
+    assert run("evaluate", *sets, "--metrics", "kid", "--seed", (1 << 32) - 1).exit_code == 0
+    for call in (
+        lambda seed: kernel_distance(torch.eye(3), torch.eye(3), seed=seed),
+        lambda seed: inception_score(torch.eye(3), splits=1, seed=seed),
+        lambda seed: fld(torch.eye(4), torch.eye(4), torch.eye(4), seed=seed),
+        lambda seed: fid_infinity(torch.randn(30, 2), FeatureStats().update(torch.randn(9, 2)), seed=seed),
+        lambda seed: KernelInceptionDistance(torch.nn.Flatten(), seed=seed),
+        lambda seed: InceptionScore(torch.nn.Flatten(), seed=seed),
+    ):
+        for seed in (-1, 1 << 64, 0.5, True):
+            with pytest.raises(ValueError, match="seed must be an integer from 0 to 4294967295, got"):
+                call(seed)
+
+
+def test_numbers_are_rounded_to_what_is_known():
+    for value, half, text in (
+        (1.2345678, 0.0123, "1.235 +- 0.012"),
+        (1.2345678, None, "1.23457"),
+        (1.1e-16, 4.2e-17, "1.1e-16 +- 4.2e-17"),  # zero, to rounding
+        (9.4678287486575137, 1e-16, "9.46783"),
+        (-0.0021, 0.0059, "-0.0021 +- 0.0059"),
+    ):
+        assert Value(value, spread=half).text() == text
+
+
+def test_an_empty_path_is_not_the_current_folder(sets, monkeypatch):
+    """That of an unset variable of the shell, where the current folder may hold images."""
+    monkeypatch.chdir(sets[0])
+    for arguments in (("fid", "", sets[1]), ("evaluate", sets[1], "--against", ""), ("stats", "save", "", "a.npz")):
+        assert_one_line_error(run(*arguments), "must not be empty")
+    assert_one_line_error(run("evaluate", *sets, "--floor", ""), "must not be empty")
+
+
+def test_a_damaged_checkpoint(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.metrics.features.Measured.finish", lambda self: None)
+    arguments = ("fid", *sets, "--checkpoint", tmp_path / "ck")
+    expected = run(*arguments).stdout
+    assert run(*arguments).stdout == expected
+    for file in (tmp_path / "ck").iterdir():
+        np.savez(file, mu=np.zeros(12), sigma=np.eye(12))
+    assert_one_line_error(run(*arguments), "is no checkpoint of a pass, delete it to start anew")
+    for file in (tmp_path / "ck").iterdir():
+        file.write_bytes(b"junk")
+    assert_one_line_error(run(*arguments), "is no checkpoint of a pass, delete it to start anew")

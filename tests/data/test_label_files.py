@@ -72,3 +72,14 @@ def test_a_label_file_is_not_left_out(folder):
     told = []
     image_folder(folder, 16, tell=told.append)
     assert told == [f"{folder}: left out 1 no image (.txt)"]
+
+
+def test_two_labels_of_one_image(folder):
+    for name, content in (
+        ("labels.csv", "0/0.png,a\n1/1.png,b\n0/0.png,b\n"),
+        ("dataset.json", json.dumps({"labels": [["0/0.png", 0], ["0/0.png", 1]]})),
+    ):
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match=f"{name} has two labels for 0/0.png"):
+            image_folder(folder, 16)
+        (folder / name).unlink()

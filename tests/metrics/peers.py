@@ -1,11 +1,12 @@
 """Five packages and fastgan on the same folders with the same random weights: ``python -m tests.metrics.peers``.
 
-Each runs in a process of its own: pytorch-fid's and torch-fidelity's command, and a few lines for clean-fid,
-torchmetrics and prdc, which have none. Prints both numbers and their relative difference, ends with status 1 if one is
-above 1e-6, and leaves out what is not installed.
+In a process of the five, pytorch-fid's and torch-fidelity's command run, and a few lines for clean-fid, torchmetrics
+and prdc, which have none. Prints both numbers and their relative difference, ends with status 1 if one is above 1e-6,
+and leaves out what is not installed.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -20,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import fastgan.metrics
+from fastgan.cli import app
 from fastgan.metrics.backbones.inception import FILE_NAME
 from fastgan.metrics.backbones.inception_network import InceptionV3
 from tests.metrics.random_weights import randomize
@@ -85,6 +88,20 @@ fake, real = (get_activations(paths, network, 20, 64, "cpu", 0) for paths in (a,
 print(json.dumps({key: float(value) for key, value in compute_prdc(real, fake, nearest_k=5).items()}))
 """
 
+# One process runs the packages' scripts: importing torch takes longer than their work. It reads a list of
+# [script, arguments] and writes a list of what each printed.
+TOGETHER = """
+import contextlib, io, json, sys
+printed = []
+for script, arguments in json.load(sys.stdin):
+    sys.argv = ["script", *arguments]
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        exec(script, {})
+    printed.append(text.getvalue())
+print(json.dumps(printed))
+"""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -115,49 +132,70 @@ def differences(folder: Path, n: int = N) -> list[Difference]:
     torch.save(randomize(InceptionV3()).state_dict(), weights)
     environment = os.environ | {"TORCH_HOME": str(folder), "PYTHONWARNINGS": "ignore"}
 
-    def run(*command: object) -> str:
-        arguments = [sys.executable, *map(str, command)]
-        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=900)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     def fastgan(package: str) -> dict[str, float]:
         """The numbers of the command that the table in fastgan/metrics/README.md names for ``package``."""
         words = shlex.split(same_number()[package])
-        command = [{"A": a, "B": b}.get(word, word) for word in words]
+        command = [{"A": a, "B": b}.get(word, word) for word in words[1:]]
         sizes = ("--subsets", 1, "--subset-size", n) if words[1] == "evaluate" else ()
-        found = json.loads(run("-m", *command, "--weights", weights, "--dims", DIMS, "--json", *sizes))
-        values = found["sets"][0]["metrics"]
+        arguments = [*command, "--weights", weights, "--dims", DIMS, "--json", "--num-workers", 0, *sizes]
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        values = json.loads(done.stdout)["sets"][0]["metrics"]
         return {name.partition(" (")[0]: value["value"] for name, value in values.items()}
 
+    fidelity = ("--fid", "--kid", "--kid-subset-size", n, "--kid-subsets", 1, "--cpu", "--json", "--silent")
+    fidelity += ("--feature-layer-fid", DIMS, "--feature-layer-kid", DIMS, "--no-cache")
+    fidelity += ("--feature-extractor-weights-path", weights)
+    scripts = {
+        "pytorch-fid": (PYTORCH_FID, (a, b, "--dims", DIMS, "--device", "cpu", "--num-workers", 0)),
+        "clean-fid": (CLEAN_FID, (a, b)),
+        "torch-fidelity": (TORCH_FIDELITY, ("--input1", a, "--input2", b, *fidelity)),
+        "torchmetrics": (TORCHMETRICS, (a, b, DIMS, weights)),
+        "prdc": (PRDC, (a, b)),
+    }
+    scripts = {name: script for name, script in scripts.items() if _installed(*NEEDED[name])}
+    theirs = dict(zip(scripts, _printed([*scripts.values()], environment), strict=True))
     found = []
-    if _installed("pytorch_fid", "scipy"):
-        theirs = run("-c", PYTORCH_FID, a, b, "--dims", DIMS, "--device", "cpu", "--num-workers", 0)
-        ours = fastgan("pytorch-fid")["FD"]
-        found.append(Difference("pytorch-fid", "FID", float(theirs.split()[-1]), ours))
-    if _installed("cleanfid", "pytorch_fid", "scipy"):
-        theirs = run("-c", CLEAN_FID, a, b).split()[-1]
-        found.append(Difference("clean-fid", "FID", float(theirs), fastgan("clean-fid")["FD"]))
-    if _installed("torch_fidelity"):
-        options = ("--fid", "--kid", "--kid-subset-size", n, "--kid-subsets", 1, "--cpu", "--json", "--silent")
-        options += ("--feature-layer-fid", DIMS, "--feature-layer-kid", DIMS, "--no-cache")
-        options += ("--feature-extractor-weights-path", weights)
-        theirs = json.loads(run("-c", TORCH_FIDELITY, "--input1", a, "--input2", b, *options))
-        ours = fastgan("torch-fidelity")
+    if "pytorch-fid" in theirs:
+        value = float(theirs["pytorch-fid"].split()[-1])
+        found.append(Difference("pytorch-fid", "FID", value, fastgan("pytorch-fid")["FD"]))
+    if "clean-fid" in theirs:
+        value = float(theirs["clean-fid"].split()[-1])
+        found.append(Difference("clean-fid", "FID", value, fastgan("clean-fid")["FD"]))
+    if "torch-fidelity" in theirs:
+        values, ours = json.loads(theirs["torch-fidelity"]), fastgan("torch-fidelity")
         for key, name in (("frechet_inception_distance", "FD"), ("kernel_inception_distance_mean", "KD")):
-            found.append(Difference("torch-fidelity", name.replace("D", "ID"), theirs[key], ours[name]))
-    if _installed("torchmetrics", "torch_fidelity"):
-        theirs = [float(value) for value in run("-c", TORCHMETRICS, a, b, DIMS, weights).split()]
-        ours = fastgan("torchmetrics")
-        found.append(Difference("torchmetrics", "FID", theirs[0], ours["FD"]))
-        found.append(Difference("torchmetrics", "KID", theirs[1], ours["KD"]))
-    if _installed("prdc", "pytorch_fid"):
-        theirs = json.loads(run("-c", PRDC, a, b).splitlines()[-1])
-        ours = fastgan("prdc")
-        found += [Difference("prdc", name, value, ours[name]) for name, value in theirs.items()]
+            found.append(Difference("torch-fidelity", name.replace("D", "ID"), values[key], ours[name]))
+    if "torchmetrics" in theirs:
+        values, ours = [float(value) for value in theirs["torchmetrics"].split()], fastgan("torchmetrics")
+        found.append(Difference("torchmetrics", "FID", values[0], ours["FD"]))
+        found.append(Difference("torchmetrics", "KID", values[1], ours["KD"]))
+    if "prdc" in theirs:
+        values, ours = json.loads(theirs["prdc"].splitlines()[-1]), fastgan("prdc")
+        found += [Difference("prdc", name, value, ours[name]) for name, value in values.items()]
     return found
 
 
+NEEDED = {
+    "pytorch-fid": ("pytorch_fid", "scipy"),
+    "clean-fid": ("cleanfid", "pytorch_fid", "scipy"),
+    "torch-fidelity": ("torch_fidelity",),
+    "torchmetrics": ("torchmetrics", "torch_fidelity"),
+    "prdc": ("prdc", "pytorch_fid"),
+}
+"""The modules that the script of each package imports."""
+
+
+def _printed(scripts: list[tuple[str, tuple[object, ...]]], environment: dict[str, str]) -> list[str]:
+    """What each script prints with its arguments."""
+    given = json.dumps([(script, [str(one) for one in arguments]) for script, arguments in scripts])
+    command = [sys.executable, "-c", TOGETHER]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@functools.cache
 def same_number() -> dict[str, str]:
     """The table of fastgan/metrics/README.md: fastgan's command by package."""
     rows = re.findall(r"^\| ([\w-]+) \| `.*` \| `(fastgan .*)` \|$", README.read_text(encoding="utf-8"), re.MULTILINE)

@@ -92,6 +92,14 @@ def test_vendi_is_its_definition(q, shape):
     assert 1 <= vendi_score(x, q=q) <= min(shape)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_directions_do_not_depend_on_lengths(scale):
+    """Squares of which a float64 does not hold: the values are those of the same directions."""
+    x, y = rows(13), rows(11, shift=1.0, seed=1)
+    assert vendi_score(scale * x) == pytest.approx(vendi_score(x), rel=1e-12)
+    assert cmmd(scale * x, scale * y) == pytest.approx(cmmd(x, y), rel=1e-9)
+
+
 def test_wrong_arguments():
     x = rows(5)
     for call, error, message in (
@@ -100,6 +108,7 @@ def test_wrong_arguments():
         (lambda: vendi_score(np.zeros((3, 2))), InputError, "zeros"),
         (lambda: auth_pct(x, x[:, :3]), InputError, "one dim"),
         (lambda: cmmd(x, np.full_like(x, np.nan)), InputError, "fake must be finite"),
+        (lambda: mifid(np.zeros_like(x), x), InputError, "real must hold a vector whose entries do not sum to 0"),
         (lambda: ct_score(x, x, x, cells=torch.zeros(3)), InputError, "cells must have shape"),
     ):
         with pytest.raises(error, match=message):

@@ -53,3 +53,8 @@ def test_the_bias_falls_with_the_number_of_images():
     assert curve.distances == sorted(curve.distances, reverse=True)
     whole = frechet_distance(FeatureStats().update(rows), (torch.zeros(10), torch.eye(10)))
     assert curve.distances[-1] == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_reference_of_features_is_refused():
+    with pytest.raises(InputError, match="reference must be FeatureStats, got Tensor"):
+        fid_infinity(torch.randn(30, 2), torch.randn(30, 2))

@@ -49,6 +49,8 @@ def test_wrong_features(real, fake, message):
 
 def test_wrong_arguments():
     x = rows(5)
+    with pytest.raises(InputError, match="overflows"):
+        kernel_distance(1e200 * x, x)
     for call, message in (
         (lambda: kernel_distance(x, x, subsets=0), "subsets must be at least 1"),
         (lambda: kernel_distance(x, x, subset_size=1), "subset_size must be at least 2"),

@@ -95,7 +95,7 @@ MU, SIGMA = np.zeros(3), np.eye(3)
         ({}, "it has: nothing"),
         ({"mu": MU, "sigma": np.eye(4)}, r"cov must have shape \(3, 3\)"),
         ({"mu": MU, "sigma": np.full((3, 3), np.nan)}, "cov must be finite"),
-        ({"mu": MU, "sigma": SIGMA, "n": np.array(1)}, "n must be at least 2"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(1)}, "n must be an integer of at least 2"),
         ({"mu": MU, "sigma": SIGMA, "n": np.array(2.5)}, "n must be one integer"),
         ({"mu": MU, "sigma": SIGMA, "n": np.array([3, 4])}, "n must be one integer"),
         ({"mu": MU, "sigma": SIGMA, "backbone": np.array(3)}, "backbone must be one string"),
@@ -150,7 +150,7 @@ def test_no_file_no_npz_and_a_pickle(tmp_path):
     (tmp_path / "junk.npz").write_bytes(b"junk that is no archive")
     with pytest.raises(InputError, match="junk.npz is not an npz file"):
         FeatureStats.load(tmp_path / "junk.npz")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder, not an npz file"):
         FeatureStats.load(tmp_path)
 
 

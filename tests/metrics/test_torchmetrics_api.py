@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.image import fid as theirs_fid
 from torchmetrics.image import inception as theirs_score
 from torchmetrics.image import kid as theirs_kid
+from torchmetrics.image import mifid as theirs_mifid
 from torchmetrics.wrappers import FeatureShare
 
 from fastgan.metrics import (
@@ -23,6 +24,7 @@ from fastgan.metrics import (
     InceptionScore,
     InputError,
     KernelInceptionDistance,
+    MemorizationInformedFrechetInceptionDistance,
     PrecisionRecall,
     frechet_distance,
     inception_score,
@@ -99,7 +101,7 @@ def test_reset_and_a_collection():
     assert together.compute() == first
     forgetful = fed(FrechetInceptionDistance(feature=Network()), real, fake)
     forgetful.reset()
-    with pytest.raises(InputError, match="at least 2 real images are needed for a Frechet distance, there are 0"):
+    with pytest.raises(InputError, match="to compute FID: at least 2 real images are needed, there are 0"):
         forgetful.compute()
 
 
@@ -136,15 +138,15 @@ def test_inception_score_through_a_head():
 
 def test_wrong_arguments():
     for options, message in (
-        ({"feature": 1.5}, "feature must be an int, 'logits', a module or a Backbone"),
+        ({"feature": 1.5}, "it must be an int, 'logits_unbiased', a module or a Backbone, got 1.5"),
         ({"feature": Network(), "normalize": 1}, "normalize must be a bool"),
         ({"feature": Network(), "reset_real_features": None}, "reset_real_features must be a bool"),
-        ({"feature": 100}, "dims must be one of 64, 192, 768, 2048"),
+        ({"feature": 100}, "must be one of .64, 192, 768, 2048., but got 100"),
     ):
         with pytest.raises(ValueError, match=message):
             FrechetInceptionDistance(**options)
     backbone = Backbone(Network(), name="net", dim=DIM)
-    with pytest.raises(ValueError, match=r"imgs must be uint8 in \[0, 255\] with normalize=False"):
+    with pytest.raises(ValueError, match="Expecting image as torch.Tensor with dtype=torch.uint8 with normalize=False"):
         FrechetInceptionDistance(feature=backbone).update(torch.rand(2, 3, 2, 2), real=True)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         FrechetInceptionDistance(feature=backbone, normalize=True).update(torch.rand(2, 3, 2, 2) * 255, real=True)
@@ -249,14 +251,21 @@ def test_one_network_is_shared():
 
 
 def test_the_errors_are_theirs_and_ours():
-    with pytest.raises(TypeError, match="feature"):
+    with pytest.raises(TypeError, match="Got unknown input to argument `feature`"):
         FrechetInceptionDistance(feature=[1, 2])
+    with pytest.raises(ValueError, match="Integer input to argument `feature` must be one of .64, 192, 768"):
+        KernelInceptionDistance(feature=2)
+    with pytest.raises(ValueError, match="Argument `gamma` expected to be `None` or float larger than 0: gamma must"):
+        KernelInceptionDistance(Network(), gamma=-1)
+    for eps in (-1, 1.1, True):
+        with pytest.raises(ValueError, match="Argument `cosine_distance_eps` expected to be a float greater than 0"):
+            MemorizationInformedFrechetInceptionDistance(Network(), cosine_distance_eps=eps)
     for error in (RuntimeError, InputError):
         with pytest.raises(error, match="at least 2 real images"):
             FrechetInceptionDistance(Network()).compute()
     small = fed(KernelInceptionDistance(Network(), subset_size=30), images(20), images(40))
     for error in (ValueError, InputError):
-        with pytest.raises(error, match="subset_size must be at most the number of samples, 20, got 30"):
+        with pytest.raises(error, match="smaller than the number of samples: it must be at most 20, got 30"):
             small.compute()
     wrong = Network()
     wrong.num_features = "12"
@@ -319,6 +328,27 @@ def test_a_known_reference():
         PrecisionRecall(Network(), reference=FeatureStats().update(features))
 
 
+def test_memorization():
+    real, fake = images(60), images(40, seed=1, shift=0.3)
+    theirs = theirs_mifid.MemorizationInformedFrechetInceptionDistance(nn.Flatten(), normalize=True)
+    ours = MemorizationInformedFrechetInceptionDistance(nn.Flatten(), True, True, 0.2)
+    assert ours.cosine_distance_eps == 0.2
+    for metric in (theirs, ours):
+        fed(metric, real, torch.cat([fake, real[:20] + 1e-3]))
+    assert ours.compute().item() == pytest.approx(theirs.compute().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make", [KernelInceptionDistance, PrecisionRecall, InceptionScore, MemorizationInformedFrechetInceptionDistance]
+)
+def test_a_module_of_any_input_size(make):
+    """Its number of features is of no matter before the first image, so no image is made up to find it out."""
+    metric = make(nn.Sequential(nn.Flatten(), nn.Linear(5, 4)), normalize=True)
+    for real in (True, False):
+        metric.update(torch.rand(3, 1, 1, 5), **({} if make is InceptionScore else {"real": real}))
+    assert metric.num_features == 4
+
+
 def test_plots():
     metric = fed(KernelInceptionDistance(Network(), 2, 10), images(20), images(20, seed=1))
     figure, axes = metric.plot()
@@ -338,3 +368,41 @@ def test_the_spread_of_the_score_is_torchmetrics(monkeypatch):
     for found, expected in zip(ours.compute(), theirs.compute(), strict=True):
         assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert inception_score(scores, splits=4).std == pytest.approx(ours.compute()[1].item() * (3 / 4) ** 0.5)
+
+
+def test_what_is_no_image_and_no_side():
+    """Of wrong kinds: each is refused, and none is taken for another."""
+
+    class Pair(nn.Module):
+        def forward(self, images):
+            return images.flatten(1), images
+
+    plain = {"normalize": True, "input_img_size": (3, 2, 2)}
+    kernel = KernelInceptionDistance(nn.Flatten(), **plain)
+    kernel.update(images(3), real=True)
+    for call, message in (
+        (lambda: kernel.update(images(3), real="fake"), "real must be a bool, got 'fake'"),
+        (lambda: kernel.update(images(3), real=None), "real must be a bool, got None"),
+        (lambda: kernel.update(images(3), real=torch.tensor([True, False])), "real must be a bool"),
+        (lambda: kernel.update(torch.tensor(1.0), real=True), "imgs must have a batch dimension"),
+        (lambda: kernel.update(torch.rand(3, 3, 4, 4), real=True), "feature must return 12 features for each image"),
+        (
+            lambda: KernelInceptionDistance(Pair()).update(images(3), real=True),
+            "feature must return a tensor, got tuple",
+        ),
+        (
+            lambda: FrechetInceptionDistance(nn.Flatten(), input_img_size=3),
+            r"input_img_size must be \(c, h, w\), got 3",
+        ),
+        (lambda: FrechetInceptionDistance(Network(), sync_timeout=0), "sync_timeout must be a positive number"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+    kernel.update(images(2), real=torch.tensor(False))
+    assert [len(rows) for rows in (*kernel.real_features, *kernel.fake_features)] == [3, 2]
+    classes = ClassFrechetDistance(2, nn.Flatten(), **plain)
+    for labels in ([0, 1, 0], torch.tensor([0, 1, 0]).numpy()):
+        classes.update(images(3), labels, real=True)
+    assert torch.cat(classes.real_labels).tolist() == [0, 1, 0] * 2
+    with pytest.raises(InputError, match="labels must be 3 integers, got torch.bool"):
+        classes.update(images(3), [True, False, True], real=True)
