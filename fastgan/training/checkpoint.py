@@ -68,6 +68,12 @@ class Checkpoints:
             return state
         raise InputError(f"there is no checkpoint to go on from: {'; '.join(failures)}")
 
+    def remove_temporary_files(self) -> None:
+        """Remove what a program left that was killed while it wrote; no other one may be writing."""
+        for name in (LAST, PREVIOUS, BEST):
+            for path in self.folder.glob(f".{Path(name).stem}-*.pt"):
+                path.unlink(missing_ok=True)
+
     def _write(self, name: str, state: Mapping[str, Any]) -> None:
         content = BytesIO()
         torch.save(dict(state), content)
