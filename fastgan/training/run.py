@@ -276,20 +276,20 @@ def start_run(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Run:
-    """Start a run: load the data, build everything, and write ``config.yaml`` and ``data.json``.
+    """Start a run: load the data, build the networks, and write ``config.yaml`` and ``data.json``.
 
-    Settings that the recipe leaves to the data ("auto") are written as the data decides them. A run in ``out`` that
-    ended before its first checkpoint is started over.
+    Settings of "auto" are replaced by the values that follow from the data. A run in ``out`` that ended before its
+    first checkpoint is started over.
 
     Args:
         recipe: the system.
         out: folder of the run.
         device: where to train.
-        tell: called with each line of news.
+        tell: called with each line to report.
         show_progress: draw a progress bar.
-        restarted: a supervisor has restarted the program: if ``out`` holds this very run, it is resumed.
+        restarted: a supervisor has restarted the program. If ``out`` holds the same run, it is resumed.
         overwrite: remove a run in ``out`` before the first step.
-        dry_run: write nothing, and take no notice of a run in ``out``.
+        dry_run: write nothing, and ignore a run in ``out``.
 
     Raises:
         InputError: ``out`` holds a run with checkpoints already, files of another program, or cannot be written to, or
@@ -351,9 +351,9 @@ def _recipe_of_own_folder(out: Path) -> Recipe:
 
 
 def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
-    """Copy the weights of a run's last checkpoint or of a saved generator whose names and shapes agree.
+    """Copy the weights of a run's last checkpoint or of a saved generator, wherever names and shapes agree.
 
-    Optimizers, average count, step and data order begin anew.
+    Optimizers, average count, step and data order start from scratch.
 
     Raises:
         InputError: ``folder`` holds neither, or less than half of the tensors of a network fit.
@@ -376,7 +376,7 @@ def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
             )
         networks[name].load_state_dict(own | fitting)
         left = [key for key in own if key not in fitting]
-        others = f"; these begin anew: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""
+        others = f"; these start from scratch: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""
         tell(f"init: {len(fitting)} of {len(own)} tensors of the {name} are those of {folder}{others}")
 
 
@@ -428,8 +428,8 @@ def resume_run(
     Args:
         out: the run's folder.
         recipe: expected configuration of the run; None takes it from the folder.
-        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
-            ``data.source`` where the same files are in a new place.
+        overrides: ``key=value``. Only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
+            ``data.source`` if the same files have moved.
         device, tell, show_progress: as in :func:`start_run`.
 
     Raises:
@@ -469,7 +469,7 @@ def resume_run(
 
 
 def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
-    """Return whether both recipes take their data from folders and the run recorded its files."""
+    """Return whether both recipes read their data from files and the run has recorded those."""
     record = DataRecord.read(out)
     return (
         record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))
@@ -526,7 +526,7 @@ def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -
     """
     source = recipe.data.source
     if not is_named(source) and not Path(source).exists():
-        raise InputError(f"{source}, the data of {out}, does not exist: say with --data where the same files are now")
+        raise InputError(f"{source}, the data of {out}, does not exist: give the new place of the same files by --data")
     data = load_data_of(recipe, world)
     record = DataRecord.read(out)
     if record is not None:
@@ -547,7 +547,7 @@ def check_classes(recipe: Recipe, data: DataSplit) -> None:
 
 
 def describe_use(recipe: Recipe, data: DataSplit) -> str:
-    """Describe how the run uses its data, with everything that it decided by itself."""
+    """Describe how the run uses its data, including all settings that follow from the data."""
     size = recipe.model.resolution
     parts = [f"{len(data.train)} to train on, {len(data.held_out)} held out, at {size}x{size}"]
     parts += ["mirrored at random"] if recipe.data.flip else ["not mirrored"]
@@ -561,7 +561,7 @@ def describe_use(recipe: Recipe, data: DataSplit) -> str:
 def load_data_of(recipe: Recipe, world: World | None = None, tell: Callable[[str], None] = _log.warning) -> DataSplit:
     """Load the images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
 
-    With several processes the first loads, and downloads if it must, before the others do.
+    With several processes, the first one loads before the others, so that only it downloads.
     """
     data, world = recipe.data, world or World()
     loaded: list[DataSplit] = []

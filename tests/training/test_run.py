@@ -381,7 +381,7 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert resume(tmp_path / "run").trainer.step == 2
     (tmp_path / "d").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"/d, the data of .*, does not exist: say with --data where"):
+    with pytest.raises(InputError, match=r"/d, the data of .*, does not exist: give the new place"):
         resume(tmp_path / "run")
     moved = f"data.source={tmp_path / 'moved'}"
     again = resume(tmp_path / "run", overrides=[moved])
@@ -495,7 +495,7 @@ def test_weights_of_another_run_or_generator(tmp_path):
     source = (f"data.source={tmp_path / 'd'}", "held_out=0.25", "channels=1")
     notes.clear()
     run = start(tiny("sagan", f"init={tmp_path / 'first' / 'generator'}", *source), tmp_path / "third", notes)
-    fresh = [note for note in notes if "these begin anew" in note]  # three classes where there were ten
+    fresh = [note for note in notes if "these start from scratch" in note]  # three classes where there were ten
     assert fresh
     with pytest.raises(InputError, match="init must be of networks like the recipe's"):
         start(tiny("dcgan", init), tmp_path / "fourth")
