@@ -186,7 +186,8 @@ def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, Labe
                 raise
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     left = whole.labels.bincount().tolist()
-    shared, last = [], []  # the last image of a class is held out only if there is no other way
+    shared: list[int] = []
+    last: list[int] = []  # images of classes without another one are held out only if there is no other way
     for index in order.tolist():
         label = int(whole.labels[index])
         (shared if left[label] > 1 else last).append(index)
