@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,6 +65,39 @@ def check_output(path: Path | str) -> None:
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
     check_writable(path.parent)
+
+
+@contextmanager
+def locked_folder(folder: Path | str) -> Iterator[None]:
+    """Let no other program enter this block with the same ``folder``, which is made if missing.
+
+    The lock is on the file ``.lock`` in the folder, and ends with the program however that ends. File systems and
+    operating systems without locks give none.
+
+    Raises:
+        InputError: another program is in the block; it is named.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                holder = file.read().strip() or "another program"
+                raise InputError(f"{folder} is being written to by {holder}") from error
+        else:
+            with suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+        yield
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -58,7 +58,7 @@ def train(
         from fastgan.recipes import load_recipe, override
         from fastgan.training.run import resume_run, start_run
 
-        changes = [*(overrides or []), *([f"data.source={data}"] if data is not None else [])]
+        changes = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data is not None else [])]
         changes += ["data.skip_bad=true"] if skip_bad else []
         changes += [f"train.init={json.dumps(str(init))}"] if init is not None else []
         if dry_run:
@@ -67,6 +67,8 @@ def train(
             raise InputError("--dry-run is for a new run and cannot be combined with --resume")
         if (resume is None) == (out is None):
             raise InputError("give either --out for a new run, or --resume for an existing one")
+        if resume is not None and overwrite:
+            raise InputError("--overwrite is for a new run in --out, it goes without --resume")
         chosen = None if recipe is None else load_recipe(recipe)
         target = _own_device(device)
         with launched_world(target) as world:

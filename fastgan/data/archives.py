@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgan._checks import InputError
 from fastgan.data.decode import decode_image, pillow_to_rgb
 from fastgan.data.find import is_image, no_images, select_images
-from fastgan.data.image_sources import ImageFolder, ImageSource, classes_of_folders
+from fastgan.data.image_sources import ImageFolder, ImageSource, classes_of_folders, numbered_classes
 from fastgan.data.tar_files import ImageTar
 
 IMAGE_KEYS = ("images", "arr_0", "x", "samples")
@@ -187,7 +187,9 @@ class ImageArray(ImageSource):
                     f"{label} must hold uint8 in [0, 255] or floating-point in [0, 1], got dtype {array.dtype}"
                 )
             low, high = array.min(), array.max()
-            if not (low >= 0 and high <= 1):  # also if there is a NaN
+            if np.isnan(low):
+                raise InputError(f"{label} must hold finite values, some are not a number")
+            if not (low >= 0 and high <= 1):
                 raise InputError(
                     f"{label} of dtype {array.dtype} must lie in [0, 1] (uint8: [0, 255]), got [{low:g}, {high:g}]"
                 )
@@ -246,7 +248,7 @@ class ImageArray(ImageSource):
         if self._labels is None:
             return super().classes()
         labels: list[int] = _checked_labels(self._labels, len(self), self.label).tolist()
-        return tuple(map(str, range(max(labels) + 1))), labels
+        return numbered_classes(labels, self.label), labels
 
     def _identity(self, index: int) -> str:
         return str(zlib.crc32(np.ascontiguousarray(self.images[index]).data))
@@ -296,7 +298,7 @@ class ImageDataset(ImageSource):
         if any(label is None for label in labels):
             return super().classes()
         found = _checked_labels(np.asarray(labels), len(self), self.label).tolist()
-        return tuple(map(str, names or range(max(found) + 1))), found
+        return tuple(map(str, names)) if names else numbered_classes(found, self.label), found
 
     def _item(self, index: int) -> tuple[Any, Any]:
         item = self.dataset[index]
@@ -333,6 +335,8 @@ def _read_file(path: Path) -> Any:
 def _checked_labels(labels: np.ndarray | Tensor, n: int, of: str) -> np.ndarray:
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     array = array[:, 0] if array.shape == (n, 1) else array
-    if array.shape != (n,) or array.dtype.kind not in "iu" or array.min() < 0:
+    if array.shape != (n,) or array.dtype.kind not in "iu":
         raise InputError(f"labels of {of} must be {n} integers from 0, got {array.dtype} of shape {array.shape}")
+    if array.min() < 0:
+        raise InputError(f"labels of {of} must be integers from 0, got {array.min()}")
     return array

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -152,6 +151,7 @@ def load_data(
         train, test = _split(whole, held_out)
     except ValueError as error:
         raise InputError(f"{root}: {error}") from error
+    notes += _notes_on_empty_classes(train)
     return DataSplit(train, test, files, looked.describe() + describe_classes(whole), tuple(notes), sketches)
 
 
@@ -177,13 +177,24 @@ def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, Labe
     if len(whole) < 2 * _LEAST_HELD_OUT:
         raise ValueError(f"there must be at least {2 * _LEAST_HELD_OUT} images, there are {len(whole)}")
     if round(held_out * len(whole)) > _LEAST_HELD_OUT:
-        with suppress(ValueError):  # classes so small that none gives an image
+        try:
             train, test = stratified_split(whole, held_out=held_out)
             if len(test) >= _LEAST_HELD_OUT:
                 return train, test
+        except ValueError:
+            if held_out > 0.5:  # nothing is left to train on; below, no class is so large that it gives an image
+                raise
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-    first, rest = order[:_LEAST_HELD_OUT].sort().values, order[_LEAST_HELD_OUT:].sort().values
-    return whole.subset(rest), whole.subset(first)
+    left = whole.labels.bincount().tolist()
+    shared: list[int] = []
+    last: list[int] = []  # images of classes without another one are held out only if there is no other way
+    for index in order.tolist():
+        label = int(whole.labels[index])
+        (shared if left[label] > 1 else last).append(index)
+        left[label] -= 1
+    chosen = torch.zeros(len(whole), dtype=torch.bool)
+    chosen[[*shared, *last][:_LEAST_HELD_OUT]] = True
+    return whole.subset(~chosen), whole.subset(chosen)
 
 
 def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) -> list[str]:
@@ -209,6 +220,17 @@ def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) ->
         f"{lie} beside the folders {listed} in {place}, so that all images are of one class: "
         "move those that belong to no class away, and each folder becomes a class"
     ]
+
+
+def _notes_on_empty_classes(train: LabelledImages) -> list[str]:
+    """List a note on classes that a generator is asked for and that no training image shows."""
+    counts = train.labels.bincount(minlength=train.n_classes).tolist()
+    names = train.class_names or [str(i) for i in range(train.n_classes)]
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if not empty:
+        return []
+    listed = ", ".join(empty[:_LISTED]) + (", ..." if len(empty) > _LISTED else "")
+    return [f"{len(empty)} of {train.n_classes} classes have no image to train on: {listed}"]
 
 
 def _notes_on_pixels(looked: Survey, decoding: Decoding, fit: str) -> list[str]:
@@ -316,4 +338,5 @@ def _of_library(
         raise InputError(f"{source} must have as many classes in both splits, got {train.n_classes}, {test.n_classes}")
     smallest, largest = min(looked.sizes), max(looked.sizes)
     sizes = "{}x{}".format(*smallest) + ("" if smallest == largest else " to {}x{}".format(*largest))
-    return DataSplit(train, test, found=_described(f"{sizes} {'gray' if channels == 1 else 'RGB'}", train, test))
+    found = _described(f"{sizes} {'gray' if channels == 1 else 'RGB'}", train, test)
+    return DataSplit(train, test, found=found, notes=tuple(_notes_on_empty_classes(train)))

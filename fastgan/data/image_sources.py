@@ -23,6 +23,7 @@ from fastgan.data.resize import channels_first, check_resize, clean_with_pillow,
 from fastgan.data.stage_times import StageTimes
 
 _PREFETCH_BATCHES = 2
+_MOST_EMPTY_CLASSES = 1000  # a few images of ImageNet are fine, numbers of articles are no classes
 
 
 class ImageSource(ABC):
@@ -246,6 +247,20 @@ def classes_of_folders(paths: Sequence[PurePath]) -> tuple[tuple[str, ...], list
     names = tuple(sorted({path.parts[0] for path in paths}))
     number = {name: i for i, name in enumerate(names)}
     return names, [number[path.parts[0]] for path in paths]
+
+
+def numbered_classes(labels: Sequence[int], of: str) -> tuple[str, ...]:
+    """Names "0", "1", ... of the classes that ``labels`` count.
+
+    Raises:
+        InputError: there are more classes than images, and more than 1000; ``of`` is named.
+    """
+    n = max(labels) + 1
+    if n > max(len(labels), _MOST_EMPTY_CLASSES):
+        raise InputError(
+            f"labels of {of} reach {n - 1} for {len(labels)} images: number the classes 0, 1, 2, ... without gaps"
+        )
+    return tuple(map(str, range(n)))
 
 
 def _to_batch(batch: list[Tensor], size: int | None, resize: str, device: torch.device | str) -> Tensor:

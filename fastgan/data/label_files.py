@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastgan._checks import InputError
 from fastgan.data.find import LABEL_FILES
-from fastgan.data.image_sources import ImageSource
+from fastgan.data.image_sources import ImageSource, numbered_classes
 
 _NAMED = 3  # files listed in a message
 
@@ -82,7 +82,7 @@ def _labels(rows: dict[str, str], images: ImageSource, where: str) -> tuple[tupl
     found = {rows[key] for key in keys}
     if all(label.isdecimal() for label in found):
         labels = [int(rows[key]) for key in keys]
-        return tuple(map(str, range(max(labels) + 1))), labels
+        return numbered_classes(labels, where), labels
     names = tuple(sorted(found))
     number = {name: i for i, name in enumerate(names)}
     return names, [number[rows[key]] for key in keys]

@@ -68,7 +68,10 @@ def load_recipe(recipe: str | Path) -> Recipe:
     if isinstance(recipe, str) and recipe in available():
         text = resources.files(__package__).joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text(encoding="utf-8")
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {recipe} is not a text file: {error}") from error
     else:
         raise InputError(
             f"recipe must be one of {', '.join(available())} or a YAML file, got {str(recipe)!r}"
@@ -165,8 +168,10 @@ def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         if len(matches) > 1:
             raise InputError(f"key {key!r} is ambiguous: {' or '.join(matches)}")
         if not matches:
+            elsewhere = [full for full in known if full.rpartition(".")[2] == key.rpartition(".")[2]]
             names = [*known, *(full.rpartition(".")[2] for full in known)]
-            raise InputError(f"there is no key {key!r} in a recipe{_suggestion(key, names)}")
+            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else _suggestion(key, names)
+            raise InputError(f"there is no key {key!r} in a recipe{hint}")
         section, _, name = matches[0].rpartition(".")
         try:
             (content[section] if section else content)[name] = yaml.safe_load(text)

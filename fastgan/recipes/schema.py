@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +109,11 @@ class ModelConfig:
     head: str = "plain"
     label_channels: int = 32
     sees_sketch: bool | None = False
+
+    def __post_init__(self) -> None:
+        _check(self, lambda x: x is None or x >= 1, "at least 1 or auto", "resolution")
+        widths = ("generator_width", "discriminator_width")
+        _check(self, lambda x: x > 0 and x % 8 == 0, "a positive multiple of 8", *widths)
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,9 @@ class TrainConfig:
             raise ValueError(f"shared_fake needs n_critic 1, got {self.n_critic}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size, {self.batch_size}, got {self.accumulate}")
-        _check(self, lambda x: x > 0, "positive", "lr_generator", "lr_discriminator")
-        _check(self, lambda x: x >= 0, "at least 0", *weights)
+        _check(self, lambda x: 0 < x < math.inf, "positive and finite", "lr_generator", "lr_discriminator")
+        _check(self, lambda x: 0 <= x < math.inf, "at least 0 and finite", *weights)
+        _check(self, lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1", "seed")
         _check_choice(self, "optimizer", OPTIMIZERS)
         _check_choice(self, "precision", PRECISIONS)
         _check_choice(self, "step_mode", STEP_MODES)

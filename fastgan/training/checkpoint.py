@@ -1,4 +1,4 @@
-"""Checkpoints that a crash, a truncated file or a full disk cannot take away."""
+"""Checkpoints that survive a crash, a truncated file or a full disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Checkpoints:
         self.folder = Path(folder)
 
     def exist(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Return whether there is a checkpoint to resume from."""
         return any((self.folder / name).exists() for name in (LAST, PREVIOUS, BEST))
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -68,6 +68,12 @@ class Checkpoints:
             return state
         raise InputError(f"there is no checkpoint to go on from: {'; '.join(failures)}")
 
+    def remove_temporary_files(self) -> None:
+        """Remove unfinished files of a killed program. No other program may be writing."""
+        for name in (LAST, PREVIOUS, BEST):
+            for path in self.folder.glob(f".{Path(name).stem}-*.pt"):
+                path.unlink(missing_ok=True)
+
     def _write(self, name: str, state: Mapping[str, Any]) -> None:
         content = BytesIO()
         torch.save(dict(state), content)
@@ -87,7 +93,7 @@ class Checkpoints:
 
 
 def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read one checkpoint, without unpickling anything but tensors and plain values.
+    """Read one checkpoint. Nothing but tensors and plain values is unpickled.
 
     Raises:
         InputError: it does not exist, or is damaged.

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from fastgan.data import DeviceLoader, LabelledImages, as_float, stratified_split
 from fastgan.metrics.backbones.efficientnet_lite0 import DIM, INPUT_SIZE, EfficientNetLite0, load_network, normalize
 
-MIN_INPUT_SIZE = 96  # whose deepest maps are 3x3
+MIN_INPUT_SIZE = 96  # its deepest maps are 3x3
 _BATCH = 100
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Shares of real images classified correctly: of the training, the validation and the test images."""
+    """Shares of the training, validation and test images that are classified correctly."""
 
     train: float
     validation: float
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 
     @staticmethod
     def size_for(data: LabelledImages) -> int:
-        """Input size for images of this size: theirs, but at least 96 and at most the 224 of ImageNet."""
+        """Return the size of the images, but at least 96 and at most 224, the size of ImageNet."""
         return min(INPUT_SIZE, max(MIN_INPUT_SIZE, data.images.shape[-1]))
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ def train_classifier(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[Classifier, Accuracies]:
-    """Fine-tune on ``train`` except for a tenth of each class, on which the best epoch is chosen.
+    """Fine-tune on ``train``. A tenth of each class is left out to choose the best epoch on.
 
     Args:
         train: images of at least 2 classes.

@@ -32,17 +32,18 @@ _STANDING = 64  # images per batch of standing statistics
 
 
 class RunSamples(ImageArray):
-    """Samples of a run's best generator, as many as it has held-out images (at most 10,000).
+    """Samples of a run's best generator, one per held-out image, at most 10,000.
 
-    They have the classes of the held-out images and are made from their sketches if the generator needs them. The
-    held-out images are the reference, and as many of those trained on are the second split.
+    Each sample has the class of its held-out image, and is made from that image's sketch if the generator needs one.
+    The held-out images are the reference. As many training images are the second split.
 
     Args:
-        folder: of the run.
+        folder: the run.
         device: where to generate; None for the GPU if there is one.
-        truncation, seed: of the noise, as in :func:`fastgan.training.sample`.
-        standing_batches: batches of 64 over which batch norm's statistics are taken anew before; 0 for none.
-        needs_data: without it a run whose data is gone or changed has no reference, and its recorded classes decide.
+        truncation, seed: as in :func:`fastgan.training.sample`.
+        standing_batches: number of batches of 64 to recompute batch norm's statistics on before sampling; 0 keeps them.
+        needs_data: raise an error if the run's data is gone or has changed. Otherwise there is no reference then, and
+            the classes are those recorded in the run.
 
     Raises:
         InputError: the run or its data cannot be read, or an option does not fit the generator.
@@ -99,7 +100,7 @@ class RunSamples(ImageArray):
 
     @property
     def has_classes(self) -> bool:
-        """Whether the run's data is at hand and has classes."""
+        """Whether the run's data can be read and has classes."""
         return self.data is not None and self.data.train.n_classes > 1
 
     def name(self, index: int) -> str:
@@ -138,7 +139,7 @@ class ClassReport:
         real: its accuracies on real images.
         generated: share of the generated images classified as the requested class; None for an unconditional generator.
         score: inception score of the generated images with this classifier.
-        real_score: the same of as many held-out real ones.
+        real_score: inception score of the held-out images.
     """
 
     real: Accuracies
@@ -165,8 +166,10 @@ class ClassReport:
 def classify_run(
     samples: RunSamples, *, device: torch.device | str | None = None, tell: Callable[[str], None] = print
 ) -> ClassReport:
-    """Fine-tune a classifier on the run's real images, or take the one that an earlier call left in its folder, and
-    judge the samples with it. Inception scores have ten splits, or fewer of at least 2 images.
+    """Judge the samples with a classifier fine-tuned on the run's real images.
+
+    The classifier is kept in the run's folder for later calls. Inception scores use ten splits, or fewer if a split
+    would have less than 2 images.
 
     Raises:
         InputError: the run's data is gone, has one class only or too few images, or the classifier's first weights are

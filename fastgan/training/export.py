@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgan._checks import InputError
 from fastgan._files import check_writable, write_bytes
 from fastgan.data import as_float, sketches_of
+from fastgan.data.find import is_image
 from fastgan.data.folders import read_images
 from fastgan.data.image_sources import find_images
 from fastgan.models import Generator
@@ -19,6 +20,8 @@ from fastgan.training.pictures import FORMATS, encoded, grid_picture, to_pixels
 from fastgan.training.reports import MAX_ROWS
 from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
 from fastgan.training.sampling import held_out_index, interpolate, sample
+
+_SAMPLES = "[0-9]" * 6 + ".png"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def write_samples(source: Path, out: Path, options: SampleOptions) -> str:
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     if options.overwrite and out.exists():
-        for path in [*out.rglob("[0-9]" * 6 + ".png")]:
+        for path in [*out.rglob(_SAMPLES)]:
             path.unlink()
     for i, (pixels, own) in enumerate(zip(to_pixels(images), labels.tolist(), strict=True)):
         name = generator.class_names[own] if generator.class_names else str(own)
@@ -101,6 +104,10 @@ def _check(generator: Generator, out: Path, options: SampleOptions) -> int | Non
         raise InputError("--by-class needs -n and a conditional generator")
     if options.n is not None and out.is_dir() and any(out.iterdir()) and not options.overwrite:
         raise InputError(f"{out} must be empty or new; --overwrite removes the samples in it first")
+    if options.n is not None and options.overwrite:
+        others = sorted(path for path in out.rglob("*") if is_image(path) and not path.match(_SAMPLES))
+        if others:
+            raise InputError(f"{out} must hold no images but samples, it holds {others[0].relative_to(out)}")
     if options.interpolate and options.n is not None:
         raise InputError("--interpolate makes a grid: it goes without -n")
     if options.sketches is not None and not generator.sketch_channels:

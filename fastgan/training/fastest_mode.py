@@ -27,14 +27,13 @@ STEP_TIMES = CACHE / "step_modes.json"
 def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str], None]) -> str:
     """Return "compile" if captured updates save this run time on this CPU, their compilation included, else "eager".
 
-    A run that takes less than half an hour eagerly is not worth compiling. For a longer one both are timed, on copies
-    of its networks, and the times are kept in :data:`STEP_TIMES` by processor, threads, versions,
-    networks and updates.
+    A run of less than half an hour is not worth compiling. For a longer one both modes are timed on copies of its
+    networks. :data:`STEP_TIMES` keeps the times by processor, threads, versions, networks and updates.
 
     Args:
         recipe: the system; ``train.step_mode`` is not read.
         images: the data of the run.
-        tell: called with a line about the choice, if anything was compiled or known from an earlier run.
+        tell: called with a line about the choice, unless the run is too short for one.
     """
     steps = recipe.train.steps
     if steps < FEWEST_STEPS:
@@ -59,7 +58,7 @@ def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str]
 
 
 def measure(recipe: Recipe, images: LabelledImages, mode: str) -> tuple[float, float]:
-    """Return the seconds per step in ``mode``, the least of a few, and those until the first timed step."""
+    """Return the seconds per step in ``mode``, the minimum of a few, and the seconds before the first timed step."""
     networks = build_networks(recipe.model, images.n_classes, images.images.shape[1])
     trainer = Trainer(networks[0], networks[1], images, replace(recipe.train, step_mode=mode), images=recipe.data)
     began = time.perf_counter()
@@ -77,7 +76,7 @@ def measure(recipe: Recipe, images: LabelledImages, mode: str) -> tuple[float, f
 
 
 def _key(recipe: Recipe, images: LabelledImages) -> str:
-    """Digest of everything that a step's time depends on."""
+    """Hash everything that the time of a step depends on."""
     free = {"steps", "seed", "init", "step_mode"}
     parts = {
         "machine": device_name("cpu"),

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def first_non_finite(trainer: Any) -> str:
-    """Do one step of a :class:`fastgan.training.Trainer`, and describe the tensor that was first not finite, or "".
+    """Do one step of a :class:`fastgan.training.Trainer` and describe the first tensor that is not finite, or "".
 
-    Batches, outputs of layers, terms of the losses and updated weights are looked at, in this order in time. The state
-    is as after the step; restore it.
+    Batches, outputs of layers, terms of the losses and updated weights are checked as they are computed. The trainer is
+    left after the step: the caller restores its state.
     """
     found: list[str] = []
 

@@ -28,10 +28,10 @@ MAX_ROWS = 16
 
 
 class MetricsLog(Callback):
-    """``metrics.jsonl``: one line for the mean losses of some steps and images per second, one for each score.
+    """``metrics.jsonl``: lines with mean losses of a few steps and images per second, and one line per score.
 
-    Each line has the seconds that the run has taken, without interruptions. When a run goes on, lines of later steps
-    than the one where it goes on are dropped.
+    Each line has the seconds that the run has taken so far, without interruptions. A resumed run drops the lines of the
+    steps that it repeats.
 
     Args:
         path: of the file.

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 from fastgan import __version__
 from fastgan._checks import InputError
-from fastgan._files import check_writable, write_bytes, write_text
+from fastgan._files import check_writable, locked_folder, write_bytes, write_text
 from fastgan.data import DataSplit, load_data
 from fastgan.data.datasets import is_named
 from fastgan.data.decode import Decoding
@@ -105,6 +106,7 @@ class Run:
 
         Raises:
             RunError: a loss is not finite, or the disk is full; the last good checkpoint is kept.
+            InputError: another program trains in the same folder.
         """
         log = self.recipe.log
         callbacks: list[Callback] = [StopOnSignal()]
@@ -122,11 +124,16 @@ class Run:
         elif self.trainer.steps.mode != "eager":
             callbacks.append(CompileClock(self._tell))
         try:
-            if not done and self.world.is_first:
-                self._draw(self.trainer)
-            self.trainer.run(callbacks=callbacks)
-            if self.world.is_first:
-                self._save(self.trainer)
+            with ExitStack() as stack:
+                with self.world.agreed():
+                    if self.world.is_first:
+                        stack.enter_context(locked_folder(self.out))
+                        self.checkpoints.remove_temporary_files()
+                if not done and self.world.is_first:
+                    self._draw(self.trainer)
+                self.trainer.run(callbacks=callbacks)
+                if self.world.is_first:
+                    self._save(self.trainer)
         except NonFiniteLossError as error:
             if self.world.is_first and 0 < self.trainer.step < error.step:
                 self._save(self.trainer)
@@ -150,8 +157,11 @@ class Run:
         seconds = []
         for _ in range(steps):
             began = time.perf_counter()
-            trainer.train_step()
-            trainer.flush()  # waits for the device
+            try:
+                trainer.train_step()
+                trainer.flush()  # waits for the device
+            except NonFiniteLossError as error:
+                raise RunError(str(error)) from error
             seconds.append(time.perf_counter() - began)
         if trainer.device.type == "cuda":
             memory = f"{torch.cuda.max_memory_allocated(trainer.device) / 1e9:.2f} GB on {trainer.device}"
@@ -175,8 +185,8 @@ class Run:
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.step:
             self.checkpoints.save(self.state_dict())
-            self.generator.save_pretrained(self.out / GENERATOR)
             self._saved_step = trainer.step
+            self.generator.save_pretrained(self.out / GENERATOR)
 
     def _save_best(self) -> None:
         self.checkpoints.save_best(self.state_dict())
@@ -266,36 +276,35 @@ def start_run(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Run:
-    """Start a run: load the data, build everything, and write ``config.yaml`` and ``data.json``.
+    """Start a run: load the data, build the networks, and write ``config.yaml`` and ``data.json``.
 
-    Settings that the recipe leaves to the data ("auto") are written as the data decides them. A run in ``out`` that
-    ended before its first checkpoint is started over.
+    Settings of "auto" are replaced by the values that follow from the data. A run in ``out`` that ended before its
+    first checkpoint is started over.
 
     Args:
         recipe: the system.
         out: folder of the run.
         device: where to train.
-        tell: called with each line of news.
+        tell: called with each line to report.
         show_progress: draw a progress bar.
-        restarted: a supervisor has restarted the program: if ``out`` holds this very run, it is resumed.
+        restarted: a supervisor has restarted the program. If ``out`` holds the same run, it is resumed.
         overwrite: remove a run in ``out`` before the first step.
-        dry_run: write nothing, and take no notice of a run in ``out``.
+        dry_run: write nothing, and ignore a run in ``out``.
 
     Raises:
-        InputError: ``out`` holds a run with checkpoints already or cannot be written to, or the recipe, the data and
-            the networks do not fit.
+        InputError: ``out`` holds a run with checkpoints already, files of another program, or cannot be written to, or
+            the recipe, the data and the networks do not fit.
     """
     out, world = Path(out), current_world()
     recipe = _with_absolute_paths(recipe)
     exists = any(world.gather((out / CONFIG).exists()))  # before the first process writes it
     begun = any(world.gather(Checkpoints(out / "checkpoints").exist()))
+    if exists and not dry_run:
+        stored = _recipe_of_own_folder(out)
     if exists and begun and not overwrite and not dry_run:
-        stored = run_recipe(out)
         if restarted and not differences(stored, _without_auto(recipe, stored)):
             return resume_run(out, device=device, tell=tell, show_progress=show_progress)
-        raise InputError(
-            f"{out} holds a run already: go on with --resume {out}, choose another folder, or add --overwrite"
-        )
+        raise InputError(_ALREADY.format(out))
     with world.agreed():
         if world.is_first:
             check_writable(out)
@@ -314,18 +323,37 @@ def start_run(
     run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
     if recipe.train.init:
         begin_with(run, Path(recipe.train.init), tell)
-    if world.is_first and not dry_run:
-        if exists:
-            _remove_run(out)
-        write_text(out / CONFIG, dump_recipe(recipe))
-        DataRecord.of(data).write(out)
+    with world.agreed():
+        if world.is_first and not dry_run:
+            with locked_folder(out):
+                if (out / CONFIG).exists():
+                    # Another program may have written a run while this one loaded its data.
+                    if run.checkpoints.exist() and not overwrite:
+                        raise InputError(_ALREADY.format(out))
+                    _remove_run(out)
+                write_text(out / CONFIG, dump_recipe(recipe))
+                DataRecord.of(data).write(out)
     return run
 
 
-def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
-    """Copy the weights of a run's last checkpoint or of a saved generator whose names and shapes agree.
+_ALREADY = "{0} holds a run already: go on with --resume {0}, choose another folder, or add --overwrite"
 
-    Optimizers, average count, step and data order begin anew.
+
+def _recipe_of_own_folder(out: Path) -> Recipe:
+    """Configuration of the run in ``out``, whose files may be removed. Raises ``InputError`` if another program's."""
+    try:
+        return run_recipe(out)
+    except InputError as error:
+        raise InputError(
+            f"{out / CONFIG} is not the configuration of a run, so that nothing in {out} is removed: choose another "
+            f"folder, or remove the file ({error})"
+        ) from error
+
+
+def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
+    """Copy the weights of a run's last checkpoint or of a saved generator, wherever names and shapes agree.
+
+    Optimizers, average count, step and data order start from scratch.
 
     Raises:
         InputError: ``folder`` holds neither, or less than half of the tensors of a network fit.
@@ -348,7 +376,7 @@ def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
             )
         networks[name].load_state_dict(own | fitting)
         left = [key for key in own if key not in fitting]
-        others = f"; these begin anew: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""
+        others = f"; these start from scratch: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""
         tell(f"init: {len(fitting)} of {len(own)} tensors of the {name} are those of {folder}{others}")
 
 
@@ -400,13 +428,13 @@ def resume_run(
     Args:
         out: the run's folder.
         recipe: expected configuration of the run; None takes it from the folder.
-        overrides: ``key=value``; only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
-            ``data.source`` where the same files are in a new place.
+        overrides: ``key=value``. Only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
+            ``data.source`` if the same files have moved.
         device, tell, show_progress: as in :func:`start_run`.
 
     Raises:
-        InputError: there is no run, no checkpoint that can be read, the configuration differs (the keys are named), or
-            the images do (the files are named).
+        InputError: there is no run, no checkpoint that can be read, more steps are done than wanted, the configuration
+            differs (the keys are named), or the images do (the files are named).
     """
     out, world = Path(out), current_world()
     stored = run_recipe(out)
@@ -432,6 +460,8 @@ def resume_run(
     except (ValueError, RuntimeError) as error:
         details = " ".join(str(error).split())
         raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
+    if run.trainer.step > wanted.train.steps:
+        raise InputError(f"steps must be at least {run.trainer.step}, which {out} has done, got {wanted.train.steps}")
     world.gather(None)  # until all have read
     if world.is_first:
         write_text(out / CONFIG, dump_recipe(wanted))
@@ -439,7 +469,7 @@ def resume_run(
 
 
 def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
-    """Return whether both recipes take their data from folders and the run recorded its files."""
+    """Return whether both recipes read their data from files and the run has recorded those."""
     record = DataRecord.read(out)
     return (
         record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))
@@ -496,7 +526,7 @@ def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -
     """
     source = recipe.data.source
     if not is_named(source) and not Path(source).exists():
-        raise InputError(f"{source}, the data of {out}, does not exist: say with --data where the same files are now")
+        raise InputError(f"{source}, the data of {out}, does not exist: give the new place of the same files by --data")
     data = load_data_of(recipe, world)
     record = DataRecord.read(out)
     if record is not None:
@@ -517,7 +547,7 @@ def check_classes(recipe: Recipe, data: DataSplit) -> None:
 
 
 def describe_use(recipe: Recipe, data: DataSplit) -> str:
-    """Describe how the run uses its data, with everything that it decided by itself."""
+    """Describe how the run uses its data, including all settings that follow from the data."""
     size = recipe.model.resolution
     parts = [f"{len(data.train)} to train on, {len(data.held_out)} held out, at {size}x{size}"]
     parts += ["mirrored at random"] if recipe.data.flip else ["not mirrored"]
@@ -531,7 +561,7 @@ def describe_use(recipe: Recipe, data: DataSplit) -> str:
 def load_data_of(recipe: Recipe, world: World | None = None, tell: Callable[[str], None] = _log.warning) -> DataSplit:
     """Load the images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
 
-    With several processes the first loads, and downloads if it must, before the others do.
+    With several processes, the first one loads before the others, so that only it downloads.
     """
     data, world = recipe.data, world or World()
     loaded: list[DataSplit] = []

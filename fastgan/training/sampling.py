@@ -15,7 +15,7 @@ from fastgan.models import check_labels
 
 
 def class_rows(n_classes: int, per_class: int) -> Tensor:
-    """Labels of a grid with one row per class: 0 ... 0, 1 ... 1, and so on, int64 (n_classes * per_class,).
+    """Return labels for a grid with one row per class: 0 ... 0, 1 ... 1, and so on, int64 (n_classes * per_class,).
 
     Example:
         >>> class_rows(2, 3)
@@ -25,29 +25,29 @@ def class_rows(n_classes: int, per_class: int) -> Tensor:
 
 
 def held_out_index(held_out: LabelledImages, labels: Tensor) -> Tensor:
-    """Index of an image of ``held_out`` for each label; a class's images take turns.
+    """Return the index of a held-out image for each label. The images of a class take turns.
 
     Raises:
-        ValueError: a class has none.
+        ValueError: a class has no held-out image.
     """
     classes, chosen = held_out.labels.cpu(), torch.zeros_like(labels)
     for label in labels.unique().tolist():
         members, wanted = torch.nonzero(classes == label).squeeze(1), labels == label
         if not len(members):
-            raise ValueError(f"the run's held-out images have none of class {label} to take a sketch of")
+            raise ValueError(f"no held-out image of the run is of class {label}, so there is no sketch of it")
         chosen[wanted] = members[torch.arange(int(wanted.sum())) % len(members)]
     return chosen.to(held_out.labels.device)
 
 
 @torch.no_grad()
 def standing_statistics_(generator: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> None:
-    """Replace the running statistics of batch norm by their means over a few batches, for sampling in eval mode.
+    """Replace batch norm's running statistics by their means over a few batches, for sampling in eval mode.
 
-    Weights, singular vectors, modes and all other buffers stay as they are.
+    Weights, singular vectors, modes and all other buffers are unchanged.
 
     Args:
         generator: called as ``generator(*args)`` for each of ``inputs``.
-        inputs: positional arguments of each batch, such as ``(z, labels)``; the published code takes 16 batches.
+        inputs: positional arguments of each batch, such as ``(z, labels)``; the published code uses 16 batches.
 
     Raises:
         ValueError: there is no batch norm with running statistics, or no input.
@@ -92,19 +92,19 @@ def sample(
     truncation: float | None = None,
     sketches: Tensor | None = None,
 ) -> Tensor:
-    """Generate one image per label, in eval mode; each module's mode is restored afterwards.
+    """Generate one image per label in eval mode. Each module's mode is restored afterwards.
 
-    Noise is drawn on the CPU from its own generator, image by image in order. The same seed gives the same images on
-    every device and for every batch size, up to rounding.
+    Noise comes from a CPU generator of its own, so that a seed gives the same images, up to rounding, on every device
+    and for every batch size.
 
     Args:
         generator: a network with ``n_classes`` and ``dim_z``, called as ``generator(z, labels)``; one with
             ``sketch_channels`` is called as ``generator(sketches, labels)``.
-        labels: int64 (n,), each in [0, n_classes); for an unconditional generator only their number counts.
-        seed: of the noise.
-        batch_size: images at a time.
-        truncation: bound at which the normal distribution of the noise is cut off; None for no bound.
-        sketches: (n, channels, h, w) in [-1, 1], for a generator that starts from them, and only for such.
+        labels: int64 (n,), each in [0, n_classes); an unconditional generator uses only their number.
+        seed: random seed of the noise.
+        batch_size: number of images generated together.
+        truncation: largest absolute value of the noise, whose normal distribution is cut off there; None for no bound.
+        sketches: (n, channels, h, w) in [-1, 1]; only for a generator that starts from sketches, which needs them.
 
     Returns:
         (n, channels, h, w) in [-1, 1], on the generator's device.
@@ -132,7 +132,7 @@ def sample(
 def interpolate(
     generator: nn.Module, labels: Tensor, steps: int, *, seed: int = 0, truncation: float | None = None
 ) -> Tensor:
-    """Generate images along the great circle between two random noise vectors, one row per label.
+    """Generate one row of images per label, along the great circle between two random noise vectors.
 
     Args:
         generator: one that starts from noise.
@@ -164,10 +164,10 @@ def interpolate(
 
 
 def noise(shape: tuple[int, ...], seed: int, truncation: float | None = None) -> Tensor:
-    """Normal noise from its own generator on the CPU, cut off at ``truncation``.
+    """Draw normal noise from a CPU generator of its own, cut off at ``truncation``.
 
-    It inverts the distribution function, one draw per number; ``torch.nn.init.trunc_normal_`` rejects draws, by a rule
-    that differs between releases of torch, and so gives other images for the same seed.
+    Each value inverts the distribution function at one uniform draw. ``torch.nn.init.trunc_normal_`` is not used: its
+    rule for rejecting draws differs between releases of torch, so that a seed would give other images.
     """
     rng = torch.Generator().manual_seed(seed)
     if truncation is None:

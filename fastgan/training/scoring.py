@@ -22,7 +22,7 @@ _BATCH = 50
 
 @dataclass(frozen=True)
 class Score:
-    """Distances after ``step`` steps, by the number of images on each side."""
+    """Distances after ``step`` steps, by the number of images in each of the two sets."""
 
     step: int
     distances: dict[int, float]
@@ -38,16 +38,16 @@ class Scorer:
 
     Args:
         held_out: real images that are not trained on.
-        train: the images trained on, whose own distances are the floors.
-        sizes: numbers of images on each side. Those larger than ``held_out`` are left out; if none is left, all of it
-            is taken.
+        train: training images, whose distances to ``held_out`` are the floors.
+        sizes: numbers of images per set. Sizes above that of ``held_out`` are left out; if none is left, all held-out
+            images are used.
         backbone: a name of :mod:`fastgan.metrics`, or "auto".
         device: where the features are computed.
         sketches: as in :class:`fastgan.data.DeviceLoader`, for a generator that starts from them.
 
     Attributes:
         label: "FID" if the features are Inception's, else "Frechet distance (<backbone>)".
-        protocol: how images become the backbone's input, the default that ``fastgan evaluate`` takes too.
+        protocol: preprocessing of the images, the default of ``fastgan evaluate``.
         floors: distance of real training images to the held-out ones at each size.
     """
 
@@ -74,7 +74,7 @@ class Scorer:
         self.floors = self._distances(self._features(random_part(train, n).images))
 
     def score(self, generator: nn.Module, step: int) -> Score:
-        """Distances of as many generated images, with the classes (and sketches) of the real ones."""
+        """Return the distances of as many generated images, with the classes and sketches of the real ones."""
         sketches = self.sketches if getattr(generator, "sketch_channels", 0) else None
         images = sample(generator, self.reference.labels.cpu(), seed=SEED, sketches=sketches)
         return Score(step, self._distances(self._features(images)))
@@ -92,7 +92,7 @@ class Scorer:
 
 
 def score_backbone(recipe: Recipe) -> str:
-    """Name of the network that scores a run, in its log and in ``fastgan evaluate RUN``.
+    """Return the name of the network that scores a run, in its log and in ``fastgan evaluate RUN``.
 
     "auto" is Inception if its weights are installed and the data is not digits, else EfficientNet-Lite0.
     """
@@ -102,6 +102,6 @@ def score_backbone(recipe: Recipe) -> str:
 
 
 def random_part(data: LabelledImages, n: int) -> LabelledImages:
-    """Random choice of up to ``n`` images, always the same."""
+    """Return up to ``n`` randomly chosen images, the same at each call."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))
     return data.subset(order[:n].to(data.labels.device))

@@ -39,7 +39,7 @@ class NonFiniteLossError(FloatingPointError):
 
     Attributes:
         step: the first such step, counted from 1.
-        where: the tensor that was first not finite, "" if it was not found.
+        where: the first tensor that was not finite, "" if it was not found.
     """
 
     def __init__(self, step: int, discriminator: float, generator: float, where: str = "") -> None:
@@ -90,9 +90,9 @@ class Callback:
 
 
 class Trainer:
-    """Trains a GAN on one device, or on several: see :class:`TrainStep` for what processes share.
+    """Trains a GAN on one device or several.
 
-    Processes take equal parts of the same batches, and so the same number of steps.
+    Several processes take equal parts of each batch and do the same number of steps; see :class:`TrainStep`.
 
     Args:
         generator: called as ``generator(z, labels)`` or ``generator(sketches, labels)``; has ``n_classes`` and
@@ -114,9 +114,9 @@ class Trainer:
         ema: moving average of the generator; ``ema.module`` is the network to sample from.
         history: losses so far.
         step: generator updates done.
-        stop_requested: set it to end :meth:`run` after the current step. If one of several processes sets it, all end
+        stop_requested: set this to end :meth:`run` after the current step. If one of several processes sets it, all end
             together within the next :data:`FLUSH_INTERVAL` steps.
-        stop_signal: number of the signal that asked for the stop, the same in all processes; 0 for none.
+        stop_signal: number of the signal that requested the stop, the same in all processes; 0 for none.
 
     Raises:
         ValueError: the networks and the data disagree in classes, the configuration names something unknown, or the
@@ -364,7 +364,7 @@ class Trainer:
         return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """State that decides the next step, in tensors and plain numbers for ``torch.load(weights_only=True)``."""
+        """Return all state that the next step depends on, in tensors and numbers that need no pickle."""
         self.flush()
         return self._state() | {"history": asdict(self.history)}
 
@@ -397,7 +397,7 @@ class Trainer:
             self._set_default_rng(before)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; on the same device bit for bit."""
+        """Continue from a :meth:`state_dict`, bit for bit on the same device."""
         self._load(state)
         self.history = History(**{name: list(losses) for name, losses in state["history"].items()})
 
@@ -415,7 +415,7 @@ class Trainer:
         self._pending = []
 
     def _all_stop(self) -> bool:
-        """Whether to stop, which all processes must find at the same step."""
+        """Return whether to stop; all processes decide so at the same step."""
         if self.world.size == 1:
             return self.stop_requested
         if self.step % FLUSH_INTERVAL == 0:
@@ -486,10 +486,10 @@ class Every(Callback):
     """Calls ``action(trainer)`` after every ``interval`` steps.
 
     Args:
-        interval: in steps.
+        interval: number of steps.
         action: called with the trainer.
-        at_end: also after the last step.
-        early: also after a tenth of the first interval.
+        at_end: call it after the last step too.
+        early: call it after a tenth of the first interval too.
 
     Example:
         >>> callback = Every(100, lambda trainer: print(trainer.step), at_end=True)

@@ -50,6 +50,10 @@ def test_train_resume_and_sample(tmp_path):
     fastgan("sample", out, "--out", tmp_path / "many", "-n", 4, "--overwrite")
     left = sorted(p.name for p in (tmp_path / "many").iterdir())
     assert left == ["000000.png", "000001.png", "000002.png", "000003.png", "notes.txt"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "many" / "mine.png")
+    refused = fastgan("sample", out, "--out", tmp_path / "many", "-n", 4, "--overwrite", status=2)
+    assert "must hold no images but samples, it holds mine.png" in " ".join(refused.split())
+    assert len(list((tmp_path / "many").iterdir())) == 6
     fastgan("sample", out, "--out", tmp_path / "by", "-n", 11, "--by-class")
     assert sorted(str(p.relative_to(tmp_path / "by")) for p in (tmp_path / "by").rglob("*.png")) == sorted(
         f"{i % 10}/{i:06d}.png" for i in range(11)
@@ -82,6 +86,7 @@ def test_sketches_for_a_saved_generator(tmp_path):
         (("train", "--recipe", "sagan", "--out", "run", "--data", "nowhere"), "nowhere does not exist"),
         (("train", "--recipe", "sagan", "--out", "run", "--device", "gpu7"), "--device gpu7 cannot be used"),
         (("train", "--resume", "nowhere"), "nowhere holds no run"),
+        (("train", "--resume", "run", "--overwrite"), "--overwrite is for a new run in --out"),
         (("sample", "nowhere", "--out", "x.png"), "nowhere holds neither a run"),
         (("sample", "g", "--out", "x.png", "--class", 3), "--class must be in [0, 3), got 3"),
         (("sample", "g", "--out", "x.png", "--class", "cat"), "--class must be in [0, 3), got cat"),
@@ -118,6 +123,16 @@ def test_a_dry_run_needs_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     refused = fastgan("train", "--resume", "run", "--dry-run", status=2)
     assert "--dry-run is for a new run" in refused
+
+
+@pytest.mark.parametrize("name", ["2024", "a: b #1", "[x", "null"])
+def test_a_data_folder_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    said = fastgan("train", "--recipe", "dcgan", "--data", name, "--dry-run", "steps=1", *SMALL)
+    assert "6 images 16x16 RGB" in said
 
 
 def test_broken_images_init_and_overwrite(tmp_path):

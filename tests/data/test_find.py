@@ -151,7 +151,7 @@ def test_training_reads_archives_and_arrays(tree, tmp_path):
 @pytest.mark.parametrize("labels", [[0, 1], [[0], [1], [2], [3], [4], [-1]], [0.0] * 6])
 def test_bad_labels_are_refused(tmp_path, labels):
     np.savez(tmp_path / "set.npz", images=np.zeros((6, 8, 8, 3), dtype=np.uint8), labels=np.array(labels))
-    with pytest.raises(InputError, match="labels of .*set.npz must be 6 integers from 0"):
+    with pytest.raises(InputError, match="labels of .*set.npz must be (6 )?integers from 0"):
         image_folder(tmp_path / "set.npz", 8)
 
 

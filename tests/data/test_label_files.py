@@ -59,6 +59,12 @@ def test_mistakes_name_the_file(folder):
         image_folder(folder, 16)
 
 
+def test_article_numbers_are_no_classes(folder):
+    write(folder, [[name, 10**9] for name, _ in ROWS])
+    with pytest.raises(InputError, match=r"dataset.json reach 1000000000 for 4 images: number the classes 0, 1, 2"):
+        image_folder(folder, 16)
+
+
 @pytest.mark.parametrize("label", [-1, 0.5, [0, 1], None, True])
 def test_labels_that_are_neither_numbers_nor_names(folder, label):
     write(folder, [*ROWS[:3], ["1/3.png", label]])

@@ -1,5 +1,6 @@
 """What is found in a set of images, and how it is described."""
 
+import json
 import zlib
 
 import numpy as np
@@ -83,6 +84,28 @@ def test_few_images_leave_two_to_score_against(tmp_path, n, names):
     assert len(split.train) == n * len(names) - 2
     whole = torch.cat([split.train.labels, split.held_out.labels]).bincount()
     assert whole.tolist() == [n] * len(names)
+
+
+def test_the_last_image_of_a_class_is_trained_on(tmp_path):
+    class_folders(tmp_path, 6, "a")
+    class_folders(tmp_path, 1, "b")
+    class_folders(tmp_path, 1, "c")
+    split = load_data(tmp_path, 16)
+    assert split.held_out.labels.tolist() == [0, 0]
+    assert split.notes == ()
+
+
+def test_classes_without_images_are_named(tmp_path):
+    split = load_data(class_folders(tmp_path, 1), 16)
+    gone = sorted("abcd"[label] for label in split.held_out.labels)
+    assert split.notes == (f"2 of 4 classes have no image to train on: {', '.join(gone)}",)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[f"{name}/0.png", 7] for name in "abcd"]}))
+    assert "7 of 8 classes have no image to train on: 0, 1, 2," in load_data(tmp_path, 16).notes[0]
+
+
+def test_all_images_cannot_be_held_out(tmp_path):
+    with pytest.raises(InputError, match="held_out must leave images in both parts of 16, got 0.99"):
+        load_data(class_folders(tmp_path), 16, held_out=0.99)
 
 
 def test_transparent_pixels_take_the_background(tmp_path):

@@ -1,5 +1,7 @@
 """Recipes: the files that come with the package, overrides, and what is wrong in one's own."""
 
+import math
+
 import pytest
 
 from fastgan._checks import InputError
@@ -119,7 +121,7 @@ def test_overrides():
     [
         ("steps", "an override must be key=value, got 'steps'"),
         ("stps=3", "there is no key 'stps' in a recipe; did you mean 'steps'?"),
-        ("train.head=plain", "there is no key 'train.head'"),
+        ("train.head=plain", "there is no key 'train.head' in a recipe; did you mean 'model.head'?"),
         ("steps=many", "recipe.train.steps must be of type int, got 'many'"),
         ("steps=[", "steps must have a YAML value"),
         ("loss=1", "recipe.train.loss must be of type str, got 1"),
@@ -157,6 +159,12 @@ def test_bad_override(assignment, match):
         ({"name": "x", "train": {"class_weight_generator": 1}}, "class_weight_generator needs model.head 'auxiliary'"),
         ({"name": "x", "model": {"head": "auxiliary"}}, "'auxiliary' needs a train.class_weight_discriminator"),
         ({"name": "x", "log": {"grid_every": 0}}, "grid_every must be at least 1"),
+        ({"name": "x", "train": {"lr_generator": math.inf}}, "lr_generator must be positive and finite, got inf"),
+        ({"name": "x", "train": {"r1": math.inf}}, "r1 must be at least 0 and finite, got inf"),
+        ({"name": "x", "train": {"seed": -1}}, r"seed must be from 0 to 2\*\*63 - 1, got -1"),
+        ({"name": "x", "train": {"seed": 2**63}}, "seed must be from 0"),
+        ({"name": "x", "model": {"resolution": 0}}, "resolution must be at least 1 or auto, got 0"),
+        ({"name": "x", "model": {"discriminator_width": 12}}, "discriminator_width must be a positive multiple of 8"),
     ],
 )
 def test_bad_recipe(content, match):
@@ -170,6 +178,9 @@ def test_unknown_recipe(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [")
     with pytest.raises(InputError, match="not valid YAML"):
+        load_recipe(broken)
+    broken.write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match="broken.yaml is not a text file"):
         load_recipe(broken)
 
 

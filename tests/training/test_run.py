@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from fastgan._checks import InputError
+from fastgan._files import locked_folder
 from fastgan.models import Generator
 from fastgan.recipes import available
 from fastgan.training import Callback, scoring
+from fastgan.training import run as training_run
 from fastgan.training.checkpoint import Checkpoints, DiskFullError
 from fastgan.training.pictures import encoded
 from fastgan.training.reports import make_writers
-from fastgan.training.run import RunError, load_generator, resume_run, start_run
+from fastgan.training.run import RunError, load_data_of, load_generator, resume_run, start_run
 from tests.training.tiny_runs import PIXELS, assert_same, tiny
 
 pytest.importorskip("sklearn")
@@ -51,7 +53,8 @@ def test_every_recipe_trains_resumes_and_samples(name, tmp_path):
     assert run.trainer.step == 2
     assert len(run.scores) == 2
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "data.json", "metrics.jsonl", "curves.png", "grids/000000.png", "grids/000002.png"}
+    expected = {".lock", "config.yaml", "data.json", "metrics.jsonl", "curves.png"}
+    expected |= {"grids/000000.png", "grids/000002.png"}
     expected |= {"checkpoints/last.pt", "generator/config.json", "generator/model.safetensors"}
     assert expected <= names <= expected | {"checkpoints/best.pt"}
     again = resume(tmp_path)
@@ -142,6 +145,68 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
         run.train()
     monkeypatch.undo()
     assert resume(tmp_path).trainer.step == 2
+
+
+def test_a_full_disk_after_the_first_checkpoint_tells_that_it_is_kept(tmp_path, monkeypatch):
+    run = start(tiny("dcgan", "steps=9", "checkpoint_every=2"), tmp_path)
+
+    def full(_folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run.generator, "save_pretrained", full)
+    with pytest.raises(RunError, match="the disk is full: .*The checkpoint of step 2 is kept"):
+        run.train()
+    assert resume(tmp_path).trainer.step == 2
+
+
+def test_two_programs_do_not_train_in_one_folder(tmp_path):
+    run = start(tiny("dcgan", "steps=2"), tmp_path / "run")
+    with locked_folder(tmp_path / "run"):
+        for act in (run.train, lambda: start(tiny("dcgan", "seed=5"), tmp_path / "run", overwrite=True)):
+            with pytest.raises(InputError, match=f"run is being written to by process {os.getpid()} on "):
+                act()
+    assert "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
+    run.train()
+
+
+def test_a_run_that_began_while_another_loaded_its_data_is_kept(tmp_path, monkeypatch):
+    def slow(*args, **options):
+        if not (tmp_path / "config.yaml").exists():
+            monkeypatch.undo()
+            monkeypatch.setattr(scoring, "load_backbone", lambda *_args, **_options: PIXELS)
+            start(tiny("dcgan"), tmp_path).train()
+        return load_data_of(*args, **options)
+
+    monkeypatch.setattr(training_run, "load_data_of", slow)
+    with pytest.raises(InputError, match="holds a run already"):
+        start(tiny("dcgan", "seed=5"), tmp_path)
+    assert resume(tmp_path).recipe.train.seed == 0
+
+
+def test_files_of_a_killed_program_are_removed(tmp_path):
+    left = tmp_path / "checkpoints" / ".last-x7_a.pt"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    start(tiny("dcgan"), tmp_path).train()
+    assert not left.exists()
+    assert (left.parent / "last.pt").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_another_program_is_left_alone(tmp_path, overwrite):
+    (tmp_path / "config.yaml").write_text("optimizer: {lr: 3}\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "1.ckpt").write_text("precious")
+    with pytest.raises(InputError, match="config.yaml is not the configuration of a run, so that nothing in"):
+        start(tiny("dcgan"), tmp_path, overwrite=overwrite)
+    assert (tmp_path / "checkpoints" / "1.ckpt").read_text() == "precious"
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    start(tiny("dcgan", "steps=2"), tmp_path).train()
+    with pytest.raises(InputError, match="steps must be at least 2, which .* has done, got 1"):
+        resume(tmp_path, overrides=["steps=1"])
+    assert resume(tmp_path).recipe.train.steps == 2
 
 
 def test_a_truncated_checkpoint_goes_on_from_the_previous_one(tmp_path):
@@ -316,7 +381,7 @@ def test_data_may_move_but_not_change(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert resume(tmp_path / "run").trainer.step == 2
     (tmp_path / "d").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"/d, the data of .*, does not exist: say with --data where"):
+    with pytest.raises(InputError, match=r"/d, the data of .*, does not exist: give the new place"):
         resume(tmp_path / "run")
     moved = f"data.source={tmp_path / 'moved'}"
     again = resume(tmp_path / "run", overrides=[moved])
@@ -430,7 +495,7 @@ def test_weights_of_another_run_or_generator(tmp_path):
     source = (f"data.source={tmp_path / 'd'}", "held_out=0.25", "channels=1")
     notes.clear()
     run = start(tiny("sagan", f"init={tmp_path / 'first' / 'generator'}", *source), tmp_path / "third", notes)
-    fresh = [note for note in notes if "these begin anew" in note]  # three classes where there were ten
+    fresh = [note for note in notes if "these start from scratch" in note]  # three classes where there were ten
     assert fresh
     with pytest.raises(InputError, match="init must be of networks like the recipe's"):
         start(tiny("dcgan", init), tmp_path / "fourth")
@@ -447,6 +512,12 @@ def test_trying_out_writes_nothing(tmp_path):
     for part in ("1797 images 8x8 gray", "generator: DCGANGenerator, ", "peak memory: ", "1000 steps take about "):
         assert part in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_while_trying_out(tmp_path):
+    run = start(tiny("dcgan", "lr_generator=1e30"), tmp_path, dry_run=True)
+    with pytest.raises(RunError, match="loss is not finite at step"):
+        run.try_out()
 
 
 def test_the_state_before_a_loss_that_is_not_finite_is_kept(tmp_path):
