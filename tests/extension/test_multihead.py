@@ -103,7 +103,7 @@ def test_keys_that_no_query_sees_have_no_gradient():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("operand", range(5))
 @pytest.mark.parametrize("case", MASKS[1:5])
-def test_nan_and_infinity_are_where_eager_has_them(case, operand, value):
+def test_nan_and_infinity_match_eager(case, operand, value):
     """In q, k, v, the sinks and the output's cotangent; 1e30 overflows where it meets itself."""
     b, h, n, m = 1, 2, 9, 70
     options, full = masks(case, b, h, n, m)
@@ -178,7 +178,7 @@ def test_sinks_may_have_any_dtype(sinks_dtype):
     torch.testing.assert_close(gradient.double(), truth, rtol=1e-2, atol=1e-4)
 
 
-def test_auto_is_the_extension_and_a_learnt_mask_keeps_the_maps():
+def test_auto_is_the_extension_and_a_learned_mask_keeps_the_maps():
     q, k, v, sinks = head_operands(1, 4, 2, 6, 5, 3, 2)
     options = {"mask": torch.rand(1, 5) < 0.7, "sinks": sinks, "is_causal": True}
     assert attention(q, k, v, **options).grad_fn.name().startswith("fastgan_multihead")

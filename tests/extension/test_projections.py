@@ -208,7 +208,7 @@ def test_is_as_accurate_as_plain_torch(dtype, x_dtype, layout):
     assert_as_accurate(y, plain, plain_residual(rows, weight, bias, x.double()), "y")
 
 
-def test_nan_and_infinity_are_where_torch_has_them():
+def test_nan_and_infinity_match_torch():
     x, weight, bias = (t.detach() for t in pooled_operands((1, 3, 6, 18), 5, torch.float32))
     for value, at in ((float("nan"), (1, 2, 3)), (float("inf"), (0, 1, 0)), (-float("inf"), (2, 4, 17))):
         x[(0, *at)] = value

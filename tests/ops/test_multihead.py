@@ -124,7 +124,7 @@ def test_compiled_gradients_equal_eager():
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_learnt_mask_keeps_the_maps():
+def test_a_learned_mask_keeps_the_maps():
     q, k, v, _ = head_operands(1, 2, 2, 4, 3, 2, 2)
     bias = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda *x: attention(*x[:3], mask=x[3]), (q, k, v, bias))
@@ -157,7 +157,7 @@ def test_bad_input_names_the_argument(change, message):
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (2, 3, 4, 6), (2, 2, 3, 4, 6)])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_has_the_numbers_of_torchs_function(shape, impl):
+def test_matches_torchs_function(shape, impl):
     q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     mask = torch.rand(4, 4) < 0.7
     mask[1] = False
@@ -169,13 +169,13 @@ def test_has_the_numbers_of_torchs_function(shape, impl):
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_has_torchs_grouped_queries(impl):
+def test_matches_torchs_grouped_queries(impl):
     q, k, v = (torch.randn(2, h, 5, 3, dtype=torch.float64) for h in (6, 2, 2))
     expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, enable_gqa=True, impl=impl), expected)
 
 
-def test_torchs_function_with_what_cannot_be_computed():
+def test_unsupported_options_of_torchs_function_are_refused():
     q = torch.ones(1, 2, 3, 4)
     with pytest.raises(ValueError, match="dropout_p must be 0"):
         scaled_dot_product_attention(q, q, q, dropout_p=0.1)
