@@ -59,7 +59,7 @@ def download(repo_id: str, files: list[str], **options: Any) -> str:
 class _NoHub:
     """Stands in for huggingface_hub's mixin if that package is missing or too old."""
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+    def save_pretrained(self, folder: str | Path, **options: Any) -> str | None:
         hub(f"save_pretrained with {', '.join(options)}")
         raise InputError("save_pretrained with options of the Hub needs a newer huggingface_hub")
 
