@@ -27,7 +27,7 @@ def test_status_is_a_readable_table_with_a_reason_for_each_no():
         status["tpu"]
 
 
-def test_auto_takes_the_extension_on_a_cpu_and_warns_once_where_it_is_not_built(monkeypatch):
+def test_auto_uses_the_extension_on_a_cpu_and_warns_once_if_it_is_not_built(monkeypatch):
     if not backend.extension_missing():
         assert resolve("auto", torch.ones(1)) == resolve("extension", torch.ones(1)) == "extension"
     assert resolve("reference", torch.ones(1)) == "reference"
@@ -67,7 +67,7 @@ def test_the_interface_number_belongs_to_these_operators():
     assert (int(number), digest) == (backend.EXTENSION_INTERFACE, "5f8011f31affe8db")
 
 
-def test_the_extension_takes_cpu_tensors_alone():
+def test_the_extension_takes_only_cpu_tensors():
     with pytest.raises(ValueError, match="impl='extension' needs CPU tensors, got meta"):
         resolve("extension", torch.ones(1, device="meta"))
 
@@ -91,7 +91,7 @@ def test_a_warning_is_given_once():
     assert [w.category for w in caught] == [BackendWarning]
 
 
-def test_status_tells_of_kernels_that_spill(monkeypatch):
+def test_status_names_kernels_that_spill(monkeypatch):
     monkeypatch.setattr(backend, "SPILLED", ["some_kernel spills in a loop at 64x64 and runs at 64x32"])
     triton = fastgan.backend_status()["triton"]
     assert triton.detail.endswith("; some_kernel spills in a loop at 64x64 and runs at 64x32")

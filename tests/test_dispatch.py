@@ -57,7 +57,7 @@ def test_a_call_past_the_dispatcher_equals_the_op(function, shapes, op):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_gradient_taken_in_a_mode_alone_is_the_same():
+def test_a_gradient_taken_only_within_a_mode_is_the_same():
     """A forward past the dispatcher, a backward through it, as an activation checkpoint's or a profiler's mode sees."""
     torch.manual_seed(0)
     inputs = [

@@ -45,7 +45,7 @@ def test_layers_work_without(blocked):
     assert result.stdout == "works\n", result.stderr
 
 
-def test_layers_import_torch_triton_and_numpy_alone():
+def test_layers_import_only_torch_triton_and_numpy():
     result = run(LEAN)
     assert result.stdout == "[]\n", result.stdout + result.stderr
 

@@ -263,7 +263,7 @@ def test_wheel_with_the_extension(tree):
 
 
 @pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
-def test_built_extension_uses_the_stable_abi_alone():
+def test_built_extension_uses_only_the_stable_abi():
     """Any symbol of namespace c10 or at is tied to one release of torch."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm")

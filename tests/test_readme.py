@@ -155,7 +155,7 @@ def undocumented_members(value):
     return sorted(k for k in functions if not inspect.getdoc(getattr(value, k)))
 
 
-def test_make_targets_that_are_spoken_of_exist():
+def test_make_targets_in_documents_exist():
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     spoken = {
         target

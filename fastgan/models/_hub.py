@@ -57,17 +57,22 @@ def download(repo_id: str, files: list[str], **options: Any) -> str:
 
 
 class _NoHub:
-    """Stands in for huggingface_hub's mixin if that package is missing or too old."""
+    """Stands in for huggingface_hub's mixin if that package is missing, too old or broken."""
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        hub(f"save_pretrained with {', '.join(options)}")
-        raise InputError("save_pretrained with options of the Hub needs a newer huggingface_hub")
+    def save_pretrained(self, folder: str | Path, **options: Any) -> str | None:
+        raise _unusable(f"save_pretrained with {', '.join(options)}")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        hub(f"push_to_hub({repo_id!r})")
-        raise InputError(f"push_to_hub({repo_id!r}) needs a newer huggingface_hub")
+        raise _unusable(f"push_to_hub({repo_id!r})")
 
 
+def _unusable(wanted: str) -> InputError:
+    """Return the error for a huggingface_hub that is missing, too old or broken."""
+    hub(wanted)
+    return InputError(f"{wanted} needs a newer huggingface_hub; the mixin of the installed one fails: {_failure}")
+
+
+_failure = ""
 if TYPE_CHECKING:
     HubMixin = _NoHub
 else:
@@ -83,5 +88,5 @@ else:
         ):
             """huggingface_hub's mixin with fastgan's model card."""
 
-    except (ImportError, TypeError):
-        HubMixin = _NoHub
+    except Exception as error:  # a broken installation must not take the generators with it
+        HubMixin, _failure = _NoHub, f"{type(error).__name__}: {error}"

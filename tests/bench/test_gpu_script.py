@@ -64,7 +64,7 @@ def test_the_parts_have_all_steps(tmp_path):
     assert "PART must be 1, 2 or 3, got '4'" in refused.stderr
 
 
-def test_time_that_is_over_stops_a_step(tmp_path):
+def test_a_step_stops_when_its_time_is_over(tmp_path):
     done = gpu_script(tmp_path, 'case "$*" in *pytest*) exec sleep 60;; esac', STEPS="test report", MINUTES="0")
     assert done.returncode == 1
     first, second = (tmp_path / "logs" / "summary.txt").read_text().splitlines()
@@ -73,7 +73,7 @@ def test_time_that_is_over_stops_a_step(tmp_path):
     assert (tmp_path / "logs" / "report.log").exists()
 
 
-def test_what_has_no_program_is_left_out(tmp_path):
+def test_a_step_without_its_program_is_left_out(tmp_path):
     """A sanitizer that is not there is no failure; the summary names it."""
     tools = tmp_path / "tools"
     tools.mkdir()

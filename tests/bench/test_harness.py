@@ -74,7 +74,7 @@ def test_nothing_is_timed_without_the_reference():
     assert [r.failure for r in records] == ["no reference", "the reference failed", "the reference failed"]
 
 
-def test_where_the_references_package_is_missing_the_next_takes_its_place():
+def test_the_next_implementation_replaces_a_missing_reference():
     def absent():
         raise ModuleNotFoundError("No module named 'theirs'")
 
@@ -106,7 +106,7 @@ def test_an_implementation_that_cannot_run_says_why():
     assert records["absent"].failure == "needs a GPU"
 
 
-def test_what_fails_while_it_is_timed_stops_its_workload_alone():
+def test_a_failure_while_timing_stops_only_its_workload():
     calls = []
 
     def exhausted():
@@ -121,7 +121,7 @@ def test_what_fails_while_it_is_timed_stops_its_workload_alone():
     assert failures[2].startswith("wrong")
 
 
-def test_what_runs_once_is_timed_when_it_is_checked():
+def test_an_implementation_that_runs_once_is_timed_by_the_check():
     calls = []
     slow = dataclasses.replace(
         workload(wrong=lambda: torch.zeros(3), slow=lambda: calls.append(1) or torch.ones(3)), once=True
@@ -133,7 +133,7 @@ def test_what_runs_once_is_timed_when_it_is_checked():
     assert records["wrong"].failure.startswith("wrong")
 
 
-def test_one_that_takes_long_runs_once_beside_others():
+def test_a_slow_implementation_runs_once_beside_others():
     calls = []
     both = workload(slow=lambda: calls.append(1) or time.sleep(0.3) or torch.ones(3))
     records = {r.implementation: r for r in run("toy", dataclasses.replace(both, once_above=0.25), 0.0, "cpu")}
@@ -169,7 +169,7 @@ def test_results_on_disk(tmp_path):
     assert written.records[0].first_call > 0
 
 
-def test_a_session_writes_what_it_has_and_begins_nothing_after_its_limit(tmp_path, monkeypatch, capsys):
+def test_at_its_limit_a_session_writes_its_records_and_starts_nothing(tmp_path, monkeypatch, capsys):
     def workloads(suite, quick, device):
         yield workload()
         yield dataclasses.replace(workload(right=lambda: time.sleep(0.2) or torch.ones(3)), name="slow")
@@ -220,7 +220,7 @@ def test_the_schema_is_checked(tmp_path, name):
         read_run(path)
 
 
-def test_what_is_against_the_schema_is_not_written(tmp_path):
+def test_records_against_the_schema_are_not_written(tmp_path):
     with pytest.raises(RecordError, match="rounds must be at least 1"):
         write_run(run_of(record(rounds=0)), tmp_path / "toy.json")
     with pytest.raises(RecordError, match="more than one record of toy / ones / right"):
@@ -272,7 +272,7 @@ def test_compare_on_the_command_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("device")
-def test_what_the_sanitizer_runs_equals_the_reference(capsys):
+def test_the_sanitizers_program_equals_the_reference(capsys):
     sanitize.main(["attention", "spectral_norm"])
     assert capsys.readouterr().out.splitlines() == ["attention: as the reference", "spectral_norm: as the reference"]
 

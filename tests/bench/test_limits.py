@@ -59,7 +59,7 @@ def test_the_file_names_the_limits(monkeypatch, tmp_path):
     assert re.fullmatch(r"float32 \d+ GFLOP/s, float64 \d+ GFLOP/s, copies [\d.]+ GB/s", found)
 
 
-def test_rows_of_an_implementation_by_name_stand_in_the_full_tables_alone():
+def test_only_the_full_tables_show_implementations_by_name():
     names = ("eager", "fastgan", "fastgan extension", "fastgan reference")
     times = {
         name: {"median": t, "low": t, "high": t, "rounds": 3}

@@ -207,7 +207,7 @@ def claim_a_speed_elsewhere(root):
         (claim_a_speed_elsewhere, "docs/layers.md: '3 times' stands outside"),
     ],
 )
-def test_what_disagrees_is_found(repository, change, problem):
+def test_disagreements_are_found(repository, change, problem):
     change(repository)
     assert any(problem in line for line in check_report(repository))
 
@@ -215,7 +215,7 @@ def test_what_disagrees_is_found(repository, change, problem):
 @pytest.mark.parametrize(
     "text", ["12 ms", "3.5× faster", "| 0.3 s |", "1,000 images/s", "2.5 GB", "twice: 2x", "12 % less"]
 )
-def test_measured_figures_are_recognised(text):
+def test_measured_figures_are_recognized(text):
     assert unrecorded_figures(f"a {text} b")
 
 

@@ -311,7 +311,7 @@ def test_a_source_that_knows_its_reference_and_a_second_split(sets, features, mo
         assert "floor" not in json.loads(run("evaluate", sets[0], *options, "--json").stdout)
 
 
-def test_what_evaluate_refuses(sets, tmp_path):
+def test_evaluate_refuses_impossible_requests(sets, tmp_path):
     fake, real = sets
     run("stats", "save", real, tmp_path / "stats.npz")
     assert run("evaluate", fake, tmp_path / "stats.npz", "--metrics", "fid,fid-infinity").exit_code == 0
@@ -344,7 +344,7 @@ def test_what_evaluate_refuses(sets, tmp_path):
     assert run("evaluate", fake, "--metrics", "is").stdout.splitlines()[-1].startswith("class score")
 
 
-def test_all_leaves_out_what_has_too_few_images(sets, tmp_path):
+def test_all_leaves_out_metrics_with_too_few_images(sets, tmp_path):
     """Explicitly asked for, it is an error, before any feature is computed."""
     np.savez(tmp_path / "some.npz", images=REAL)  # 40, where 48 are needed for 12 features
     result = run("evaluate", tmp_path / "some.npz", sets[1], "--metrics", "all", "--plot", tmp_path / "a.png", "--json")

@@ -123,7 +123,7 @@ def test_statistics_saved_shown_merged_and_compared(folders, features, tmp_path)
     assert (cov - torch.cov(rows.T)).abs().max() < 1e-5 * cov.abs().max()
 
 
-def test_a_root_is_written_where_asked_for(tmp_path):
+def test_a_root_is_written_if_asked_for(tmp_path):
     rows = torch.randn(12, 6, dtype=torch.float64)
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
     for part, file in zip(rows.split(6), files, strict=True):
@@ -263,7 +263,7 @@ def test_a_bug_keeps_its_traceback(folders, monkeypatch):
     assert isinstance(result.exception, ValueError)
 
 
-def test_demo_writes_where_it_is_told(monkeypatch, tmp_path):
+def test_demo_writes_to_the_given_folder(monkeypatch, tmp_path):
     demo = pytest.importorskip("fastgan.demo")
     called = []
     monkeypatch.setattr(demo, "run_demo", called.append)

@@ -56,7 +56,7 @@ def test_folders_and_archives_agree(tree, tmp_path):
     assert zipped.classes() == open_images(tree).classes() == (("a", "b"), [0, 0, 1, 1])
 
 
-def test_what_was_left_out_is_counted(tree, tmp_path):
+def test_left_out_files_are_counted(tree, tmp_path):
     found = search_folder(tree)
     assert found.left_out == {"hidden": 4, "system files": 4, "no image": 2}
     assert found.left_out_line() == "4 hidden, 2 no image (.txt, no extension), 4 system files"

@@ -52,7 +52,7 @@ def class_folders(root, n=4, names="abcd"):
     return root
 
 
-def test_what_was_found_is_described(tmp_path):
+def test_findings_are_described(tmp_path):
     split = load_data(class_folders(tmp_path), None, held_out=0.25)
     assert split.found == "16 images 20x20 RGB, 4 classes: a 4, b 4, c 4, d 4"
     assert split.train.images.shape == (12, 3, 32, 32)

@@ -1,9 +1,6 @@
 """The C++ attention on a CPU against the textbook formula: three passes, every dtype, layout and instruction set."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,13 +12,16 @@ from fastgan import backend
 from fastgan.ops import attention
 from fastgan.ops._attention import attention_bwd_bwd_op, attention_bwd_op, attention_op
 from fastgan.reference.attention import attention_eager
-from tests.accuracy import assert_as_accurate
+from tests.extension.checks import (
+    NAMES,
+    assert_same_for_any_number_of_threads,
+    assert_three_passes_are_as_accurate,
+    extension,
+)
 from tests.ops.operands import block_operands, operands, three_passes
 
 pytestmark = pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
 
-extension = functools.partial(attention, impl="extension")
-NAMES = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
 # Tiles of 64 keys, strips of 8 rows and blocks of 32: sizes below, at and above their edges.
 SHAPES = [
     (2, 5, 4, 3, 6),
@@ -49,15 +49,6 @@ def test_equals_eager_in_float64(shape, scale):
     slow = three_passes(functools.partial(attention_eager, scale=scale), *inputs)
     for a, b, name in zip(fast, slow, NAMES, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_three_passes_are_as_accurate(inputs, scale=1.0):
-    truth = three_passes(functools.partial(attention_eager, scale=scale), *(x.double() for x in inputs))
-    plain = three_passes(functools.partial(attention_eager, scale=scale), *inputs)
-    fast = three_passes(functools.partial(extension, scale=scale), *inputs)
-    for actual, p, t, name in zip(fast, plain, truth, NAMES, strict=True):
-        assert actual.dtype == inputs[0].dtype
-        assert_as_accurate(actual, p, t, name)
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "channels-first"])
@@ -117,7 +108,7 @@ def test_compiled_gradients_equal_eager():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("operand", range(4))
-def test_nan_and_infinity_are_where_eager_has_them(operand, value):
+def test_nan_and_infinity_match_eager(operand, value):
     """In q, k, v and the output's cotangent; 1e30 overflows where it meets itself."""
     inputs = operands((1, 9, 70, 3, 2), torch.float32, requires_grad=False)
     inputs.append(torch.randn(1, 9, 2))
@@ -161,21 +152,10 @@ def test_weights_may_be_subnormal():
         )
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("shape", [(1, 300, 200, 8, 32), (5, 90, 70, 4, 8)])
-def test_results_do_not_depend_on_the_number_of_threads(shape, threads):
-    inputs, results = operands(shape, torch.float32), []
-    for count in (1, 2, 3, 7):
-        threads(count)
-        results.append(three_passes(extension, *inputs))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+def test_results_do_not_depend_on_the_number_of_threads(shape):
+    inputs = operands(shape, torch.float32)
+    assert_same_for_any_number_of_threads(lambda: three_passes(extension, *inputs))
 
 
 def test_outputs_have_the_layout_of_q(poisoned_empty):
@@ -191,27 +171,3 @@ def test_no_map_is_in_memory():
         three_passes(extension, *inputs)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert 0 < allocated < 4 * 4 * 4096 * 4096 / 2
-
-
-PROGRAM = """
-import torch
-from tests.extension.test_attention import assert_three_passes_are_as_accurate
-from tests.ops.operands import operands
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for shape in ((2, 70, 129, 12, 20), (1, 33, 65, 5, 17)):
-        assert_three_passes_are_as_accurate(operands(shape, dtype), 0.4)
-print(torch.ops.fastgan_C.vector_bits())
-"""
-
-
-@pytest.mark.parametrize(("capability", "most"), [("default", 128), ("avx2", 256), ("avx512", 512)])
-def test_every_instruction_set_is_right(capability, most):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == min(most, torch.ops.fastgan_C.vector_bits())

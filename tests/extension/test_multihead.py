@@ -1,68 +1,37 @@
 """The C++ attention of several heads, under masks, causal and with sinks, against the textbook formula in float64."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
 
 from fastgan import backend
 from fastgan.ops import attention
-from fastgan.ops._multihead import multihead_bwd_bwd_op, multihead_bwd_op, multihead_op
 from fastgan.reference.attention import attention_eager
-from tests.accuracy import assert_as_accurate
-from tests.ops.operands import head_operands, masks, three_orders
+from tests.extension.checks import (
+    assert_same_for_any_number_of_threads,
+    assert_three_orders_are_right,
+    extension,
+    plain_heads,
+)
+from tests.ops.operands import MASKS, gradcheck_multihead, head_operands, masks, opcheck_multihead, three_orders
 
 pytestmark = pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
 
-extension = functools.partial(attention, impl="extension")
-CASES = ["none", "causal", "keys", "boolean", "additive", "causal and keys"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def plain(q, k, v, sinks=None, *, scale=1.0, mask=None, is_causal=False):
-    return attention_eager(q, k, v, scale, mask, sinks, is_causal)
-
-
-def assert_three_orders_are_right(inputs, options, full, scale):
-    """In float64 by a tolerance of rounding errors, else against the errors of eager torch in the same dtype."""
-
-    def fast(q, k, v, sinks=None):
-        return extension(q, k, v, scale, sinks=sinks, **options)
-
-    slow = functools.partial(plain, scale=scale, **full)
-    ours = three_orders(fast, *inputs)
-    if inputs[0].dtype == torch.float64:
-        for a, e in zip(ours, three_orders(slow, *inputs), strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
-        return
-    truth, naive = three_orders(slow, *(x.double() for x in inputs)), three_orders(slow, *inputs)
-    for i, (a, p, t) in enumerate(zip(ours, naive, truth, strict=True)):
-        assert_as_accurate(a, p, t, f"{i}")
-
-
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASKS)
 def test_gradients_of_both_orders_match_finite_differences(case, has_sinks):
-    q, k, v, sinks = head_operands(2, 4, 2, 5, 4, 3, 2)
-    options, _ = masks(case, 2, 4, 5, 4)
-
-    def run(q, k, v, sinks=None):
-        return extension(q, k, v, 0.7, sinks=sinks, **options)
-
-    inputs = (q, k, v, sinks) if has_sinks else (q, k, v)
-    assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    gradcheck_multihead("extension", case, has_sinks)
 
 
 # Tiles of 64 keys, strips of 8 rows and blocks of 32: sizes below, at and above their edges, more keys than queries.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASKS)
 @pytest.mark.parametrize("shape", [(1, 8, 8, 40, 200, 8, 8), (2, 8, 4, 130, 64, 16, 33)])
 def test_is_right_in_every_dtype(shape, case, dtype):
     b, h, _, n, m, d, _ = shape
@@ -74,7 +43,7 @@ def test_is_right_in_every_dtype(shape, case, dtype):
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
     st.tuples(*(st.integers(1, top) for top in (80, 150, 40, 70))),
-    st.sampled_from(CASES),
+    st.sampled_from(MASKS),
     st.booleans(),
     st.permutations(range(4)),
     st.floats(0.05, 1.5),
@@ -133,8 +102,8 @@ def test_keys_that_no_query_sees_have_no_gradient():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("operand", range(5))
-@pytest.mark.parametrize("case", CASES[1:5])
-def test_nan_and_infinity_are_where_eager_has_them(case, operand, value):
+@pytest.mark.parametrize("case", MASKS[1:5])
+def test_nan_and_infinity_match_eager(case, operand, value):
     """In q, k, v, the sinks and the output's cotangent; 1e30 overflows where it meets itself."""
     b, h, n, m = 1, 2, 9, 70
     options, full = masks(case, b, h, n, m)
@@ -150,7 +119,7 @@ def test_nan_and_infinity_are_where_eager_has_them(case, operand, value):
         return [o, *torch.autograd.grad(o, given, inputs[4])]
 
     fast = passes(lambda q, k, v, sinks: extension(q, k, v, sinks=sinks, **options))
-    slow = passes(functools.partial(plain, **full))
+    slow = passes(functools.partial(plain_heads, **full))
     for name, a, e in zip(("o", "dq", "dk", "dv", "dsinks"), fast, slow, strict=True):
         if "causal" in case:  # tiles that no row of a block may see are not read
             a, e = (x[..., :n, :] if name in ("dk", "dv") else x for x in (a, e))
@@ -165,28 +134,19 @@ def test_logits_beyond_the_exponential_range(case):
         inputs = (factor * q, factor * k, v, factor * sinks)
         passes = three_orders(lambda q, k, v, sinks: extension(q, k, v, sinks=sinks, **options), *inputs)
         assert all(x.isfinite().all() for x in passes)
-        truth = plain(*(x.double() for x in inputs), **full)
+        truth = plain_heads(*(x.double() for x in inputs), **full)
         torch.testing.assert_close(passes[0].double(), truth, rtol=1e-2, atol=1e-2)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASKS)
 @pytest.mark.parametrize("shape", [(1, 2, 1, 300, 300, 8, 32), (3, 4, 2, 90, 170, 4, 8)])
-def test_results_do_not_depend_on_the_number_of_threads(shape, case, threads):
+def test_results_do_not_depend_on_the_number_of_threads(shape, case):
     b, h, _, n, m, _, _ = shape
     options, _ = masks(case, b, h, n, m)
-    inputs, results = head_operands(*shape, dtype=torch.float32), []
-    for count in (1, 2, 3, 7):
-        threads(count)
-        results.append(three_orders(lambda q, k, v, sinks: extension(q, k, v, sinks=sinks, **options), *inputs))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+    inputs = head_operands(*shape, dtype=torch.float32)
+    assert_same_for_any_number_of_threads(
+        lambda: three_orders(lambda q, k, v, sinks: extension(q, k, v, sinks=sinks, **options), *inputs)
+    )
 
 
 @pytest.mark.parametrize("case", ["causal", "keys", "additive"])
@@ -204,17 +164,7 @@ def test_no_map_is_in_memory(case):
 
 @pytest.mark.parametrize(("case", "has_sinks"), [("none", False), ("boolean", True)])
 def test_opcheck(case, has_sinks):
-    q, k, v, sinks = head_operands(2, 4, 2, 5, 4, 3, 2)
-    sinks = sinks if has_sinks else None
-    mask = masks(case, 2, 4, 5, 4)[1].get("mask")
-    rest = (True, 0.7, "extension")
-    opcheck(multihead_op, (q, k, v, mask, sinks, *rest))
-    o, stats = (x.detach() for x in multihead_op(q, k, v, mask, sinks, *rest))
-    grad_o = torch.randn_like(o).requires_grad_()
-    opcheck(multihead_bwd_op, (grad_o, q, k, v, mask, sinks, o, stats, *rest))
-    q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
-    cotangents = (q, k, v, q.new_empty(0) if sinks is None else sinks)
-    opcheck(multihead_bwd_bwd_op, (*cotangents, grad_o.detach(), q, k, v, mask, sinks, o, stats, *rest))
+    opcheck_multihead("extension", case, has_sinks)
 
 
 @pytest.mark.parametrize("sinks_dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -223,12 +173,12 @@ def test_sinks_may_have_any_dtype(sinks_dtype):
     given = sinks.detach().to(sinks_dtype).requires_grad_()
     (gradient,) = torch.autograd.grad(extension(q, k, v, sinks=given).square().sum(), given)
     wide = given.detach().double().requires_grad_()
-    (truth,) = torch.autograd.grad(plain(q.double(), k.double(), v.double(), wide).square().sum(), wide)
+    (truth,) = torch.autograd.grad(plain_heads(q.double(), k.double(), v.double(), wide).square().sum(), wide)
     assert gradient.dtype == sinks_dtype
     torch.testing.assert_close(gradient.double(), truth, rtol=1e-2, atol=1e-4)
 
 
-def test_auto_is_the_extension_and_a_learnt_mask_keeps_the_maps():
+def test_auto_is_the_extension_and_a_learned_mask_keeps_the_maps():
     q, k, v, sinks = head_operands(1, 4, 2, 6, 5, 3, 2)
     options = {"mask": torch.rand(1, 5) < 0.7, "sinks": sinks, "is_causal": True}
     assert attention(q, k, v, **options).grad_fn.name().startswith("fastgan_multihead")
@@ -259,28 +209,3 @@ def test_outputs_have_the_layout_of_transformers(poisoned_empty):
     assert o.transpose(1, 2).is_contiguous()
     (gradient,) = torch.autograd.grad(o.sum(), k)
     assert gradient.transpose(1, 2).is_contiguous()
-
-
-PROGRAM = """
-import torch
-from tests.extension.test_multihead import CASES, DTYPES, assert_three_orders_are_right
-from tests.ops.operands import head_operands, masks
-for dtype in DTYPES:
-    for case in CASES:
-        options, full = masks(case, 2, 4, 70, 129)
-        assert_three_orders_are_right(head_operands(2, 4, 2, 70, 129, 12, 20, dtype), options, full, 0.3)
-print(torch.ops.fastgan_C.vector_bits())
-"""
-
-
-@pytest.mark.parametrize(("capability", "most"), [("default", 128), ("avx2", 256), ("avx512", 512)])
-def test_every_instruction_set_is_right(capability, most):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == min(most, torch.ops.fastgan_C.vector_bits())

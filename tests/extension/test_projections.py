@@ -20,6 +20,7 @@ from fastgan.ops._projections import (
     unpool_op,
 )
 from tests.accuracy import assert_as_accurate
+from tests.extension.checks import assert_same_for_any_number_of_threads
 from tests.ops.operands import LAYOUTS, plain_pooled, plain_residual, pooled_operands, residual_operands, three_orders
 
 pytestmark = pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
@@ -171,12 +172,7 @@ def test_first_gradients(shape, layout, dtype):
 
 def test_first_gradients_do_not_depend_on_the_number_of_threads():
     x, weight, _ = pooled_operands((5, 36, 12, 16), 23, torch.float32)
-    before, results = torch.get_num_threads(), []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        results.append(first_gradients(lambda x, w: pooled(x, w, None, 5), x, weight))
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+    assert_same_for_any_number_of_threads(lambda: first_gradients(lambda x, w: pooled(x, w, None, 5), x, weight))
 
 
 def test_gradients_of_both_orders_match_finite_differences():
@@ -212,7 +208,7 @@ def test_is_as_accurate_as_plain_torch(dtype, x_dtype, layout):
     assert_as_accurate(y, plain, plain_residual(rows, weight, bias, x.double()), "y")
 
 
-def test_nan_and_infinity_are_where_torch_has_them():
+def test_nan_and_infinity_match_torch():
     x, weight, bias = (t.detach() for t in pooled_operands((1, 3, 6, 18), 5, torch.float32))
     for value, at in ((float("nan"), (1, 2, 3)), (float("inf"), (0, 1, 0)), (-float("inf"), (2, 4, 17))):
         x[(0, *at)] = value
@@ -233,13 +229,12 @@ def test_the_first_of_equal_pixels_and_the_last_nan_take_the_gradient():
 
 def test_results_do_not_depend_on_the_number_of_threads():
     x, weight, bias = pooled_operands((3, 20, 9, 37), 24, torch.float32)
-    before, results = torch.get_num_threads(), []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
+
+    def run():
         q, kv = pooled(x, weight, bias, 8)
-        results.append((q, kv, residual(q, weight[:20, :8], None, x)))
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+        return q, kv, residual(q, weight[:20, :8], None, x)
+
+    assert_same_for_any_number_of_threads(run)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

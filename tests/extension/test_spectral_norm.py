@@ -17,6 +17,7 @@ from fastgan.nn import group_spectral_norm
 from fastgan.ops import spectral_norm_scale, spectral_norm_update
 from fastgan.reference import spectral_norm as reference
 from tests.accuracy import assert_as_accurate
+from tests.extension.checks import assert_same_for_any_number_of_threads
 
 pytestmark = pytest.mark.skipif(bool(backend.extension_missing()), reason="the extension is not built")
 
@@ -256,13 +257,13 @@ def test_the_environment_limits_unused_memory(megabytes):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     weights, us, vs = operands(SHAPES, DIMS, torch.float32)
-    grads, before, results = [torch.randn_like(w) for w in weights], torch.get_num_threads(), []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
+    grads = [torch.randn_like(w) for w in weights]
+
+    def run():
         vectors = extension.update(weights, [u.clone() for u in us], [v.clone() for v in vs], DIMS, 2, 1e-12)
-        results.append([*vectors, *extension.scale_bwd_bwd(grads, grads, weights, *vectors, DIMS)])
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+        return [*vectors, *extension.scale_bwd_bwd(grads, grads, weights, *vectors, DIMS)]
+
+    assert_same_for_any_number_of_threads(run)
 
 
 def test_a_grouped_network_equals_the_reference_through_a_penalty():

@@ -125,7 +125,7 @@ def test_shared_rows_are_bitwise_repeatable(device, few_programs):
     assert min(few_programs) > 1
 
 
-def test_rows_are_split_where_few_programs_would_have_much_to_do():
+def test_rows_are_split_if_few_programs_would_have_much_to_do():
     cpu = torch.device("cpu")
     one = config.Pass(config.Tile(32, 64, 64, 4), 1, {})
     assert config.parts_of_rows(one, 32, 1024, 256, cpu) == 3  # 128 programs, 132 multiprocessors

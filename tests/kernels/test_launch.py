@@ -93,7 +93,7 @@ def test_a_tile_that_spills_in_a_loop_gives_way_to_a_smaller_one(disassemblies):
     assert "some_kernel spills in a loop at 64x64 and runs at 32x32" in backend.backend_status()["triton"].detail
 
 
-def test_one_that_does_not_spill_or_not_in_a_loop_stays(disassemblies):
+def test_a_tile_without_spills_in_loops_stays(disassemblies):
     for spills, looked_at in (((0, 0), []), ((2, 0), [0])):
         kernel = Kernel(lambda *_, spills=spills: spills)
         assert run(kernel) == run(kernel) == [(64, 64)]
@@ -101,7 +101,7 @@ def test_one_that_does_not_spill_or_not_in_a_loop_stays(disassemblies):
     assert backend.SPILLED == []
 
 
-def test_where_all_tiles_spill_the_first_stays(disassemblies):
+def test_if_all_tiles_spill_the_first_stays(disassemblies):
     kernel = Kernel(lambda *_: (9, 9))
     assert run(kernel) == [(64, 64), (64, 32), (32, 32), (32, 16), (16, 16), (64, 64)]
     assert run(kernel) == [(64, 64)]
@@ -126,7 +126,7 @@ def test_without_a_disassembler_a_small_spill_is_no_reason(monkeypatch):
     assert run(Kernel(lambda rows, *_: (40 if rows == 64 else 0, 0))) == [(64, 64), (64, 32), (32, 32)]
 
 
-def test_a_kernel_without_smaller_tiles_is_launched_once_and_told_of():
+def test_a_kernel_without_smaller_tiles_is_launched_once_and_reported():
     kernel = Kernel(lambda *_: (9, 9))
     launch(kernel, TILES, lambda _: (1,), (torch.zeros(4), 3), R=1, C=1)
     assert len(kernel.launches) == 1

@@ -112,7 +112,7 @@ def test_autocast(device):
     assert block.theta.weight.grad.dtype == torch.float32
 
 
-def test_blocks_of_which_some_convolutions_have_a_bias_or_a_hook(device):
+def test_blocks_with_a_bias_or_a_hook_on_some_convolutions(device):
     block = SelfAttention2d(8, bias=True, impl="triton").to(device)
     torch.nn.init.constant_(block.gamma, 0.5)
     block.phi.bias = None

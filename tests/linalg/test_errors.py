@@ -47,7 +47,7 @@ def test_bad_operand(operand, message, impl):
 
 @pytest.mark.parametrize("method", ["auto", "cholesky", "eigh", "svd"])
 @pytest.mark.parametrize("left", ["definite", "singular", "zero"])
-def test_indefinite_beside_any_other(left, method):
+def test_indefinite_with_any_other(left, method):
     others = {
         "definite": covariance(3),
         "singular": torch.diag(torch.tensor([1.0, 1.0, 0.0])).double(),

@@ -164,7 +164,7 @@ def test_mixed_batch_reports_the_method_of_each():
     assert (info.error_bound < 1e-12 * value).all()
 
 
-def test_a_batch_is_what_its_pairs_are():
+def test_a_batch_equals_its_pairs():
     singular = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])).double()
     a, b = torch.stack([covariance(4), singular, covariance(4), singular]), torch.stack([singular, covariance(4)])
     value, info = trace_sqrt_product(a[:, None], b, return_info=True)

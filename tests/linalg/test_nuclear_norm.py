@@ -36,7 +36,7 @@ def test_equals_the_sum_of_singular_values(dtype, impl):
                 assert info.lower <= truth_of(m) <= info.upper, (name, rows, cols, method)
 
 
-def test_bounds_say_where_eigenvalues_of_the_gram_matrix_lose_digits():
+def test_bounds_widen_if_eigenvalues_of_the_gram_matrix_lose_digits():
     m = with_singular_values(torch.tensor([1.0, 1e-3, 1e-10, 0.0]).double(), 7)
     careless, careless_info = nuclear_norm(m, method="gram", return_info=True)
     value, info = nuclear_norm(m, return_info=True)

@@ -44,7 +44,7 @@ def test_exact_cases(compute):
 
 @pytest.mark.parametrize("compute", IMPLS)
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
-def test_what_is_left_tells_an_indefinite_matrix(compute, scale):
+def test_the_remainder_reveals_an_indefinite_matrix(compute, scale):
     indefinite = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.5], [0.0, 0.5, 0.0]]).double() * scale
     assert compute(indefinite)[2].item() == 0.5 * scale
     negative = torch.diag(torch.tensor([1.0, -2.0])).double() * scale

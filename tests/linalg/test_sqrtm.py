@@ -110,7 +110,7 @@ def test_eigenvectors_show_what_is_indefinite():
 
 
 @pytest.mark.skipif(not hasattr(torch.linalg, "matrix_sqrth"), reason="torch.linalg.matrix_sqrth came with torch 2.14")
-def test_equals_torch_where_that_is_defined():
+def test_equals_torch_if_that_is_defined():
     a = covariance(2, 31)
     torch.testing.assert_close(sqrtm(a), torch.linalg.matrix_sqrth(a), rtol=1e-12, atol=1e-13)
     low = torch.randn(31, 9, dtype=torch.float64)

@@ -131,7 +131,7 @@ def test_gradients_are_symmetric_and_solve_the_transport_equation():
 
 
 @pytest.mark.parametrize("name", ["singular", "zero", "identity"])
-def test_gradients_are_finite_where_the_derivative_is_not(name):
+def test_gradients_are_finite_even_if_the_derivative_is_not(name):
     matrices = {
         "singular": torch.diag(torch.tensor([1.0, 2.0, 0.0, 0.0])),
         "zero": torch.zeros(4, 4),
@@ -191,7 +191,7 @@ def test_asymmetry_equals_its_definition(d, dtype, impl):
             assert torch.equal(found[0], expected[0])
 
 
-def test_missing_extension_is_an_error_only_where_demanded(monkeypatch):
+def test_missing_extension_is_an_error_only_if_demanded(monkeypatch):
     monkeypatch.setattr(backend, "load_extension", lambda: "not built")
     a = covariance(4)
     value, info = trace_sqrt_product(a, a, return_info=True)

@@ -237,7 +237,7 @@ def test_second_order_in_a_level_of_forward_mode():
     assert_all_close(torch.autograd.grad(tangent, leaves), expected)
 
 
-def test_what_is_wrong_is_refused_under_transforms_too():
+def test_bad_input_is_refused_under_transforms_too():
     indefinite, good = torch.diag(torch.tensor([1.0, 1.0, -0.5])).double(), covariance(3)
     both = torch.stack([good, indefinite])
     for function in (sqrtm, partial(trace_sqrt_product, good), partial(against_covariance, good)):

@@ -77,7 +77,7 @@ def test_a_flat_critic_has_a_finite_gradient():
     assert gradient.isfinite().all()
 
 
-def test_float32_whatever_autocast_says():
+def test_float32_even_under_autocast():
     critic = nn.Sequential(nn.Flatten(), nn.Linear(60, 1))
     real, fake, alpha = pair(torch.float32)
     expected = gradient_penalty(critic, real, fake, alpha)

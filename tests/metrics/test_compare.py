@@ -108,7 +108,7 @@ def test_equal_sets_seldom_differ(simulated, name):
     assert sum(p < 0.05 for p in found) <= 4  # of 20, where one is expected: more come once in 400 times
 
 
-def test_what_differs_is_found(sets):
+def test_differences_are_significant(sets):
     folder, _ = sets
     found = compare([folder / "near.npy", folder / "far.npy"], folder / "real.npy", FeatureOptions())
     assert found.rows[0].values[DISTANCE].p_next < 0.01
@@ -151,14 +151,14 @@ def test_the_command(sets, tmp_path):
     assert lines[2].startswith(best["path"])
 
 
-def test_statistics_alone_have_no_interval(sets, tmp_path):
+def test_statistics_without_features_have_no_interval(sets, tmp_path):
     folder, made = sets
     FeatureStats().update(made["far"]).save(tmp_path / "far.npz")
     (row,) = compare([tmp_path / "far.npz"], folder / "real.npy", FeatureOptions()).rows
     assert (row.values[DISTANCE].low, row.measured.stats.n) == (None, 300)
 
 
-def test_what_is_refused(sets, tmp_path):
+def test_bad_requests_are_refused(sets, tmp_path):
     folder, made = sets
     FeatureStats().update(made["far"]).save(tmp_path / "far.npz")
     real = folder / "real.npy"

@@ -21,7 +21,7 @@ def test_squared_mmd_is_its_double_sum(options):
     assert squared_mmd(x, y, **options).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_kernel_distance_equals_torchmetrics_where_the_subsets_are_everything():
+def test_kernel_distance_equals_torchmetrics_if_a_subset_is_the_whole_set():
     kid = pytest.importorskip("torchmetrics.image.kid")
     x, y = rows(60, shift=0.2), rows(60, seed=1)
     theirs = kid.poly_mmd(x, y)

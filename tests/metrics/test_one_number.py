@@ -48,7 +48,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("protocol", [None, "clean-fid", "torchmetrics"])
-def test_every_door_gives_one_number(sets, protocol, tmp_path):
+def test_every_interface_gives_the_same_number(sets, protocol, tmp_path):
     folders, pixels, weights = sets
     network = load_backbone("inception", weights=weights, dims=DIMS)
     expected = frechet_distance(*(folder_stats(folder, network, protocol=protocol) for folder in folders))
@@ -86,7 +86,7 @@ def test_statistics_decide_the_protocol_and_refuse_another(sets, tmp_path):
         assert "differ in protocol: clean-fid and" in refused.stderr
 
 
-def test_anothers_statistics_are_compared_where_weights_are_given(sets, tmp_path):
+def test_statistics_of_other_programs_are_compared_if_weights_are_given(sets, tmp_path):
     """pytorch-fid's file names no network: with --weights it is taken for that network's."""
     folders, _, weights = sets
     network = load_backbone("inception", weights=weights, dims=DIMS)

@@ -37,7 +37,7 @@ def test_protocols():
     assert {name(row[0]) for row in table("resize | filter")} == set(RESIZE_METHODS)
 
 
-def test_what_each_metric_needs():
+def test_the_needs_of_each_metric_are_documented():
     rows = table("`--metrics`")
     assert [name(row[0]) for row in rows] == list(METRICS)
     for first, fake, real, further in rows:

@@ -57,7 +57,7 @@ def test_the_file_has_the_documented_keys(tmp_path):
 
 
 @pytest.mark.parametrize("n", [6, 30])
-def test_the_root_is_written_where_asked_for(tmp_path, n):
+def test_the_root_is_written_if_asked_for(tmp_path, n):
     stats = some_stats(n)
     stats.root()
     stats.save(tmp_path / "without.npz")
@@ -154,7 +154,7 @@ def test_no_file_no_npz_and_a_pickle(tmp_path):
         FeatureStats.load(tmp_path)
 
 
-def test_nothing_is_written_where_saving_fails(tmp_path, monkeypatch):
+def test_nothing_is_written_if_saving_fails(tmp_path, monkeypatch):
     path = tmp_path / "stats.npz"
     path.write_text("precious")
     with pytest.raises(InputError, match="at least 2 feature vectors"):

@@ -108,7 +108,7 @@ def test_aliases_are_networks_that_timm_has():
         assert model in timm.list_pretrained(model)
 
 
-def test_what_cannot_be_had(tmp_path, monkeypatch):
+def test_unavailable_backbones_are_an_error(tmp_path, monkeypatch):
     pytest.importorskip("timm")
     with pytest.raises(InputError, match="backbone timm:no_such_net cannot be had from timm"):
         load_backbone("timm:no_such_net")

@@ -54,7 +54,7 @@ class TestConditionalBatchNorm:
         assert not any(isinstance(m, torch.nn.Embedding) for m in ConditionalBatchNorm2d(4, 3).modules())
 
 
-def test_up_block_is_what_it_says():
+def test_up_block_equals_its_formula():
     block = exact(UpBlock(4, 6, n_classes=3))
     x = torch.randn(5, 4, 3, 3, dtype=torch.float64)
 
@@ -67,7 +67,7 @@ def test_up_block_is_what_it_says():
 
 
 @pytest.mark.parametrize(("downsample", "first"), [(True, True), (True, False), (False, False)])
-def test_down_block_is_what_it_says(downsample, first):
+def test_down_block_equals_its_formula(downsample, first):
     block = exact(DownBlock(4, 6, downsample=downsample, first=first))
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     h = block.conv2(F.relu(block.conv1(x if first else F.relu(x)))) + block.skip(x)

@@ -95,7 +95,7 @@ def test_gradients_reach_every_parameter():
             assert parameter.grad.any(), name
 
 
-def test_every_weight_is_spectrally_normalised():
+def test_every_weight_is_spectrally_normalized():
     for network in (small_generator(), small_discriminator()):
         layers = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding))]
         assert layers

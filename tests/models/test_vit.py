@@ -28,7 +28,7 @@ def test_shapes_and_gradients(attention, head, n_classes):
 
 
 @pytest.mark.parametrize("attention", ["product", "cosine", "distance"])
-def test_a_penalty_goes_through_the_ops_and_equals_that_through_eager_attention(attention, monkeypatch):
+def test_a_penalty_through_the_ops_equals_one_through_eager_attention(attention, monkeypatch):
     monkeypatch.setattr(attention_ops, "SMALL_MAPS", 0)
     discriminator, images = small(attention=attention).double(), torch.randn(3, 1, 16, 16, dtype=torch.float64)
     results = []

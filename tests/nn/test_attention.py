@@ -120,7 +120,7 @@ def in_sequentials(block):
 @pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d], ids=["1d", "2d"])
 @pytest.mark.parametrize("names", [("query", "key", "value"), ("f", "g", "h"), ("q", "k", "v")], ids="-".join)
 @pytest.mark.parametrize("first_axis", [True, False])
-def test_names_that_do_not_tell_query_from_key_need_roles(names, layer, first_axis):
+def test_names_that_do_not_distinguish_query_from_key_need_roles(names, layer, first_axis):
     a, b, c = names
     original, x = OverQueries(16, names, layer, first_axis), torch.randn(2, 16, 4, 6)
     with pytest.raises(RuntimeError, match="do not say over which .* the softmax runs.*roles="):

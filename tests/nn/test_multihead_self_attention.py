@@ -50,7 +50,7 @@ def test_equals_the_formula_with_both_gradients(options, impl):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_distance_attention_is_lipschitz_where_products_are_not():
+def test_distance_attention_is_lipschitz_and_products_are_not():
     """The Jacobian in the inputs where one token is 0 and the others are far from it grows with products alone."""
     norms = {}
     for logits in ("product", "distance"):

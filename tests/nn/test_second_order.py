@@ -198,7 +198,7 @@ def test_dropout_is_refused():
         layer.eval()(torch.randn(1, 4, 8))
 
 
-def test_a_learnt_bias_has_gradients_of_both_orders():
+def test_a_learned_bias_has_gradients_of_both_orders():
     q = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
 

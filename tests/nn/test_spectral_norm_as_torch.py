@@ -110,7 +110,7 @@ def test_removal_that_leaves_the_raw_weight(make):
     assert torch.equal(model[0].weight, raw)
 
 
-def test_vectors_move_in_training_alone(make, layer_and_input):
+def test_vectors_change_only_in_training(make, layer_and_input):
     layer, x = layer_and_input
     model = make(nn.Sequential(layer))
     twin = torchs_twin(model)
@@ -246,7 +246,7 @@ def test_copies_and_pickles(make, layer_and_input):
     assert len(norms(copy.deepcopy(copy.deepcopy(model)))) == 1
 
 
-def test_copies_in_the_midst_of_a_forward(make):
+def test_copies_during_a_forward(make):
     """Such a copy is not inside a forward: it normalizes by itself."""
     model = make(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))).eval()
     copies = []

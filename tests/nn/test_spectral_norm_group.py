@@ -139,7 +139,7 @@ def test_eval_after_inference_mode():
     assert x.grad is not None
 
 
-def test_updates_once_a_step():
+def test_updates_once_per_step():
     ours = grouped(updates="step")
     ours(images())
     first = vectors(ours)
@@ -237,7 +237,7 @@ def test_grouping_twice_takes_in_new_layers():
     assert root.double()(images()).shape == (2, 2)
 
 
-def test_functional_call_in_training_differentiates_what_it_is_given():
+def test_functional_call_in_training_differentiates_the_given_parameters():
     ours, torchs = grouped(), network(parametrizations.spectral_norm)
     gradients = []
     for model in (ours, torchs):

@@ -159,7 +159,7 @@ def vectors_of_torch(layer):
     return [norm._u, norm._v]
 
 
-def test_a_forward_that_goes_on_after_a_nested_one_was_interrupted():
+def test_a_forward_continues_after_a_nested_one_was_interrupted():
     inner, outer = group_spectral_norm(Critic()), Critic()
     outer.between = lambda: interrupt(inner)
     group_spectral_norm(outer)  # the inner network is not below it
@@ -223,7 +223,7 @@ def test_a_forward_interrupted_in_one_generator_and_run_in_another():
         torch.testing.assert_close(ours(X), reference(ours)(X))
 
 
-def test_other_weights_in_the_midst_of_a_forward():
+def test_other_weights_during_a_forward():
     ours = group_spectral_norm(Critic()).eval()
     other = {name: value * -2 for name, value in ours.second.named_parameters()}
     found = []
@@ -234,7 +234,7 @@ def test_other_weights_in_the_midst_of_a_forward():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_weights_that_change_in_the_midst_of_a_forward(training):
+def test_weights_that_change_during_a_forward(training):
     """A weight changed within a forward is normalized anew by its layer."""
     ours = group_spectral_norm(Critic()).train(training)
     found = []
@@ -249,7 +249,7 @@ def test_weights_that_change_in_the_midst_of_a_forward(training):
         torch.testing.assert_close(ours(X), found[0])
 
 
-def test_threads_do_not_take_one_another_s_weights():
+def test_threads_do_not_share_normalized_weights():
     """A second thread begins and ends its forward while the first is between its layers."""
     ours = group_spectral_norm(Critic())
     first, second = threading.Event(), threading.Event()

@@ -85,7 +85,7 @@ def test_a_replica_normalizes_its_own_weights(kind, training):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replicas_in_the_midst_of_a_forward_and_in_threads(kind):
+def test_replicas_during_a_forward_and_in_threads(kind):
     """A part below the root runs as replicas, in threads, while the root's forward has supplied the original."""
     model = KINDS[kind]()
     train(model, 1)

@@ -1,9 +1,15 @@
-"""Operands of the ops, what plain PyTorch computes of them, and derivatives of both orders."""
+"""Operands of the ops, their results in plain PyTorch, derivatives of both orders, and checks for every impl."""
 
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
+
+from fastgan.ops import attention
+from fastgan.ops._multihead import multihead_bwd_bwd_op, multihead_bwd_op, multihead_op
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+MASKS = ["none", "causal", "keys", "boolean", "additive", "causal and keys"]
+"""Cases of :func:`masks`."""
 
 
 def operands(shape, dtype=torch.float64, requires_grad=True):
@@ -96,3 +102,30 @@ def masks(case, b, h, n, m):
     else:
         return causal, causal
     return {"mask": mask}, {"mask": mask.expand(b, h, n, m)}
+
+
+def opcheck_multihead(impl, case, has_sinks):
+    """Run ``opcheck`` on the ops of attention with heads and of its gradients."""
+    q, k, v, sinks = head_operands(2, 4, 2, 5, 4, 3, 2)
+    sinks = sinks if has_sinks else None
+    mask = masks(case, 2, 4, 5, 4)[1].get("mask")
+    rest = (True, 0.7, impl)
+    opcheck(multihead_op, (q, k, v, mask, sinks, *rest))
+    o, stats = (x.detach() for x in multihead_op(q, k, v, mask, sinks, *rest))
+    grad_o = torch.randn_like(o).requires_grad_()
+    opcheck(multihead_bwd_op, (grad_o, q, k, v, mask, sinks, o, stats, *rest))
+    q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
+    cotangents = (q, k, v, q.new_empty(0) if sinks is None else sinks)
+    opcheck(multihead_bwd_bwd_op, (*cotangents, grad_o.detach(), q, k, v, mask, sinks, o, stats, *rest))
+
+
+def gradcheck_multihead(impl, case, has_sinks):
+    """Compare the gradients of both orders of attention with heads with finite differences."""
+    inputs = head_operands(2, 4, 2, 5, 4, 3, 2)[: 4 if has_sinks else 3]
+    options, _ = masks(case, 2, 4, 5, 4)
+
+    def run(q, k, v, sinks=None):
+        return attention(q, k, v, 0.7, impl, sinks=sinks, **options)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)

@@ -5,16 +5,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
 
 from fastgan.ops import attention, scaled_dot_product_attention, squared_distance_attention
-from fastgan.ops._multihead import multihead_bwd_bwd_op, multihead_bwd_op, multihead_op
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
-from tests.ops.operands import head_operands, masks, three_orders
+from tests.ops.operands import MASKS, gradcheck_multihead, head_operands, masks, opcheck_multihead, three_orders
 
 blockwise = functools.partial(attention, impl="reference")
-CASES = ["none", "causal", "keys", "boolean", "additive", "causal and keys"]
 
 
 def plain(q, k, v, sinks=None, *, scale=1.0, mask=None, is_causal=False):
@@ -22,22 +19,14 @@ def plain(q, k, v, sinks=None, *, scale=1.0, mask=None, is_causal=False):
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASKS)
 def test_gradients_of_both_orders_match_finite_differences(case, has_sinks):
-    q, k, v, sinks = head_operands(2, 4, 2, 5, 4, 3, 2)
-    options, _ = masks(case, 2, 4, 5, 4)
-
-    def run(q, k, v, sinks=None):
-        return blockwise(q, k, v, 0.7, sinks=sinks, **options)
-
-    inputs = (q, k, v, sinks) if has_sinks else (q, k, v)
-    assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    gradcheck_multihead("reference", case, has_sinks)
 
 
 @pytest.mark.parametrize("blocks", ["one", "many"])
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASKS)
 @pytest.mark.parametrize("shape", [(2, 4, 2, 37, 19, 5, 6), (1, 3, 3, 8, 13, 4, 4), (2, 2, 1, 1, 1, 1, 1)])
 def test_equals_eager_in_float64(shape, case, has_sinks, blocks, monkeypatch):
     if blocks == "many":
@@ -52,7 +41,7 @@ def test_equals_eager_in_float64(shape, case, has_sinks, blocks, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASKS)
 def test_is_as_accurate_as_eager(case, dtype):
     options, full = masks(case, 2, 4, 33, 20)
     inputs = head_operands(2, 4, 2, 33, 20, 16, 8, dtype)
@@ -120,17 +109,7 @@ def test_the_layout_of_transformers_is_kept():
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("case", ["none", "boolean", "additive"])
 def test_opcheck(case, has_sinks):
-    q, k, v, sinks = head_operands(2, 4, 2, 5, 4, 3, 2)
-    sinks = sinks if has_sinks else None
-    mask = masks(case, 2, 4, 5, 4)[1].get("mask")
-    rest = (True, 0.7, "reference")
-    opcheck(multihead_op, (q, k, v, mask, sinks, *rest))
-    o, stats = (x.detach() for x in multihead_op(q, k, v, mask, sinks, *rest))
-    grad_o = torch.randn_like(o).requires_grad_()
-    opcheck(multihead_bwd_op, (grad_o, q, k, v, mask, sinks, o, stats, *rest))
-    q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
-    cotangents = (q, k, v, q.new_empty(0) if sinks is None else sinks)
-    opcheck(multihead_bwd_bwd_op, (*cotangents, grad_o.detach(), q, k, v, mask, sinks, o, stats, *rest))
+    opcheck_multihead("reference", case, has_sinks)
 
 
 def test_compiled_gradients_equal_eager():
@@ -145,7 +124,7 @@ def test_compiled_gradients_equal_eager():
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_learnt_mask_keeps_the_maps():
+def test_a_learned_mask_keeps_the_maps():
     q, k, v, _ = head_operands(1, 2, 2, 4, 3, 2, 2)
     bias = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda *x: attention(*x[:3], mask=x[3]), (q, k, v, bias))
@@ -178,7 +157,7 @@ def test_bad_input_names_the_argument(change, message):
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (2, 3, 4, 6), (2, 2, 3, 4, 6)])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_has_the_numbers_of_torchs_function(shape, impl):
+def test_matches_torchs_function(shape, impl):
     q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     mask = torch.rand(4, 4) < 0.7
     mask[1] = False
@@ -190,13 +169,13 @@ def test_has_the_numbers_of_torchs_function(shape, impl):
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_has_torchs_grouped_queries(impl):
+def test_matches_torchs_grouped_queries(impl):
     q, k, v = (torch.randn(2, h, 5, 3, dtype=torch.float64) for h in (6, 2, 2))
     expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, enable_gqa=True, impl=impl), expected)
 
 
-def test_torchs_function_with_what_cannot_be_computed():
+def test_unsupported_options_of_torchs_function_are_refused():
     q = torch.ones(1, 2, 3, 4)
     with pytest.raises(ValueError, match="dropout_p must be 0"):
         scaled_dot_product_attention(q, q, q, dropout_p=0.1)

@@ -39,7 +39,7 @@ def test_layers_are_modules_with_weights():
     assert compile_clock._layers(networks) == sum(map(len, names)) > 10
 
 
-def test_nothing_is_said_where_no_step_is_left(tmp_path, monkeypatch):
+def test_nothing_is_reported_if_no_step_is_left(tmp_path, monkeypatch):
     assert told(monkeypatch, tmp_path / "times.json", steps=0) == []
 
 

@@ -277,7 +277,7 @@ def test_resuming_something_else_names_the_keys(tmp_path):
         resume(tmp_path / "nowhere")
 
 
-def test_nothing_is_written_where_recipe_and_data_do_not_fit(tmp_path):
+def test_nothing_is_written_if_recipe_and_data_do_not_fit(tmp_path):
     out = tmp_path / "run"
     for change, match in (
         ("data.source=/no/such/folder", "/no/such/folder does not exist"),
@@ -357,7 +357,7 @@ def test_overwrite_replaces_a_run_only_when_the_new_one_can_start(tmp_path):
     assert "steps: 7" in (tmp_path / "config.yaml").read_text()
 
 
-def test_the_best_checkpoint_alone_is_resumed(tmp_path):
+def test_a_run_with_only_its_best_checkpoint_is_resumed(tmp_path):
     run = start(tiny("dcgan", "steps=3"), tmp_path)
     run.trainer.run(2)
     run._save_best()
@@ -426,7 +426,7 @@ def sketch_folders(folder, paired=True, n=12):
 
 
 @pytest.mark.parametrize(("kind", "sees"), [("paired", True), ("unpaired", False), ("edges", True)])
-def test_the_data_decides_where_sketches_come_from(kind, sees, tmp_path):
+def test_the_data_decides_the_source_of_sketches(kind, sees, tmp_path):
     source = sketch_folders(tmp_path / "d", kind == "paired")
     source = source / "images" if kind == "edges" else source
     notes = []
@@ -450,7 +450,7 @@ def test_a_pixel_loss_ties_images_to_their_sketches(tmp_path):
         start(tiny("dcgan", "pixel_weight=1"), tmp_path / "other")
 
 
-def test_what_was_found_is_told_and_kept(tmp_path):
+def test_findings_are_reported_and_kept(tmp_path):
     folder_of_images(tmp_path / "d")
     notes = []
     start(tiny("sagan", f"data.source={tmp_path / 'd'}", "held_out=0.25"), tmp_path / "run", notes)

@@ -376,7 +376,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_its_step(mode, step):
     assert_same(run.state_dict(), good.state_dict())
 
 
-def test_what_was_first_not_finite_is_named():
+def test_the_first_value_that_is_not_finite_is_named():
     run = trainer(steps=3)
     next(run.generator.parameters()).data.fill_(float("inf"))
     with pytest.raises(NonFiniteLossError) as raised:

@@ -179,7 +179,7 @@ def test_sizes_that_a_block_refuses_are_still_refused():
         fused(torch.randn(2, 16, 7, 5))
 
 
-def test_names_teach_other_blocks():
+def test_names_describe_other_blocks():
     class Other(nn.Module):
         """Four 1x1 layers that could be anything, deeper than a child, and a convolution that is not of the block."""
 
@@ -242,7 +242,7 @@ def test_a_class_that_is_called_gives_an_unfused_block():
     other(torch.randn(1, 16, 4, 4))
 
 
-def test_what_is_changed_after_fuse_takes_the_blocks_own_forward():
+def test_blocks_changed_after_fuse_run_their_own_forward():
     class Flagged(Block):
         flag = None
 
@@ -407,7 +407,7 @@ def test_data_parallel_replicas_of_fused_blocks():
     assert not torch.equal(replica(x), model(x))
 
 
-def test_what_is_left_alone_is_in_the_report():
+def test_parts_left_alone_are_in_the_report():
     class CustomHook:
         """The spectral norm of rosinality's code."""
 

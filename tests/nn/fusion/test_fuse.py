@@ -199,7 +199,7 @@ def test_compiled_whole(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_grouped_update_a_forward(norm, monkeypatch):
+def test_one_grouped_update_per_forward(norm, monkeypatch):
     from fastgan.nn import normed_weight
 
     sizes = []
@@ -231,7 +231,7 @@ def test_attention_blocks_by_structure(names, pool, scaled, bias):
     assert type(unfuse(fused)) is Attention
 
 
-def test_blocks_that_are_something_else_are_left():
+def test_other_blocks_are_left_alone():
     class Scattering(Attention):
         """Softmax over the wrong axis: the parts of a known block, but not its function."""
 
@@ -264,7 +264,7 @@ def test_blocks_that_are_something_else_are_left():
         assert reason in report.refused[0].reason, str(report)
 
 
-def test_blocks_that_an_implementation_cannot_run_are_left():
+def test_blocks_that_an_implementation_cannot_run_are_left_alone():
     wide = Attention(264, SIMPLE, pool=False)
     fused, report = fuse(nn.Sequential(wide), impl="triton")
     assert type(fused[0]) is Attention
@@ -275,7 +275,7 @@ def test_blocks_that_an_implementation_cannot_run_are_left():
     assert not unfuse(fused)[0].query_conv.training  # each part keeps its mode
 
 
-def test_norms_that_are_something_else_are_left():
+def test_other_norms_are_left_alone():
     twice = parametrizations.spectral_norm(nn.Linear(4, 4))
     parametrizations.spectral_norm(twice)
     vector = parametrizations.spectral_norm(nn.Linear(4, 4), "bias")
@@ -313,7 +313,7 @@ def test_a_copy_leaves_the_model_as_it_was_and_the_default_fuses_it_in_place():
     assert all(m.training for m in model.modules())
 
 
-def test_the_whole_model_decides_where_an_example_is_given():
+def test_with_an_example_the_whole_model_decides():
     class Ends(nn.Module):
         """Two heads, of which a forward reaches one."""
 

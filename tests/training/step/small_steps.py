@@ -15,7 +15,7 @@ STEPS = 5
 N = 6
 
 # The graph holds the same kernels, so on the "eager" backend only sums of gradients may differ in their order. Inductor
-# rounds otherwise within its fused loops; see test_what_another_rounding_does_to_a_step.
+# rounds otherwise within its fused loops; see test_the_effect_of_another_rounding_on_a_step.
 TOLERANCE = {"eager": 1e-5, "inductor": 2e-4}
 FLOAT64_TOLERANCE = 1e-8
 

@@ -137,7 +137,7 @@ def test_weights_may_be_frozen_and_thawed_between_steps(begins_frozen):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_what_cannot_be_captured_runs_eagerly_with_one_reason(make_optimizer, mode, reads, reason):
+def test_steps_that_cannot_be_captured_run_eagerly_with_one_reason(make_optimizer, mode, reads, reason):
     def loss(batch, draws):
         score = step.gan.discriminator(batch["images"]).mean()
         return score * 2 if reads and score.item() > 0 else score
@@ -254,7 +254,7 @@ def test_weights_that_the_loss_does_not_reach_stay(name):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
-def test_the_trainer_captures_where_it_is_told_to_and_goes_on_from_an_eager_checkpoint():
+def test_the_trainer_captures_if_asked_and_resumes_an_eager_checkpoint():
     eager = trainer(n_critic=2, decay_from=0.0)
     eager.run(2)
     captured = trainer(n_critic=2, decay_from=0.0, step_mode="compile")

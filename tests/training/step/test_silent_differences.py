@@ -241,7 +241,7 @@ def test_a_module_that_draws_is_captured():
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_modules_that_are_not_captured_are_told(first, named, backend):
+def test_modules_that_are_not_captured_are_reported(first, named, backend):
     told, setup = same(lambda mode, backend: Setup(mode, backend, first()), backend=backend)
     assert [message for message in told if "discriminator step runs eagerly" in message and named in message]
     values = [v for m in setup.d.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
@@ -264,7 +264,7 @@ class StopsAtNan(nn.Module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_hook_that_reads_a_value_is_told(backend):
+def test_a_hook_that_reads_a_value_is_reported(backend):
     first = nn.Sequential(nn.Conv2d(3, 3, 1), StopsAtNan())
     told, _ = same(lambda mode, backend: Setup(mode, backend, copy.deepcopy(first)), backend=backend)
     assert [message for message in told if "runs eagerly: it reads a tensor's value" in message]
@@ -362,7 +362,7 @@ def assigned(setup):
         (lambda setup: setup.sgd[1].register_step_post_hook(lambda *_: None), "a hook"),
     ],
 )
-def test_what_changes_later_is_noticed(change, named):
+def test_later_changes_are_noticed(change, named):
     told, setup = same(Setup, later(change), steps=7)
     assert [message for message in told if "discriminator step runs eagerly" in message and named in message]
     assert setup.step.compilations <= 4

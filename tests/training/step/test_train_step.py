@@ -69,7 +69,7 @@ def weights_after(steps, dtype, **options):
 
 
 @pytest.mark.slow
-def test_what_another_rounding_does_to_a_step():
+def test_the_effect_of_another_rounding_on_a_step():
     """Why Inductor's steps are compared in float64, or in float32 with a large eps.
 
     Two eager runs that differ in memory layout, and so in the order of sums, are 2e-3 apart after one float32 step at
