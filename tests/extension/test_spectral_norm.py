@@ -144,7 +144,7 @@ def in_memory(x, order, gap=False):
     return moved.permute([order.index(d) for d in range(x.ndim)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data(), st.integers(0, 2), st.booleans(), st.sampled_from([torch.float64, torch.float32]))
 def test_weights_and_gradients_in_any_order_of_memory(data, iterations, v_first, dtype):
     shapes = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4), min_size=1, max_size=3))
@@ -237,6 +237,7 @@ def test_memory_is_used_again_from_many_threads():
         list(pool.map(work, range(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", ["0", "1"])
 def test_the_environment_limits_unused_memory(megabytes):
     code = (
