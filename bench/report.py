@@ -257,7 +257,7 @@ def _rate(record: Record) -> str:
 def _full_tables(runs: dict[str, Run]) -> str:
     """Every record of one device."""
     head = (
-        "Calls are interleaved in one process, in changing order (single calls if they take seconds) and timed after all results were "
+        "Calls are interleaved in one process (single calls if they take seconds) and timed after all results were "
         f"checked to agree. {LEGEND} Of the square roots, `auto` and most others start from two covariances, `features "
         "kept`, `lowrank` and `singular values of features` from features, `root of one saved` from a stored factor. "
         "The times of scipy and `eigvals` depend on the spectra: `full_rank` is their worst case; real features are "

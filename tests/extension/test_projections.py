@@ -281,12 +281,12 @@ def test_a_block_without_gradients_under_autocast():
     block = SelfAttention2d(16, bias=True, spectral_norm=True, impl="extension").eval()
     torch.nn.init.constant_(block.gamma, 0.7)
     x = torch.randn(2, 16, 6, 8)
-    for given in (x, x.bfloat16()):
+    for image in (x, x.bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                y = block(given)
-            expected = block(given)
-        assert y.dtype == expected.dtype == given.dtype
+                y = block(image)
+            expected = block(image)
+        assert y.dtype == expected.dtype == image.dtype
         torch.testing.assert_close(y, expected.detach())
 
 
