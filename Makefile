@@ -14,7 +14,7 @@ NUMPY_2.11.0 := "numpy<2.4"
 # What every torch brings along; a wheel that bundled a second copy would not work with it.
 FROM_TORCH := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so libcudart.so.* libcublas.so.* libcublasLt.so.*
 
-.PHONY: demo test test-fast matrix sanitize sanitize-cpu bench lint docs wheel gpu clean
+.PHONY: demo test test-fast matrix sanitize sanitize-cpu aarch64 bench lint docs wheel gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -46,6 +46,12 @@ sanitize-cpu:  ## the C++ iterations and kernels under AddressSanitizer and UBSa
 	build/sanitize
 	$(CXX) $(SANITIZE) tests/csrc/sanitize_kernels.cpp csrc/variants.cpp csrc/kernels*.cpp -o build/sanitize_kernels
 	for capability in default avx2 avx512; do ATEN_CPU_CAPABILITY=$$capability build/sanitize_kernels || exit 1; done
+
+aarch64:  ## the C++ kernels as a processor of another kind runs them: needs g++-aarch64-linux-gnu and qemu-user-static
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror -static -Icsrc tests/csrc/sanitize_kernels.cpp csrc/variants.cpp \
+		csrc/kernels*.cpp -o build/aarch64_kernels
+	qemu-aarch64-static build/aarch64_kernels
 
 bench: $(VENV)/dev.stamp  ## time fastgan against its baselines; writes bench/results/, tables and plots
 	$(BIN)/python -m bench $(BENCH)

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "operators.h"
 #include "workspace.h"
 
 namespace fastgan {
@@ -43,6 +44,8 @@ Masking masking_of(const MaybeTensor& mask, const MaybeTensor& sinks) {
   return masking;
 }
 
+}  // namespace
+
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor mask, MaybeTensor sinks,
                    bool is_causal, double scale, Tensor o, Tensor stats) {
   const AttentionShape s = shape_of(q, k, v, scale, is_causal);
@@ -53,6 +56,8 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, MaybeTenso
   in_parallel(s.key_slices() * s.tiles(), kernels.forward_pack, x);
   in_parallel(s.slices() * s.strips(), kernels.forward, x, workspace.bytes(forward_room(s)));
 }
+
+namespace {
 
 void attention_bwd(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor mask,
                    MaybeTensor sinks, const Tensor& o, const Tensor& stats, bool is_causal, double scale, Tensor dq,
@@ -73,7 +78,7 @@ void attention_bwd(const Tensor& grad_o, const Tensor& q, const Tensor& k, const
   if (sinks) in_parallel(s.heads, kernels.backward_sinks, x);
 }
 
-void attention_bwd_bwd(const Tensor& ggq, const Tensor& ggk, const Tensor& ggv, MaybeTensor gg_sinks,
+void attention_bwd_bwd(const Tensor& ggq, MaybeTensor ggk, MaybeTensor ggv, MaybeTensor gg_sinks,
                        const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v, MaybeTensor mask,
                        MaybeTensor sinks, const Tensor& stats, bool is_causal, double scale, Tensor g_do, Tensor gq,
                        Tensor gk, Tensor gv, MaybeTensor g_sinks) {
@@ -82,7 +87,9 @@ void attention_bwd_bwd(const Tensor& ggq, const Tensor& ggk, const Tensor& ggv, 
   Workspace workspace(q);
   AttentionBackward2 x{};
   x.shape = s, x.masking = masking_of(mask, sinks);
-  x.ggq = view_of(ggq), x.ggk = view_of(ggk), x.ggv = view_of(ggv), x.grad_o = view_of(grad_o);
+  x.ggq = view_of(ggq), x.grad_o = view_of(grad_o);
+  if (ggk) x.ggk = view_of(*ggk);
+  if (ggv) x.ggv = view_of(*ggv);
   x.q = view_of(q), x.k = view_of(k), x.v = view_of(v);
   x.stats = stats.data_ptr(), x.gg_sinks = data_of(gg_sinks);
   x.g_do = view_of(g_do), x.gq = view_of(gq), x.gk = view_of(gk), x.gv = view_of(gv), x.g_sinks = data_of(g_sinks);

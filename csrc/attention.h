@@ -126,8 +126,8 @@ struct AttentionBackward {
 struct AttentionBackward2 {
   AttentionShape shape;
   Masking masking;
-  View ggq, ggk, ggv, grad_o, q, k, v;
-  const void *stats, *gg_sinks;  // gg_sinks and g_sinks are like sinks
+  View ggq, ggk, ggv, grad_o, q, k, v;  // ggk and ggv may be null, which is zero
+  const void *stats, *gg_sinks;  // gg_sinks and g_sinks as sinks
   View g_do, gq, gk, gv;
   void* g_sinks;
   Packed kt, vt, ggkt, ggvt, k_rows, v_rows, ggk_rows, ggv_rows;
@@ -138,14 +138,15 @@ struct AttentionBackward2 {
   Sizes sizes() {
     const int64_t keys = shape.tiles() * kTile, rows = shape.padded_n(), d = shape.d, e = shape.e;
     const int64_t slices = shape.slices(), key_slices = shape.key_slices();
+    const int64_t ggk_slices = ggk.data ? key_slices : 0, ggv_slices = ggv.data ? key_slices : 0;
     return {{&kt, key_slices, keys * d},
             {&vt, key_slices, keys * e},
-            {&ggkt, key_slices, keys * d},
-            {&ggvt, key_slices, keys * e},
+            {&ggkt, ggk_slices, keys * d},
+            {&ggvt, ggv_slices, keys * e},
             {&k_rows, key_slices, keys * padded(d)},
             {&v_rows, key_slices, keys * padded(e)},
-            {&ggk_rows, key_slices, keys * padded(d)},
-            {&ggv_rows, key_slices, keys * padded(e)},
+            {&ggk_rows, ggk_slices, keys * padded(d)},
+            {&ggv_rows, ggv_slices, keys * padded(e)},
             {&q_rows, slices, rows * quads(d)},
             {&ggq_rows, slices, rows * quads(d)},
             {&go_rows, slices, rows * quads(e)},

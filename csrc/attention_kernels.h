@@ -347,15 +347,17 @@ void attention_backward2_pack_keys(const AttentionBackward2& x, int64_t begin, i
                  part_of<W>(x.k_rows, slice));
     pack_both<T>(slice_of<const T>(x.v, s.key_heads, slice), first, count, s.e, W(1), part_of<W>(x.vt, slice),
                  part_of<W>(x.v_rows, slice));
-    pack_both<T>(slice_of<const T>(x.ggk, s.key_heads, slice), first, count, s.d, W(s.scale), part_of<W>(x.ggkt, slice),
-                 part_of<W>(x.ggk_rows, slice));
-    pack_both<T>(slice_of<const T>(x.ggv, s.key_heads, slice), first, count, s.e, W(1), part_of<W>(x.ggvt, slice),
-                 part_of<W>(x.ggv_rows, slice));
+    if (x.ggk.data)
+      pack_both<T>(slice_of<const T>(x.ggk, s.key_heads, slice), first, count, s.d, W(s.scale),
+                   part_of<W>(x.ggkt, slice), part_of<W>(x.ggk_rows, slice));
+    if (x.ggv.data)
+      pack_both<T>(slice_of<const T>(x.ggv, s.key_heads, slice), first, count, s.e, W(1), part_of<W>(x.ggvt, slice),
+                   part_of<W>(x.ggv_rows, slice));
   }
 }
 
-// Maps of rows x keys: the logits, later the weights P; dP = dO V^T; A = ggq K^T + Q ggk^T with ggq and ggk multiplied
-// by the scale; T = dO ggv^T.
+// Maps of rows x keys: the logits, which become weights P; dP = dO V^T; A = ggq K^T + Q ggk^T, of
+// ggq and ggk times the scale; T = dO ggv^T. Parts of a ggk or ggv that is null are left out.
 template <typename W>
 struct Maps {
   W *p, *dp, *a, *t;
@@ -367,13 +369,16 @@ struct Maps {
   FASTGAN_INLINE void fill(const AttentionBackward2& x, int64_t key_slice, const W* q, const W* ggq, const W* go,
                            int64_t rows, int64_t key, int64_t keys, int64_t column) {
     const AttentionShape& s = x.shape;
-    const W *kt = part_of<W>(x.kt, key_slice) + key * s.d, *ggkt = part_of<W>(x.ggkt, key_slice) + key * s.d;
-    const W *vt = part_of<W>(x.vt, key_slice) + key * s.e, *ggvt = part_of<W>(x.ggvt, key_slice) + key * s.e;
+    const W *kt = part_of<W>(x.kt, key_slice) + key * s.d, *vt = part_of<W>(x.vt, key_slice) + key * s.e;
     tile_product(q, s.d, kt, rows, keys, p + column, stride);
     tile_product(ggq, s.d, kt, rows, keys, a + column, stride);
-    tile_product(q, s.d, ggkt, rows, keys, a + column, stride, true);
+    if (x.ggk.data)
+      tile_product(q, s.d, part_of<W>(x.ggkt, key_slice) + key * s.d, rows, keys, a + column, stride, true);
     tile_product(go, s.e, vt, rows, keys, dp + column, stride);
-    tile_product(go, s.e, ggvt, rows, keys, t + column, stride);
+    if (x.ggv.data)
+      return tile_product(go, s.e, part_of<W>(x.ggvt, key_slice) + key * s.e, rows, keys, t + column, stride);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < kTile; ++c) t[r * stride + column + c] = 0;
   }
 
   // The logits and their cotangent.
@@ -468,12 +473,13 @@ void attention_backward2_rows(const AttentionBackward2& x, int64_t begin, int64_
       finish_row(maps, r, seen, sums[r], scale);
     }
     maps.mask_gradients(x, block);
-    const W *k = part_of<W>(x.k_rows, key_slice), *ggk = part_of<W>(x.ggk_rows, key_slice);
-    const W *v = part_of<W>(x.v_rows, key_slice), *ggv = part_of<W>(x.ggv_rows, key_slice);
+    const W *k = part_of<W>(x.k_rows, key_slice), *v = part_of<W>(x.v_rows, key_slice);
     product<false>(maps.t, stride, k, wide_d, seen, computed, s.d, gq, wide_d, false);
-    product<false>(maps.dp, stride, ggk, wide_d, seen, computed, s.d, gq, wide_d, true);
+    if (x.ggk.data)
+      product<false>(maps.dp, stride, part_of<W>(x.ggk_rows, key_slice), wide_d, seen, computed, s.d, gq, wide_d, true);
     product<false>(maps.a, stride, v, wide_e, seen, computed, s.e, g_do, wide_e, false);
-    product<false>(maps.p, stride, ggv, wide_e, seen, computed, s.e, g_do, wide_e, true);
+    if (x.ggv.data)
+      product<false>(maps.p, stride, part_of<W>(x.ggv_rows, key_slice), wide_e, seen, computed, s.e, g_do, wide_e, true);
     unpack<T>(gq, wide_d, 1, slice_of<T>(x.gq, s.heads, slice), first, rows, s.d, W(1));
     unpack<T>(g_do, wide_e, 1, slice_of<T>(x.g_do, s.heads, slice), first, rows, s.e, W(1));
   }

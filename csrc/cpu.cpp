@@ -309,7 +309,7 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
       "attention_bwd(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor o, Tensor stats, "
       "bool is_causal, float scale, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? d_sinks) -> ()");
   m.def(
-      "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor? gg_sinks, Tensor grad_o, Tensor q, Tensor k, "
+      "attention_bwd_bwd(Tensor ggq, Tensor? ggk, Tensor? ggv, Tensor? gg_sinks, Tensor grad_o, Tensor q, Tensor k, "
       "Tensor v, Tensor? mask, Tensor? sinks, Tensor stats, bool is_causal, float scale, Tensor(a!) g_do, "
       "Tensor(b!) gq, Tensor(c!) gk, Tensor(d!) gv, Tensor(e!)? g_sinks) -> ()");
   m.def(
@@ -327,6 +327,9 @@ STABLE_TORCH_LIBRARY(fastgan_C, m) {
       "spectral_norm_scale_bwd_bwd(Tensor[] grad_grads, Tensor[] grads, Tensor[] weights, Tensor u, Tensor v, "
       "Tensor sigma, int[] dims) -> Tensor[]");
   m.def("release_memory() -> int");
+  m.def(
+      "attention_block(Tensor h, Tensor weight, Tensor? bias, int d, Tensor out_weight, Tensor? out_bias, Tensor x, "
+      "float scale) -> Tensor");
   m.def(
       "projection_gradients(Tensor dy, Tensor x, Tensor weight, Tensor(a!) dx, Tensor(b!) dweight) -> ()");
   m.def("unpool(Tensor grad_q, Tensor grad_kv, Tensor index, int width, Tensor(a!) out) -> ()");

@@ -8,6 +8,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "operators.h"
 #include "workspace.h"
 
 namespace fastgan {
@@ -24,6 +25,8 @@ View weight_of(const Tensor& x) { return {x.data_ptr(), 0, 0, x.stride(0), x.str
 View bias_of(const std::optional<Tensor>& x) {
   return x ? View{x->data_ptr(), 0, 0, x->stride(0), 0} : View{nullptr, 0, 0, 0, 0};
 }
+
+}  // namespace
 
 void pooled_projection(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, Tensor q, Tensor kv,
                        Tensor index) {
@@ -51,6 +54,40 @@ void projection_residual(const Tensor& rows, const Tensor& weight, std::optional
   in_parallel(p.channels, kernels.residual_pack, p);
   in_parallel(p.batches * p.tiles(), kernels.residual, p, workspace.bytes(p.room()));
 }
+
+// The output of a block without gradients: queries and pooled keys and values of `h`, attention, and `x` plus its
+// projection. Weights are (2 d + e, channels) and (channels, e).
+Tensor attention_block(const Tensor& h, const Tensor& weight, std::optional<Tensor> bias, int64_t d,
+                       const Tensor& out_weight, std::optional<Tensor> out_bias, const Tensor& x, double scale) {
+  using torch::headeronly::MemoryFormat;
+  using torch::headeronly::ScalarType;
+  const int64_t batches = h.size(0), pixels = h.size(2) * h.size(3), keys = (h.size(2) / 2) * (h.size(3) / 2);
+  const int64_t e = out_weight.size(1);
+  const Tensor q = torch::stable::new_empty(weight, {batches, pixels, d});
+  const Tensor kv = torch::stable::new_empty(weight, {batches, keys, d + e});
+  pooled_projection(h, weight, bias, q, kv, torch::stable::new_empty(weight, {batches, keys, d + e}, ScalarType::Char));
+  const Tensor o = torch::stable::new_empty(weight, {batches, pixels, e});
+  const bool is_double = weight.scalar_type() == ScalarType::Double;
+  const Tensor stats =
+      torch::stable::new_empty(weight, {batches, pixels, 2}, is_double ? ScalarType::Double : ScalarType::Float);
+  Tensor k = kv, v = kv;
+  k = torch::stable::narrow(k, 2, 0, d), v = torch::stable::narrow(v, 2, d, e);
+  attention_fwd(q, k, v, std::nullopt, std::nullopt, false, scale, o, stats);
+  const bool channels_last = x.stride(1) == 1 && x.size(1) > 1;
+  Tensor y = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                  channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor alike = x;  // in y's layout
+  bool is_alike = true;
+  for (int64_t i = 0; i < 4; ++i) is_alike = is_alike && x.stride(i) == y.stride(i);
+  if (!is_alike) {
+    alike = torch::stable::empty_like(y);
+    torch::stable::copy_(alike, x);
+  }
+  projection_residual(o, out_weight, out_bias, alike, y);
+  return y;
+}
+
+namespace {
 
 void projection_gradients(const Tensor& dy, const Tensor& x, const Tensor& weight, Tensor dx, Tensor dweight) {
   ProjectionGradients p{};
@@ -151,6 +188,7 @@ void unpool(const Tensor& grad_q, const Tensor& grad_kv, const Tensor& index, in
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_C, CPU, m) {
   m.impl("pooled_projection", TORCH_BOX(&fastgan::pooled_projection));
+  m.impl("attention_block", TORCH_BOX(&fastgan::attention_block));
   m.impl("projection_gradients", TORCH_BOX(&fastgan::projection_gradients));
   m.impl("unpool", TORCH_BOX(&fastgan::unpool));
   m.impl("gather_pooled", TORCH_BOX(&fastgan::gather_pooled));

@@ -1,4 +1,4 @@
-// Outputs whose memory serves again: what a tensor leaves goes to the next one of about its size. glibc returns blocks of
+// Outputs and workspaces whose memory serves again: what one leaves goes to the next one of about its size. glibc returns blocks of
 // megabytes to the system, and to touch such a block anew takes longer than to write it.
 #pragma once
 
@@ -26,11 +26,36 @@ class Recycler {
   // An uninitialized tensor of the sizes and strides of `like`, whose elements lie densely.
   Tensor empty_like(const Tensor& like, torch::headeronly::ScalarType dtype) {
     const size_t bytes = size_t(like.numel()) * element_size(dtype);
-    if (bytes < kLeastBytes || limit_ == 0) return fresh(like, dtype);
-    Block block = take(like, bytes);
+    if (bytes < kLeastBytes) return fresh(like, dtype);
+    const Block block = take(like, bytes);
     void* const data = block.data_ptr();
     return torch::stable::from_blob(data, like.sizes(), like.strides(), like.device(), dtype,
                                     [this, block](void*) { give(block); });
+  }
+
+  // A tensor of at least so many bytes, for its owner to give back.
+  Tensor take(const Tensor& like, size_t bytes) {
+    if (bytes >= kLeastBytes) {
+      // The lock is tried only: in a child process that was forked while another thread held it, it stays locked.
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      const auto found = lock.owns_lock() ? blocks_.lower_bound(bytes) : blocks_.end();
+      if (found != blocks_.end() && found->first <= bytes + bytes / 4) {
+        const Block block = found->second;
+        bytes_ -= found->first;
+        blocks_.erase(found);
+        return block;
+      }
+    }
+    return torch::stable::new_empty(like, {int64_t(bytes)}, torch::headeronly::ScalarType::Byte);
+  }
+
+  void give(const Tensor& block) {
+    const size_t bytes = size_t(block.numel());
+    if (bytes < kLeastBytes) return;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock() || bytes_ + bytes > limit_) return;
+    blocks_.emplace_hint(blocks_.lower_bound(bytes), bytes, block);  // the last one used is the next: caches may hold it
+    bytes_ += bytes;
   }
 
   // Returns unused blocks to the allocator, and how many bytes they were.
@@ -63,36 +88,9 @@ class Recycler {
   static Tensor fresh(const Tensor& like, torch::headeronly::ScalarType dtype) {
     if (dtype == like.scalar_type()) return torch::stable::empty_like(like);
     const size_t bytes = size_t(like.numel()) * element_size(dtype);
-    const Block block = allocate(like, bytes);
+    const Block block = torch::stable::new_empty(like, {int64_t(bytes)}, torch::headeronly::ScalarType::Byte);
     return torch::stable::from_blob(block.data_ptr(), like.sizes(), like.strides(), like.device(), dtype,
                                     [block](void*) {});
-  }
-
-  static Block allocate(const Tensor& like, size_t bytes) {
-    return torch::stable::new_empty(like, {int64_t(bytes)}, torch::headeronly::ScalarType::Byte);
-  }
-
-  // The lock is tried only: in a child process that was forked while another thread held it, it stays locked.
-  Block take(const Tensor& like, size_t bytes) {
-    {
-      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      const auto found = lock.owns_lock() ? blocks_.lower_bound(bytes) : blocks_.end();
-      if (lock.owns_lock() && found != blocks_.end() && found->first <= bytes + bytes / 4) {
-        const Block block = found->second;
-        bytes_ -= found->first;
-        blocks_.erase(found);
-        return block;
-      }
-    }
-    return allocate(like, bytes);
-  }
-
-  void give(const Block& block) {
-    const size_t bytes = size_t(block.numel());
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock() || bytes_ + bytes > limit_) return;
-    blocks_.emplace_hint(blocks_.lower_bound(bytes), bytes, block);  // the last one used is the next: caches may hold it
-    bytes_ += bytes;
   }
 
   const size_t limit_ = limit_of_environment();

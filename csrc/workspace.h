@@ -6,9 +6,11 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "attention.h"
+#include "recycled.h"
 
 namespace fastgan {
 
@@ -45,6 +47,11 @@ class Workspace {
  public:
   explicit Workspace(const torch::stable::Tensor& like)
       : like_(like), size_(like.scalar_type() == torch::headeronly::ScalarType::Double ? 8 : 4) {}
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (memory_) Recycler::instance().give(*memory_);
+  }
 
   size_t bytes(int64_t elements) const { return size_t(elements * size_); }
 
@@ -52,8 +59,8 @@ class Workspace {
   void take(const Sizes& sizes) {
     int64_t total = kPadding;
     for (const Size& size : sizes) total += size.slices * padded(size.elements);
-    memory_ = torch::stable::new_empty(like_, {total * size_}, torch::headeronly::ScalarType::Byte);
-    char* next = static_cast<char*>(memory_.data_ptr());
+    memory_ = Recycler::instance().take(like_, size_t(total * size_));
+    char* next = static_cast<char*>(memory_->data_ptr());
     for (const Size& size : sizes) {
       *size.operand = {next, padded(size.elements)};
       next += size.slices * padded(size.elements) * size_;
@@ -61,7 +68,8 @@ class Workspace {
   }
 
  private:
-  torch::stable::Tensor like_, memory_;
+  torch::stable::Tensor like_;
+  std::optional<torch::stable::Tensor> memory_;
   int64_t size_;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +35,10 @@ def time_interleaved(
     device: str | None = None,
     prepare: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time callables in turn, round after round.
+    """Time callables in turn, round after round, each round in an order of its own.
+
+    What an implementation leaves in caches and in the allocator makes the next one faster or slower, so none may always
+    follow the same other one. The orders are the same in each run.
 
     Args:
         implementations: name to callable; each call does the whole work.
@@ -55,9 +59,11 @@ def time_interleaved(
         for _ in range(warmup):
             run()
     samples: dict[str, list[float]] = {name: [] for name in implementations}
+    order, rng = list(implementations.items()), random.Random(0)
     spent = 0.0
     while spent < seconds or len(next(iter(samples.values()))) < min_rounds:
-        for name, run in implementations.items():
+        rng.shuffle(order)
+        for name, run in order:
             if prepare:
                 prepare()
             elapsed = _time_once(run, on_gpu)

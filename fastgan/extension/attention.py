@@ -41,8 +41,8 @@ def attention_bwd(
 
 def attention_bwd_bwd(
     ggq: Tensor,
-    ggk: Tensor,
-    ggv: Tensor,
+    ggk: Tensor | None,
+    ggv: Tensor | None,
     grad_o: Tensor,
     q: Tensor,
     k: Tensor,
@@ -51,7 +51,10 @@ def attention_bwd_bwd(
     stats: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to (grad_o, q, k, v) of <ggq, dq> + <ggk, dk> + <ggv, dv>, as in the reference."""
+    """Gradients with respect to (grad_o, q, k, v) of <ggq, dq> + <ggk, dk> + <ggv, dv>, as in the reference.
+
+    A ggk or ggv that is None is zero, and what it would be multiplied with is not computed.
+    """
     g_do, gq, gk, gv = torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _bwd_bwd(ggq, ggk, ggv, None, grad_o, q, k, v, None, None, stats, False, scale, g_do, gq, gk, gv, None)
     return g_do, gq, gk, gv

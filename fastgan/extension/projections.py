@@ -13,6 +13,7 @@ _pooled_projection = torch.ops.fastgan_C.pooled_projection.default
 _unpool = torch.ops.fastgan_C.unpool.default
 _projection_gradients = torch.ops.fastgan_C.projection_gradients.default
 _gather_pooled = torch.ops.fastgan_C.gather_pooled.default
+_attention_block = torch.ops.fastgan_C.attention_block.default
 _projection_residual = torch.ops.fastgan_C.projection_residual.default
 
 
@@ -57,3 +58,21 @@ def projection_residual_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, x
         x = torch.empty_like(y).copy_(x)
     _projection_residual(rows, weight, bias, x, y)
     return y
+
+
+def attention_block(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    d: int,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    x: Tensor,
+    scale: float,
+) -> Tensor:
+    """Return x + its projection of attention, a whole block at once, without gradients.
+
+    h and x (B, C, H, W), weight (2 d + e, C), out_weight (C, e), scale > 0 -> (B, C, H, W) in x's dtype and layout.
+    """
+    result: Tensor = _attention_block(h, weight, bias, d, out_weight, out_bias, x, scale)
+    return result

@@ -26,16 +26,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan._dispatch import autocast_dtype, is_transforming
+from fastgan._dispatch import autocast_dtype, is_transforming, needs_no_dispatch
 from fastgan._layout import rows_of
-from fastgan.backend import resolve
+from fastgan.backend import implementation, resolve
 from fastgan.ops._attention import attend, check_attention_impl
 from fastgan.ops._projections import project_and_add, project_and_pool
 from fastgan.reference.attention import attention_eager
@@ -56,8 +55,7 @@ _PLAIN_FORWARDS = (nn.Conv2d.forward, nn.Conv1d.forward, nn.Linear.forward)
 _PLAIN_CONV_FORWARDS = (None, nn.Conv2d._conv_forward, nn.Conv1d._conv_forward)
 
 
-@dataclass(frozen=True)
-class AttentionSettings:
+class AttentionSettings(NamedTuple):
     """Settings of a self-attention block that are not layers: ``scale`` multiplies the logits."""
 
     pool: bool
@@ -234,13 +232,20 @@ def _fused(x: Tensor, parts: AttentionParts, settings: AttentionSettings, impl: 
         weight = _padded_queries_and_keys(weight, qk_channels, padding)
         bias = None if bias is None else _padded_queries_and_keys(bias, qk_channels, padding)
         qk_channels += padding
+    out_weight, out_bias = _scaled_output(parts)
+    weight, out_weight = weight.to(dtype), out_weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    q, kv = project_and_pool(h, weight.to(dtype), bias, qk_channels, impl)
+    out_bias = None if out_bias is None else out_bias.to(dtype)
+    if impl == "extension" and settings.scale > 0 and needs_no_dispatch(x, h, weight, out_weight):
+        values = weight.shape[0] - 2 * qk_channels
+        fits = h.shape == x.shape and weight.shape[1] == h.shape[1] and out_weight.shape == (x.shape[1], values)
+        if fits and min(x.shape[2:]) > 1 and x.device == h.device == weight.device == out_weight.device:
+            block = implementation("projections", impl).attention_block
+            return cast(Tensor, block(h, weight, bias, qk_channels, out_weight, out_bias, x, settings.scale))
+    q, kv = project_and_pool(h, weight, bias, qk_channels, impl)
     k, v = kv.split_with_sizes((qk_channels, kv.shape[2] - qk_channels), dim=2)  # faster than split
     rows = attend(q, k, v, settings.scale, settings.impl, impl)
-    weight, bias = _scaled_output(parts)
-    bias = None if bias is None else bias.to(dtype)
-    return project_and_add(rows, weight.to(dtype), bias, x, impl)
+    return project_and_add(rows, out_weight, out_bias, x, impl)
 
 
 def _queries_keys_values(
@@ -325,16 +330,15 @@ def _called_as_modules(*layers: nn.Module) -> bool:
 
     The older spectral norm is a hook; layers that normalize their weight themselves have their own forward.
     """
-    return any(
-        layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_pre_hooks
-        or layer._backward_hooks
-        or type(layer).forward not in _PLAIN_FORWARDS
-        or getattr(type(layer), "_conv_forward", None) not in _PLAIN_CONV_FORWARDS
-        or "forward" in layer.__dict__
-        for layer in layers
-    )
+    for layer in layers:
+        cls = type(layer)
+        if cls.forward not in _PLAIN_FORWARDS or getattr(cls, "_conv_forward", None) not in _PLAIN_CONV_FORWARDS:
+            return True
+        if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+            return True
+        if "forward" in layer.__dict__:
+            return True
+    return False
 
 
 def _channels(name: str, given: int | None, in_channels: int, divisor: int) -> int:

@@ -256,8 +256,8 @@ def _(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor,
 @outside_autocast
 def attention_bwd_bwd_op(
     ggq: Tensor,
-    ggk: Tensor,
-    ggv: Tensor,
+    ggk: Tensor | None,
+    ggv: Tensor | None,
     grad_o: Tensor,
     q: Tensor,
     k: Tensor,
@@ -267,12 +267,15 @@ def attention_bwd_bwd_op(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation("attention", impl).attention_bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale)
+    double_backward = implementation("attention", impl).attention_bwd_bwd
+    if impl != "extension":  # which skips what None would be multiplied with
+        ggk, ggv = torch.zeros_like(k) if ggk is None else ggk, torch.zeros_like(v) if ggv is None else ggv
+    return double_backward(ggq, ggk, ggv, grad_o, q, k, v, o, stats, scale)
 
 
 @attention_bwd_bwd_op.register_fake
 def _(
-    ggq: Tensor, ggk: Tensor, ggv: Tensor, grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *_: Any
+    ggq: Tensor, ggk: Any, ggv: Any, grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(o), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -291,12 +294,14 @@ def _backward(ctx: Any, grad_o: Tensor, _grad_stats: Tensor | None) -> tuple[Ten
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
 def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_o, q, k, v, o, stats = ctx.saved_tensors
-    ggq, ggk, ggv = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (q, k, v), strict=True))
+    ggq, ggk, ggv = grads
+    ggq = torch.zeros_like(q) if ggq is None else ggq
     outputs = _attention_bwd_bwd(ggq, ggk, ggv, grad_o, q, k, v, o, stats, ctx.scale, ctx.impl)
     return (*outputs, None, None, None, None)
 

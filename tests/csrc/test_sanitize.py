@@ -20,3 +20,16 @@ def test_iterations_are_clean_and_right():
     assert done.stdout.rstrip().endswith("0 failures")
     assert done.stdout.count("\n0 failures") == 4  # the iterations, and the kernels for three instruction sets
     assert done.stdout.count("\nok ") > 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("make", "aarch64-linux-gnu-g++", "qemu-aarch64-static"))),
+    reason="needs make, a cross compiler for aarch64 and qemu",
+)
+def test_kernels_are_right_on_aarch64():
+    done = subprocess.run(
+        ["make", "--no-print-directory", "aarch64"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("0 failures")

@@ -106,6 +106,23 @@ def test_compiled_gradients_equal_eager():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
+@pytest.mark.parametrize("impl", ["extension", "reference"])
+def test_second_gradients_of_some_of_the_gradients(impl, wanted):
+    """Gradients that no later result depends on have no cotangent, which the extension takes for zero."""
+    inputs = operands((2, 20, 70, 5, 6))
+    results = []
+    for function in (functools.partial(attention, impl=impl, scale=0.7), functools.partial(attention_eager, scale=0.7)):
+        o = function(*inputs)
+        grad_o = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape).requires_grad_()
+        chosen = [x for x, name in zip(inputs, "qkv", strict=True) if name in wanted]
+        gradients = torch.autograd.grad(o, chosen, grad_o, create_graph=True)
+        total = sum((g * g.detach().cos()).sum() for g in gradients)
+        results.append(torch.autograd.grad(total, [grad_o, *inputs], materialize_grads=True))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
 @pytest.mark.parametrize("operand", range(4))
 def test_nan_and_infinity_match_eager(operand, value):

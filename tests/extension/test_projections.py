@@ -249,3 +249,59 @@ def test_a_block_equals_the_eager_one(layout):
     ours, plain = (three_orders(module, x) for module in (block, eager))
     assert_close(ours, plain)
     assert_close(block.buffers(), eager.buffers())  # each weight was read once: one update of its vectors
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_block_without_gradients_is_as_accurate_as_the_eager_one(dtype, layout, bias):
+    torch.manual_seed(0)
+    block, eager = (SelfAttention2d(16, bias=bias, scale=0.3, impl=impl) for impl in ("extension", "eager"))
+    torch.nn.init.constant_(block.gamma, 0.7)
+    eager.load_state_dict(block.state_dict())
+    x = torch.randn(2, 16, 7, 10, dtype=torch.float64)
+    x = x.mT.contiguous().mT if layout == "transposed" else x.contiguous(memory_format=layout)
+    with torch.no_grad():
+        truth = eager.double()(x.to(dtype).double())
+        ours, plain = (module.to(dtype)(x.to(dtype)) for module in (block, eager))
+        assert_as_accurate(ours, plain, truth, "y")
+        assert ours.dtype == dtype
+    three_ops = block(x.to(dtype))  # one by one, for their gradients
+    assert three_ops.requires_grad
+    assert three_ops.stride() == ours.stride()
+    torch.testing.assert_close(three_ops.detach(), ours)
+
+
+def test_a_block_without_gradients_under_autocast():
+    block = SelfAttention2d(16, bias=True, spectral_norm=True, impl="extension").eval()
+    torch.nn.init.constant_(block.gamma, 0.7)
+    x = torch.randn(2, 16, 6, 8)
+    for image in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                y = block(image)
+            expected = block(image)
+        assert y.dtype == expected.dtype == image.dtype
+        torch.testing.assert_close(y, expected.detach())
+
+
+def test_a_block_without_gradients_has_no_other_scale_or_size():
+    x = torch.randn(2, 16, 6, 8)
+    for scale in (-0.5, 0.0):
+        block = SelfAttention2d(16, scale=scale, impl="extension")
+        torch.nn.init.constant_(block.gamma, 0.7)
+        expected = block(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), expected)
+            assert block(x[:0]).shape == (0, 16, 6, 8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_block_without_gradients_has_nan_where_eager_has_it(value):
+    block, eager = (SelfAttention2d(16, impl=impl) for impl in ("extension", "eager"))
+    torch.nn.init.constant_(block.gamma, 0.7)
+    eager.load_state_dict(block.state_dict())
+    x = torch.randn(2, 16, 6, 8)
+    x[1, 3, 2, 5] = value
+    with torch.no_grad():
+        assert torch.equal(block(x).isnan(), eager(x).isnan())

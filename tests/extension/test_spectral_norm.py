@@ -145,7 +145,7 @@ def in_memory(x, order, gap=False):
     return moved.permute([order.index(d) for d in range(x.ndim)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data(), st.integers(0, 2), st.booleans(), st.sampled_from([torch.float64, torch.float32]))
 def test_weights_and_gradients_in_any_order_of_memory(data, iterations, v_first, dtype):
     shapes = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4), min_size=1, max_size=3))
@@ -231,13 +231,14 @@ def test_memory_is_used_again_from_many_threads():
     def work(_):
         results = []
         for _ in range(20):
-            results = [*results, extension.scale(weights, *vectors, [0] * 3, torch.float32)][-3:]
+            results = [*results[-2:], extension.scale(weights, *vectors, [0] * 3, torch.float32)]
             assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", ["0", "1"])
 def test_the_environment_limits_unused_memory(megabytes):
     code = (
