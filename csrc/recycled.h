@@ -9,7 +9,8 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <vector>
+#include <stdexcept>
+#include <string>
 
 namespace fastgan {
 
@@ -81,8 +82,11 @@ class Recycler {
   static size_t limit_of_environment() {
     const char* megabytes = std::getenv("FASTGAN_CPU_CACHE_MB");
     if (!megabytes) return size_t(1) << 30;
-    const long long given = std::atoll(megabytes);
-    return given > 0 ? size_t(given) << 20 : 0;
+    char* end = nullptr;
+    const long long given = std::strtoll(megabytes, &end, 10);
+    if (end == megabytes || *end || given < 0 || given > (1LL << 30))
+      throw std::runtime_error("FASTGAN_CPU_CACHE_MB must be a number of megabytes, got " + std::string(megabytes));
+    return size_t(given) << 20;
   }
 
   static Tensor fresh(const Tensor& like, torch::headeronly::ScalarType dtype) {

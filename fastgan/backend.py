@@ -189,9 +189,9 @@ def extension_available(device_type: str = "cpu") -> bool:
 def release_memory() -> int:
     """Return memory that the C++ extension holds for its next outputs on a CPU, and how many bytes that was.
 
-    Large normalized weights and their gradients take the memory of earlier ones that nothing uses any more, since new
-    memory takes the system longer to hand out than the weights take to be computed. At most ``FASTGAN_CPU_CACHE_MB``
-    megabytes (1024 by default; 0 for none) are held.
+    Large normalized weights, their gradients and workspaces take the memory of earlier ones that nothing uses any more:
+    the system takes longer to hand out new memory than the weights take to be computed. At most
+    ``FASTGAN_CPU_CACHE_MB`` megabytes (1024 by default; 0 for none) are held.
 
     Example:
         >>> release_memory() >= 0

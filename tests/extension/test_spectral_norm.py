@@ -239,8 +239,8 @@ def test_memory_is_used_again_from_many_threads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("megabytes", ["0", "1"])
-def test_the_environment_limits_unused_memory(megabytes):
+@pytest.mark.parametrize(("megabytes", "printed"), [("0", "0"), ("1", "640000"), ("many", "")])
+def test_the_environment_limits_unused_memory(megabytes, printed):
     code = (
         "import torch; from fastgan import backend; from fastgan.extension import spectral_norm as s;"
         "w = [torch.ones(400, 400)] * 3; v = torch.ones(1200); sigma = torch.ones(3);"
@@ -251,9 +251,10 @@ def test_the_environment_limits_unused_memory(megabytes):
         env=os.environ | {"FASTGAN_CPU_CACHE_MB": megabytes},
         capture_output=True,
         text=True,
-        check=True,
     )
-    assert int(run.stdout) == (640_000 if megabytes == "1" else 0)
+    assert run.stdout.strip() == printed
+    assert bool(run.returncode) == ("FASTGAN_CPU_CACHE_MB must be a number of megabytes, got many" in run.stderr)
+    assert bool(run.returncode) == (not printed)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
