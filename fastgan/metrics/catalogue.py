@@ -31,6 +31,7 @@ from fastgan.metrics.diversity import (
     cmmd,
     ct_contributions,
     directions,
+    informed_distance,
     memorization,
     vendi_score,
 )
@@ -250,17 +251,18 @@ def _sfid(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
 
 def _mifid(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     fake, real = sets.features("fake"), sets.features("real")
-    distance = frechet_distance(sets.fake.stats, sets.real_stats)
     nearness, penalty = memorization(real, fake)
 
     def influences() -> Tensor | None:
         of_distance = distance_influences(fake, sets.fake.stats, sets.real_stats)
         if penalty == 1 or len(nearness) != len(fake):
             return of_distance if penalty == 1 else None
+        distance = frechet_distance(sets.fake.stats, sets.real_stats)
         return of_distance / penalty - distance / penalty**2 * centred(nearness)
 
     details = {"memorization": nearness.mean().item()}
-    yield Found(sets.name("MiFID", "MiFD"), distance / (penalty + 1e-15), influences, details=details)
+    value = informed_distance(sets.fake.stats, sets.real_stats, penalty)
+    yield Found(sets.name("MiFID", "MiFD"), value, influences, details=details)
 
 
 def _cmmd(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:

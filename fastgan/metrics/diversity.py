@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan._checks import InputError, check_features
+from fastgan.linalg import nuclear_norm
 from fastgan.metrics.frechet import frechet_distance
 from fastgan.metrics.kid import gaussian, squared_mmd
 from fastgan.metrics.moments import as_features
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 _BLOCK = 2048
+_ROUNDING = 1e-12  # of a Frechet distance, relative to the variances
 
 
 def cmmd(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> float:
@@ -73,8 +75,15 @@ def mifid(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, cosine_
     if not 0 < cosine_distance_eps <= 1:
         raise ValueError(f"cosine_distance_eps must be in (0, 1], got {cosine_distance_eps}")
     x, y = _checked(real, fake, least=2)
-    distance = frechet_distance(FeatureStats().update(y), FeatureStats().update(x))
-    return distance / (memorization(x, y, cosine_distance_eps=cosine_distance_eps)[1] + 1e-15)
+    stats = FeatureStats().update(y), FeatureStats().update(x)
+    return informed_distance(*stats, memorization(x, y, cosine_distance_eps=cosine_distance_eps)[1])
+
+
+def informed_distance(fake: FeatureStats, real: FeatureStats, penalty: float) -> float:
+    """Return the Frechet distance over ``penalty``, of copies over 1e-15; one that is all rounding counts as 0."""
+    distance = frechet_distance(fake, real)
+    scale = sum(stats.moments()[1].trace().item() / max((stats.n or 2) - 1, 1) for stats in (fake, real))
+    return 0.0 if distance <= _ROUNDING * scale else distance / (penalty + 1e-15)
 
 
 def memorization(real: Tensor, fake: Tensor, *, cosine_distance_eps: float = 0.1) -> tuple[Tensor, float]:
@@ -170,7 +179,8 @@ def vendi_score(features: Tensor | npt.ArrayLike, *, q: float = 1.0) -> float:
 
     Friedman & Dieng, "The Vendi Score: A Diversity Evaluation Metric for Machine Learning", 2023: the exponential of
     the entropy of the eigenvalues of K / n. They are those of the smaller of the Gram matrices X X^T / n and X^T X / n
-    of unit vectors, so that many vectors of few features cost little.
+    of unit vectors, so that many vectors of few features cost little. For ``q`` of 1/2 the score is the squared nuclear
+    norm of X / sqrt(n), which is exact where vectors repeat.
 
     Args:
         features: (n, dim); none may be zero.
@@ -191,6 +201,8 @@ def vendi_score(features: Tensor | npt.ArrayLike, *, q: float = 1.0) -> float:
     if not rows.any(dim=1).all():
         raise InputError("features must not hold a vector of zeros, which has no direction")
     rows = directions(rows)
+    if q == 0.5:  # small eigenvalues, of which the Gram matrix loses the digits, count most
+        return nuclear_norm(rows / len(rows) ** 0.5).square().item()
     gram = (rows @ rows.mT if rows.shape[0] <= rows.shape[1] else rows.mT @ rows) / len(rows)
     weights = torch.linalg.eigvalsh(gram).clamp(min=0)
     weights = weights[weights > 0] / weights.sum()

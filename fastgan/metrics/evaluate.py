@@ -382,9 +382,9 @@ def measure(
     if not images:
         for stats in loaded[1:]:
             check_comparable(loaded[0], stats)
-        for source in sources:
-            if isinstance(source, Measured):
-                _check_options(source, options)
+        for side in sources:
+            if isinstance(side, Measured):
+                _check_options(side, options)
         for stats in loaded:
             stats.backbone = stats.backbone or options.backbone
         if options.dims is not None and {SPATIAL: SPATIAL_DIM}.get(str(options.dims), options.dims) != loaded[0].dim:

@@ -86,24 +86,26 @@ def kernel_distance(
     x, y = real.double(), fake.double()
     count = 1 if size == len(x) == len(y) else subsets
     draws = [[torch.randperm(len(rows), generator=generator)[:size] for rows in (x, y)] for _ in range(count)]
-    members = [_indicators([draw[side] for draw in draws], rows) for side, rows in enumerate((x, y))]
     orders = [torch.randperm(len(rows), generator=generator)[:_MOST] for rows in (x, y)]
-    groups = [_indicators(order.tensor_split(_GROUPS), rows) for order, rows in zip(orders, (x, y), strict=True)]
+    of_x, of_y = (
+        _indicators([*(draw[side] for draw in draws), *orders[side].tensor_split(_GROUPS)], rows)
+        for side, rows in enumerate((x, y))
+    )  # of the subsets, then of the groups of the standard error
+    sizes = [side[count:].sum(dim=1) for side in (of_x, of_y)]
     if _whole_is_cheaper(len(x), len(y), count, size):
-        sums = _kernel_sums(x, y, *(torch.cat(pair) for pair in zip(members, groups, strict=True)), kernel)
-        within, between, diagonals = sums
-        drawn = _unbiased(
-            *(part.diagonal()[:count] for part in (*within, between)), *(d[:count] for d in diagonals), size
-        )
-        of_groups = ([part[count:, count:] for part in within], between[count:, count:], [d[count:] for d in diagonals])
+        within, between, diagonals = _kernel_sums(x, y, of_x, of_y, kernel)
+        xx, yy, xy = (sums.diagonal()[:count] for sums in (*within, between))
+        same = (xx - diagonals[0][:count] + yy - diagonals[1][:count]) / (size * (size - 1))
+        drawn = same - 2 * xy / size**2
+        within, between = [sums[count:, count:] for sums in within], between[count:, count:]
+        diagonals = [sums[count:] for sums in diagonals]
     else:
         drawn = torch.stack([squared_mmd(x[i.to(x.device)], y[j.to(y.device)], kernel) for i, j in draws])
-        rows = [rows[order.to(rows.device)] for order, rows in zip(orders, (x, y), strict=True)]
-        columns = [group[:, order.to(group.device)] for group, order in zip(groups, orders, strict=True)]
-        of_groups = _kernel_sums(*rows, *columns, kernel)
+        i, j = (order.to(rows.device) for order, rows in zip(orders, (x, y), strict=True))
+        within, between, diagonals = _kernel_sums(x[i], y[j], of_x[count:, i], of_y[count:, j], kernel)
     if not torch.isfinite(drawn).all():
         raise InputError("real and fake must be smaller: the kernel of these features overflows float64")
-    error = _standard_error(*of_groups, [group.sum(dim=1) for group in groups], (len(x), len(y)))
+    error = _standard_error(within, between, diagonals, sizes, (len(x), len(y)))
     return KernelDistance(drawn.mean().item(), drawn.std(unbiased=False).item(), subsets, size, error)
 
 
@@ -141,10 +143,6 @@ def _kernel_sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, kernel: Kerne
         diagonal = torch.cat([kernel(part, part).diagonal() for part in rows.split(_DIAGONAL)])
         diagonals.append(sets @ diagonal)
     return within, between(x, y, of_x, of_y), diagonals
-
-
-def _unbiased(xx: Tensor, yy: Tensor, xy: Tensor, x_diagonal: Tensor, y_diagonal: Tensor, size: int) -> Tensor:
-    return (xx - x_diagonal + yy - y_diagonal) / (size * (size - 1)) - 2 * xy / size**2
 
 
 def check_kernel(*, subsets: int, subset_size: int, degree: int, gamma: float | None, coef: float) -> None:

@@ -48,6 +48,22 @@ def test_mifid_is_torchmetrics(shift):
     assert mifid(x, x[:40] + 1e-3) > 100 * mifid(x, y) or shift
 
 
+def test_a_set_has_no_distance_from_itself():
+    """MiFID divides the rounding of 0 by 1e-15."""
+    for n, dim in ((20, 64), (40, 7)):
+        x = 100 * rows(n, dim)
+        assert mifid(x, x) == 0
+    assert mifid(x, x[:30]) > 0
+
+
+def test_the_vendi_score_of_repeated_vectors():
+    """Their eigenvalues of 0, of which a Gram matrix has the rounding, count in an order of 1/2."""
+    x = rows(60, 128)
+    unit = np.concatenate([x / np.linalg.norm(x, axis=1, keepdims=True)] * 3)
+    expected = np.linalg.svd(unit / len(unit) ** 0.5, compute_uv=False).sum() ** 2
+    assert vendi_score(unit, q=0.5) == pytest.approx(expected, rel=1e-10)
+
+
 def test_auth_pct_is_its_definition():
     x, y = rows(30), np.concatenate([rows(10, seed=1), rows(30)[:6] + 1e-4])
     among = distances(x, x)
