@@ -81,7 +81,10 @@ def load_recipe(recipe: str | Path) -> Recipe:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"recipe {recipe} is not valid YAML: {error}") from error
-    return parse_recipe(content)
+    try:
+        return parse_recipe(content)
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from error
 
 
 def parse_recipe(content: object) -> Recipe:

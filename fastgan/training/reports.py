@@ -76,13 +76,15 @@ class MetricsLog(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a ``metrics.jsonl``, without the half line that a crash may have left."""
+    """Read the lines of a ``metrics.jsonl``. Damaged ones are left out, such as the half line after a crash."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and {"step", "seconds"} <= row.keys():
+            rows.append(row)
     return rows
 
 

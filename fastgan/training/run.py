@@ -26,6 +26,7 @@ from fastgan._files import check_writable, locked_folder, write_bytes, write_tex
 from fastgan.data import DataSplit, load_data
 from fastgan.data.datasets import is_named
 from fastgan.data.decode import Decoding
+from fastgan.data.folders import IMAGES, SKETCHES, has_sketches
 from fastgan.data.images import mostly_color
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
@@ -292,8 +293,8 @@ def start_run(
         dry_run: write nothing, and ignore a run in ``out``.
 
     Raises:
-        InputError: ``out`` holds a run with checkpoints already, files of another program, or cannot be written to, or
-            the recipe, the data and the networks do not fit.
+        InputError: ``out`` holds a run with checkpoints already or files of another program, lies in the data's folder,
+            or cannot be written to; or the recipe, the data and the networks do not fit.
     """
     out, world = Path(out), current_world()
     recipe = _with_absolute_paths(recipe)
@@ -305,6 +306,8 @@ def start_run(
         if restarted and not differences(stored, _without_auto(recipe, stored)):
             return resume_run(out, device=device, tell=tell, show_progress=show_progress)
         raise InputError(_ALREADY.format(out))
+    if not dry_run:
+        _check_outside_of_data(out, recipe)
     with world.agreed():
         if world.is_first:
             check_writable(out)
@@ -337,6 +340,16 @@ def start_run(
 
 
 _ALREADY = "{0} holds a run already: go on with --resume {0}, choose another folder, or add --overwrite"
+
+
+def _check_outside_of_data(out: Path, recipe: Recipe) -> None:
+    """Raise ``InputError`` if the run's own grids would be images of its data."""
+    if is_named(recipe.data.source):
+        return
+    root = Path(recipe.data.source)
+    for place in (root / IMAGES, root / SKETCHES) if has_sketches(root) else (root,):
+        if out.resolve().is_relative_to(place.resolve()):
+            raise InputError(f"out must not lie in the folder of images {place}, got {out}: its grids would join them")
 
 
 def _recipe_of_own_folder(out: Path) -> Recipe:

@@ -179,6 +179,9 @@ def test_unknown_recipe(tmp_path):
     broken.write_text("name: [")
     with pytest.raises(InputError, match="not valid YAML"):
         load_recipe(broken)
+    broken.write_text("")
+    with pytest.raises(InputError, match="broken.yaml: recipe must be a mapping, got NoneType"):
+        load_recipe(broken)
     broken.write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match="broken.yaml is not a text file"):
         load_recipe(broken)

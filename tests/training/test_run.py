@@ -18,7 +18,7 @@ from fastgan.training import Callback, scoring
 from fastgan.training import run as training_run
 from fastgan.training.checkpoint import Checkpoints, DiskFullError
 from fastgan.training.pictures import encoded
-from fastgan.training.reports import make_writers
+from fastgan.training.reports import make_writers, read_metrics
 from fastgan.training.run import RunError, load_data_of, load_generator, resume_run, start_run
 from tests.training.tiny_runs import PIXELS, assert_same, tiny
 
@@ -200,6 +200,26 @@ def test_a_folder_of_another_program_is_left_alone(tmp_path, overwrite):
     with pytest.raises(InputError, match="config.yaml is not the configuration of a run, so that nothing in"):
         start(tiny("dcgan"), tmp_path, overwrite=overwrite)
     assert (tmp_path / "checkpoints" / "1.ckpt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", ["", "runs/a"])
+def test_a_run_does_not_write_into_its_data(tmp_path, out):
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(encoded(torch.full((3, 16, 16), 40 * i, dtype=torch.uint8)))
+    with pytest.raises(InputError, match="out must not lie in the folder of images .* its grids would join them"):
+        start(tiny("dcgan", f"data.source={tmp_path}"), tmp_path / out)
+    assert len(list(tmp_path.iterdir())) == 6
+    start(tiny("dcgan", f"data.source={tmp_path}"), tmp_path / out, dry_run=True)
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path):
+    start(tiny("dcgan"), tmp_path).train()
+    path = tmp_path / "metrics.jsonl"
+    whole = read_metrics(path)
+    path.write_bytes(b'\xff\n[1]\n{"x": 1}\n' + path.read_bytes() + b'{"step": ')
+    assert read_metrics(path) == whole
+    resume(tmp_path, overrides=["steps=3"]).train()
+    assert read_metrics(path)[: len(whole)] == whole
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
