@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor, bool> definite_trace(const Tensor& a, const Tensor& b
 // Raise this when an operator's signature or meaning changes, and EXTENSION_INTERFACE in fastgan/backend.py with it:
 // Python code that expects another number does not use the extension.
 int64_t interface_version() {
-  return 2;
+  return 3;
 }
 
 bool has_cuda() {

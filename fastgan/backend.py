@@ -27,7 +27,7 @@ IMPLS = ("auto", "triton", "extension", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The interface_version() of csrc/cpu.cpp that this code calls; an extension with another one is not used.
-EXTENSION_INTERFACE = 2
+EXTENSION_INTERFACE = 3
 
 # Sentences on kernels that the installed Triton spills; launchers append to it.
 SPILLED: list[str] = []
