@@ -65,9 +65,7 @@ def test_the_floor_counts_products_and_exponentials(kernel, flags, channels, map
 # Launches that miss four times their floor: few programs for 132 multiprocessors, or few registers for TF32 parts.
 MISSED = {
     ("C=128 H=32", "attention_bwd_keys"): 5.5,
-    ("C=192 H=64", "attention_bwd_bwd_keys"): 6,
-    ("C=384 H=32", "attention_bwd_bwd_rows"): 5.5,
-    ("C=384 H=32", "attention_bwd_bwd_keys"): 9,
+    ("C=384 H=32", "attention_bwd_bwd_keys"): 7,
     ("12 heads of 64", "attention_fwd"): 5,
     ("12 heads of 64", "attention_bwd_bwd_keys"): 5,
 }
