@@ -1,8 +1,7 @@
 """Spectral normalization of a list of weights by the C++ extension, on a CPU: each step is one pass over all weights.
 
-The signatures are those of ``fastgan.reference.spectral_norm``, which computes what the extension does not take:
-vectors that are not contiguous or of another dtype than the arithmetic's. Weights are read in their order of memory,
-channels-last ones too; those with gaps or overlaps are copied.
+The signatures are those of ``fastgan.reference.spectral_norm``. Weights are read in their order of memory, also
+channels-last ones; those with gaps or overlaps are copied.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastgan.backend import load_extension
-from fastgan.reference import spectral_norm as reference
 from fastgan.reference.spectral_norm import compute_dtype
 
 load_extension()
@@ -35,11 +33,14 @@ def update(
     """Power iterations on all weights, as in the reference."""
     dtype = compute_dtype(weights[0])
     fit = all(x.is_contiguous() and x.dtype == dtype for x in (*us, *vs))
+    given_us, given_vs = us, vs
     if not fit:
-        return reference.update(weights, us, vs, dims, n_power_iterations, eps, v_first)
+        us, vs = ([x.to(dtype).contiguous() for x in xs] for xs in (us, vs))
     sizes = (sum(u.shape[0] for u in us), sum(v.shape[0] for v in vs), len(weights))
     u, v, sigma = (weights[0].new_empty(size, dtype=dtype) for size in sizes)
     _update(weights, us, vs, dims, n_power_iterations, eps, v_first, u, v, sigma)
+    if n_power_iterations and not fit:
+        torch._foreach_copy_([*given_us, *given_vs], [*us, *vs])
     return u, v, sigma
 
 
