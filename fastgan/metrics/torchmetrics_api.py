@@ -142,7 +142,8 @@ class FeatureMetric(Metric):
             return None
         if found is None:
             size = input_img_size
-            if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+            # vectors (c,) too, for an extractor that takes them
+            if not isinstance(size, Sequence) or not size or not all(isinstance(n, int) and n > 0 for n in size):
                 raise ValueError(f"input_img_size must be (c, h, w), got {size!r}")
             images = torch.zeros(1, *input_img_size, dtype=torch.float32 if self.normalize else torch.uint8)
             found = self.extract(images.to(self.device)).shape[1]

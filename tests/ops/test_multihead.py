@@ -179,7 +179,7 @@ def test_unsupported_options_of_torchs_function_are_refused():
     q = torch.ones(1, 2, 3, 4)
     with pytest.raises(ValueError, match="dropout_p must be 0"):
         scaled_dot_product_attention(q, q, q, dropout_p=0.1)
-    with pytest.raises(ValueError, match="attn_mask must be None where is_causal"):
+    with pytest.raises(ValueError, match="attn_mask must be None if is_causal"):
         scaled_dot_product_attention(q, q, q, torch.ones(3, 3) > 0, is_causal=True)
     with pytest.raises(ValueError, match="query, key and value must have leading dimensions that broadcast"):
         scaled_dot_product_attention(q, torch.ones(1, 3, 3, 4), q)

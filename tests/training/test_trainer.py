@@ -322,7 +322,7 @@ def test_rich_losses_captured(options):
         ({"shared_fake": True, "n_critic": 2}, "shared_fake needs n_critic 1, got 2"),
         ({"augment_target": 0.6}, "augment_target needs augmentations in augment, which is empty"),
         ({"penalty_every": 0}, "penalty_every must be at least 1, got 0"),
-        ({"lecam": -1.0}, "lecam must be at least 0, got -1"),
+        ({"lecam": -1.0}, "lecam must be at least 0 and finite, got -1"),
         ({"precision": "fp8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
     ],
 )
