@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan._checks import InputError, check_features, check_seed
-from fastgan._files import atomic_path
+from fastgan._files import atomic_path, check_output
 from fastgan.linalg import sqrtm
 from fastgan.metrics.frechet import cross_term, frechet_distances
 from fastgan.metrics.moments import as_features
@@ -192,8 +192,7 @@ def check_plot_path(path: Path) -> None:
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise InputError(f"cannot write {path}: its name must end in one of {', '.join(f'.{kind}' for kind in known)}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist")
+    check_output(path)
 
 
 def plot_bias(
