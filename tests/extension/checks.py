@@ -7,7 +7,7 @@ import torch
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
-from tests.ops.operands import three_orders, three_passes
+from tests.ops.operands import sizes_of_three_orders, three_orders, three_passes
 
 NAMES = ("o", "dq", "dk", "dv", "d2q", "d2k", "d2v")
 extension = functools.partial(attention, impl="extension")
@@ -54,5 +54,6 @@ def assert_three_orders_are_right(inputs, options, full, scale):
             torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
         return
     truth, naive = three_orders(slow, *(x.double() for x in inputs)), three_orders(slow, *inputs)
+    sizes = sizes_of_three_orders(functools.partial(plain_heads, scale=scale), *inputs, **full)
     for i, (a, p, t) in enumerate(zip(ours, naive, truth, strict=True)):
-        assert_as_accurate(a, p, t, f"{i}")
+        assert_as_accurate(a, p, t, f"{i}", sizes[i])

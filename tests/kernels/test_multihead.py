@@ -13,7 +13,7 @@ from fastgan.kernels.launch import recorded
 from fastgan.ops import attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import FLOOR, assert_as_accurate
-from tests.ops.operands import head_operands, masks, three_orders
+from tests.ops.operands import head_operands, masks, sizes_of_three_orders, three_orders
 
 CASES = [
     ("none", False),
@@ -39,9 +39,10 @@ def assert_passes_match(inputs, options, full):
     """``options`` mask the kernels' attention as ``full`` does eager attention."""
     truth = three_orders(functools.partial(plain, **full), *(x.double() for x in inputs))
     naive = three_orders(functools.partial(plain, **full), *inputs)
-    for actual, p, t in zip(three_orders(functools.partial(fused, **options), *inputs), naive, truth, strict=True):
+    fast = three_orders(functools.partial(fused, **options), *inputs)
+    for actual, p, t, size in zip(fast, naive, truth, sizes_of_three_orders(plain, *inputs, **full), strict=True):
         if t.count_nonzero():
-            assert_as_accurate(actual, p, t)
+            assert_as_accurate(actual, p, t, size=size)
         else:
             assert actual.abs().max() <= FLOOR[actual.dtype]
 

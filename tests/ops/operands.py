@@ -82,6 +82,33 @@ def three_orders(function, *inputs):
     return [*outputs, *first, *(z if g is None else g for g, z in zip(second, zeros, strict=True))]
 
 
+def sizes_of_three_orders(function, q, k, v, sinks=None, *, mask=None, is_causal=False):
+    """Norms that rounding in ``three_orders`` of attention with heads is measured by, 0 for that of the result itself.
+
+    A gradient of ``sinks`` is a sum over batch and rows that may cancel: its size is the norm of its terms, which are
+    the gradients of a sink per row, here the logit of one more key whose value is 0. ``function(q, k, v, mask=)``.
+    """
+    if sinks is None:
+        return [0.0] * 8
+    q, k, v, sinks = (x.detach().double() for x in (q, k, v, sinks))
+    shape = (*q.shape[:-1], k.shape[-2])
+    logits = torch.zeros(shape, dtype=q.dtype, device=q.device)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask.double().expand(shape)
+    if is_causal:
+        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), float("-inf"))
+
+    def with_a_sink_per_row(q, k, v, sinks):
+        return function(
+            q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask=torch.cat((logits, sinks[..., None]), dim=-1)
+        )
+
+    _, _, _, _, first, _, _, _, second, _ = three_orders(
+        with_a_sink_per_row, q, k, v, sinks[:, None].expand(shape[:-1])
+    )
+    return [0.0, 0.0, 0.0, 0.0, first.norm().item(), 0.0, 0.0, 0.0, second.norm().item(), 0.0]
+
+
 def head_operands(b, h, key_heads, n, m, d, e, dtype=torch.float64, requires_grad=True):
     """q, k, v of several heads and their sinks."""
     shapes = ((b, h, n, d), (b, key_heads, m, d), (b, key_heads, m, e), (h,))

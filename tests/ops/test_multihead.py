@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from fastgan.ops import attention, scaled_dot_product_attention, squared_distance_attention
 from fastgan.reference.attention import attention_eager
 from tests.accuracy import assert_as_accurate
-from tests.ops.operands import MASKS, gradcheck_multihead, head_operands, masks, opcheck_multihead, three_orders
+from tests.ops.operands import (
+    MASKS,
+    gradcheck_multihead,
+    head_operands,
+    masks,
+    opcheck_multihead,
+    sizes_of_three_orders,
+    three_orders,
+)
 
 blockwise = functools.partial(attention, impl="reference")
 
@@ -48,8 +56,8 @@ def test_is_as_accurate_as_eager(case, dtype):
     truth = three_orders(functools.partial(plain, **full), *(x.double() for x in inputs))
     naive = three_orders(functools.partial(plain, **full), *inputs)
     fast = three_orders(lambda q, k, v, sinks: blockwise(q, k, v, sinks=sinks, **options), *inputs)
-    for a, p, t in zip(fast, naive, truth, strict=True):
-        assert_as_accurate(a, p, t)
+    for a, p, t, size in zip(fast, naive, truth, sizes_of_three_orders(plain, *inputs, **full), strict=True):
+        assert_as_accurate(a, p, t, size=size)
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference"])
