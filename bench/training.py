@@ -31,8 +31,10 @@ from fastgan.metrics import precision_recall
 from fastgan.recipes import load_recipe, override
 from fastgan.training import class_rows, sample
 from fastgan.training.reports import read_metrics
-from fastgan.training.run import CONFIG, METRICS, Run, resume_run, start_run
+from fastgan.training.run import Run
+from fastgan.training.run_folder import CONFIG, METRICS
 from fastgan.training.scoring import Scorer
+from fastgan.training.starting import resume_run, start_run
 
 RESULTS = Path(__file__).parent / "results" / "training"
 _SHORT = (

@@ -56,7 +56,7 @@ def train(
         from fastgan._checks import InputError
         from fastgan.distributed import launched_world
         from fastgan.recipes import load_recipe, override
-        from fastgan.training.run import resume_run, start_run
+        from fastgan.training.starting import resume_run, start_run
 
         changes = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data is not None else [])]
         changes += ["data.skip_bad=true"] if skip_bad else []

@@ -22,7 +22,8 @@ from fastgan.recipes import Recipe
 from fastgan.training.classifier import Accuracies, Classifier, train_classifier
 from fastgan.training.data_record import DataRecord
 from fastgan.training.pictures import to_pixels
-from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
+from fastgan.training.run_data import load_run_data
+from fastgan.training.run_folder import CONFIG, load_generator, run_recipe
 from fastgan.training.sampling import noise, sample, standing_statistics_
 from fastgan.training.scoring import SEED, random_part, score_backbone
 

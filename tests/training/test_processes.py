@@ -17,9 +17,9 @@ from fastgan.distributed import World
 from fastgan.losses.noise import draw, normal, uniform
 from fastgan.losses.penalties import gradient_penalty, r1_penalty
 from fastgan.nn import SelfAttention2d, group_spectral_norm
-from fastgan.training import EMA, FunctionalGAN, LazyTerm, NonFiniteLossError, TrainStep, run, scoring
+from fastgan.training import EMA, FunctionalGAN, LazyTerm, NonFiniteLossError, TrainStep, run, run_data, scoring
 from fastgan.training import trainer as loop
-from fastgan.training.run import resume_run, start_run
+from fastgan.training.starting import resume_run, start_run
 from fastgan.training.step.process_mean import ProcessMean
 from tests.processes import run_in_group
 from tests.training.small_trainers import trainer
@@ -188,13 +188,14 @@ def run_and_resume(rank, folder):
     assert_same(again.trainer.state_dict(), whole.trainer.state_dict())
     with pytest.raises(InputError, match="holds a run already"):
         start_run(recipe, f"{folder}/whole", **options)
-    for name in ("load_data", "make_writers", "Scorer"):  # one process alone meets the mistake, all tell it
-        right = getattr(run, name)
+    # One process alone meets the mistake, all tell it.
+    for module, name in ((run_data, "load_data"), (run, "make_writers"), (run, "Scorer")):
+        right = getattr(module, name)
         if rank == 0:
-            setattr(run, name, refuse)
+            setattr(module, name, refuse)
         with pytest.raises(InputError, match="not today"):
             start_run(recipe, f"{folder}/{name}", **options).train()
-        setattr(run, name, right)
+        setattr(module, name, right)
     return whole.trainer.state_dict()
 
 

@@ -1,9 +1,11 @@
-"""Recipes shrunk to run in a moment, a backbone of pixels to score them, and a comparison of states bit for bit."""
+"""Runs of a moment: shrunken recipes, a backbone of pixels to score them, and a comparison of states bit for bit."""
 
 import torch
 
 from fastgan.metrics import Backbone
 from fastgan.recipes import load_recipe, override
+from fastgan.training.pictures import encoded
+from fastgan.training.starting import resume_run, start_run
 
 PIXELS = Backbone(lambda images: torch.nn.functional.avg_pool2d(images, 4).flatten(1), name="pixels")
 
@@ -31,3 +33,20 @@ def assert_same(first, second):
     for key, value in first.items():
         same = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
         assert same, key
+
+
+def start(recipe, out, notes=None, **options):
+    return start_run(recipe, out, tell=([] if notes is None else notes).append, show_progress=False, **options)
+
+
+def resume(out, notes=None, **options):
+    return resume_run(out, tell=([] if notes is None else notes).append, show_progress=False, **options)
+
+
+def folder_of_images(folder, n=12):
+    rng = torch.Generator().manual_seed(0)
+    for i in range(n):
+        path = folder / f"c{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(torch.randint(0, 256, (3, 20, 20), generator=rng, dtype=torch.uint8)))
+    return folder
