@@ -21,8 +21,8 @@ from fastgan.metrics import (
     load_backbone,
 )
 from fastgan.metrics.backbones.inception import InceptionV3
+from fastgan.metrics.feature_metric import FeatureMetric
 from fastgan.metrics.protocols import default_protocol
-from fastgan.metrics.torchmetrics_api import FeatureMetric
 from tests.metrics.random_weights import randomize
 
 ROUNDING = 2e-5  # of the largest feature: 94 float32 convolutions, their normalisations folded or not
