@@ -148,8 +148,8 @@ def opcheck_multihead(impl, case, has_sinks):
 
 def gradcheck_multihead(impl, case, has_sinks):
     """Compare the gradients of both orders of attention with heads with finite differences."""
-    inputs = head_operands(2, 4, 2, 5, 4, 3, 2)[: 4 if has_sinks else 3]
-    options, _ = masks(case, 2, 4, 5, 4)
+    inputs = head_operands(2, 2, 1, 3, 4, 2, 3)[: 4 if has_sinks else 3]
+    options, _ = masks(case, 2, 2, 3, 4)
 
     def run(q, k, v, sinks=None):
         return attention(q, k, v, 0.7, impl, sinks=sinks, **options)
