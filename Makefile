@@ -14,7 +14,7 @@ NUMPY_2.11.0 := "numpy<2.4"
 # What every torch brings along; a wheel that bundled a second copy would not work with it.
 FROM_TORCH := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so libcudart.so.* libcublas.so.* libcublasLt.so.*
 
-.PHONY: demo test test-fast matrix sanitize sanitize-cpu aarch64 bench lint docs wheel gpu clean
+.PHONY: demo test test-fast kernels matrix sanitize sanitize-cpu aarch64 bench lint docs wheel gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
@@ -24,6 +24,10 @@ test: $(VENV)/dev.stamp  ## the whole suite
 
 test-fast: $(VENV)/dev.stamp  ## the suite without its slow tests
 	$(PYTEST) -m "not slow"
+
+kernels: $(VENV)/dev.stamp  ## every Triton kernel configuration, compiled for GPUs that need not be here: none may spill in a loop
+	TRITON_INTERPRET=0 $(BIN)/python -W ignore -m fastgan.kernels.report --rows
+	TRITON_INTERPRET=0 $(BIN)/python -W ignore -m tests.kernels.block_launches --heights 33 --channels 64 160 320
 
 matrix:  ## the fast subset on each torch of MATRIX, in environments of their own, with the Triton that each brings
 	@$(MAKE) --no-print-directory -k $(MATRIX:%=matrix-%); status=$$?; \

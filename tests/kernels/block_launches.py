@@ -1,11 +1,13 @@
 """Compile the very launches that attention blocks make: ``python -m tests.kernels.block_launches``, which prints a JSON
-list. All blocks, channels, sizes, dtypes and layouts by default, for sm_90; the tests take some of them."""
+list, and ends with status 1 if one must not be launched. All blocks, channels, sizes, dtypes and layouts by default,
+for sm_90; ``make kernels`` and the tests take some of them."""
 
 import argparse
 import functools
 import itertools
 import json
 import os
+import sys
 from dataclasses import asdict
 from unittest import mock
 
@@ -72,12 +74,15 @@ def main():
     given = parser.parse_args()
     choices = tuple(tuple(getattr(given, name)) for name in ("blocks", "channels", "heights", "dtypes", "layouts"))
     tasks = [(choices, i, capability) for capability in given.capability for i in range(len(cases_of(*choices)))]
+    violations = 0
     with mapped(report, tasks, given.processes) as rows:
         print("[", end="", flush=True)
         for i, row in enumerate(rows):
             print(",\n" * (i > 0) + json.dumps(row), end="", flush=True)
+            violations += len(row["violations"])
     print("]")
+    return int(violations > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
