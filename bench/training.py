@@ -83,6 +83,19 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "wgan": ("wgan", (*_DIGITS, *_QUICK_RMSPROP, *_FEWER_STEPS)),
     # The published weight of 0.1 in the generator learns no classes in so few steps.
     "wgan-gp-ac": ("wgan-gp-ac", (*_DIGITS, *_QUICK_ADAM, *_FEWER_STEPS, "train.class_weight_generator=1.0")),
+    # As deep as each other and of about the same cost: channels that grow with depth, and as many in every layer.
+    "wgan-gp-resnet": ("wgan-gp", (*_DIGITS, *_QUICK_ADAM, *_FEWER_STEPS)),
+    "wgan-gp-paper": (
+        "wgan-gp-paper",
+        (
+            *_DIGITS,
+            *_QUICK_ADAM,
+            *_FEWER_STEPS,
+            "model.generator_width=48",
+            "model.discriminator_width=48",
+            "model.max_multiplier=1",
+        ),
+    ),
     "csagan-w": ("csagan-w", (*_DIGITS, *_QUICK_RMSPROP, *_FEWER_STEPS, "model.attention_resolution=8")),
     "r3gan": ("r3gan", (*_DIGITS, *_QUICK_ADAM, *_FEWER_STEPS)),
     "dcgan64": (
