@@ -21,8 +21,10 @@ The first three need only torch, triton and numpy; other packages are imported w
 
 import sys
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-from fastgan.backend import backend_status
+if TYPE_CHECKING:
+    from fastgan.backend import backend_status
 
 try:
     __version__ = metadata.version("fastgan")
@@ -63,3 +65,12 @@ class _MovedModules:
 
 
 sys.meta_path.append(_MovedModules)
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch no sooner than it is needed, so that the command may set variables that torch reads once."""
+    if name != "backend_status":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastgan.backend import backend_status
+
+    return backend_status

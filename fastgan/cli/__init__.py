@@ -6,6 +6,8 @@ Each group of commands is one module with ``register(app)``. What a command need
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +42,9 @@ def main(
     ] = False,
 ) -> None:
     """Faster attention, spectral norms, train steps and FID for GANs in PyTorch."""
+    if "torch" not in sys.modules:  # whose OpenMP reads this when it is loaded
+        # On a machine with other work, threads that wait actively take the processor from the one that they wait for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.command()
