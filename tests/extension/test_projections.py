@@ -114,21 +114,32 @@ def test_the_gradient_has_an_operator_of_the_extension(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(loss(*operands), operands), expected)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("layout", ["rows", "pixels of the gradient", "pixels of x"])
-def test_gradients_of_the_products(layout, wanted):
-    """All or one of them differentiated."""
-    grad, rows = (torch.randn(2, 9, c, dtype=torch.float64) for c in (3, 4))
+def operands_of_the_products(layout):
+    grad, rows = (torch.randn(2, 5, c, dtype=torch.float64) for c in (3, 4))
     grad = grad.mT.contiguous().mT if "gradient" in layout else grad
     rows = rows.mT.contiguous().mT if "x" in layout else rows
-    operands = [t.requires_grad_() for t in (grad, rows, torch.randn(3, 4, dtype=torch.float64))]
-    opcheck(projection_gradients_op, operands)
+    return [t.requires_grad_() for t in (grad, rows, torch.randn(3, 4, dtype=torch.float64))]
+
+
+PRODUCT_LAYOUTS = ["rows", "pixels of the gradient", "pixels of x"]
+
+
+@pytest.mark.parametrize("layout", PRODUCT_LAYOUTS)
+def test_the_op_of_the_products(layout):
+    opcheck(projection_gradients_op, operands_of_the_products(layout))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("layout", PRODUCT_LAYOUTS)
+def test_gradients_of_the_products(layout, wanted):
+    """All or one of them differentiated."""
+    grad, rows, weight = operands = operands_of_the_products(layout)
 
     def products(grad, rows, weight):
         both = _projection_gradients(grad, rows, weight)
         return tuple(both[i] for i in wanted)
 
-    both = (grad @ operands[2], (grad.mT @ rows).sum(0))
+    both = (grad @ weight, (grad.mT @ rows).sum(0))
     torch.testing.assert_close(products(*operands), tuple(both[i] for i in wanted))
     assert torch.autograd.gradcheck(products, operands)
     assert torch.autograd.gradgradcheck(products, operands)
