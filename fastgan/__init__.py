@@ -19,12 +19,14 @@ The first three need only torch, triton and numpy; other packages are imported w
 ``fastgan`` or ``python -m fastgan``; ``backend_status()`` reports what this machine can run, and why not the others.
 """
 
+import importlib
 import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgan.backend import backend_status
+    from fastgan import backend as backend
+    from fastgan.backend import backend_status as backend_status
 
 try:
     __version__ = metadata.version("fastgan")
@@ -69,8 +71,7 @@ sys.meta_path.append(_MovedModules)
 
 def __getattr__(name: str) -> Any:
     """Import torch no sooner than it is needed, so that the command may set variables that torch reads once."""
-    if name != "backend_status":
+    if name not in ("backend", "backend_status"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastgan.backend import backend_status
-
-    return backend_status
+    backend = importlib.import_module("fastgan.backend")
+    return backend if name == "backend" else backend.backend_status

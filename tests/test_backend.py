@@ -1,5 +1,6 @@
 import hashlib
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -192,3 +193,11 @@ def test_a_compiled_graph_holds_the_choice(name):
     assert found
     choice = resolve("auto", torch.ones(1))
     assert all(choice in arguments and "auto" not in arguments for arguments in found)
+
+
+@pytest.mark.parametrize("name", ["backend_status()", "backend.release_memory()"])
+def test_the_package_alone_gives_its_backends(name):
+    code = f"import fastgan, sys; assert 'torch' not in sys.modules; fastgan.{name}; from fastgan import backend, nn"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not hasattr(fastgan, "nothing")
