@@ -221,7 +221,16 @@ def attention_case(
     heads = kind != "single"
     function = ATTENTION_KERNELS[kernel]
     logits = "tf32x3" if precision == "ieee" else precision
-    constants = {**tile.constants(), "D": d, "E": e, "PRECISION": precision, "LOGITS": logits, "PARTS": 1, **outputs}
+    constants = {
+        **tile.constants(),
+        "D": d,
+        "E": e,
+        "PRECISION": precision,
+        "LOGITS": logits,
+        "PARTS": 1,
+        "WHOLE": False,
+    }
+    constants |= outputs
     constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
     constexprs |= {name: 1 for name in function.arg_names if name.endswith(_CHANNEL_STRIDES)}
     absent = {"single": ("heads", "mask", "sinks"), "heads": ("mask",), "masked": ()}[kind]

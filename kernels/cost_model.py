@@ -156,10 +156,14 @@ def floor(launch: Launch, shape: Shape) -> float:
     """Return the seconds that the products of a launch, or its exponentials, take at least on an H100."""
     b, n, m, d, e = shape
     name, qk, v = launch.kernel.__name__, launch.constants.get("QK", True), launch.constants.get("V", True)
+    half = launch.arguments[0].element_size() == 2
     maps = 1
-    if "bwd_bwd_rows" in name:  # the first walk over the keys gives sums that the second one needs
+    if "bwd_bwd_rows" in name and half:  # the first walk over the keys gives sums that the second one needs
         maps = 2 if qk else 1
         channels = (2 * (3 * d + 2 * e) + 2 * d if qk else 3 * d) + (2 * e if v else 0)
+    elif "bwd_bwd_rows" in name:  # one walk for each output
+        maps = 2 if qk and v else 1
+        channels = (5 * d + 2 * e if qk else 0) + (3 * d + 2 * e if v else 0)
     elif "bwd_bwd_keys" in name:
         channels = 3 * d + (2 * e + 2 * d if qk else 0) + (e if v else 0)
     elif "bwd_keys" in name:
@@ -168,7 +172,7 @@ def floor(launch: Launch, shape: Shape) -> float:
         channels = d + e if "fwd" in name else 2 * d + e
     pairs = b * n * m
     # A float32 product is three of TF32.
-    rate = HALF_OPERATIONS if launch.arguments[0].element_size() == 2 else TF32_OPERATIONS / 3
+    rate = HALF_OPERATIONS if half else TF32_OPERATIONS / 3
     clocks = max(2 * pairs * channels / rate, pairs * maps / EXPONENTIALS)
     return clocks / (MULTIPROCESSORS * CLOCK)
 

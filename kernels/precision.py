@@ -49,6 +49,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_of_map(p, x, acc, PRECISION: tl.constexpr):
+    """acc + p x for a map p that is itself the result of a product.
+
+    A thread holds entries 2 t and 2 t + 1 of each eight of such a result's row, but t and t + 4 of a TF32 operand's.
+    In the order of the sum that makes these the same entries, p need not be exchanged between threads. Products of
+    fewer than 64 rows, which wgmma does not take, would need more registers for it.
+    """
+    if p.dtype == tl.float32 and PRECISION != "ieee" and p.shape[0] >= 64:
+        EIGHTS: tl.constexpr = p.shape[1] // 8
+        p = p.reshape(p.shape[0], EIGHTS, 4, 2).trans(0, 1, 3, 2).reshape(p.shape[0], p.shape[1])
+        x = x.reshape(EIGHTS, 4, 2, x.shape[1]).trans(0, 2, 1, 3).reshape(x.shape[0], x.shape[1])
+    return dot(p, x, acc, PRECISION)
+
+
+@triton.jit
 def _dot_of_parts(a, b, acc):
     """Three products of TF32 parts, the small ones first, summed apart from ``acc``, since tensor cores truncate sums.
 

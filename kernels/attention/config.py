@@ -93,12 +93,13 @@ _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ),
     ("fwd", 4, 80): ((64, 256, Tile(64, 32, 64, 4)),),
     ("bwd_rows", 2, 90): (
+        (16, 64, Tile(64, 64, 64, 4, 1)),
         (64, 64, Tile(64, 64, 64, 4)),
-        (32, 128, Tile(64, 64, 128, 4)),
+        (32, 128, Tile(64, 64, 128, 4, 1)),
         (64, 256, Tile(128, 64, 128, 8)),
     ),
     ("bwd_rows", 4, 90): (
-        (16, 64, Tile(64, 32, 32, 4)),
+        (16, 64, Tile(128, 32, 32, 8, 1)),
         (32, 128, Tile(64, 32, 64, 4, 1)),
         (64, 256, Tile(64, 32, 32, 4)),
     ),
@@ -116,13 +117,13 @@ _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
         (64, 256, Tile(32, 16, 32, 4)),
     ),
     ("bwd_keys", 2, 90): (
-        (16, 64, Tile(64, 64, 64, 4, 1)),
+        (16, 32, Tile(64, 64, 32, 4, 1)),
+        (16, 64, Tile(32, 64, 64, 4, 1)),
         (32, 128, Tile(32, 64, 128, 4, 1)),
         (64, 256, Tile(32, 64, 128, 4, 1), Tile(32, 64, 128, 4, 1)),
     ),
     ("bwd_keys", 4, 90): (
-        (16, 32, Tile(16, 64, 32, 4, 1)),
-        (16, 64, Tile(16, 64, 64, 4)),
+        (16, 64, Tile(32, 64, 64, 4, 1)),
         (32, 128, Tile(32, 64, 64, 4, 1), Tile(32, 64, 64, 4, 1)),
         (64, 256, Tile(32, 64, 32, 4, 1), Tile(32, 64, 32, 4, 1)),
     ),
@@ -141,12 +142,13 @@ _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
     ),
     ("bwd_bwd_rows", 2, 90): (
         (16, 64, Tile(64, 32, 64, 4, 1)),
-        (32, 128, Tile(64, 32, 64, 4), Tile(64, 32, 128, 4, 1)),
+        (32, 128, Tile(64, 32, 64, 4, 1), Tile(64, 32, 128, 4, 1)),
         (64, 256, Tile(64, 32, 32, 4, 1), Tile(64, 32, 128, 4, 1)),
     ),
     ("bwd_bwd_rows", 4, 90): (
-        (16, 64, Tile(64, 16, 32, 4, 1), Tile(64, 16, 32, 4, 1)),
-        (32, 128, Tile(64, 16, 64, 4, 1), Tile(64, 16, 64, 4, 1)),
+        (16, 32, Tile(64, 16, 32, 4, 1), Tile(64, 32, 32, 4, 1)),
+        (16, 64, Tile(64, 16, 32, 4, 1), Tile(64, 16, 64, 4, 1)),
+        (32, 128, Tile(64, 16, 64, 4, 1), Tile(64, 32, 32, 4, 1)),
         (64, 256, Tile(128, 16, 32, 8, 1), Tile(128, 16, 64, 8, 1)),
     ),
     ("bwd_bwd_rows", 2, 80): (
@@ -168,7 +170,8 @@ _TABLE: dict[tuple[str, int, int], tuple[Entry, ...]] = {
         (64, 256, Tile(16, 64, 128, 4, 1), Tile(32, 64, 128, 4, 1)),
     ),
     ("bwd_bwd_keys", 4, 90): (
-        (16, 64, Tile(16, 64, 32, 4, 1), Tile(16, 64, 64, 4, 1)),
+        (16, 32, Tile(16, 64, 32, 4, 1), Tile(32, 64, 32, 4, 1)),
+        (16, 64, Tile(16, 64, 64, 4, 1), Tile(16, 64, 64, 4, 1)),
         (32, 128, Tile(16, 64, 32, 4, 1), Tile(16, 64, 128, 4, 1)),
         (64, 256, Tile(32, 32, 16, 4, 1), Tile(16, 64, 64, 4, 1)),
     ),
@@ -269,7 +272,7 @@ _HEADS: dict[tuple[str, int, int], tuple[Entry, ...]] = {
         (64, 64, Tile(64, 32, 64, 4, 1)),
         (128, 128, Tile(32, 16, 64, 4, 1), Tile(128, 32, 64, 8, 1)),
     ),
-    ("bwd_bwd_rows", 4, 90): ((64, 64, Tile(64, 16, 32, 4, 1), Tile(64, 16, 32, 4, 1)),),
+    ("bwd_bwd_rows", 4, 90): ((64, 64, Tile(64, 16, 32, 4, 1), Tile(128, 16, 64, 8, 1)),),
     ("bwd_bwd_keys", 2, 90): (
         (64, 64, Tile(32, 64, 64, 4, 1)),
         (128, 128, Tile(16, 128, 64, 8, 1), Tile(16, 128, 64, 8, 1)),
@@ -321,7 +324,9 @@ def passes(kernel: str, e: int, q: Tensor, kind: Operands) -> tuple[Pass, ...]:
 @functools.cache
 def _passes(kernel: str, itemsize: int, capability: int, d: int, e: int, kind: Operands) -> tuple[Pass, ...]:
     entries = _entries(kind, kernel, itemsize, capability)
-    return _passes_of(kernel, next(entry for entry in entries if d <= entry[0] and e <= entry[1]), e)
+    found = _passes_of(kernel, next(entry for entry in entries if d <= entry[0] and e <= entry[1]), e)
+    # In float32 gq, which is as wide as q, is computed from g_dO, in half precision g_dO from sums that gq needs.
+    return found[::-1] if kernel == "bwd_bwd_rows" and itemsize == 4 else found
 
 
 def parts_of_rows(one: Pass, b: int, n: int, m: int, device: torch.device) -> int:

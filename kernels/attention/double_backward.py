@@ -2,6 +2,10 @@
 
 The logits are multiplied in the precision LOGITS of the forward pass, whose sums P is recomputed from: rows of P that
 do not sum to 1 would cost more than the rounding of all other products.
+
+In float32 the program that owns rows walks over the keys once for g_dO and once for gq, which needs rowsum(P * B) =
+rowsum(dO * g_dO). In half precision O and g_dO are rounded too much for such sums: a walk before those of the outputs
+adds up the entries of the maps.
 """
 
 from __future__ import annotations
@@ -11,18 +15,21 @@ import triton.language as tl
 
 from fastgan.kernels.attention.tiles import (
     LOG2E,
+    eighths,
     end_of_keys,
+    load_rows,
     load_tile,
     masked,
     multiple,
     other_slabs,
+    probabilities,
     row_delta,
     row_stats,
     rows_of_part,
     sink_share,
     store_tile,
 )
-from fastgan.kernels.precision import dot, narrow
+from fastgan.kernels.precision import dot, dot_of_map, narrow
 
 
 @triton.jit
@@ -35,6 +42,7 @@ def attention_bwd_bwd_rows_kernel(
     N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
     LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
+    WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     ggq_sb, ggq_sn = multiple(ggq_sb, UNIT), multiple(ggq_sn, UNIT)
@@ -75,81 +83,111 @@ def attention_bwd_bwd_rows_kernel(
     ggq = load_tile(ggq_ptr + image * ggq_sb, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
     top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
     sums = sums_ptr + batch * N + rows
+    # Entries that a thread has are summed in the loops, [R, 8], and threads add up theirs at the end.
+    a_parts = tl.zeros([R, 8], tl.float32)  # rowsum(A * P)
+    a_sink = tl.zeros([R], tl.float32)
+    sink = tl.zeros([R], tl.float32)
+    if sinks is not None:  # one more key, with c = -delta and no value
+        sinks_base, gg_sinks_base = sinks
+        sink += sink_share(sinks_base + head, top, log_total)
+        a_sink += sink * tl.load(gg_sinks_base + head)
     if QK:
         do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
         delta = row_delta(do_base, o_ptr + image * o_sb, rows, do_sn, do_se, o_sn, o_se, N, e, E, SLAB)
-        a_row = tl.zeros([R], tl.float32)  # rowsum(A * P)
-        if HALF:
-            pc_row = tl.zeros([R], tl.float32)  # rowsum(P * c), the rounding of delta
-        pac_row = tl.zeros([R], tl.float32)  # rowsum(P * A * c)
-        ph_row = tl.zeros([R], tl.float32)  # rowsum(P * (dO ggv^T))
-        if sinks is not None:  # one more key, with c = -delta and no value
-            sinks_base, gg_sinks_base = sinks
-            a_row += sink_share(sinks_base + head, top, log_total) * tl.load(gg_sinks_base + head)
-            pac_row -= a_row * delta
-            if HALF:
-                pc_row -= sink_share(sinks_base + head, top, log_total) * delta
-        for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
-            keys = start + tl.arange(0, C)
-            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
-            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
-            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
-            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
-            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
-            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-            p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
-            p = tl.where(keys[None, :] < M, p, 0.0)
-            a_map = dot(ggq, tl.trans(k), None, PRECISION)
-            a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale
-            pa = p * a_map
-            a_row += tl.sum(pa, 1)
-            dp = dot(do, tl.trans(v), None, PRECISION)
-            dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
-            c = dp - delta[:, None]
-            if HALF:
-                pc_row += tl.sum(p * c, 1)
-            pac_row += tl.sum(pa * c, 1)
-            h = dot(do, tl.trans(ggv), None, PRECISION)
-            h = other_slabs(h, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION)
-            ph_row += tl.sum(p * h, 1)
-        b_row = pac_row + ph_row  # rowsum(P * B)
-        if HALF:
-            delta += pc_row
-            b_row -= pc_row * a_row
-        tl.store(sums, delta, mask=rows < N)
-        tl.store(sums + plane, a_row, mask=rows < N)
-        tl.store(sums + 2 * plane, b_row, mask=rows < N)
-        gq = tl.zeros([R, D], tl.float32)
-    else:
-        a_row = tl.load(sums + plane, mask=rows < N, other=0.0)
-
     if V:
         g_do = tl.zeros([R, SLAB], tl.float32)
-    for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
-        keys = start + tl.arange(0, C)
-        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
-        ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d)  # [C, D]
-        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
-        ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e)  # [C, SLAB]
-        s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
-        s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-        p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
-        p = tl.where(keys[None, :] < M, p, 0.0)
-        a_map = dot(ggq, tl.trans(k), None, PRECISION)
-        a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - a_row[:, None]
-        if V:
-            g_do = dot(narrow(p, ggv.dtype), ggv, g_do, PRECISION)
-            g_do = dot(narrow(p * a_map, v.dtype), v, g_do, PRECISION)
-        if QK:
+    if V and not HALF:
+        # One walk, as O is exact enough for E V = (P * A) V - a O. Of A its mean over the first keys is subtracted, so
+        # that less cancels.
+        first = tl.arange(0, C)
+        mean_key = tl.sum(load_tile(k_base, first, cols_d, k_sm, k_sd, M, d), 0) / tl.minimum(C, M)
+        mean_ggk = tl.sum(load_tile(ggk_base, first, cols_d, ggk_sm, ggk_sd, M, d), 0) / tl.minimum(C, M)
+        mean_a = tl.sum(ggq * mean_key[None, :] + q * mean_ggk[None, :], 1) * scale
+        for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
+            keys = start + tl.arange(0, C)
+            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
+            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
+            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
+            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
+            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
+            p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
+            g_do = dot_of_map(p, ggv, g_do, PRECISION)
+            a_map = dot(ggq, tl.trans(k), None, PRECISION)
+            a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - mean_a[:, None]
+            pa = p * a_map
+            a_parts += eighths(pa)
+            g_do = dot_of_map(pa, v, g_do, PRECISION)
+        o = load_tile(o_ptr + image * o_sb, rows, cols_e, o_sn, o_se, N, e)  # [R, SLAB]
+        a_row = tl.sum(a_parts, 1) + a_sink - sink * mean_a
+        g_do -= a_row[:, None] * o
+        a_row += mean_a
+        if tl.program_id(1) == 0:
+            tl.store(sums + plane, a_row, mask=rows < N)
+    elif QK and HALF:
+        pc_parts = tl.zeros([R, 8], tl.float32)  # rowsum(P * c), the rounding of delta
+        b_parts = tl.zeros([R, 8], tl.float32)  # rowsum(P * B)
+        for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
+            keys = start + tl.arange(0, C)
+            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
+            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
+            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
+            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
+            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
+            p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
+            a_map = dot(ggq, tl.trans(k), None, PRECISION)
+            a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale
+            a_parts += eighths(p * a_map)
             dp = dot(do, tl.trans(v), None, PRECISION)
             dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
             c = dp - delta[:, None]
-            gq = dot(narrow(p * c, ggk.dtype), ggk, gq, PRECISION)
-            b_map = dot(do, tl.trans(ggv), a_map * c, PRECISION)
-            b_map = other_slabs(
-                b_map, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION
-            )
-            gq = dot(narrow(p * (b_map - b_row[:, None]), k.dtype), k, gq, PRECISION)
+            pc_parts += eighths(p * c)
+            h = dot(do, tl.trans(ggv), None, PRECISION)
+            h = other_slabs(h, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION)
+            b_parts += eighths(p * (a_map * c + h))
+        a_row = tl.sum(a_parts, 1) + a_sink
+        pc_row = tl.sum(pc_parts, 1) - sink * delta
+        b_row = tl.sum(b_parts, 1) - a_sink * delta - pc_row * a_row
+        delta += pc_row
+        tl.store(sums + plane, a_row, mask=rows < N)
+    else:
+        a_row = tl.load(sums + plane, mask=rows < N, other=0.0)
+    if QK:
+        if V and not HALF:  # rowsum(P * B) = rowsum(dO * g_dO)
+            b_row = tl.sum(do * g_do, 1)
+        elif not HALF:
+            g_do_base = g_do_ptr + image * g_do_sb
+            b_row = row_delta(do_base, g_do_base, rows, do_sn, do_se, g_do_sn, g_do_se, N, e, E, SLAB)
+        tl.store(sums, delta, mask=rows < N)
+        tl.store(sums + 2 * plane, b_row, mask=rows < N)
+        gq = tl.zeros([R, D], tl.float32)
+
+    if QK or HALF:
+        for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
+            keys = start + tl.arange(0, C)
+            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
+            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
+            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
+            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
+            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
+            p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
+            a_map = dot(ggq, tl.trans(k), None, PRECISION)
+            a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - a_row[:, None]
+            if HALF and V:
+                g_do = dot_of_map(narrow(p, ggv.dtype), ggv, g_do, PRECISION)
+                g_do = dot_of_map(narrow(p * a_map, v.dtype), v, g_do, PRECISION)
+            if QK:
+                dp = dot(do, tl.trans(v), None, PRECISION)
+                dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
+                c = dp - delta[:, None]
+                gq = dot_of_map(narrow(p * c, ggk.dtype), ggk, gq, PRECISION)
+                b_map = dot(do, tl.trans(ggv), a_map * c - b_row[:, None], PRECISION)
+                b_map = other_slabs(
+                    b_map, do_base, rows, do_sn, do_se, N, ggv_base, keys, ggv_sm, ggv_se, M, e, E, SLAB, PRECISION
+                )
+                gq = dot_of_map(narrow(p * b_map, k.dtype), k, gq, PRECISION)
     if V:
         store_tile(g_do_ptr + image * g_do_sb, g_do, rows, cols_e, g_do_sn, g_do_se, N, e)
     if QK:
@@ -166,7 +204,7 @@ def attention_bwd_bwd_keys_kernel(
     N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
     LOGITS: tl.constexpr, QK: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr = False,
-    UNIT: tl.constexpr = 1,
+    UNIT: tl.constexpr = 1, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     ggq_sb, ggq_sn = multiple(ggq_sb, UNIT), multiple(ggq_sn, UNIT)
@@ -214,32 +252,31 @@ def attention_bwd_bwd_keys_kernel(
     begin, end = rows_of_part(N, blocks, R, C, PARTS, CAUSAL)
     for start in range(begin, end, R):
         rows = start + tl.arange(0, R)
-        inside = rows < N
-        q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
-        ggq = load_tile(ggq_base, rows, cols_d, ggq_sn, ggq_sd, N, d)  # [R, D]
-        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
-        top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
-        sums = sums_ptr + batch * N + rows
-        a_row = tl.load(sums + plane, mask=inside, other=0.0)
+        q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d, WHOLE)  # [R, D]
+        ggq = load_tile(ggq_base, rows, cols_d, ggq_sn, ggq_sd, N, d, WHOLE)  # [R, D]
+        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e, WHOLE)  # [R, SLAB]
+        top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane, WHOLE)
+        sums = sums_ptr + batch * N
+        a_row = load_rows(sums + plane, rows, N, WHOLE)
         s = dot(k, tl.trans(q), None, LOGITS)  # [C, R]
         s = masked(s, heads, mask, batch, rows[None, :], keys[:, None], scale, N, M, CAUSAL)
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
         a_map = dot(k, tl.trans(ggq), None, PRECISION)
         a_map = dot(ggk, tl.trans(q), a_map, PRECISION) * scale - a_row[None, :]
         if V:
-            gv = dot(narrow(p * a_map, do.dtype), do, gv, PRECISION)
+            gv = dot_of_map(narrow(p * a_map, do.dtype), do, gv, PRECISION)
         if QK:
-            delta = tl.load(sums, mask=inside, other=0.0)
-            b_row = tl.load(sums + 2 * plane, mask=inside, other=0.0)
+            delta = load_rows(sums, rows, N, WHOLE)
+            b_row = load_rows(sums + 2 * plane, rows, N, WHOLE)
             dp = dot(v, tl.trans(do), None, PRECISION)
             dp = other_slabs(dp, v_base, keys, v_sm, v_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION)
             c = dp - delta[None, :]
-            gk = dot(narrow(p * c, ggq.dtype), ggq, gk, PRECISION)
-            b_map = dot(ggv, tl.trans(do), a_map * c, PRECISION)
+            gk = dot_of_map(narrow(p * c, ggq.dtype), ggq, gk, PRECISION)
+            b_map = dot(ggv, tl.trans(do), a_map * c - b_row[None, :], PRECISION)
             b_map = other_slabs(
                 b_map, ggv_base, keys, ggv_sm, ggv_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION
             )
-            gk = dot(narrow(p * (b_map - b_row[None, :]), q.dtype), q, gk, PRECISION)
+            gk = dot_of_map(narrow(p * b_map, q.dtype), q, gk, PRECISION)
     if QK:
         store_tile(gk_ptr + image * gk_sb, gk * scale, keys, cols_d, gk_sm, gk_sd, M, d)
     if V:

@@ -10,6 +10,8 @@ the strides from head to head of all operands. Logits are then multiplied by ``s
 and a row that sees no key is 0. ``mask`` is None or a pointer and four strides. A sink is one more key with a logit of
 its own and no value: it takes part only in the sums over a row.
 
+WHOLE says that the tiles which a program walks over end with the last key or row, so that none needs a mask.
+
 Shapes in comments: R query rows and C keys of a tile, D the padded channels of q and k, E those of all slabs of v.
 """
 
@@ -21,17 +23,19 @@ import triton.language as tl
 from fastgan.kernels.attention.tiles import (
     LOG2E,
     end_of_keys,
+    load_rows,
     load_tile,
     masked,
     multiple,
     other_slabs,
+    probabilities,
     row_delta,
     row_stats,
     rows_of_part,
     sink_share,
     store_tile,
 )
-from fastgan.kernels.precision import dot, narrow
+from fastgan.kernels.precision import dot, dot_of_map, narrow
 
 
 @triton.jit
@@ -40,7 +44,7 @@ def attention_fwd_kernel(
     q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se,
     N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
+    CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     q_sb, q_sn = multiple(q_sb, UNIT), multiple(q_sn, UNIT)
@@ -73,10 +77,11 @@ def attention_fwd_kernel(
     acc = tl.zeros([R, SLAB], tl.float32)
     for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
         keys = start + tl.arange(0, C)
-        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
+        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
         s = dot(q, tl.trans(k), None, PRECISION)  # [R, C]
         s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-        s = tl.where(keys[None, :] < M, s, float("-inf"))
+        if not WHOLE:
+            s = tl.where(keys[None, :] < M, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         finite_top = new_top
         if heads is not None:  # -inf as long as all keys are masked
@@ -84,8 +89,8 @@ def attention_fwd_kernel(
         p = tl.exp2((s - finite_top[:, None]) * scale_log2)
         shrink = tl.exp2((top - finite_top) * scale_log2)
         total = total * shrink + tl.sum(p, 1)
-        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
-        acc = dot(narrow(p, v.dtype), v, acc * shrink[:, None], PRECISION)
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
+        acc = dot_of_map(narrow(p, v.dtype), v, acc * shrink[:, None], PRECISION)
         top = new_top
     if heads is not None:  # a row without a key: P = 0 and O = 0
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -103,7 +108,7 @@ def attention_bwd_rows_kernel(
     do_sb, do_sn, do_se, q_sb, q_sn, q_sd, k_sb, k_sm, k_sd, v_sb, v_sm, v_se, o_sb, o_sn, o_se, dq_sb, dq_sn, dq_sd,
     N, M, d, e, scale, plane, heads, mask, sinks,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1,
+    CAUSAL: tl.constexpr = False, UNIT: tl.constexpr = 1, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
@@ -146,20 +151,19 @@ def attention_bwd_rows_kernel(
         first_key = tl.load(k_base + cols_d.to(tl.int64) * k_sd, mask=cols_d < d, other=0.0)
     for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
         keys = start + tl.arange(0, C)
-        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d)  # [C, D]
-        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e)  # [C, SLAB]
+        k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
+        v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
         s = dot(q, tl.trans(k), None, PRECISION)  # [R, C]
         s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-        p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
-        p = tl.where(keys[None, :] < M, p, 0.0)
+        p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
         dp = dot(do, tl.trans(v), None, PRECISION)  # [R, C]
         dp = other_slabs(dp, do_base, rows, do_sn, do_se, N, v_base, keys, v_sm, v_se, M, e, E, SLAB, PRECISION)
         ds = p * (dp - delta[:, None])
         if not HALF:
             k -= first_key[None, :]
-        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
+        dq = dot_of_map(narrow(ds, k.dtype), k, dq, PRECISION)
         if HALF:
-            mean_key = dot(narrow(p, k.dtype), k, mean_key, PRECISION)
+            mean_key = dot_of_map(narrow(p, k.dtype), k, mean_key, PRECISION)
             missing += tl.sum(ds, 1)
     if HALF:
         dq -= missing[:, None] * mean_key
@@ -178,7 +182,7 @@ def attention_bwd_keys_kernel(
     N, M, d, e, scale, plane, heads, mask,
     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SLAB: tl.constexpr, PRECISION: tl.constexpr,
     QK: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, CAUSAL: tl.constexpr = False,
-    UNIT: tl.constexpr = 1,
+    UNIT: tl.constexpr = 1, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     d, e = multiple(d, UNIT), multiple(e, UNIT)
     do_sb, do_sn = multiple(do_sb, UNIT), multiple(do_sn, UNIT)
@@ -217,20 +221,20 @@ def attention_bwd_keys_kernel(
     begin, end = rows_of_part(N, blocks, R, C, PARTS, CAUSAL)
     for start in range(begin, end, R):
         rows = start + tl.arange(0, R)
-        q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d)  # [R, D]
-        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e)  # [R, SLAB]
-        top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane)
+        q = load_tile(q_base, rows, cols_d, q_sn, q_sd, N, d, WHOLE)  # [R, D]
+        do = load_tile(do_base, rows, cols_e, do_sn, do_se, N, e, WHOLE)  # [R, SLAB]
+        top, log_total = row_stats(stats_ptr + batch * N, rows, N, plane, WHOLE)
         s = dot(k, tl.trans(q), None, PRECISION)  # [C, R]
         s = masked(s, heads, mask, batch, rows[None, :], keys[:, None], scale, N, M, CAUSAL)
         p = tl.exp2((s - top[None, :]) * scale_log2 - log_total[None, :])
         if V:
-            dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
+            dv = dot_of_map(narrow(p, do.dtype), do, dv, PRECISION)
         if QK:
-            delta = tl.load(delta_ptr + batch * N + rows, mask=rows < N, other=0.0)
+            delta = load_rows(delta_ptr + batch * N, rows, N, WHOLE)
             dp = dot(v, tl.trans(do), None, PRECISION)  # [C, R]
             dp = other_slabs(dp, v_base, keys, v_sm, v_se, M, do_base, rows, do_sn, do_se, N, e, E, SLAB, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = dot(narrow(ds, q.dtype), q, dk, PRECISION)
+            dk = dot_of_map(narrow(ds, q.dtype), q, dk, PRECISION)
     if QK:
         store_tile(dk_ptr + image * dk_sb, dk * scale, keys, cols_d, dk_sm, dk_sd, M, d)
     if V:

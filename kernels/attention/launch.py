@@ -68,6 +68,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, heads: Heads | 
             PRECISION=input_precision(q.dtype),
             CAUSAL=heads is not None and heads.is_causal,
             UNIT=_unit(q, k, v, o),
+            WHOLE=m % one.tile.keys == 0,
         )
     return o, stats
 
@@ -125,6 +126,7 @@ def attention_bwd(
             sinks,
         ),
         E=_of_slabs(e, one.tile),
+        WHOLE=m % one.tile.keys == 0,
         **constants,
     )
     for one, count in zip(over_keys, parts, strict=True):
@@ -146,6 +148,7 @@ def attention_bwd(
                 *_of_heads(heads, grad_o, q, k, v, *first),
             ),
             E=_of_slabs(e, one.tile),
+            WHOLE=n % one.tile.rows == 0,
             **constants,
             **one.outputs,
             PARTS=count,
@@ -234,6 +237,7 @@ def bwd_bwd_and_sums(
             ),
             PRECISION="ieee" if one.tile.scalar else logits,
             E=_of_slabs(e, one.tile),
+            WHOLE=m % one.tile.keys == 0,
             **constants,
             **one.outputs,
         )
@@ -255,6 +259,7 @@ def bwd_bwd_and_sums(
             ),
             PRECISION="ieee" if one.tile.scalar else logits,
             E=_of_slabs(e, one.tile),
+            WHOLE=n % one.tile.rows == 0,
             **constants,
             **one.outputs,
             PARTS=count,

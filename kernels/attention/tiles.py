@@ -17,10 +17,21 @@ def multiple(x, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, rows, cols, stride_row, stride_col, n_rows, n_cols):
-    """Load base[rows, cols], zero outside n_rows x n_cols."""
+def load_tile(base, rows, cols, stride_row, stride_col, n_rows, n_cols, WHOLE: tl.constexpr = False):
+    """Load base[rows, cols], zero outside n_rows x n_cols. All rows are inside if WHOLE."""
     pointers = base + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
-    return tl.load(pointers, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.0)
+    inside = cols[None, :] < n_cols
+    if not WHOLE:
+        inside = (rows[:, None] < n_rows) & inside
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(base, rows, n_rows, WHOLE: tl.constexpr = False):
+    """Load base[rows], one number of each row, zero from n_rows on. All rows are before it if WHOLE."""
+    if WHOLE:
+        return tl.load(base + rows)
+    return tl.load(base + rows, mask=rows < n_rows, other=0.0)
 
 
 @triton.jit
@@ -32,10 +43,9 @@ def store_tile(base, tile, rows, cols, stride_row, stride_col, n_rows, n_cols):
 
 
 @triton.jit
-def row_stats(base, rows, N, plane):
+def row_stats(base, rows, N, plane, WHOLE: tl.constexpr = False):
     """The largest logit of each row, and log2(sum(exp(scale (logit - largest))))."""
-    top = tl.load(base + rows, mask=rows < N, other=0.0)
-    return top, tl.load(base + plane + rows, mask=rows < N, other=0.0) * LOG2E
+    return load_rows(base, rows, N, WHOLE), load_rows(base + plane, rows, N, WHOLE) * LOG2E
 
 
 @triton.jit
@@ -55,6 +65,22 @@ def masked(s, heads, mask, batch, rows, keys, scale, N, M, CAUSAL: tl.constexpr)
         if CAUSAL:
             s = tl.where(keys <= rows, s, float("-inf"))
     return s
+
+
+@triton.jit
+def probabilities(s, top, log_total, scale_log2, keys, M, WHOLE: tl.constexpr):
+    """P of logits s [R, C]; 0 for keys past M, of which there are none if the tiles are WHOLE."""
+    p = tl.exp2((s - top[:, None]) * scale_log2 - log_total[:, None])
+    if not WHOLE:
+        p = tl.where(keys[None, :] < M, p, 0.0)
+    return p
+
+
+@triton.jit
+def eighths(x):
+    """Sums over every eighth entry of the rows of x [R, C]: [R, 8]. A thread has all terms of each if x is a product's
+    result."""
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 1)
 
 
 @triton.jit
