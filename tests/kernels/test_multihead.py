@@ -71,6 +71,25 @@ def test_rows_that_several_programs_share(case, device, monkeypatch):
     assert min(counts) > 1
 
 
+@pytest.mark.parametrize(
+    ("case", "shares_rows", "dtype"),
+    [
+        ("causal", False, torch.bfloat16),
+        ("causal", True, torch.float32),
+        ("boolean", False, torch.float32),
+        ("boolean", True, torch.bfloat16),
+    ],
+)
+def test_whole_tiles_need_no_mask_for_the_end_of_the_map(case, shares_rows, dtype, device, monkeypatch):
+    if shares_rows:
+        monkeypatch.setattr(config, "LEAST_TURNS", 1)
+    inputs = [x.to(device) for x in head_operands(1, 2, 1, 128, 128, 8, 16, dtype)]
+    options, full = (
+        {name: x if x is True else x.to(device) for name, x in o.items()} for o in masks(case, 1, 2, 128, 128)
+    )
+    assert_passes_match(inputs, options, full)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("d", "e"), [(72, 33), (128, 256), (12, 130)])
 def test_many_channels(d, e, dtype, device):
