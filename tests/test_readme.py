@@ -44,6 +44,12 @@ def test_snippets_run(document, tmp_path, monkeypatch):
         exec(compile(snippet, document, "exec"), namespace)
 
 
+@pytest.mark.parametrize("use", [0, 2], ids=["layers", "evaluation"])
+def test_a_snippet_of_the_readme_runs_by_itself(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippets_of("README.md")[use], "README.md", "exec"), {"__name__": "document"})
+
+
 def test_every_document_with_snippets_is_tested():
     documents = [
         *ROOT.glob("*.md"),
