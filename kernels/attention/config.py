@@ -8,8 +8,8 @@ cut into slabs rather than the tile. float32 operands are split into three TF32 
 their tiles are smaller. A double backward that has no registers for the parts multiplies in float32 proper.
 
 Among the tiles that compile, sm_90's are those that ``python -m fastgan.kernels.report --model`` ranks first: four
-warps on 64 rows, since eight warps are two groups that share the narrow side of the product, and a single pipeline
-stage only if two would halve the programs that a multiprocessor holds.
+warps for each 64 rows, since eight warps on 64 are two groups that share the narrow side of the product, and mostly a
+single pipeline stage, which leaves room for more programs on a multiprocessor.
 """
 
 from __future__ import annotations
