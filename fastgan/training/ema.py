@@ -58,6 +58,9 @@ class EMA:
         torch.Size([1, 2])
     """
 
+    REACHED_TWICE = ("_averaged", "_copied")
+    """Attributes of tensors that ``module`` has too: a captured step looks at them there, by their names."""
+
     def __init__(
         self, model: nn.Module, decay: float, *, buffers: Sequence[str] = ("running_mean", "running_var")
     ) -> None:

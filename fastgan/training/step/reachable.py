@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._random_state import GENERATORS
+from fastgan.training.ema import EMA
 
 LIMIT = 100_000
 MISSING = object()
@@ -162,6 +163,8 @@ class Reachable:
             _put(self.containers, path, attributes)
             self._seen.add(id(attributes))
             for key, item in list(attributes.items()):
+                if isinstance(value, EMA) and key in EMA.REACHED_TWICE:
+                    continue
                 if isinstance(value, nn.Module) and key in _PER_MODULE:
                     _put(self.containers, f"{path}.{key}", item)
                     yield from ((f"{path}.{name}", held) for name, held in list(item.items()))
