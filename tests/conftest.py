@@ -2,11 +2,6 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; read when torch and NumPy are first imported
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-    )
-
 import torch
 
 if not torch.cuda.is_available():
