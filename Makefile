@@ -14,16 +14,19 @@ NUMPY_2.11.0 := "numpy<2.4"
 # What every torch brings along; a wheel that bundled a second copy would not work with it.
 FROM_TORCH := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so libcudart.so.* libcublas.so.* libcublasLt.so.*
 
-.PHONY: demo test test-fast kernels matrix sanitize sanitize-cpu aarch64 bench lint docs wheel gpu clean
+.PHONY: demo test test-fast test-builds kernels matrix sanitize sanitize-cpu aarch64 bench lint docs wheel gpu clean
 
 demo: $(VENV)/demo.stamp  ## train a small GAN on real images, score it, time fastgan against eager references
 	$(BIN)/fastgan demo --out out/demo
 
-test: $(VENV)/dev.stamp  ## the whole suite
-	$(PYTEST)
+test: $(VENV)/dev.stamp  ## the suite, without what compiles for minutes
+	$(PYTEST) -m "not build"
 
 test-fast: $(VENV)/dev.stamp  ## the suite without its slow tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not build and not slow"
+
+test-builds: $(VENV)/dev.stamp  ## tests that compile for minutes: sanitizers, the CUDA half on a CPU, wheels, the cost model
+	$(PYTEST) -m build
 
 kernels: $(VENV)/dev.stamp  ## every Triton kernel configuration, compiled for GPUs that need not be here: none may spill in a loop
 	TRITON_INTERPRET=0 $(BIN)/python -W ignore -m fastgan.kernels.report --rows

@@ -156,7 +156,7 @@ def test_the_version_without_git_is_that_of_the_source_distribution_or_a_fallbac
     assert setup_py(tree, "--version", FASTGAN_EXTENSION="0").stdout.strip() == "4.5.6"
 
 
-@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_cuda_half_that_does_not_compile_leaves_the_cpu_half(tree, tmp_path):
     nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
@@ -241,7 +241,7 @@ def test_missing_compiler_gives_a_pure_python_installation(tree, tmp_path):
     assert "WARNING: installing without the C++ extension: building it failed" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.usefixtures("needs_wheel")
 def test_wheel_with_the_extension(tree):

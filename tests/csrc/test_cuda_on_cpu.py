@@ -43,6 +43,7 @@ def test_translation():
     )
 
 
+@pytest.mark.build
 @needs("asan")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_clean_and_right_under_address_sanitizer(seed):
@@ -51,6 +52,7 @@ def test_clean_and_right_under_address_sanitizer(seed):
     assert_clean(cuda_on_cpu.check(library, sanitizer="asan", environment=environment), least=100)
 
 
+@pytest.mark.build
 @needs("asan")
 def test_right_within_a_cuda_graph():
     library = cuda_on_cpu.build(cuda_on_cpu.ADDRESS)
@@ -59,15 +61,15 @@ def test_right_within_a_cuda_graph():
     assert_clean(cuda_on_cpu.check(library, *operators, sanitizer="asan", environment=environment))
 
 
+@pytest.mark.build
 @needs("tsan")
-@pytest.mark.slow
 def test_no_race_under_thread_sanitizer():
     library = cuda_on_cpu.build(cuda_on_cpu.THREAD)
     assert_clean(cuda_on_cpu.check(library, *cuda_on_cpu.RACES, sanitizer="tsan"))
 
 
+@pytest.mark.build
 @needs("asan")
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault):
     library = cuda_on_cpu.build(cuda_on_cpu.ADDRESS, FAULTS[fault])

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.skipif(shutil.which("make") is None or shutil.which("c++") is None, reason="needs make and a C++ compiler")
 def test_iterations_are_clean_and_right():
     command = ["make", "--no-print-directory", "sanitize-cpu", "CXX=c++"]
@@ -22,7 +22,7 @@ def test_iterations_are_clean_and_right():
     assert done.stdout.count("\nok ") > 30
 
 
-@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.skipif(
     not all(map(shutil.which, ("make", "aarch64-linux-gnu-g++", "qemu-aarch64-static"))),
     reason="needs make, a cross compiler for aarch64 and qemu",

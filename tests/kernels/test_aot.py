@@ -28,6 +28,7 @@ def rows_of(module, *arguments):
     return json.loads(result.stdout)
 
 
+@pytest.mark.build
 def test_the_tiles_of_projections_and_spectral_norm():
     rows = rows_of("fastgan.kernels.report", "--json", "--rows", "--op", "projection", "--op", "spectral_norm")
     assert {(row["op"], row["capability"]) for row in rows} == {
@@ -49,6 +50,7 @@ def test_rows_leave_out_no_tile(capability):
         assert len(rows) < len(every)
 
 
+@pytest.mark.build
 def test_the_launches_of_blocks_of_odd_images():
     """The table holds for operands that can be loaded 16 bytes at once: the launchers see to it."""
     choice = ("--channels", "96", "--blocks", "simple", "--layouts", "channels-first", "--heights", "33")

@@ -86,7 +86,7 @@ MISSED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.build
 def test_no_launch_of_the_table_is_far_from_its_floor():
     command = [sys.executable, "-W", "ignore", "-m", "fastgan.kernels.report", "--model", "--json", "--processes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
