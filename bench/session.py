@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from bench import limits
 from fastgan.bench import Record, Run, Workload, environment, run, write_run
 
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
+DISPENSABLE = ("20 %", "80 %", "first call", "error", "images/s")
+"""Columns that a narrow console goes without, in this order; the JSON file has their values."""
 
 
 def load(suite: str, quick: bool, device: str) -> Iterable[Workload]:
@@ -92,7 +95,7 @@ class Session:
         return replace(workload, implementations={n: f for n, f in workload.implementations.items() if is_chosen(n)})
 
     def _print(self, records: list[Record]) -> None:
-        self.console.print(_table(records, self.baseline))
+        self.console.print(_table(records, self.baseline, self.console))
         for record in records:
             if record.failure:
                 self.console.print(f"  {record.implementation}: {record.failure}", style="dim", highlight=False)
@@ -107,7 +110,8 @@ def _failed(records: list[Record]) -> list[Record]:
     return [r for r in failed if r.own or r is references[r.workload]]
 
 
-def _table(records: list[Record], baseline: str | None) -> Table:
+def _table(records: list[Record], baseline: str | None, console: Console) -> Table:
+    """Make a table of the columns that have a value, without those of DISPENSABLE that the console is too narrow for."""
     against = next((r for r in records if r.implementation == baseline), None) if baseline else records[0]
     columns = {
         "median": lambda r: _time(r.median),
@@ -125,10 +129,18 @@ def _table(records: list[Record], baseline: str | None) -> Table:
     }
     timed = [r for r in records if r.median]
     used = {name: cell for name, cell in columns.items() if any(cell(r) for r in timed)}
-    table = Table("implementation", *used, title=records[0].workload)
-    for r in records:
-        table.add_row(r.implementation, *((cell(r) for cell in used.values()) if r.median else ("-",)))
-    return table
+
+    def with_columns() -> Table:
+        table = Table("implementation", *used, title=records[0].workload)
+        for r in records:
+            table.add_row(r.implementation, *((cell(r) for cell in used.values()) if r.median else ("-",)))
+        return table
+
+    for name in DISPENSABLE:
+        if Measurement.get(console, console.options.update(max_width=1000), with_columns()).maximum <= console.width:
+            break
+        used.pop(name, None)
+    return with_columns()
 
 
 def _time(seconds: float | None) -> str:

@@ -253,13 +253,13 @@ def _summarize(console: Any, out: Path, report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console.print("\nMedian times on this machine (sizes and quantiles are in report.json):")
-    speed = Table("work", "usual code", "its time", "fastgan", "times faster", "memory")
     for usual, own in _pairs(report):
-        times = [f"{1e3 * record['median']:.2f} ms" for record in (usual, own)]
-        memory = " / ".join(_memory(usual, own))
-        ratio = f"{usual['median'] / own['median']:.2f}"
-        speed.add_row(usual["workload"], usual["implementation"], *times, ratio, memory)
-    console.print(speed)
+        line = f"  {1e3 * own['median']:.4g} ms, {usual['implementation']} {1e3 * usual['median']:.4g} ms: "
+        line += f"{usual['median'] / own['median']:.1f} times faster"
+        if _memory(usual, own):
+            line += f"; {' instead of '.join(_memory(usual, own)[::-1])}"
+        console.print(own["workload"], highlight=False)
+        console.print(line)
     distance, quality = report["frechet_distance"], report["quality"]
     console.print(f"\nFrechet distance to held-out digits ({distance['backbone']}, N = {distance['n']}):")
     table = Table(show_header=False)
