@@ -33,6 +33,24 @@ from fastgan.kernels.precision import dot, dot_of_map, narrow
 
 
 @triton.jit
+def load_keys(
+    start, q, rows, top, log_total, k_base, k_sm, k_sd, ggk_base, ggk_sm, ggk_sd, v_base, v_sm, v_se,
+    ggv_base, ggv_sm, ggv_se, cols_d, cols_e, heads, mask, batch, scale, scale_log2, N, M, d, e,
+    C: tl.constexpr, LOGITS: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Load the C keys from ``start`` on with their values and the cotangents of both, and recompute their columns of P."""
+    keys = start + tl.arange(0, C)
+    k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
+    ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
+    v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
+    ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
+    s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
+    s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
+    p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)  # [R, C]
+    return keys, k, ggk, v, ggv, p
+
+
+@triton.jit
 def attention_bwd_bwd_rows_kernel(
     ggq_ptr, ggk_ptr, ggv_ptr, do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, stats_ptr,
     sums_ptr, g_do_ptr, gq_ptr,
@@ -104,14 +122,11 @@ def attention_bwd_bwd_rows_kernel(
         mean_ggk = tl.sum(load_tile(ggk_base, first, cols_d, ggk_sm, ggk_sd, M, d), 0) / tl.minimum(C, M)
         mean_a = tl.sum(ggq * mean_key[None, :] + q * mean_ggk[None, :], 1) * scale
         for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
-            keys = start + tl.arange(0, C)
-            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
-            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
-            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
-            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
-            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
-            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-            p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
+            keys, k, ggk, v, ggv, p = load_keys(
+                start, q, rows, top, log_total, k_base, k_sm, k_sd, ggk_base, ggk_sm, ggk_sd, v_base, v_sm, v_se,
+                ggv_base, ggv_sm, ggv_se, cols_d, cols_e, heads, mask, batch, scale, scale_log2, N, M, d, e,
+                C, LOGITS, CAUSAL, WHOLE,
+            )  # fmt: skip
             g_do = dot_of_map(p, ggv, g_do, PRECISION)
             a_map = dot(ggq, tl.trans(k), None, PRECISION)
             a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - mean_a[:, None]
@@ -128,14 +143,11 @@ def attention_bwd_bwd_rows_kernel(
         pc_parts = tl.zeros([R, 8], tl.float32)  # rowsum(P * c), the rounding of delta
         b_parts = tl.zeros([R, 8], tl.float32)  # rowsum(P * B)
         for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
-            keys = start + tl.arange(0, C)
-            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
-            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
-            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
-            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
-            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
-            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-            p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
+            keys, k, ggk, v, ggv, p = load_keys(
+                start, q, rows, top, log_total, k_base, k_sm, k_sd, ggk_base, ggk_sm, ggk_sd, v_base, v_sm, v_se,
+                ggv_base, ggv_sm, ggv_se, cols_d, cols_e, heads, mask, batch, scale, scale_log2, N, M, d, e,
+                C, LOGITS, CAUSAL, WHOLE,
+            )  # fmt: skip
             a_map = dot(ggq, tl.trans(k), None, PRECISION)
             a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale
             a_parts += eighths(p * a_map)
@@ -165,14 +177,11 @@ def attention_bwd_bwd_rows_kernel(
 
     if QK or HALF:
         for start in range(0, end_of_keys(M, blocks, R, CAUSAL), C):
-            keys = start + tl.arange(0, C)
-            k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
-            ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]
-            v = load_tile(v_base, keys, cols_e, v_sm, v_se, M, e, WHOLE)  # [C, SLAB]
-            ggv = load_tile(ggv_base, keys, cols_e, ggv_sm, ggv_se, M, e, WHOLE)  # [C, SLAB]
-            s = dot(q, tl.trans(k), None, LOGITS)  # [R, C]
-            s = masked(s, heads, mask, batch, rows[:, None], keys[None, :], scale, N, M, CAUSAL)
-            p = probabilities(s, top, log_total, scale_log2, keys, M, WHOLE)
+            keys, k, ggk, v, ggv, p = load_keys(
+                start, q, rows, top, log_total, k_base, k_sm, k_sd, ggk_base, ggk_sm, ggk_sd, v_base, v_sm, v_se,
+                ggv_base, ggv_sm, ggv_se, cols_d, cols_e, heads, mask, batch, scale, scale_log2, N, M, d, e,
+                C, LOGITS, CAUSAL, WHOLE,
+            )  # fmt: skip
             a_map = dot(ggq, tl.trans(k), None, PRECISION)
             a_map = dot(q, tl.trans(ggk), a_map, PRECISION) * scale - a_row[:, None]
             if HALF and V:
