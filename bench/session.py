@@ -111,7 +111,7 @@ def _failed(records: list[Record]) -> list[Record]:
 
 
 def _table(records: list[Record], baseline: str | None, console: Console) -> Table:
-    """Make a table of the columns that have a value, without those of DISPENSABLE that the console is too narrow for."""
+    """Make a table of the columns with values, without the DISPENSABLE ones that do not fit the console."""
     against = next((r for r in records if r.implementation == baseline), None) if baseline else records[0]
     columns = {
         "median": lambda r: _time(r.median),

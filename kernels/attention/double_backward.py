@@ -38,7 +38,7 @@ def load_keys(
     ggv_base, ggv_sm, ggv_se, cols_d, cols_e, heads, mask, batch, scale, scale_log2, N, M, d, e,
     C: tl.constexpr, LOGITS: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Load the C keys from ``start`` on with their values and the cotangents of both, and recompute their columns of P."""
+    """Load C keys from ``start`` on, their values and the cotangents of both; recompute their columns of P."""
     keys = start + tl.arange(0, C)
     k = load_tile(k_base, keys, cols_d, k_sm, k_sd, M, d, WHOLE)  # [C, D]
     ggk = load_tile(ggk_base, keys, cols_d, ggk_sm, ggk_sd, M, d, WHOLE)  # [C, D]

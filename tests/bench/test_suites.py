@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from rich.console import Console
 
 from bench import session
 from bench.bench_sqrtm import QUICK_SIZE, rank_deficient
@@ -72,3 +73,15 @@ def test_a_missing_package_is_no_failure_and_another_error_is(monkeypatch, tmp_p
 def workloads_of(suite, quick, device):
     yield from workloads(quick, device)
     yield Workload("broken", {"eager": lambda: 1, "fastgan": broken}, "eager", lambda result, expected: 0.0)
+
+
+@pytest.mark.parametrize(("width", "shows"), [(200, True), (60, False)])
+def test_a_narrow_table_drops_columns_and_breaks_no_cell(width, shows, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(session, "load", workloads_of)
+    console = Console(width=width)
+    session.Session(folder=tmp_path, quick=True, device="cpu", seconds=0.01, console=console).run_suite("sums")
+    printed = capsys.readouterr().out
+    assert "fastgan a" in printed
+    assert "median" in printed
+    assert "…" not in printed
+    assert ("20 %" in printed) == shows
