@@ -102,7 +102,10 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
         "dcgan64",
         (*_DIGITS, *_QUICK_ADAM, "model.resolution=64", "model.generator_width=16", "model.discriminator_width=16"),
     ),
-    "photos-dcgan": ("dcgan", (*_PHOTOS, "train.lr_generator=5e-4", "train.lr_discriminator=5e-4")),
+    "photos-dcgan": (
+        "dcgan",
+        (*_PHOTOS, "train.steps=4000", "train.batch_size=64", "train.ema_decay=0.995", "log.score_every=1000"),
+    ),
     "photos-csagan-w": ("csagan-w", (*_PHOTOS, *_QUICK_RMSPROP, *_FEWER_STEPS)),
 }
 """The recipe of each run, and the settings that make it small enough for a processor."""
