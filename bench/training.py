@@ -205,7 +205,7 @@ def judge(run: Run) -> dict[str, Any]:
         right = (predicted == labels).double()
         per_class = [right[labels == label].mean().item() for label in range(data.n_classes)]
         found |= {"agreement": right.mean().item(), "per_class": per_class}
-        summary = f"{right.mean().item():.1%} of generated images show the requested class"
+        summary = f"{right.mean().item():.1%} of generated images are of the class asked for"
     else:
         shares = torch.bincount(predicted, minlength=data.n_classes).double() / len(predicted)
         found["class_shares"] = shares.tolist()
