@@ -73,7 +73,7 @@ def precision_error(n: int, device: str) -> Workload:
 
 
 def many_small(classes: int, device: str) -> Workload:
-    """As many images as one class has, for each of many classes: in one batch, or one by one."""
+    """Frechet distances of many classes with few images each: in one batch, or one by one."""
     from fastgan.metrics import FeatureStats, frechet_distance, paired_frechet_distances
 
     n, dim = 40, 512

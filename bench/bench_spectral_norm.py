@@ -32,7 +32,7 @@ PASSES = {
 
 
 class OlderWeights(Weights):
-    """torch's older norm, whose hook runs in the forward of a layer."""
+    """torch's older norm, a hook before each layer's forward."""
 
     def forward(self) -> list[Tensor]:
         for layer in self.layers:
@@ -118,7 +118,7 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
 def workloads(quick: bool, device: str) -> Iterator[Workload]:
     """Three depths of differentiation for every network; ``quick`` takes the smallest.
 
-    torch.compile has no double backward, and takes minutes for the larger networks on a CPU: neither is asked of it.
+    torch.compile has no double backward and takes minutes for the larger networks on a CPU, so neither is run.
     """
     for name in ["sngan-32 critic"] if quick else NETWORKS:
         variants = networks(name, device, by_name=not quick)

@@ -19,7 +19,7 @@ def regressions(old: Run, new: Run) -> list[str]:
     median grew by at least 5 % (20 % if either is a single run).
 
     Raises:
-        RecordError: the runs are of different devices, or have nothing in common.
+        RecordError: the runs come from different devices, or have nothing in common.
     """
     devices = old.environment["device"], new.environment["device"]
     if devices[0] != devices[1]:

@@ -42,8 +42,8 @@ def main(
     ] = False,
 ) -> None:
     """Faster attention, spectral norms, train steps and FID for GANs in PyTorch."""
-    if "torch" not in sys.modules:  # whose OpenMP reads this when it is loaded
-        # On a machine with other work, threads that wait actively take the processor from the one that they wait for.
+    if "torch" not in sys.modules:  # OpenMP reads this when torch is loaded
+        # On a busy machine, threads that spin while they wait take the processor from the thread that they wait for.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-# Typer has a click of its own, or takes click's, depending on its version.
+# Depending on its version, Typer has its own copy of click or imports click.
 UsageError: Any = typer.BadParameter.__base__
 
-# Faults of a place on the disk, not of the program.
+# Errors of the disk, not of the program.
 _PLACES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
     *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -65,12 +65,12 @@ def user_errors() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    r"""``text`` with the bytes of file names that are no UTF-8 as ``\\xe9``, which any terminal takes."""
+    r"""Return ``text`` with the non-UTF-8 bytes of file names escaped as ``\\xe9``, which any terminal can print."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _fail(program: str, message: str) -> None:
-    """One line, once however many processes torchrun started, and exit status 2 in all of them."""
+    """Print one line, however many processes torchrun started, and exit with status 2 in all of them."""
     line = printable(f"{program}: error: {' '.join(message.split())}")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         typer.echo(line, err=True)

@@ -191,9 +191,9 @@ def evaluate(
             from fastgan.metrics.compare import compare
 
             if html is not None:
-                raise InputError("--html goes without --against")
+                raise InputError("--html cannot be combined with --against")
             if truncation is not None or standing_statistics:
-                raise InputError("--truncation and --standing-statistics go without --against")
+                raise InputError("--truncation and --standing-statistics cannot be combined with --against")
             compared = compare(sets, against, options, what, floor=floor, world=world)
             if world.is_first:
                 for path, text in ((csv, compared.csv), (latex, compared.latex)):
@@ -208,14 +208,14 @@ def evaluate(
         if len(sets) > 2:
             raise InputError(f"{len(sets)} sets are compared with --against REAL; without it give one or two")
         if csv is not None or latex is not None:
-            raise InputError("--csv and --latex go with --against")
+            raise InputError("--csv and --latex need --against")
         a, b = sets[0], sets[1] if len(sets) > 1 else None
         images: ImageSource | Measured
         with world.agreed():
             if is_run(a):
                 images = RunSamples(a, device=options.device, needs_data=b is None, **sampling)
             elif truncation is not None or standing_statistics:
-                raise InputError(f"--truncation and --standing-statistics need a training run, {a} is none")
+                raise InputError(f"--truncation and --standing-statistics need a training run, {a} is not one")
             else:
                 images = open_source(a, options)
         result = measure(images, b, options, what, floor=floor, world=world)
@@ -235,8 +235,8 @@ def evaluate(
                 judged = classify_run(images, device=options.device, tell=warn)
                 lines, content = [*judged.lines(), *lines], {**content, "classifier": judged.as_dict()}
             except InputError as error:
-                warn(f"no judgment by a classifier: {error}")
-        world.gather(None)  # until the first has judged: those that leave earlier close its connections
+                warn(f"no accuracy of a classifier: {error}")
+        world.gather(None)  # wait until the first has judged: processes that leave earlier close its connections
         echo(report(lines, content, as_json=as_json))
         result.finish()
 
@@ -250,7 +250,7 @@ def stats_save(
         bool,
         typer.Option(
             "--save-features",
-            help="Also write the features, from which other metrics are computed later without a second pass.",
+            help="Also write the features, so that other metrics can be computed later without a second pass.",
         ),
     ] = False,
     as_json: AsJson = False,

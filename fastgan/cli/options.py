@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def not_empty(text: str) -> Path:
-    """Return the path ``text``; an empty one, as of an unset variable of the shell, is not the current folder."""
+    """Return ``text`` as a path; refuse "", such as an unset shell variable, which would mean the current folder."""
     if not text:
         raise typer.BadParameter("it must not be empty")
     return Path(text)

@@ -68,7 +68,7 @@ def train(
         if (resume is None) == (out is None):
             raise InputError("give either --out for a new run, or --resume for an existing one")
         if resume is not None and overwrite:
-            raise InputError("--overwrite is for a new run in --out, it goes without --resume")
+            raise InputError("--overwrite is for a new run in --out and cannot be combined with --resume")
         chosen = None if recipe is None else load_recipe(recipe)
         target = _own_device(device)
         with launched_world(target) as world:
@@ -90,7 +90,7 @@ def train(
                 return
             received = run.train()
     if received is not None:
-        echo(f"{received.name}: saved step {run.trainer.step}. Go on with:\n{run.resume_command}")
+        echo(f"{received.name}: saved step {run.trainer.step}. Resume with:\n{run.resume_command}")
         raise typer.Exit(128 + received)
     echo(f"{run.out}: {run.trainer.step} steps done, generator in {run.out / 'generator'}")
 
@@ -168,7 +168,7 @@ def _device(name: str | None) -> str:
 
 
 def _own_device(name: str | None) -> torch.device:
-    """Device of this process; each process of torchrun has its own GPU."""
+    """Return the device of this process; each process of torchrun has its own GPU."""
     import torch
 
     from fastgan._checks import InputError

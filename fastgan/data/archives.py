@@ -26,15 +26,15 @@ from fastgan.data.image_sources import ImageFolder, ImageSource, classes_of_fold
 from fastgan.data.tar_files import ImageTar
 
 IMAGE_KEYS = ("images", "arr_0", "x", "samples")
-"""Where an npz may hold its images; a file with one array only may call it anything."""
+"""Names of the images in an npz file; a file with a single array may use any name."""
 
 LABEL_KEYS = ("labels", "y")
-"""Where an npz may hold their classes."""
+"""Names of the labels in an npz file."""
 
 _ITEM_IMAGES, _ITEM_LABELS = ("image", "img", "images"), ("label", "labels", "fine_label")
 
 ARRAY_FILES = (".npz", ".npy", ".pt", ".pth", ".h5", ".hdf5")
-"""NumPy's, tensors of ``torch.save``, and HDF5's, which need h5py."""
+"""Extensions of array files: NumPy, ``torch.save``, and HDF5, which needs h5py."""
 
 Opener = Callable[[Path, bool], ImageSource | None]
 """(path, skip_bad) -> the source, or None for a path of another kind."""

@@ -36,7 +36,7 @@ NAMED = ("digits", "photos", "cifar10")
 
 
 def is_named(source: str | Path) -> bool:
-    """Whether ``source`` is one of :data:`NAMED`, "photos:5000" for a number of crops, or a data set of a library."""
+    """Return whether ``source`` is one of :data:`NAMED`, "photos:5000" (a number of crops), or a library's data set."""
     name, _, rest = str(source).partition(":")
     if name in PREFIXES:
         return bool(rest)
@@ -217,8 +217,8 @@ def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) ->
     lie = f"{stray[0]} lies" if len(stray) == 1 else f"{stray[0]} and {len(stray) - 1} more images lie"
     listed = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
     return [
-        f"{lie} beside the folders {listed} in {place}, so that all images are of one class: "
-        "move those that belong to no class away, and each folder becomes a class"
+        f"{lie} beside the folders {listed} in {place}, so all images form one class: "
+        "move images without a class elsewhere, and each folder becomes a class"
     ]
 
 

@@ -42,7 +42,7 @@ def image_folder(
 ) -> LabelledImages:
     """Read the images of ``source`` with their labels.
 
-    In a folder or an archive each top folder is a class if no image lies beside them; otherwise all images are of one
+    In a folder or an archive each top folder is a class if no image lies beside them; otherwise all images form one
     class. A ``dataset.json`` or ``labels.csv`` at the top takes precedence over the folders.
 
     Args:

@@ -102,7 +102,7 @@ class ImageSource(ABC):
         return (), [0] * len(self)
 
     def left_out_line(self) -> str:
-        """What was left out, with counts: entries that are not of the set, and images that could not be read so far."""
+        """Describe and count what was left out: entries outside the set, and images that could not be read so far."""
         parts = [self.left_out] if self.left_out else []
         return ", ".join([*parts, f"{len(self.skipped)} unreadable"] if self.skipped else parts)
 

@@ -49,7 +49,7 @@ class LabelledImages:
             raise ValueError(f"class_names must be {self.n_classes} names or none, got {len(self.class_names)}")
         if self.sketches is None:
             if self.sketch_labels is not None:
-                raise ValueError("sketches must be given where sketch_labels are")
+                raise ValueError("sketch_labels need sketches")
             return
         check_tensor("sketches", self.sketches, ndim=4, dtypes=PIXELS)
         if self.sketches.shape[2:] != self.images.shape[2:]:
@@ -66,7 +66,7 @@ class LabelledImages:
         _check_labels("sketch_labels", self.sketch_labels, len(self.sketches), self.n_classes, "sketches")
         missing = sorted(set(self.labels.unique().tolist()) - set(self.sketch_labels.unique().tolist()))
         if missing:
-            raise ValueError(f"every class of the images must have a sketch, none is of class {missing[0]}")
+            raise ValueError(f"every class of the images must have a sketch, class {missing[0]} has none")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,7 +107,7 @@ def as_float(pixels: Tensor) -> Tensor:
 
 
 def mostly_color(images: Tensor) -> bool:
-    """Whether more than half of images (n, channels, h, w) have channels that differ."""
+    """Return whether more than half of the images (n, channels, h, w) have channels that differ."""
     if images.shape[1] == 1:
         return False
     gray = sum(int((part == part[:, :1]).flatten(1).all(1).sum()) for part in images.split(1000))

@@ -194,8 +194,8 @@ def polar_bounds(m: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def resolved_polar_factor(m: Tensor) -> Tensor | None:
     """Return the polar factors of ``m``, or None if one is singular or nearly so; in a CUDA graph that one is NaN.
 
-    The iteration runs to the end, since a gradient's error is of first order in the error of the polar factor; the
-    value's is of second order.
+    The iteration runs to the end, since a gradient's error is first order in the error of the polar factor; the
+    value's is second order.
     """
     if len(m) == 0:
         return m

@@ -83,7 +83,7 @@ def _(a: Tensor, b: Tensor, method: str, impl: str, bounds: bool) -> tuple[Tenso
 
 
 def _indices(operand: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """For each pair of the broadcast batch, which matrix of ``operand`` it holds."""
+    """Return, for each pair of the broadcast batch, the index of its matrix in ``operand``."""
     batch = operand.shape[:-2]
     every = torch.arange(batch.numel(), device=device)
     return every if batch == shape else every.reshape(batch).expand(shape).reshape(-1)

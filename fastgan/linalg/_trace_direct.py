@@ -205,7 +205,7 @@ def _solve(x: _Matrix, y: _Matrix, method: str, tolerance: float) -> Row:
 
 
 def _from_both(x: _Matrix, f: _Factor, y: _Matrix, g: _Factor) -> Row:
-    """By singular values of F^T G."""
+    """Compute the trace as the sum of the singular values of F^T G."""
     if 0 in (len(f.rows), len(g.rows)):
         return 0.0, 0.0, BY_COST.index(f.method)
     value, bound = singular_sum(f.rows @ g.rows.mT)

@@ -78,8 +78,8 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 def tangent_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``jvp(ctx, *tangents)`` of ``rule(ctx, saved tensors, *tangents)``, so that it has tangents itself.
 
-    torch calls ``jvp`` with forward mode turned off, so that under a second ``torch.func.jvp`` its tangents would be
-    zero in silence. Forward mode is turned on again, for saved tensors without the tangents that ``jvp`` is given.
+    torch calls ``jvp`` with forward mode turned off, so under a second ``torch.func.jvp`` its tangents would
+    silently be zero. Forward mode is turned on again, and saved tensors lose the tangents that ``jvp`` receives.
     """
 
     @untraced

@@ -1,7 +1,7 @@
 """Differentiable augmentation of both real and generated images, for small data sets.
 
-Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020. Every augmentation has its
-random numbers apart from its arithmetic: :func:`augment_draws` tells what to draw, :func:`augment` uses it.
+Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020. Random numbers are
+separate from arithmetic: :func:`augment_draws` lists the numbers to draw, :func:`augment` uses them.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def gradient_penalty(
     check_tensor("alpha", alpha)
     expected = (len(real), *(1,) * (real.ndim - 1))
     if tuple(alpha.shape) != expected:
-        raise ValueError(f"alpha must have shape {expected}, one number a sample, got {tuple(alpha.shape)}")
+        raise ValueError(f"alpha must have shape {expected}, one number per sample, got {tuple(alpha.shape)}")
     real, fake = _full(real.detach()), _full(fake.detach())
     squares = _squared_gradient(critic, real + alpha.to(real.dtype) * (fake - real))
     return ((squares + eps).sqrt() - target).square().mean()

@@ -2,8 +2,8 @@
 
 Chong & Forsyth, "Effectively Unbiased FID and Inception Score and where to find them", 2020: the bias of a finite
 sample is linear in 1 / n. They fit a line through the distances of many subsets; here it goes through two points, all
-vectors and the mean of two random halves. The mean of four quarters tells how far the bias is from a line: for fewer
-than 4 vectors per feature it is none at all, and such an extrapolation is refused.
+vectors and the mean of two random halves. The mean of four quarters shows how far the bias is from a line: with
+fewer than 4 vectors per feature it is not linear at all, and the extrapolation is refused.
 """
 
 from __future__ import annotations

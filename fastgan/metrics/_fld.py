@@ -49,7 +49,7 @@ def fld(
     About 0 for a perfect generator, higher is worse. The value is that of the authors' code
     (github.com/marcojira/fld, commit ffbbf20) after ``numpy.random.seed(seed)``: the seed draws at most ``gen_size``
     fake vectors, the halves of ``train`` for the baseline, and the order of the training vectors in Adam's batches.
-    Published values are of 10,000 generated images and DINOv2 features. Distances are exact here; the authors' code
+    Published values use 10,000 generated images and DINOv2 features. Distances are exact here; the authors' code
     rounds them to float32, which shows in ``"train"`` and ``"gap"`` of exact copies.
 
     Args:

@@ -58,7 +58,7 @@ Source = ImageSource | Measured
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Which metrics, their parameters, and the image file to draw the bias curve to."""
+    """Names of the metrics, their parameters, and the image file for the plot of the bias."""
 
     metrics: tuple[str, ...] = ("fid",)
     subsets: int = 100

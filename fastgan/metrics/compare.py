@@ -1,9 +1,9 @@
 """Many sets of images against one reference: one pass each, confidence intervals, and which differences are noise.
 
-Intervals are of a bootstrap over the images of a set, of each metric to first order: the resampled quantity is the mean
+Intervals come from a bootstrap over a set's images, to first order in each metric: the resampled quantity is the mean
 of every image's influence on the metric (:mod:`fastgan.metrics.influences`), so that 1000 resamples need no second pass
-and no second distance. The reference is held fixed, as it is common to all sets. An interval is one for the metric's
-expectation at this number of images, with its bias, not for its limit at infinitely many.
+and no second distance. The reference is held fixed, as it is common to all sets. An interval covers the metric's
+expectation at this number of images, bias included, and not its limit at infinitely many.
 """
 
 from __future__ import annotations

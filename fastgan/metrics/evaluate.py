@@ -322,11 +322,11 @@ def _check_options(side: Measured, options: FeatureOptions) -> None:
     stats = side.stats
     recorded = re.sub(r"-[0-9a-f]{8}$", "", stats.backbone or "")
     if options.backbone is not None and recorded not in ("", options.backbone):
-        raise InputError(f"--backbone {options.backbone} does not fit {side.label}, which is of {stats.backbone}")
+        raise InputError(f"--backbone {options.backbone} does not fit {side.label}, whose backbone is {stats.backbone}")
     if stats.protocol is not None and (options.protocol or options.resize):
         asked = get_protocol(options.protocol or stats.protocol, options.resize).name
         if asked != stats.protocol:
-            raise InputError(f"protocol {asked} does not fit {side.label}, which is of {stats.protocol}")
+            raise InputError(f"protocol {asked} does not fit {side.label}, whose protocol is {stats.protocol}")
 
 
 def _holds_features(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What the metrics for torchmetrics share: the network of features, its device and mode, and states of processes."""
+"""Base of the torchmetrics metrics: the feature network, its device and mode, and states shared by processes."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class KernelDistance:
     Attributes:
         mean: the average, which is the KID.
         std: population standard deviation (divided by the number) over the subsets, as other packages report it. It
-            tells how a KID of ``subset_size`` images scatters, says nothing of ``mean``, and is 0 where a subset is
+            shows how a KID of ``subset_size`` images scatters, says nothing about ``mean``, and is 0 if a subset is
             the whole set.
-        standard_error: what ``mean`` would change by with other images of the same number, by a jackknife over
+        standard_error: standard error of ``mean`` over other sets of as many images, by a jackknife over
             12 groups of each side.
     """
 

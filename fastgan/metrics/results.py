@@ -16,11 +16,11 @@ later versions add keys and change the meaning of none.
 ``fastgan_version``    a string
 =====================  ======================================================================================
 
-``metrics`` maps each number's name to an object with ``value``, and, where they are known, ``low`` and ``high`` (the
-confidence interval), ``p_next`` (of the difference to the next set) and further keys of the metric, such as KID's
-``std``. A name tells what the number is: ``FID`` is Inception's alone, and ``FD (dinov2)`` another network's distance.
-Numbers are not rounded; null stands for one that
-is not known. ``seconds`` is the time of each stage of the pass, or null for a file of statistics.
+``metrics`` maps each number's name to an object with ``value`` and, if known, ``low`` and ``high`` (the confidence
+interval), ``p_next`` (of the difference from the next set) and further keys of the metric, such as KID's ``std``. The
+name says what the number is: ``FID`` is Inception's alone, and ``FD (dinov2)`` another network's distance. Numbers are
+not rounded; null stands for an unknown one. ``seconds`` is the time of each stage of the pass, or
+null for a file of statistics.
 """
 
 from __future__ import annotations

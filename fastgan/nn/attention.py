@@ -314,14 +314,14 @@ def _padded_queries_and_keys(x: Tensor, qk_channels: int, padding: int) -> Tenso
 
 
 def _parameter_of(module: Any, name: str) -> Any:
-    """``module.name``, past nn.Module's own way to a parameter, which takes several times as long."""
+    """Return ``module.name`` without ``nn.Module.__getattr__``, which takes several times as long."""
     if torch.compiler.is_compiling() or name not in module._parameters:
         return getattr(module, name)
     return module._parameters[name]
 
 
 def _outputs_of(layer: Any) -> int:
-    """The rows of the weight, which a norm would compute anew, and update its vectors for, if it were read again."""
+    """Return the rows of the weight without reading it: a read makes a norm compute it anew and update its vectors."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 

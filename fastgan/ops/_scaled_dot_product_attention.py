@@ -38,7 +38,7 @@ def scaled_dot_product_attention(
         (..., N, e), as :func:`attention` does.
 
     Raises:
-        ValueError: ``dropout_p`` is not 0, both ``attn_mask`` and ``is_causal`` are given, or as :func:`attention`.
+        ValueError: ``dropout_p`` is not 0, ``attn_mask`` is combined with ``is_causal``, or as for :func:`attention`.
 
     Example:
         >>> import torch.nn.functional as F

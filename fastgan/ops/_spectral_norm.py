@@ -1,6 +1,6 @@
 """Spectral normalization of all weights of a network at once: power iteration, and W / sigma, differentiable twice.
 
-``spectral_norm_update`` writes the u and v it is given and returns copies of them, flat, with sigma = u^T W v;
+``spectral_norm_update`` updates u and v in place and returns copies of them, flat, with sigma = u^T W v;
 ``spectral_norm_scale`` is the differentiable part, whose gradients regard u and v as constants and sigma as a function
 of W. Keeping the copies for backward lets two forwards of one network be differentiated together.
 """

@@ -2,8 +2,8 @@
 
 ``attention_eager`` is the textbook formula, differentiable to any order, with N x M maps in memory: the oracle of
 tests and the baseline of benchmarks. The others are the CPU path. They walk over blocks of query rows, so that
-memory stays O(N + M), and they compute half-precision operands in float32. ``head_*`` are of one head that may be
-masked and have a sink, ``attention_*`` of one that is not masked and has none.
+memory stays O(N + M), and they compute half-precision operands in float32. ``head_*`` compute one head, which may have
+a mask and a sink; ``attention_*`` compute one head without either.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(batch, rows) slices that cover B x N, each of whose maps takes about BLOCK_BYTES."""
+    """Yield (batch, rows) slices that cover B x N; the map of each takes about BLOCK_BYTES."""
     b, n, _ = q.shape
     row_bytes = max(1, k.shape[1]) * _wide(q.dtype).itemsize
     rows = max(1, min(n, BLOCK_BYTES // row_bytes))

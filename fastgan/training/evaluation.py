@@ -123,7 +123,7 @@ def _real_images(data: LabelledImages, label: str) -> ImageArray:
 
 
 def is_run(path: Path) -> bool:
-    """Whether ``path`` is the folder of a run."""
+    """Return whether ``path`` is a run's folder."""
     return (path / CONFIG).is_file()
 
 

@@ -110,7 +110,7 @@ def _check(generator: Generator, out: Path, options: SampleOptions) -> int | Non
         if others:
             raise InputError(f"{out} must hold no images but samples, it holds {others[0].relative_to(out)}")
     if options.interpolate and options.n is not None:
-        raise InputError("--interpolate makes a grid: it goes without -n")
+        raise InputError("--interpolate makes a grid and cannot be combined with -n")
     if options.sketches is not None and not generator.sketch_channels:
         raise InputError("--sketches must not be given: the generator starts from noise")
     if generator.sketch_channels and (options.truncation is not None or options.interpolate):
@@ -128,7 +128,7 @@ def _sketches(source: Path, generator: Generator, labels: Tensor, options: Sampl
         drawn = as_float(read_images(paths, generator.resolution, generator.sketch_channels))
         return drawn[torch.arange(len(labels)) % len(drawn)]
     if not (source / CONFIG).is_file():
-        raise InputError("--sketches must be given: this generator starts from sketches, and the folder is no run")
+        raise InputError("--sketches must be given: this generator starts from sketches, and the folder is not a run's")
     recipe = run_recipe(source)
     held_out = load_run_data(source, recipe).held_out
     return sketches_of(held_out, recipe.data.sketches)[held_out_index(held_out, labels)]

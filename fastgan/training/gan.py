@@ -133,7 +133,7 @@ class FunctionalGAN:
 
 
 def with_shared(batch: Batch, draws: Draws, shared: Callable[[Batch, Draws], Mapping[str, Tensor]] | None) -> Batch:
-    """The batch with its shared tensors, which are computed unless they have been."""
+    """Return the batch with its shared tensors; compute them if the batch does not have them yet."""
     if shared is None or isinstance(batch, SharedBatch):
         return batch
     return SharedBatch({**batch, **shared(batch, draws)})
@@ -331,7 +331,7 @@ class RecipeGAN:
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Terms:
         with self._autocast(batch["images"]):
-            # A pair is of one class, where the discriminator has seen it so.
+            # Both images of a pair have one class if the discriminator has seen them so.
             shared = self.objective.loss.is_paired and self._shares_labels
             images, labels = self._fake(batch, draws, shared_labels=shared)
             fake = self._augmented(images, batch, draws, "augment_fake")
@@ -351,7 +351,7 @@ class RecipeGAN:
 
     @property
     def _shares_labels(self) -> bool:
-        """Whether generated images have the labels of the real ones, so that images between two have one class."""
+        """Whether generated images have the real images' labels, so that interpolated images have one class."""
         paired = bool(self.objective.gradient_penalty) or self.objective.loss.is_paired
         return paired or self.from_sketches or not self.n_classes
 
@@ -429,7 +429,7 @@ def gradients_of(terms: Terms, weights: Sequence[Tensor], *, scale: float | Tens
     """Gradients of ``scale`` times :func:`total` in ``weights``; None for weights that the loss does not reach.
 
     Raises:
-        ValueError: it reaches none of them.
+        ValueError: the loss reaches no weight.
     """
     loss = total(terms) if isinstance(scale, float) and scale == 1 else total(terms) * scale
     gradients: list[Tensor | None] = [*torch.autograd.grad(loss, weights, allow_unused=True)]

@@ -34,7 +34,7 @@ def held_out_index(held_out: LabelledImages, labels: Tensor) -> Tensor:
     for label in labels.unique().tolist():
         members, wanted = torch.nonzero(classes == label).squeeze(1), labels == label
         if not len(members):
-            raise ValueError(f"no held-out image of the run is of class {label}, so there is no sketch of it")
+            raise ValueError(f"the run has no held-out image of class {label}, so there is no sketch of it")
         chosen[wanted] = members[torch.arange(int(wanted.sum())) % len(members)]
     return chosen.to(held_out.labels.device)
 

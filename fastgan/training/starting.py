@@ -195,12 +195,12 @@ def _check_outside_of_data(out: Path, recipe: Recipe) -> None:
 
 
 def _recipe_of_own_folder(out: Path) -> Recipe:
-    """Configuration of the run in ``out``, whose files may be removed. Raises ``InputError`` if another program's."""
+    """Return the recipe of the run in ``out``, which may be removed. Raises ``InputError`` if it is not a run's."""
     try:
         return run_recipe(out)
     except InputError as error:
         raise InputError(
-            f"{out / CONFIG} is not the configuration of a run, so that nothing in {out} is removed: choose another "
+            f"{out / CONFIG} is not the configuration of a run, so nothing in {out} is removed: choose another "
             f"folder, or remove the file ({error})"
         ) from error
 

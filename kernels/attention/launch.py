@@ -289,8 +289,8 @@ def _unit(*tensors: Tensor) -> int:
 def _are_loadable(*tensors: Tensor) -> bool:
     """Return whether 16 bytes of each tensor can be loaded at once.
 
-    They are of all along their channels or, in half precision, of all along their rows: float32 products would have to
-    transpose what they load. Triton notices only multiples of 16 among lengths along rows.
+    The 16 bytes lie along the channels of all tensors or, in half precision, along the rows of all: float32 products
+    would have to transpose what they load. Triton notices only multiples of 16 among lengths along rows.
     """
     if all(map(_has_aligned_rows, tensors)):
         return True

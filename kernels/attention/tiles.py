@@ -12,7 +12,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def multiple(x, UNIT: tl.constexpr):
-    """x, which is a multiple of UNIT, so that the compiler knows it: Triton itself notices multiples of 16 alone."""
+    """Return x, and let the compiler know that it is a multiple of UNIT: Triton itself only notices multiples of 16."""
     return x // UNIT * UNIT
 
 

@@ -151,7 +151,7 @@ def test_all_commands_print_one_shape(sets, tmp_path):
 
 
 def test_every_metric_of_all(sets, features, tmp_path):
-    """What the sets allow is computed; all else is named, with what it needs."""
+    """All metrics that the sets allow are computed; the others are named with what they need."""
     real, fake = features
     np.savez(tmp_path / "test.npz", images=REAL[:30])
     arguments = ("evaluate", *sets, "--metrics", "all", "--splits", 2, "--floor", tmp_path / "test.npz", "--json")
@@ -226,7 +226,7 @@ def test_json_has_no_nan(tmp_path):
 
 @pytest.mark.parametrize(("reading", "forward", "bound"), [(1.0, 0.25, "decode"), (0.25, 8.0, "network")])
 def test_the_stages_of_a_pass_and_their_bound(sets, monkeypatch, reading, forward, bound):
-    """By a clock that images and batches move by so many seconds."""
+    """Use a fake clock that each image and each batch advances by a given number of seconds."""
     now = [0.0]
 
     def moving(method, seconds):
@@ -487,13 +487,13 @@ def test_an_output_that_cannot_be_written_is_found_before_the_pass(sets, tmp_pat
 
 
 def test_statistics_are_what_the_options_ask_for(sets, tmp_path):
-    """Of two files of statistics no image is read, so that an option cannot change what they are of."""
+    """An option that contradicts two files of statistics is an error: no image is read, so it could have no effect."""
     path = tmp_path / "a.npz"
     assert run("stats", "save", sets[0], path, "--protocol", "clean-fid").exit_code == 0
     for options, message in (
-        (("--protocol", "pytorch-fid"), f"protocol pytorch-fid does not fit {path}, which is of clean-fid"),
+        (("--protocol", "pytorch-fid"), f"protocol pytorch-fid does not fit {path}, whose protocol is clean-fid"),
         (("--resize", "legacy_pytorch"), f"protocol clean-fid+legacy_pytorch does not fit {path}"),
-        (("--backbone", "dinov2"), f"--backbone dinov2 does not fit {path}, which is of efficientnet_lite0"),
+        (("--backbone", "dinov2"), f"--backbone dinov2 does not fit {path}, whose backbone is efficientnet_lite0"),
         (("--dims", "64"), "--dims must be 12"),
     ):
         assert_one_line_error(run("fid", path, path, *options), message)

@@ -1,4 +1,4 @@
-"""How the command lets torch's threads wait, which must be decided before torch is imported."""
+"""The wait policy of torch's threads, which the command must set before torch is imported."""
 
 import os
 import subprocess

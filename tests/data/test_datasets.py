@@ -98,7 +98,7 @@ def test_digits_in_colour():
 
 
 class FakeCIFAR10:
-    """What torchvision's class looks like from outside, without the download."""
+    """Stands in for torchvision's class, without the download."""
 
     def __init__(self, root, train, download):
         if "offline" in str(root):

@@ -1,4 +1,4 @@
-"""Which files belong to a set of images, in folders and in archives, for metrics and for training."""
+"""The choice of the files that belong to a set of images, in folders and in archives, for metrics and for training."""
 
 import os
 import zipfile

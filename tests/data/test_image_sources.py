@@ -76,7 +76,7 @@ def test_sixteen_bit_greyscale_is_scaled(tmp_path, name):
 
 @pytest.mark.parametrize("colour_type", [2, 6])
 def test_sixteen_bit_colours_keep_the_upper_byte(tmp_path, colour_type):
-    """With alpha too; Pillow writes no such files."""
+    """Files without and with alpha, written by hand: Pillow writes no such files."""
     values = RNG.integers(0, 65536, (5, 7, 3 if colour_type == 2 else 4), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", 7, 5, 16, colour_type, 0, 0, 0)
@@ -114,7 +114,7 @@ def test_batches_hold_every_image_once_in_order(folder, workers, batch_size):
 
 @pytest.mark.parametrize("resize", RESIZE_METHODS)
 def test_images_are_resized_one_by_one_or_together_alike(folder, resize):
-    """Of many sizes, and of one, where a batch is resized at once."""
+    """Images of many sizes, and of one size, where a batch is resized at once."""
     (folder / "same").mkdir()
     for i in range(3):
         Image.fromarray(RNG.integers(0, 256, (9, 14, 3), dtype=np.uint8)).save(folder / "same" / f"{i}.png")

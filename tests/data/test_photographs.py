@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 
 def occurs(crop, picture):
-    """Whether ``crop`` (3, h, w) lies in ``picture`` (H, W, 3), at which row."""
+    """Yield each row of ``picture`` (H, W, 3) at which ``crop`` (3, h, w) lies."""
     target, picture = crop.permute(1, 2, 0), torch.from_numpy(picture)
     height, width = target.shape[:2]
     windows = picture[: len(picture) - height + 1, : picture.shape[1] - width + 1]

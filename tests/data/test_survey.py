@@ -1,4 +1,4 @@
-"""What is found in a set of images, and how it is described."""
+"""The survey of a set of images, and its description."""
 
 import json
 import zlib

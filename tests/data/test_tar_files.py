@@ -107,7 +107,7 @@ def test_hdf5(tmp_path):
 
 
 class Pairs:
-    """As torchvision's datasets: Pillow images with labels."""
+    """Pillow images with labels, as in torchvision's datasets."""
 
     classes = ("cat", "dog")
 

@@ -163,7 +163,7 @@ def first_gradients(function, *inputs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 3, 2, 3), (2, 20, 9, 11), (9, 36, 12, 16), (3, 65, 2, 2), (0, 4, 4, 4)])
 def test_first_gradients(shape, layout, dtype):
-    """Of one pixel tile and of many, of sizes that are no multiples of a vector, and of empty batches."""
+    """One pixel tile and many, sizes that are not multiples of a vector, and empty batches."""
     x, weight, bias = pooled_operands(shape, 23, layout=layout)
     narrow = [t.detach().to(dtype) for t in (x, weight, bias)]
     rows = torch.randn(shape[0], shape[2] * shape[3], 18, dtype=torch.float64)

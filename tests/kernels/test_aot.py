@@ -20,8 +20,8 @@ from fastgan.kernels.spectral_norm.plan import TILES
 
 
 def rows_of(module, *arguments):
-    """What a module that compiles prints; in one process, since each imports torch and the tests themselves run side by
-    side."""
+    """Return the rows that a compiling module prints. It runs in one process: each imports torch, and tests run in
+    parallel."""
     command = [sys.executable, "-W", "ignore", "-m", module, "--processes", "1", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert result.stdout, result.stderr

@@ -96,7 +96,7 @@ def test_masked_keys_do_not_leak_when_the_logits_are_very_negative(device):
 
 
 def test_keys_far_from_zero(device):
-    """What is constant along a row of the double backward's maps cancels: little may be left of it."""
+    """Terms constant along a row of the double backward's maps cancel: little may be left of them."""
     q, k, v = (x.detach().to(device) for x in operands((1, 64, 128, 8, 32), torch.float32))
     assert_passes_match(0.3 * q, 0.3 * k + 10, v)
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """As exact as a convolution that was not told to round to TF32."""
+    """Compare with convolutions that do not round to TF32."""
     convolution = torch.backends.cudnn.conv
     before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
     yield

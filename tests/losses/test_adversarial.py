@@ -47,7 +47,7 @@ FAKE = [-8.0, -1.5, -0.25, 0.5, 3.0, 0.0, 2.0]
 
 
 def generator_loss(loss, fake, real=None):
-    """Of fake logits, beside equally many real ones if the loss compares them."""
+    """Return the generator's loss of fake logits, beside equally many real ones if the loss compares them."""
     real = torch.tensor(REAL, dtype=fake.dtype) if real is None else real
     return loss.generator(real, fake) if loss.is_paired else loss.generator(fake)
 

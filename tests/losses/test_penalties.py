@@ -115,7 +115,7 @@ def test_bad_input():
     real, fake, alpha = pair()
     with pytest.raises(ValueError, match="fake must have the shape of real"):
         gradient_penalty(Linear(), real, fake[1:], alpha)
-    with pytest.raises(ValueError, match=r"alpha must have shape \(6, 1, 1, 1\), one number a sample, got \(1,\)"):
+    with pytest.raises(ValueError, match=r"alpha must have shape \(6, 1, 1, 1\), one number per sample, got \(1,\)"):
         gradient_penalty(Linear(), real, fake, torch.rand(1))
     with pytest.raises(TypeError, match="alpha must be a torch.Tensor, got float"):
         gradient_penalty(Linear(), real, fake, 0.5)

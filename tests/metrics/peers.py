@@ -187,7 +187,7 @@ NEEDED = {
 
 
 def _printed(scripts: list[tuple[str, tuple[object, ...]]], environment: dict[str, str]) -> list[str]:
-    """What each script prints with its arguments."""
+    """Return the output of each script with its arguments."""
     given = json.dumps([(script, [str(one) for one in arguments]) for script, arguments in scripts])
     command = [sys.executable, "-c", TOGETHER]
     done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, timeout=900)

@@ -91,7 +91,7 @@ def test_the_simulation_has_all_metrics(simulated):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_intervals_cover_the_expectation(simulated, name):
-    """As often as they say, within three standard deviations of 40 draws; recall's and coverage's may be too wide."""
+    """Intervals cover as often as they claim, up to three standard deviations of 40 draws; two may be too wide."""
     values = torch.tensor([value for value, _, _ in simulated[name]], dtype=torch.float64)
     mean = values.mean().item()
     covered = sum(low <= mean <= high for _, (low, high), _ in simulated[name]) / DRAWS
@@ -164,7 +164,7 @@ def test_bad_requests_are_refused(sets, tmp_path):
     real = folder / "real.npy"
     for arguments, part in (
         ((real, real, real), "3 sets are compared with --against"),
-        ((real, real, "--csv", "a.csv"), "--csv and --latex go with --against"),
+        ((real, real, "--csv", "a.csv"), "--csv and --latex need --against"),
         ((tmp_path / "far.npz", "--against", real, "--metrics", "kid"), "needs images or features"),
         ((real, "--against", real, "--metrics", "is"), "--metrics is needs images, "),
         ((real, "--against", real, "--metrics", "ct"), "--metrics ct needs --floor with images not trained on"),

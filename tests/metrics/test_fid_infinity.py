@@ -10,7 +10,7 @@ from tests.metrics.rows import rows, stats
 
 
 def test_infinity_is_unbiased_and_its_error_is_right():
-    """Of 30 samples of a known distance: the mean is right where the plain one is far off, and errors are of size 1."""
+    """Over 30 samples of a known distance the mean is right where the plain one is far off; errors are of size 1."""
     dim, n = 16, 400
     reference = FeatureStats.from_moments(torch.zeros(dim), torch.eye(dim))
     exact = 16 * 0.3**2 + 16 * (1.2 - 1) ** 2

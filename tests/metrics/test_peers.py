@@ -17,7 +17,7 @@ DIMS = 64
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Of 16 and 13 PNGs of 24 x 24; the second is brighter."""
+    """Two folders of 16 and 13 PNGs of 24 x 24; the second is brighter."""
     rng = np.random.default_rng(0)
     roots = []
     for name, n, low in (("a", 16, 0), ("b", 13, 100)):

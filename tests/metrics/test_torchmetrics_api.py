@@ -342,7 +342,7 @@ def test_memorization():
     "make", [KernelInceptionDistance, PrecisionRecall, InceptionScore, MemorizationInformedFrechetInceptionDistance]
 )
 def test_a_module_of_any_input_size(make):
-    """Its number of features is of no matter before the first image, so no image is made up to find it out."""
+    """The number of features is not needed before the first image, so no image is made up to find it."""
     metric = make(nn.Sequential(nn.Flatten(), nn.Linear(5, 4)), normalize=True)
     for real in (True, False):
         metric.update(torch.rand(3, 1, 1, 5), **({} if make is InceptionScore else {"real": real}))
@@ -371,7 +371,7 @@ def test_the_spread_of_the_score_is_torchmetrics(monkeypatch):
 
 
 def test_what_is_no_image_and_no_side():
-    """Of wrong kinds: each is refused, and none is taken for another."""
+    """Arguments of wrong kinds are refused, and none is taken for another kind."""
 
     class Pair(nn.Module):
         def forward(self, images):

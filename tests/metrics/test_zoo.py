@@ -79,7 +79,7 @@ def test_dinov2_of_a_file(published, tmp_path):
 
 
 def test_dinov2_takes_torch_hubs_cached_file(tmp_path, monkeypatch):
-    """By name, without asking timm for weights, and under the published name."""
+    """The file is found by name, without asking timm for weights, and recorded under the published name."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))

@@ -313,7 +313,7 @@ def test_channels_last_is_kept(impl):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_queries_and_keys_that_are_padded_for_the_kernels(bias, device):
-    """Of 24 channels 3 are queries: Triton's projection makes 8 of them, five of which are zero."""
+    """24 channels have 3 query channels; Triton's projection makes 8, five of which are zero."""
     pytest.importorskip("triton")
     block = SelfAttention2d(24, bias=bias, impl="triton").to(device)
     nn.init.constant_(block.gamma, 0.6)
@@ -413,7 +413,7 @@ def test_bad_input(shape, message):
 
 
 def test_transforms_of_torch_func_and_forward_mode():
-    """Which see no gradients of ops: those of each sample, and a derivative along a direction."""
+    """Per-sample gradients and a directional derivative, which do not see the ops' registered gradients."""
     block = SelfAttention2d(8, impl="reference").double()
     nn.init.constant_(block.gamma, 0.5)
     weights = {name: p.detach() for name, p in block.named_parameters()}

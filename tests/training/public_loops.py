@@ -331,7 +331,7 @@ def r3gan():
 
 
 def lucidrains(name, **more):
-    """What a script of this author defines, with attention of a few small heads."""
+    """Return the definitions in a script of this author, with attention of a few small heads."""
     einops, kornia = importlib.import_module("einops"), importlib.import_module("kornia")
     imports = {name: getattr(einops, name) for name in ("rearrange", "reduce", "repeat")} | {"torch_grad": grad}
     imports |= {"filter2d": kornia.filters.filter2d, "einsum": torch.einsum, "math": importlib.import_module("math")}

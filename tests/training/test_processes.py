@@ -269,7 +269,7 @@ def test_means_over_processes(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch norm", "stopped", "run"])
 def test_processes_stay_equal_in_every_tensor(results, name):
-    """With batch norm, whose running statistics each process would have of its own part."""
+    """Includes batch norm, whose running statistics would otherwise differ, one part per process."""
     assert_same(results[0][name], results[1][name])
 
 

@@ -55,7 +55,7 @@ def test_a_folder_of_another_program_is_left_alone(tmp_path, overwrite):
     (tmp_path / "config.yaml").write_text("optimizer: {lr: 3}\n")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "1.ckpt").write_text("precious")
-    with pytest.raises(InputError, match="config.yaml is not the configuration of a run, so that nothing in"):
+    with pytest.raises(InputError, match="config.yaml is not the configuration of a run, so nothing in"):
         start(tiny("dcgan"), tmp_path, overwrite=overwrite)
     assert (tmp_path / "checkpoints" / "1.ckpt").read_text() == "precious"
 

@@ -188,5 +188,5 @@ def unknown_norm(module: nn.Module) -> str:
         return f"W_ of {cls.__name__} is a property; it is known as a method"
     is_layer = "weight" in module._parameters or "module" in module._modules
     if is_layer and re.search(r"^SN[A-Z_]|[Ss]pectral", cls.__name__) and "forward" not in module.__dict__:
-        return f"{cls.__name__} is of no known kind"
+        return f"{cls.__name__} is not a known kind of spectral norm"
     return ""

@@ -32,7 +32,7 @@ class Shared:
     terms: Terms
 
     def tensors(self) -> list[Tensor]:
-        """All of them; terms in the order of their names, which processes may have computed in another."""
+        """Return all tensors, terms sorted by name: processes may have computed them in another order."""
         return [*self.gradients, *self.buffers, *(self.terms[name] for name in sorted(self.terms))]
 
     def replaced(self, tensors: Sequence[Tensor]) -> Shared:

@@ -1,4 +1,4 @@
-"""How one update runs: eagerly, by a graph that is compared with the eager update, or by a graph."""
+"""Runners of one update: eagerly, by a graph that is compared with the eager update, or by the graph alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TF32 = 2.0**-10
 
 
 class Step(Protocol):
-    """What runners share: the options of the train step that they belong to, and its compiler."""
+    """The part of a train step that its runners use: options and the compiler."""
 
     mode: str
     backend: str
@@ -57,7 +57,7 @@ class UpdateRunner:
         self._described: tuple[list[int], list[str]] = [], []
 
     def share(self, batch: Batch) -> None:
-        """Learn the size of each process's part, which draws before the call need."""
+        """Exchange the size of each process's part, which is needed to draw before the call."""
         if self._update.mean is not None:
             self._counts = [n for (n,) in self._update.mean.agree({}, len(next(iter(batch.values()))))]
 

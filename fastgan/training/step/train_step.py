@@ -423,7 +423,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, networks: Mapp
     held = [p for group in optimizer.param_groups for p in group["params"]]
     of = " and the ".join(networks)
     if not any(id(p) in weights for p in held):
-        raise ValueError(f"{name} must hold weights of the {of}, it has none of them")
+        raise ValueError(f"{name} must hold weights of the {of}, it holds none")
     if others := [tuple(p.shape) for p in held if id(p) not in weights]:
         raise ValueError(
             f"{name} must hold weights of the {of} alone, it has {len(others)} others, of shapes "

@@ -442,7 +442,7 @@ def test_parts_left_alone_are_in_the_report():
     reasons = {part.path: part.reason for part in report.refused}
     assert "hook of the class CustomHook sets weight" in reasons["hooked"]
     assert "W_ of PropertyWeight is a property" in reasons["property"]
-    assert "SNLinear is of no known kind" in reasons["class"]
+    assert "SNLinear is not a known kind of spectral norm" in reasons["class"]
     assert "several heads" in reasons["transformer.self_attn"]
     assert "do not fit together" in reasons["attention.inner"]
     assert [part.path for part in report.swapped] == ["normed"]

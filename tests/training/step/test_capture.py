@@ -76,7 +76,7 @@ def test_a_run_moves_between_modes_at_a_checkpoint(name):
 
 @pytest.mark.slow
 def test_updates_through_inductor_equal_eager_ones():
-    """With spectral norm and a gradient penalty, in float64; test_train_step has the recipes."""
+    """A GAN with spectral norm and a gradient penalty, in float64; test_train_step has the recipes."""
     states = []
     for mode in ("eager", "compile"):
         step, optimizers = own_gan(OPTIMIZERS["adam"], mode, norm=nn.Identity)
@@ -222,7 +222,7 @@ def test_bad_arguments_are_named():
     step, (optimizer_g, optimizer_d) = own_gan(OPTIMIZERS["adam"], "eager")
     with pytest.raises(TypeError, match="batch must be a mapping of names to tensors, got Tensor"):
         step.discriminator(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="optimizer_g must hold weights of the generator, it has none of them"):
+    with pytest.raises(ValueError, match="optimizer_g must hold weights of the generator, it holds none"):
         TrainStep(step.gan, optimizer_d, optimizer_g)
     weight = step.gan.generator[0].weight
     for loss, message in (
@@ -289,7 +289,7 @@ class EagerReplay:
 
 @pytest.mark.parametrize("exchanges", [False, True])
 def test_a_replay_follows_state_that_was_replaced(monkeypatch, exchanges):
-    """With the exchange between processes, here of one with itself, between two graphs."""
+    """If ``exchanges``, a process exchanges gradients with itself between two graphs."""
     monkeypatch.setattr(capture, "CudaGraph", EagerReplay)
     monkeypatch.setattr(ProcessMean, "reduce_", lambda *_: None)
     results = []

@@ -64,7 +64,7 @@ def test_states_of_another_memory_layout_continue(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [1, 3])  # while calls are compared, and later
 def test_a_state_that_was_cleared_begins_anew(name, steps):
-    """As after ``optimizer.state.clear()``, which some loops call when they change the learning rate."""
+    """Some loops call ``optimizer.state.clear()`` when they change the learning rate."""
     results = []
     for mode in ("eager", "compile"):
         torch.manual_seed(2)

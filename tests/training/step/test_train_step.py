@@ -70,7 +70,7 @@ def weights_after(steps, dtype, **options):
 
 @pytest.mark.slow
 def test_the_effect_of_another_rounding_on_a_step():
-    """Why Inductor's steps are compared in float64, or in float32 with a large eps.
+    """Inductor's steps are compared in float64, or in float32 with a large eps, for the reason that this test shows.
 
     Two eager runs that differ in memory layout, and so in the order of sums, are 2e-3 apart after one float32 step at
     learning rate 1e-3: gradients that batch norm makes zero are rounding noise, of which Adam with an eps of 1e-8 makes

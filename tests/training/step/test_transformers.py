@@ -14,7 +14,7 @@ from fastgan.training import FunctionalGAN, TrainStep
 
 
 class Critic(nn.Module):
-    """Of 8 tokens of 4 numbers."""
+    """A critic of 8 tokens of 4 numbers."""
 
     def __init__(self):
         super().__init__()

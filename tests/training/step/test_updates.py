@@ -130,7 +130,7 @@ def test_mistakes_are_named_before_anything_is_computed():
     before = copy.deepcopy(nets["d"].state_dict())
     for trains, held, message in (
         (["e"], other, r"updates\['d'\] must train some of g, d, q, got e"),
-        (["q"], other, r"the optimizer of updates\['d'\] must hold weights of the q, it has none of them"),
+        (["q"], other, r"the optimizer of updates\['d'\] must hold weights of the q, it holds none"),
         (["g"], optimizer, r"must hold weights of the g alone, it has 4 others, of shapes \(8, 6\)"),
     ):
         with pytest.raises(ValueError, match=message):
