@@ -214,7 +214,7 @@ def test_demanding_cuda_without_a_matching_nvcc_says_what_is_missing(tree, tmp_p
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.build
 @pytest.mark.parametrize("ninja", ["with ninja", "without ninja"])
 def test_failing_compiler_gives_a_pure_python_installation(tree, tmp_path, ninja):
     source = tree / "csrc" / "cpu.cpp"
