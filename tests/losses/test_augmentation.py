@@ -83,7 +83,7 @@ def test_policy():
     both = augment(images, ["color", "cutout"], numbers)
     assert torch.equal(both, augment(augment(images, ["color"], numbers), ["cutout"], numbers))
     with pytest.raises(ValueError, match="augment must be names out of"):
-        augment(images, ["colour"], {})
+        augment(images, ["hue"], {})
     with pytest.raises(ValueError, match=r"drawn must hold 'augment.cutout.rows' of shape .*, got None"):
         augment(images, ["cutout"], {})
     with pytest.raises(ValueError, match=r"drawn must hold 'augment.color.brightness' of shape .*, got \(1, 1, 1, 1\)"):
@@ -110,6 +110,6 @@ def test_adaptive_augmentation_moves_its_probability():
     module.adjust_(-torch.ones(1000))
     assert float(module.p) == 0
     with pytest.raises(ValueError, match="augment must be names out of"):
-        AdaptiveAugment(("colour",))
+        AdaptiveAugment(("hue",))
     with pytest.raises(ValueError, match=r"target must be in \(-1, 1\), got 1"):
         AdaptiveAugment(target=1)
