@@ -81,10 +81,10 @@ def main(
     suites = suite or list(SUITES)
     _check_options(suites, device)
     if list_only or baseline:
-        catalogue = {name: {w.name: w.order for w in load(name, quick, device)} for name in suites}
+        catalog = {name: {w.name: w.order for w in load(name, quick, device)} for name in suites}
         if list_only:
-            return _print_catalogue(catalogue)
-        names = sorted({name for found in catalogue.values() for order in found.values() for name in order})
+            return _print_catalog(catalog)
+        names = sorted({name for found in catalog.values() for order in found.values() for name in order})
         if baseline not in names:
             raise typer.BadParameter(
                 f"no workload has {baseline!r}; there are {'; '.join(names)}", param_hint="--baseline"
@@ -133,8 +133,8 @@ def _check_options(suites: list[str], device: str) -> None:
         raise typer.BadParameter("no CUDA device is visible", param_hint="--device cuda")
 
 
-def _print_catalogue(catalogue: dict[str, dict[str, list[str]]]) -> None:
-    for suite, workloads in catalogue.items():
+def _print_catalog(catalog: dict[str, dict[str, list[str]]]) -> None:
+    for suite, workloads in catalog.items():
         typer.echo(suite)
         for name, implementations in workloads.items():
             typer.echo(f"  {name}: {'; '.join(implementations)}")

@@ -314,7 +314,7 @@ def run_fastgan_fid(n: int, dims: int) -> float:
 
 def evaluated(n: int, device: str, metrics: tuple[str, ...]) -> float:
     """The FID, and the other metrics beside it."""
-    from fastgan.metrics.catalogue import EvaluateOptions
+    from fastgan.metrics.catalog import EvaluateOptions
     from fastgan.metrics.evaluate import evaluate
     from fastgan.metrics.options import FeatureOptions
 

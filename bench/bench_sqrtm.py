@@ -92,7 +92,7 @@ def rank_deficient(d: int, device: str) -> Workload:
     pair = partial(two_samples, n, d, device)
 
     def factors() -> tuple[Tensor, Tensor]:
-        return centred(n, d, 1, device), centred(n, d, 2, device)
+        return centered(n, d, 1, device), centered(n, d, 2, device)
 
     implementations = {
         FEATURES: lambda: torch.linalg.svdvals(factors()[0] @ factors()[1].mT).sum(),
@@ -252,7 +252,7 @@ def directions(d: int, population: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def centred(n: int, d: int, seed: int, device: str) -> Tensor:
+def centered(n: int, d: int, seed: int, device: str) -> Tensor:
     """Features over sqrt(n - 1) without their mean: F with F^T F their covariance."""
     x = features(n, d, seed, device)
     return (x - x.mean(0)) / (n - 1) ** 0.5

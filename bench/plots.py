@@ -230,8 +230,8 @@ def _images(figure: Any, runs: dict[str, Run]) -> None:
     figure.set_size_inches(9, 1.0 + 0.25 * len(found))
     axes = figure.subplots()
     rates = [(r.images or 0) / seconds(r) for _, r in found]
-    colours = [COLOUR if r.own else GREY for _, r in found]
-    bars = axes.barh(range(len(found)), rates, color=colours)
+    colors = [COLOUR if r.own else GREY for _, r in found]
+    bars = axes.barh(range(len(found)), rates, color=colors)
     axes.set_yticks(range(len(found)), [f"{suite}: {r.workload}: {r.implementation}" for suite, r in found], fontsize=7)
     axes.bar_label(bars, [f" {float(f'{rate:.3g}'):g}" for rate in rates], fontsize=7)
     axes.set(xscale="log", xlim=(min(rates) / 2, max(rates) * 2), xlabel="images per second")

@@ -51,9 +51,9 @@ def spectral_norm(device: str) -> None:
         weights = [w.to(device).requires_grad_() for w in given]
         us, vs = ([x.to(device, copy=True) for x in side] for side in vectors)
         u, v, sigma = spectral_norm_update(weights, us, vs, impl=impl)
-        normalised = spectral_norm_scale(weights, u, v, sigma, impl=impl)
-        gradients = torch.autograd.grad(normalised, weights, cotangents[0], create_graph=True)
-        return [sigma, *normalised, *gradients, *torch.autograd.grad(gradients, weights, cotangents[1])]
+        normalized = spectral_norm_scale(weights, u, v, sigma, impl=impl)
+        gradients = torch.autograd.grad(normalized, weights, cotangents[0], create_graph=True)
+        return [sigma, *normalized, *gradients, *torch.autograd.grad(gradients, weights, cotangents[1])]
 
     _same(derivatives("triton"), derivatives("reference"))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgan._files import write_text
 from fastgan.bench.records import environment
-from fastgan.data import LabelledImages, sketches_of
+from fastgan.data import LabeledImages, sketches_of
 from fastgan.demo import distances_within_classes, pixel_classifier
 from fastgan.metrics import precision_recall
 from fastgan.recipes import load_recipe, override
@@ -219,7 +219,7 @@ def judge(run: Run) -> dict[str, Any]:
     return {"classifier": found | {"summary": summary}, "variety": variety, "summary": [summary, variety["summary"]]}
 
 
-def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: LabelledImages) -> dict[str, Any]:
+def _variety(images: Tensor, labels: Tensor, held_out: LabeledImages, train: LabeledImages) -> dict[str, Any]:
     """Compare the spread within classes and the neighbourhoods of pixels with those of held-out images.
 
     As many training images are compared in the same way, as a scale.
@@ -241,7 +241,7 @@ def _variety(images: Tensor, labels: Tensor, held_out: LabelledImages, train: La
     }
 
 
-def _generated(run: Run, held_out: LabelledImages) -> tuple[Tensor, Tensor]:
+def _generated(run: Run, held_out: LabeledImages) -> tuple[Tensor, Tensor]:
     if run.generator.sketch_channels:
         sketches = sketches_of(held_out, run.recipe.data.sketches)
         return sample(run.generator, held_out.labels, sketches=sketches), held_out.labels

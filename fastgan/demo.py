@@ -22,7 +22,7 @@ from fastgan._files import write_bytes, write_text
 from fastgan._progress import progress_bar
 from fastgan.bench import Record, environment, run
 from fastgan.bench.quick import workloads
-from fastgan.data import LabelledImages, digits
+from fastgan.data import LabeledImages, digits
 from fastgan.recipes import load_recipe
 from fastgan.training import Every, ProgressBar, Trainer, build_networks, class_rows, sample
 from fastgan.training.pictures import grid_picture
@@ -147,7 +147,7 @@ def _time(device: str, sqrtm_dim: int, seconds: float, progress: Any) -> list[Re
     return records
 
 
-def pixel_classifier(train: LabelledImages) -> Callable[[Tensor], Tensor]:
+def pixel_classifier(train: LabeledImages) -> Callable[[Tensor], Tensor]:
     """Fit a support vector classifier to the pixels of ``train``: images (n, c, h, w) to labels (n,), int64."""
     from sklearn.svm import SVC
 
@@ -164,7 +164,7 @@ def distances_within_classes(images: Tensor, labels: Tensor, n_classes: int) -> 
     return torch.stack([torch.pdist(pixels[labels.cpu() == label]).mean() for label in range(n_classes)])
 
 
-def _judge(generator: nn.Module, train: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
+def _judge(generator: nn.Module, train: LabeledImages, held_out: LabeledImages) -> dict[str, Any]:
     """Accuracy of a classifier of real digits on real and generated ones, and the variety within classes."""
     classify = pixel_classifier(train)
     labels = class_rows(train.n_classes, JUDGED_PER_CLASS)

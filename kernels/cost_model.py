@@ -55,13 +55,13 @@ HEADS_SHAPES = {"12 heads of 64": (32 * N_HEADS, 1024, 1024, 64, 64)}
 
 @dataclass(frozen=True)
 class Cost:
-    """The modelled time of one launch.
+    """The modeled time of one launch.
 
     Attributes:
         kernel: name of the kernel.
         direction: "forward", "backward" or "double backward".
         tile: the launch's configuration.
-        microseconds: modelled time.
+        microseconds: modeled time.
         floor: least time that the arithmetic takes, in microseconds.
         registers: of each thread.
         local_in_loops: instructions in loops that use local memory.
@@ -81,7 +81,7 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """The modelled time over the floor."""
+        """The modeled time over the floor."""
         return self.microseconds / self.floor
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ def attention_launches(
 
 
 def launch_cost(launch: Launch, shape: Shape, capability: int = 90) -> Cost:
-    """Compile ``launch`` for ``capability`` (80, 90, 100) and return its modelled cost on an H100's multiprocessors."""
+    """Compile ``launch`` for ``capability`` (80, 90, 100) and return its modeled cost on an H100's multiprocessors."""
     case = case_of(launch)
     compiled = compile_for(case, capability)
     report = report_of(case, compiled, capability)

@@ -103,7 +103,7 @@ def pooled_projection_fwd_kernel(
     H, W, channels, d, outputs,
     PIXELS: tl.constexpr, OUT: tl.constexpr, CHUNK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # A program owns PIXELS neighbouring pixels of two image rows and OUT outputs. Programs of the same pixels come one
+    # A program owns PIXELS neighboring pixels of two image rows and OUT outputs. Programs of the same pixels come one
     # after the other, so that x is read from device memory once.
     slabs, strips = tl.cdiv(outputs, OUT), tl.cdiv(W, PIXELS)
     cols = tl.program_id(0) % slabs * OUT + tl.arange(0, OUT)
@@ -133,8 +133,8 @@ def pooled_projection_fwd_kernel(
     store_tile(q_base, top, left, cols, d, 1, W, d)
     store_tile(q_base + W.to(tl.int64) * d, bottom, left, cols, d, 1, bottom_width, d)
 
-    upper_left, upper_right = _neighbours(top, PIXELS, OUT)  # [PIXELS / 2, OUT]
-    lower_left, lower_right = _neighbours(bottom, PIXELS, OUT)
+    upper_left, upper_right = _neighbors(top, PIXELS, OUT)  # [PIXELS / 2, OUT]
+    lower_left, lower_right = _neighbors(bottom, PIXELS, OUT)
     largest, index = upper_left, tl.zeros([PIXELS // 2, OUT], tl.int8)
     largest, index = _larger(largest, index, upper_right, 1)
     largest, index = _larger(largest, index, lower_left, 2)
@@ -150,7 +150,7 @@ def pooled_projection_fwd_kernel(
 
 
 @triton.jit
-def _neighbours(tile, PIXELS: tl.constexpr, OUT: tl.constexpr):
+def _neighbors(tile, PIXELS: tl.constexpr, OUT: tl.constexpr):
     """The even and the odd rows of [PIXELS, OUT]."""
     return tl.split(tl.permute(tl.reshape(tile, [PIXELS // 2, 2, OUT]), [0, 2, 1]))
 

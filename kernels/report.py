@@ -62,7 +62,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--capability", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--rows", action="store_true", help="each tile once, not for every dtype and layout")
     parser.add_argument("--json", action="store_true", help="print one JSON list in place of the table")
-    parser.add_argument("--model", action="store_true", help="print modelled microseconds, floors and their ratios")
+    parser.add_argument("--model", action="store_true", help="print modeled microseconds, floors and their ratios")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     return parser.parse_args()
 

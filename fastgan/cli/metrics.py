@@ -86,7 +86,7 @@ def fid(
         _save(a, b, given, root=root, as_json=as_json)
         return
     with feature_options(given) as (options, world, echo):
-        from fastgan.metrics.catalogue import EvaluateOptions
+        from fastgan.metrics.catalog import EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
 
         result = measure(a, b, options, EvaluateOptions(("fid",)), floor=floor, world=world)
@@ -172,7 +172,7 @@ def evaluate(
         from fastgan._files import check_output, write_text
         from fastgan.data.archives import register_opener
         from fastgan.data.image_sources import ImageSource
-        from fastgan.metrics.catalogue import METRICS, EvaluateOptions
+        from fastgan.metrics.catalog import METRICS, EvaluateOptions
         from fastgan.metrics.evaluate import evaluate as measure
         from fastgan.metrics.evaluate import open_source
         from fastgan.training.evaluation import RunSamples, classify_run, is_run, open_run

@@ -1,8 +1,8 @@
-"""Labelled image sets, their splits, and a loader that keeps them on the device."""
+"""Labeled image sets, their splits, and a loader that keeps them on the device."""
 
 from fastgan.data.datasets import DataSplit, digits, load_data
 from fastgan.data.folders import image_folder, sketch_folder
-from fastgan.data.images import LabelledImages, as_float, stratified_split
+from fastgan.data.images import LabeledImages, as_float, stratified_split
 from fastgan.data.loader import SKETCHES, Batch, DeviceLoader, StreamLoader, edge_map, sketches_of
 from fastgan.data.photographs import photos
 
@@ -11,7 +11,7 @@ __all__ = [
     "Batch",
     "DataSplit",
     "DeviceLoader",
-    "LabelledImages",
+    "LabeledImages",
     "StreamLoader",
     "as_float",
     "digits",

@@ -22,11 +22,11 @@ from fastgan.data.folders import (
     are_paired,
     has_sketches,
     image_folder,
-    labelled,
+    labeled,
     sketch_folder,
 )
 from fastgan.data.image_sources import ImageFolder, ImageSource
-from fastgan.data.images import LabelledImages, stratified_split
+from fastgan.data.images import LabeledImages, stratified_split
 from fastgan.data.libraries import PREFIXES, open_library
 from fastgan.data.photographs import photos
 from fastgan.data.survey import Survey, survey
@@ -54,14 +54,14 @@ class DataSplit:
         sketches: where sketches come from, as in :class:`fastgan.data.DeviceLoader`.
 
     Example:
-        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> data = LabeledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
         >>> split = DataSplit(*stratified_split(data, held_out=0.2))
         >>> len(split.train), len(split.held_out)
         (16, 4)
     """
 
-    train: LabelledImages
-    held_out: LabelledImages
+    train: LabeledImages
+    held_out: LabeledImages
     files: Mapping[str, str] = field(default_factory=dict)
     found: str = ""
     notes: tuple[str, ...] = ()
@@ -160,7 +160,7 @@ _LISTED = 12  # classes in a line
 _SPLITS = {"train", "training", "trn", "val", "valid", "validation", "dev", "test", "testing", "tst"}
 
 
-def describe_classes(data: LabelledImages) -> str:
+def describe_classes(data: LabeledImages) -> str:
     """Describe the classes, as in ", 4 classes: cat 12, dog 12, ..."; "" if there is one class without a name."""
     counts = data.labels.bincount(minlength=data.n_classes).tolist()
     if data.n_classes == 1 and not data.class_names:
@@ -172,7 +172,7 @@ def describe_classes(data: LabelledImages) -> str:
     return f", {len(listed)} {plural}: {', '.join(listed[:_LISTED])}{more}"
 
 
-def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, LabelledImages]:
+def _split(whole: LabeledImages, held_out: float) -> tuple[LabeledImages, LabeledImages]:
     """Split each class alike; hold out 2 random images if that leaves too few to score against."""
     if len(whole) < 2 * _LEAST_HELD_OUT:
         raise ValueError(f"there must be at least {2 * _LEAST_HELD_OUT} images, there are {len(whole)}")
@@ -197,7 +197,7 @@ def _split(whole: LabelledImages, held_out: float) -> tuple[LabelledImages, Labe
     return whole.subset(~chosen), whole.subset(chosen)
 
 
-def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) -> list[str]:
+def _notes_on_classes(place: Path, images: ImageSource, data: LabeledImages) -> list[str]:
     """List notes on folders that were not, or should not be, taken for classes.
 
     Raises:
@@ -222,7 +222,7 @@ def _notes_on_classes(place: Path, images: ImageSource, data: LabelledImages) ->
     ]
 
 
-def _notes_on_empty_classes(train: LabelledImages) -> list[str]:
+def _notes_on_empty_classes(train: LabeledImages) -> list[str]:
     """List a note on classes that a generator is asked for and that no training image shows."""
     counts = train.labels.bincount(minlength=train.n_classes).tolist()
     names = train.class_names or [str(i) for i in range(train.n_classes)]
@@ -255,7 +255,7 @@ def _notes_on_pixels(looked: Survey, decoding: Decoding, fit: str) -> list[str]:
 _NARROW = 0.3  # part of a range that leaves images dark
 
 
-def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
+def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> tuple[LabeledImages, LabeledImages]:
     """Load the 1797 handwritten 8x8 gray digits of scikit-learn's wheel, resized; no download.
 
     They are the test part of Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998.
@@ -291,7 +291,7 @@ def digits(resolution: int = 32, *, held_out: float = 1 / 3, seed: int = 0) -> t
     if resolution != gray.shape[-1]:
         gray = F.interpolate(gray, size=(resolution, resolution), mode="bicubic", antialias=True)
     images = gray.clamp_(0, 1) * 2 - 1
-    whole = LabelledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10, class_names=names)
+    whole = LabeledImages(images, torch.from_numpy(bunch.target).long(), n_classes=10, class_names=names)
     return stratified_split(whole, held_out=held_out, seed=seed)
 
 
@@ -301,7 +301,7 @@ def _digits(resolution: int, channels: int) -> DataSplit:
     return DataSplit(train, test, found=_described("8x8 gray", train, test))
 
 
-def _described(kind: str, train: LabelledImages, test: LabelledImages) -> str:
+def _described(kind: str, train: LabeledImages, test: LabeledImages) -> str:
     both = replace(train, images=torch.cat([train.images, test.images]), labels=torch.cat([train.labels, test.labels]))
     return f"{len(both)} images {kind}{describe_classes(both)}"
 
@@ -332,7 +332,7 @@ def _of_library(
         parts[0].read(0)  # names what is wrong with it
     size = looked.resolution if resolution is None else resolution
     channels = channels or (1 if looked.gray == len(looked) else 3)
-    sets = [labelled(part, part.classes(), size, channels, fit=fit, tell=tell) for part in parts]
+    sets = [labeled(part, part.classes(), size, channels, fit=fit, tell=tell) for part in parts]
     train, test = sets if len(sets) == 2 else _split(sets[0], held_out)
     if test.n_classes != train.n_classes:
         raise InputError(f"{source} must have as many classes in both splits, got {train.n_classes}, {test.n_classes}")

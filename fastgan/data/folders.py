@@ -19,7 +19,7 @@ from fastgan._checks import InputError
 from fastgan.data.archives import open_images
 from fastgan.data.decode import Decoding, load_ahead, read_image
 from fastgan.data.image_sources import ImageFolder, ImageSource
-from fastgan.data.images import LabelledImages
+from fastgan.data.images import LabeledImages
 from fastgan.data.label_files import read_label_file
 
 IMAGES, SKETCHES = "images", "sketches"
@@ -39,7 +39,7 @@ def image_folder(
     decoding: Decoding = FOR_TRAINING,
     fit: str = "crop",
     tell: Callable[[str], None] = _log.warning,
-) -> LabelledImages:
+) -> LabeledImages:
     """Read the images of ``source`` with their labels.
 
     In a folder or an archive each top folder is a class if no image lies beside them; otherwise all images form one
@@ -66,10 +66,10 @@ def image_folder(
     images = open_images(source, skip_bad=skip_bad)
     images.decoding = decoding
     classes = read_label_file(source, images) or images.classes()
-    return labelled(images, classes, resolution, channels, fit=fit, tell=tell)
+    return labeled(images, classes, resolution, channels, fit=fit, tell=tell)
 
 
-def labelled(
+def labeled(
     images: ImageSource,
     classes: tuple[tuple[str, ...], list[int]],
     resolution: int,
@@ -77,12 +77,12 @@ def labelled(
     *,
     fit: str,
     tell: Callable[[str], None],
-) -> LabelledImages:
+) -> LabeledImages:
     """Read all of ``images``, whose ``classes`` are names and the class of each image; see :func:`image_folder`."""
     names, labels = classes
     pixels, kept = read_source(images, resolution, channels, fit=fit)
     _tell_left_out(images, tell)
-    return LabelledImages(pixels[kept], torch.tensor(labels)[kept], n_classes=max(len(names), 1), class_names=names)
+    return LabeledImages(pixels[kept], torch.tensor(labels)[kept], n_classes=max(len(names), 1), class_names=names)
 
 
 def sketch_folder(
@@ -95,7 +95,7 @@ def sketch_folder(
     decoding: Decoding = FOR_TRAINING,
     fit: str = "crop",
     tell: Callable[[str], None] = _log.warning,
-) -> LabelledImages:
+) -> LabeledImages:
     """Read images and their sketches: ``folder/images`` and ``folder/sketches``, each a heap or one folder per class.
 
     Args:
@@ -139,7 +139,7 @@ def sketch_folder(
         kept = sketches_kept = kept & sketches_kept
     for source in (images, sketches):
         _tell_left_out(source, tell)
-    return LabelledImages(
+    return LabeledImages(
         pixels[kept],
         torch.tensor(labels)[kept],
         n_classes=max(len(names), 1),

@@ -1,4 +1,4 @@
-"""Sets of labelled images, with sketches if there are any, and their splits."""
+"""Sets of labeled images, with sketches if there are any, and their splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PIXELS = (torch.uint8, *FLOATS)
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images (n, channels, h, w) with labels (n,) int64 in [0, n_classes).
 
     Pixels are floating-point in [-1, 1], or uint8 in [0, 255], a quarter of the memory.
@@ -28,7 +28,7 @@ class LabelledImages:
         ValueError: shapes, dtypes, or a label disagree with that.
 
     Example:
-        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> data = LabeledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
         >>> len(data), len(data.subset(torch.arange(5)))
         (20, 5)
     """
@@ -76,12 +76,12 @@ class LabelledImages:
         """Whether each image has its own sketch."""
         return self.sketches is not None and self.sketch_labels is None
 
-    def to(self, device: torch.device | str) -> LabelledImages:
+    def to(self, device: torch.device | str) -> LabeledImages:
         """The same images on ``device``."""
         tensors = {name: getattr(self, name) for name in ("images", "labels", "sketches", "sketch_labels")}
         return replace(self, **{name: value.to(device) for name, value in tensors.items() if value is not None})
 
-    def subset(self, index: Tensor) -> LabelledImages:
+    def subset(self, index: Tensor) -> LabeledImages:
         """The images at ``index``, an int64 or bool tensor, in that order; unpaired sketches stay all."""
         sketches = self.sketches[index] if self.paired and self.sketches is not None else self.sketches
         return replace(self, images=self.images[index], labels=self.labels[index], sketches=sketches)
@@ -114,7 +114,7 @@ def mostly_color(images: Tensor) -> bool:
     return 2 * gray < len(images)
 
 
-def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
+def stratified_split(data: LabeledImages, *, held_out: float, seed: int = 0) -> tuple[LabeledImages, LabeledImages]:
     """Split so that each class gives the same part, to the nearest image, to the second set.
 
     Each of the two sets keeps the order of ``data``; the same seed gives the same split on every device.
@@ -123,7 +123,7 @@ def stratified_split(data: LabelledImages, *, held_out: float, seed: int = 0) ->
         ValueError: ``held_out`` is not in (0, 1), or leaves one of the sets empty.
 
     Example:
-        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> data = LabeledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
         >>> train, held_out = stratified_split(data, held_out=0.2)
         >>> held_out.labels.bincount()
         tensor([2, 2])

@@ -22,7 +22,7 @@ def open_library(source: str, *, skip_bad: bool = False) -> tuple[ImageDataset, 
     ``datasets.load_dataset`` takes, or a folder that ``save_to_disk`` wrote. Without a test split the second is None.
 
     Raises:
-        InputError: there is no such data set, it is not one of labelled images, or it cannot be downloaded.
+        InputError: there is no such data set, it is not one of labeled images, or it cannot be downloaded.
     """
     library, _, name = source.partition(":")
     parts = _torchvision(name) if library == "torchvision" else _hugging_face(name)

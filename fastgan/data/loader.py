@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastgan._checks import check_tensor
-from fastgan.data.images import LabelledImages, as_float
+from fastgan.data.images import LabeledImages, as_float
 
 Batch = dict[str, Tensor]
 
@@ -22,7 +22,7 @@ class DeviceLoader:
     """Endless shuffled batches: "images" (n, channels, h, w) in [-1, 1], "labels" (n,), and perhaps "sketches".
 
     Every epoch is a fresh permutation, an incomplete last batch is dropped. Order, flips and choice of sketches come
-    from a generator of the loader's own on the CPU, dequantisation noise from one on the device; :meth:`state_dict`
+    from a generator of the loader's own on the CPU, dequantization noise from one on the device; :meth:`state_dict`
     restores both, to the batch.
 
     Args:
@@ -31,7 +31,7 @@ class DeviceLoader:
         batch_size: images a batch, from 1 to ``len(data)``.
         seed: of order, flips and noise.
         flip: mirror each image, and its own sketch with it, left to right with probability 1/2.
-        dequantise: add uniform noise of one grey level, 2/256, as wide as the quantisation of 8-bit pixels.
+        dequantize: add uniform noise of one gray level, 2/256, as wide as the quantization of 8-bit pixels.
         sketches: "none"; "edges", the edge map of each image; "paired", the data's sketch of each image; "unpaired", a
             random one of the data's sketches of the same class.
         rank, parts: give this one of ``parts`` equal parts of each batch: loaders of the same seed that give all parts
@@ -41,7 +41,7 @@ class DeviceLoader:
         ValueError: an argument is outside its range, or the data has not the sketches asked for.
 
     Example:
-        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> data = LabeledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
         >>> batch = DeviceLoader(data, 8).next()
         >>> batch["images"].shape, batch["labels"].shape
         (torch.Size([8, 3, 8, 8]), torch.Size([8]))
@@ -49,12 +49,12 @@ class DeviceLoader:
 
     def __init__(
         self,
-        data: LabelledImages,
+        data: LabeledImages,
         batch_size: int,
         *,
         seed: int = 0,
         flip: bool = False,
-        dequantise: bool = False,
+        dequantize: bool = False,
         sketches: str = "none",
         device: torch.device | str | None = None,
         rank: int = 0,
@@ -69,7 +69,7 @@ class DeviceLoader:
         self._part = slice(rank * batch_size // parts, (rank + 1) * batch_size // parts)
         self.data = data
         self.batch_size = batch_size
-        self.flip, self.dequantise, self.sketches = flip, dequantise, sketches
+        self.flip, self.dequantize, self.sketches = flip, dequantize, sketches
         self.device = data.images.device if device is None else torch.device(device)
         self._rng = torch.Generator().manual_seed(seed)
         self._noise_rng = torch.Generator(self.device).manual_seed(seed)
@@ -103,7 +103,7 @@ class DeviceLoader:
                     batch[key] = torch.where(mirrored, batch[key].flip(3), batch[key])
         if self.sketches == "edges":
             batch["sketches"] = edge_map(batch["images"])
-        if self.dequantise:
+        if self.dequantize:
             shape = (len(whole), *images.shape[1:])
             noise = torch.rand(shape, generator=self._noise_rng, device=self.device)[self._part]
             batch["images"] = (batch["images"] + (2 * noise - 1) / 256).clamp(-1, 1)
@@ -181,7 +181,7 @@ class StreamLoader:
         elif isinstance(source, IterableDataset):
             source = DataLoader(source, batch_size, drop_last=True)
         if not isinstance(source, Iterable):
-            kinds = "LabelledImages, a Dataset, a DataLoader or an iterable of batches"
+            kinds = "LabeledImages, a Dataset, a DataLoader or an iterable of batches"
             raise TypeError(f"data must be {kinds}, got {type(source).__name__}")
         self._source, self.n_classes, self.device = source, n_classes, torch.device(device)
         self._batches: Iterator[Any] = iter(())
@@ -247,7 +247,7 @@ class StreamLoader:
 class _ByClass:
     """Random sketches of given classes."""
 
-    def __init__(self, data: LabelledImages) -> None:
+    def __init__(self, data: LabeledImages) -> None:
         assert data.sketch_labels is not None
         self.order = torch.argsort(data.sketch_labels, stable=True)
         self.counts = torch.bincount(data.sketch_labels, minlength=data.n_classes)
@@ -267,7 +267,7 @@ def part_size(batch_size: int, parts: int) -> int:
     return batch_size // parts
 
 
-def check_sketches(data: LabelledImages, sketches: str) -> None:
+def check_sketches(data: LabeledImages, sketches: str) -> None:
     """Raise ``ValueError`` if ``sketches`` is not one of :data:`SKETCHES`, or ``data`` lacks what it asks for."""
     if sketches not in SKETCHES:
         raise ValueError(f"sketches must be one of {', '.join(map(repr, SKETCHES))}, got {sketches!r}")
@@ -277,7 +277,7 @@ def check_sketches(data: LabelledImages, sketches: str) -> None:
         raise ValueError("sketches 'unpaired' needs data with sketches and their labels")
 
 
-def sketches_of(data: LabelledImages, sketches: str) -> Tensor:
+def sketches_of(data: LabeledImages, sketches: str) -> Tensor:
     """Sketches for the first images of ``data`` in order, as a loader would pair them, without flips or noise: of each
     image, or, unpaired, for each image the data's next sketch of the same class.
 
@@ -285,7 +285,7 @@ def sketches_of(data: LabelledImages, sketches: str) -> Tensor:
         ValueError: as :func:`check_sketches`, or ``sketches`` is "none".
 
     Example:
-        >>> data = LabelledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
+        >>> data = LabeledImages(torch.rand(20, 3, 8, 8) * 2 - 1, torch.arange(20) % 2, n_classes=2)
         >>> sketches_of(data, "edges").shape
         torch.Size([20, 1, 8, 8])
     """

@@ -14,7 +14,7 @@ import torch
 
 from fastgan._checks import InputError
 from fastgan.data.decode import read_image
-from fastgan.data.images import LabelledImages
+from fastgan.data.images import LabeledImages
 
 PHOTOS = {
     "astronaut": ("skimage/data/astronaut.png",),
@@ -35,7 +35,7 @@ BAND = 96  # rows; also the largest crop
 
 def photos(
     resolution: int = 32, n_train: int = 20_000, n_test: int = 10_000, *, seed: int = 0
-) -> tuple[LabelledImages, LabelledImages]:
+) -> tuple[LabeledImages, LabeledImages]:
     """Random square crops of the :data:`PHOTOS`, at the photographs' own resolution.
 
     Bands of 96 rows give training crops, but each second of three gives held-out ones. All classes have as many crops,
@@ -78,7 +78,7 @@ def photos(
             crops[i] = picture[top : top + resolution, left : left + resolution]
         images = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
         labels = torch.arange(n) % len(views)
-        sets.append(LabelledImages(images, labels, len(views), class_names=tuple(PHOTOS)))
+        sets.append(LabeledImages(images, labels, len(views), class_names=tuple(PHOTOS)))
     return sets[0], sets[1]
 
 

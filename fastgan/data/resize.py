@@ -6,7 +6,7 @@
     clean-fid does. Tensors go through ``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``, the same
     filter in another order of summation.
 ``legacy_pytorch``
-    Bilinear between pixel centres without antialiasing: ``interpolate(mode="bilinear", align_corners=False)``, as
+    Bilinear between pixel centers without antialiasing: ``interpolate(mode="bilinear", align_corners=False)``, as
     pytorch-fid does.
 ``legacy_tensorflow``
     Bilinear between pixel corners without antialiasing, TensorFlow 1's ``resize_bilinear``, as the first FID

@@ -26,7 +26,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
 
 def empty_stats(q: Tensor) -> Tensor:
-    """Return an uninitialised (.., N, 2): each row's largest q k^T, and 1 / the sum of exponentials relative to it."""
+    """Return an uninitialized (.., N, 2): each row's largest q k^T, and 1 / the sum of exponentials relative to it."""
     return q.new_empty(*q.shape[:-1], 2, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 

@@ -1,6 +1,6 @@
 """Adversarial losses on discriminator logits, by name.
 
-Each :class:`GANLoss` holds the two objectives, both to be minimised. Logits may have any shape; the mean over all
+Each :class:`GANLoss` holds the two objectives, both to be minimized. Logits may have any shape; the mean over all
 of them is taken, in float32 if they are in half precision.
 """
 

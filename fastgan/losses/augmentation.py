@@ -26,12 +26,12 @@ def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tens
     Args:
         images: (n, channels, h, w) in [-1, 1].
         brightness: (n, 1, 1, 1), added.
-        saturation: (n, 1, 1, 1), a factor of the distance to the pixel's grey.
+        saturation: (n, 1, 1, 1), a factor of the distance to the pixel's gray.
         contrast: (n, 1, 1, 1), a factor of the distance to the image's mean.
     """
     images = images + brightness
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * saturation + grey
+    gray = images.mean(1, keepdim=True)
+    images = (images - gray) * saturation + gray
     mean = images.mean((1, 2, 3), keepdim=True)
     return (images - mean) * contrast + mean
 
@@ -58,7 +58,7 @@ def _shifted_index(shift: Tensor, size: int) -> Tensor:
 
 
 def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Set a square of half the side to mid-grey (0) around each image's (rows, columns), int64 (n, 1)."""
+    """Set a square of half the side to mid-gray (0) around each image's (rows, columns), int64 (n, 1)."""
     height, width = images.shape[2:]
     inside = _window(rows, height)[:, :, None] & _window(columns, width)[:, None, :]
     return images * (~inside)[:, None].to(images.dtype)
@@ -69,11 +69,11 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.bool(), images.flip(3), images)
 
 
-def _window(centre: Tensor, size: int) -> Tensor:
-    """(n, size) bool: within half the cut-out's length of ``centre``."""
+def _window(center: Tensor, size: int) -> Tensor:
+    """(n, size) bool: within half the cut-out's length of ``center``."""
     length = int(size * CUTOUT_RATIO + 0.5)
-    start = centre - length // 2
-    index = torch.arange(size, device=centre.device)
+    start = center - length // 2
+    index = torch.arange(size, device=center.device)
     return (index >= start) & (index < start + length)
 
 

@@ -226,7 +226,7 @@ def draw_bias(curve: BiasCurve, *, label: str, floor: float | None = None, limit
     axes.plot(curve.sizes, curve.distances, "o-")
     for value, name in ((floor, "real against real"), (limit, "infinitely many images")):
         if value is not None:
-            axes.axhline(value, linestyle="--", color="tab:grey")
+            axes.axhline(value, linestyle="--", color="tab:gray")
             axes.annotate(name, (curve.sizes[0], value), va="bottom")
     axes.set(xscale="log", xlabel="images", ylabel=label, title="The same images, more and more of them")
     if min(curve.distances) > 0 and limit != 0:

@@ -1,7 +1,7 @@
 """Feature Likelihood Divergence (FLD): how likely held-out images are under Gaussians around the generated ones.
 
 Jiralerspong et al., "Feature Likelihood Divergence: Evaluating the Generalization of Generative Models Using Samples",
-2023; formerly the Feature Likelihood Score, FLS. Generated vectors become the centres of a mixture of isotropic
+2023; formerly the Feature Likelihood Score, FLS. Generated vectors become the centers of a mixture of isotropic
 Gaussians, whose variances are fitted to the training vectors by Adam. A copy of a training vector gets a variance near
 0, and gives no likelihood to test vectors.
 """
@@ -106,7 +106,7 @@ def _drawn(random: np.random.RandomState, n: int, size: int | None = None) -> Te
 
 
 def _fitted(centers: Tensor, rows: Tensor) -> Tensor:
-    """Return the logarithm of each centre's variance (m,) that makes ``rows`` (n, dim) likely.
+    """Return the logarithm of each center's variance (m,) that makes ``rows`` (n, dim) likely.
 
     The gradient is written out, so that a block of the n x m likelihoods is all that it needs.
     """

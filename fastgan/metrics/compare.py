@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgan._files import atomic_path
 from fastgan.distributed import World
 from fastgan.metrics._fid_infinity import check_plot_path
-from fastgan.metrics.catalogue import EvaluateOptions, Found, Sets, unmet
+from fastgan.metrics.catalog import EvaluateOptions, Found, Sets, unmet
 from fastgan.metrics.evaluate import Choice, compute, head_of, open_source, printed, with_classes
 from fastgan.metrics.evaluate import measure as measure_sources
 from fastgan.metrics.features import Measured

@@ -35,7 +35,7 @@ def cmmd(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> float:
     CLIP ViT-L/14 at 336 pixels; other features give a distance of this form and another size. Lower is better.
 
     Args:
-        real, fake: features (n, dim) and (m, dim); they are normalised here.
+        real, fake: features (n, dim) and (m, dim); they are normalized here.
 
     Raises:
         InputError: the features are not two finite sets of at least 2 vectors and one dim.
@@ -106,7 +106,7 @@ def auth_pct(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike) -> floa
     """AuthPct: the percentage of fake vectors that are no near copies. Higher is better.
 
     A fake vector is authentic if it is further from its nearest real vector than that one is from its own nearest real
-    neighbour. Alaa et al., "How Faithful is your Synthetic Data? Sample-level Metrics for Evaluating and Auditing
+    neighbor. Alaa et al., "How Faithful is your Synthetic Data? Sample-level Metrics for Evaluating and Auditing
     Generative Models", 2022, as Stein et al., "Exposing flaws of generative model evaluation metrics", 2023, take it.
 
     Args:

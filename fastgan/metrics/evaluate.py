@@ -21,7 +21,7 @@ from fastgan.distributed import World
 from fastgan.metrics._fid_infinity import BiasCurve, bias_curve, plot_bias
 from fastgan.metrics.backbones import Backbone
 from fastgan.metrics.backbones.inception_network import SPATIAL, SPATIAL_DIM
-from fastgan.metrics.catalogue import (
+from fastgan.metrics.catalog import (
     METRICS,
     STATISTICS,
     EvaluateOptions,

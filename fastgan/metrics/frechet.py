@@ -40,7 +40,7 @@ def frechet_distance(
 
     Args:
         a, b: statistics, or a pair (mean (dim,), unbiased covariance (dim, dim)).
-        method: ``"low_rank"`` works on the centred features X where a side still holds them (n <= dim):
+        method: ``"low_rank"`` works on the centered features X where a side still holds them (n <= dim):
             ``||X_a X_b^T||_* / sqrt((n_a - 1)(n_b - 1))`` for the cross term, and likewise with a Cholesky factor for a
             side that does not. ``"full"`` always takes the covariances. ``"auto"`` is low_rank where it can be, and
             where it cannot factors no side whose :attr:`FeatureStats.known_root` is there.
@@ -149,7 +149,7 @@ def paired_frechet_distances(real: Sequence[FeatureStats], fake: Sequence[Featur
     """Frechet distances of ``real[i]`` to ``fake[i]``, (len(real),) float64.
 
     Pairs that both still hold their features, as the classes of a data set mostly do, are worked on as batches: of
-    centred features X (n, dim) and Y (m, dim) the cross term is ||X Y^T||_* / sqrt((n - 1)(m - 1)), and rows of zeros
+    centered features X (n, dim) and Y (m, dim) the cross term is ||X Y^T||_* / sqrt((n - 1)(m - 1)), and rows of zeros
     that make all products one size do not change it.
 
     Raises:
@@ -203,7 +203,7 @@ def _groups(indices: list[int], matrix_bytes: int) -> Iterator[list[int]]:
 class FrechetLoss(nn.Module):
     """The Frechet distance of a batch of features to fixed statistics, differentiable in the features.
 
-    The cross term is the nuclear norm of X R^T / sqrt(n - 1), with X the centred features and R^T R the reference's
+    The cross term is the nuclear norm of X R^T / sqrt(n - 1), with X the centered features and R^T R the reference's
     covariance: an (n, dim) matrix, so a batch smaller than ``dim`` costs little. The distance of so few vectors is
     biased far upwards, but for a fixed batch size so is that of real ones (Mathiasen & Hvilshoj, "Backpropagating
     through Frechet Inception Distance", 2020).
@@ -241,7 +241,7 @@ class FrechetLoss(nn.Module):
             raise InputError(f"features must have shape (n, {dim}) with n >= 2, got {tuple(features.shape)}")
         rows = features.double()
         mean = rows.mean(dim=0)
-        centred = (rows - mean) / (len(rows) - 1) ** 0.5
-        cross = nuclear_norm(drop_redundant_row(centred) @ self.factor)
-        distance = (mean - self.mean).square().sum() + centred.square().sum() + self.trace - 2 * cross
+        centered = (rows - mean) / (len(rows) - 1) ** 0.5
+        cross = nuclear_norm(drop_redundant_row(centered) @ self.factor)
+        distance = (mean - self.mean).square().sum() + centered.square().sum() + self.trace - 2 * cross
         return distance.to(features.dtype)

@@ -35,7 +35,7 @@ def write_report(
     grids of both sets, and some generated images above their nearest real ones.
 
     Args:
-        result: its features give the neighbours, if it keeps them of both sides.
+        result: its features give the neighbors, if it keeps them of both sides.
         path: of the .html file.
         fake, real: the images; None leaves out the pictures of a side.
 
@@ -64,9 +64,9 @@ def write_report(
         of_fake, of_real = (None if side is None else side.features for side in measured)
         if of_fake is not None and of_real is not None:
             indices = _spread(len(fake), _NEIGHBOURS)
-            _, neighbours = nearest(of_fake[torch.tensor(indices)].float(), of_real.float())
-            pairs = [fake.read(i) for i in indices] + [real.read(i) for i in neighbours.tolist()]
-            parts += ["<h2>Generated images above their nearest real ones</h2>", _image(_grid(pairs), "neighbours")]
+            _, neighbors = nearest(of_fake[torch.tensor(indices)].float(), of_real.float())
+            pairs = [fake.read(i) for i in indices] + [real.read(i) for i in neighbors.tolist()]
+            parts += ["<h2>Generated images above their nearest real ones</h2>", _image(_grid(pairs), "neighbors")]
     head = f'<meta charset="utf-8"><title>fastgan evaluate</title><style>{_STYLE}</style>'
     body = f"<h1>{html.escape(result.sides[0].label)}</h1>{''.join(parts)}"
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'

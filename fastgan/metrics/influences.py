@@ -29,7 +29,7 @@ def mmd_influences(real: Tensor, fake: Tensor, kernel: Kernel, *, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     x, y = (draw_at_most(rows, generator) for rows in (real, fake))
     blocks = [2 * (kernel(part, y).mean(1) - kernel(part, x).mean(1)) for part in fake.double().split(_KERNEL_BLOCK)]
-    return centred(torch.cat(blocks))
+    return centered(torch.cat(blocks))
 
 
 def score_influences(logits: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def score_influences(logits: Tensor) -> Tensor:
     log_p = logits.double().log_softmax(dim=1)
     log_marginal = log_p.logsumexp(dim=0) - torch.tensor(len(log_p), dtype=torch.float64).log()
     divergence = (log_p.exp() * (log_p - log_marginal)).sum(dim=1)
-    return centred(divergence) * divergence.mean().exp()  # a change of the marginal has no first-order effect
+    return centered(divergence) * divergence.mean().exp()  # a change of the marginal has no first-order effect
 
 
 def vendi_influences(features: Tensor) -> Tensor | None:
@@ -52,7 +52,7 @@ def vendi_influences(features: Tensor) -> Tensor | None:
     seen = weights > weights.max() * 1e-12
     logs = torch.where(seen, weights.clamp(min=1e-300).log(), 0.0)
     surprise = -((rows @ vectors).square() * logs).sum(dim=1)
-    return centred(surprise) * surprise.mean().exp()
+    return centered(surprise) * surprise.mean().exp()
 
 
 def recall_influences(real: Tensor, fake: Tensor, *, k: int) -> Tensor | None:
@@ -68,7 +68,7 @@ def recall_influences(real: Tensor, fake: Tensor, *, k: int) -> Tensor | None:
     radius = torch.cat([found.values[:, k] for found in nearest])
     wider = torch.cat([found.values[:, k + 1] for found in nearest])
     # the nearest of all is the row itself, or a copy of it: then leaving out the row changes nothing for the copy
-    neighbours = torch.cat([found.indices[:, : k + 1] for found in nearest])
+    neighbors = torch.cat([found.indices[:, : k + 1] for found in nearest])
     change = torch.zeros(m, dtype=torch.float64, device=fake.device)
     for part in real.split(_BLOCK):
         between = distances(fake, part)  # (m, part)
@@ -77,7 +77,7 @@ def recall_influences(real: Tensor, fake: Tensor, *, k: int) -> Tensor | None:
         sole = torch.where(count == 1, inside.int().argmax(dim=0), -1)
         open_to_change = (count <= 1)[None] & (between <= wider[:, None]) & ~(inside & (count == 1)[None])
         ball, point = open_to_change.nonzero(as_tuple=True)
-        removed = neighbours[ball]  # (pairs, k + 1): leaving out any of these, but the ball's own row, widens the ball
+        removed = neighbors[ball]  # (pairs, k + 1): leaving out any of these, but the ball's own row, widens the ball
         kept = removed != ball[:, None]
         codes = (removed * len(part) + point[:, None])[kept].unique()
         row, point = codes // len(part), codes % len(part)
@@ -86,7 +86,7 @@ def recall_influences(real: Tensor, fake: Tensor, *, k: int) -> Tensor | None:
         rescued = torch.zeros(len(part), dtype=torch.bool, device=fake.device)
         rescued[point[(~gained) & (row == sole[point])]] = True
         change -= torch.bincount(sole[(count == 1) & ~rescued], minlength=m)
-    return centred(-(m - 1) * change / n)
+    return centered(-(m - 1) * change / n)
 
 
 def coverage_influences(real: Tensor, fake: Tensor, *, k: int) -> Tensor:
@@ -97,10 +97,10 @@ def coverage_influences(real: Tensor, fake: Tensor, *, k: int) -> Tensor:
         inside = distances(fake, part) <= radius
         only = inside.sum(dim=0) == 1
         alone += torch.bincount(inside.int().argmax(dim=0)[only], minlength=m)
-    return centred((m - 1) * alone / n)
+    return centered((m - 1) * alone / n)
 
 
-def centred(values: Tensor) -> Tensor:
+def centered(values: Tensor) -> Tensor:
     """Return ``values`` as float64 less their mean."""
     values = values.double()
     return values - values.mean()

@@ -1,4 +1,4 @@
-"""Mean and scatter (the sum of centred outer products) of vectors, in float64, and checks of those that users give.
+"""Mean and scatter (the sum of centered outer products) of vectors, in float64, and checks of those that users give.
 
 Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 from fastgan._checks import InputError, check_finite
 
 
-def centred(rows: Tensor) -> tuple[Tensor, Tensor]:
+def centered(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (dim,) of ``rows`` (n, dim), and the rows without it."""
     mean = rows.mean(dim=0)
     without = rows - mean
-    # the mean of large values carries a rounding error; what it leaves in the centred rows is taken out again
+    # the mean of large values carries a rounding error; what it leaves in the centered rows is taken out again
     residual = without.mean(dim=0)
     return mean + residual, without.sub_(residual)
 
 
 def moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (dim,) and scatter (dim, dim) of ``rows`` (n, dim)."""
-    mean, without = centred(rows)
+    mean, without = centered(rows)
     return mean, without.mT @ without
 
 
@@ -88,7 +88,7 @@ def check_moments(mean: Tensor, cov: Tensor, rounding: float) -> None:
 
 
 def check_factor(factor: Tensor, cov: Tensor, n: int | None) -> None:
-    """Raise ``InputError`` unless ``factor`` (n, dim) holds the centred vectors behind ``cov``."""
+    """Raise ``InputError`` unless ``factor`` (n, dim) holds the centered vectors behind ``cov``."""
     if n is None or factor.shape != (n, cov.shape[0]):
         raise InputError(f"factor must have shape (n, dim) = ({n}, {cov.shape[0]}), got {tuple(factor.shape)}")
     check_finite(factor=factor)
@@ -97,7 +97,7 @@ def check_factor(factor: Tensor, cov: Tensor, n: int | None) -> None:
     off_mean = factor.mean(dim=0).abs().max() > 1e-6 * scale.sqrt()
     off_variance = (factor.square().sum(dim=0) / (n - 1) - variance).abs().max() > 1e-6 * scale
     if off_mean or off_variance:
-        raise InputError("factor must be the centred vectors behind mean and cov")
+        raise InputError("factor must be the centered vectors behind mean and cov")
 
 
 def check_root(root: Tensor, cov: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how far two sets of features lie in each other's neighbourhoods.
+"""Precision, recall, density and coverage: how far two sets of features lie in each other's neighborhoods.
 
 Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019; Naeem et al.,
 "Reliable Fidelity and Diversity Metrics for Generative Models", 2020.
@@ -24,8 +24,8 @@ _MOST_NEAR = 0.01  # share of such distances from which on none comes from a pro
 
 
 @dataclass(frozen=True)
-class Neighbourhoods:
-    """Shares in [0, 1], of which density alone may exceed 1; ``k`` is the neighbour that gives a ball its radius."""
+class Neighborhoods:
+    """Shares in [0, 1], of which density alone may exceed 1; ``k`` is the neighbor that gives a ball its radius."""
 
     precision: float
     recall: float
@@ -34,10 +34,10 @@ class Neighbourhoods:
     k: int
 
 
-def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, k: int = 5) -> Neighbourhoods:
+def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike, *, k: int = 5) -> Neighborhoods:
     """Precision, recall, density and coverage of ``fake`` (m, dim) against ``real`` (n, dim).
 
-    Around each vector lies a ball that reaches its ``k``-th nearest neighbour within its own set. Precision is the
+    Around each vector lies a ball that reaches its ``k``-th nearest neighbor within its own set. Precision is the
     share of fake vectors in a real ball, recall that of real vectors in a fake one; density is the number of real balls
     that a fake vector lies in, divided by k; coverage the share of real balls with a fake vector in them. Distances are
     Euclidean, computed in blocks in the features' precision, at least float32: memory is linear in n and m.
@@ -56,7 +56,7 @@ def precision_recall(real: Tensor | npt.ArrayLike, fake: Tensor | npt.ArrayLike,
     real, fake = as_features("real", real), as_features("fake", fake)
     check_features(real=real, fake=fake, least=k + 1)
     of_each = memberships(real, fake, k=k)
-    return Neighbourhoods(**{name: each.mean().item() for name, each in of_each.items()}, k=k)
+    return Neighborhoods(**{name: each.mean().item() for name, each in of_each.items()}, k=k)
 
 
 def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
@@ -84,14 +84,14 @@ def memberships(real: Tensor, fake: Tensor, *, k: int) -> dict[str, Tensor]:
 
 
 def radii(rows: Tensor, k: int) -> Tensor:
-    """Return the distance of each vector to its k-th nearest neighbour, itself not counted."""
-    # the distance to itself is the smallest, so the (k + 1)-th smallest is the k-th neighbour's
+    """Return the distance of each vector to its k-th nearest neighbor, itself not counted."""
+    # the distance to itself is the smallest, so the (k + 1)-th smallest is the k-th neighbor's
     return torch.cat([distances(block, rows).kthvalue(k + 1, dim=1).values for block in rows.split(_BLOCK)])
 
 
 def nearest(x: Tensor, y: Tensor, *, itself: bool = False) -> tuple[Tensor, Tensor]:
     """The distance of each row of ``x`` to its nearest row of ``y``, and that row's index; with ``itself``, ``x`` is
-    ``y`` and a row is no neighbour of its own."""
+    ``y`` and a row is no neighbor of its own."""
     found_distances, indices = [], []
     for start in range(0, len(x), _BLOCK):
         block = distances(x[start : start + _BLOCK], y)
@@ -122,5 +122,5 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
             for i, j in zip(row.split(_BLOCK), column.split(_BLOCK), strict=True):
                 squares[i, j] = (x[i].double() - y[j].double()).square().sum(dim=1)
             return squares.sqrt().float()
-    # without matrix products: |x|^2 + |y|^2 - 2 x.y loses the digits of near neighbours
+    # without matrix products: |x|^2 + |y|^2 - 2 x.y loses the digits of near neighbors
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

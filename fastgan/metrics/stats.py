@@ -19,7 +19,7 @@ from fastgan.linalg import covariance_factor
 from fastgan.metrics.moments import (
     as_features,
     as_float64,
-    centred,
+    centered,
     check_factor,
     check_moments,
     check_root,
@@ -43,7 +43,7 @@ class FeatureStats:
 
     Up to ``dim`` vectors the vectors themselves are kept, so that a Frechet distance between small sets can work on
     them (:attr:`factor`) and not on a rank-deficient ``dim`` x ``dim`` matrix. From ``dim + 1`` on only the mean and
-    the sum of centred outer products are. Each batch is centred on its own mean before it is joined to the others
+    the sum of centered outer products are. Each batch is centered on its own mean before it is joined to the others
     (:mod:`fastgan.metrics.moments`), so no digits are lost where the mean is large beside the deviation.
 
     Args:
@@ -101,7 +101,7 @@ class FeatureStats:
         """Statistics from a mean (dim,) and an unbiased covariance (dim, dim).
 
         Without ``n``, the number of vectors behind them, they can be compared and saved but not extended. ``factor``,
-        the centred vectors (n, dim), keeps the low-rank form of :attr:`factor` where n <= dim; ``root`` (r, dim) is
+        the centered vectors (n, dim), keeps the low-rank form of :attr:`factor` where n <= dim; ``root`` (r, dim) is
         what :meth:`root` would compute.
 
         Raises:
@@ -207,7 +207,7 @@ class FeatureStats:
         """(dim,) float64. Raises ``InputError`` before the first vector."""
         self._require(1, "mean")
         if self._rows is not None:
-            return centred(torch.cat(self._rows))[0]
+            return centered(torch.cat(self._rows))[0]
         assert self._mean is not None
         return self._mean.clone()
 
@@ -225,8 +225,8 @@ class FeatureStats:
 
     @property
     def factor(self) -> Tensor | None:
-        """Centred features X (n, dim) with ``X^T X / (n - 1) = cov``, float64, while n <= dim; None after that."""
-        return centred(torch.cat(self._rows))[1] if self._rows else None
+        """Centered features X (n, dim) with ``X^T X / (n - 1) = cov``, float64, while n <= dim; None after that."""
+        return centered(torch.cat(self._rows))[1] if self._rows else None
 
     @property
     def known_root(self) -> Tensor | None:
@@ -254,7 +254,7 @@ class FeatureStats:
         return self._root
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (dim,) and sum of centred outer products (dim, dim), float64, not to be changed in place; zeros before
+        """Mean (dim,) and sum of centered outer products (dim, dim), float64, not to be changed in place; zeros before
         any vector. If ``n`` is unknown, the covariance stands in for the sum."""
         if self._rows:
             return moments_of(torch.cat(self._rows))
@@ -324,7 +324,7 @@ class FeatureStats:
 
         Raises:
             ValueError: the processes' dimensions, backbones or protocols differ, or an ``n`` is unknown.
-            RuntimeError: torch.distributed is not initialised.
+            RuntimeError: torch.distributed is not initialized.
         """
         header = {key: getattr(self, key) for key in ("n", "dim", *_TEXTS)} | {"held": self._rows is not None}
         headers = gather_objects(header, group)

@@ -4,7 +4,7 @@ Keys:
     ``mu`` (dim,) and ``sigma`` (dim, dim): mean and unbiased covariance in float64, as in pytorch-fid's and clean-fid's
     files; files of others with ``mu_s`` and ``sigma_s`` are read too.
     ``n``: number of vectors.
-    ``factor`` (n, dim): the centred features, while n <= dim.
+    ``factor`` (n, dim): the centered features, while n <= dim.
     ``root`` (r, dim): :meth:`FeatureStats.root`, if asked for and there is no ``factor``.
     ``features`` (n, dim): the vectors themselves, float32, if asked for.
     ``backbone``, ``protocol``, ``resize``, ``precision``, ``dtype`` (of the features), ``fastgan_version``: strings.

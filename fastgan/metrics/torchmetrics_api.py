@@ -34,7 +34,7 @@ class FrechetInceptionDistance(FeatureMetric):
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017.
 
     Each side is one float64 tensor (dim + 1, dim + 1), which torchmetrics gathers from all processes: the number of
-    vectors in the corner, the mean in the rest of the first row, and the sum of centred outer products below it.
+    vectors in the corner, the mean in the rest of the first row, and the sum of centered outer products below it.
 
     >>> from torch import nn
     >>> metric = FrechetInceptionDistance(nn.Flatten(), input_img_size=(3, 2, 2), normalize=True)
@@ -216,7 +216,7 @@ class PrecisionRecall(KeptFeatures):
 
     Args:
         feature: as in :class:`FeatureMetric`.
-        k: the neighbour that a ball reaches to.
+        k: the neighbor that a ball reaches to.
         args, kwargs: as in :class:`FeatureMetric`.
 
     Example:

@@ -36,7 +36,7 @@ class Generator(nn.Module, HubMixin):
         dim_z: length of the noise; 0 for a generator from sketches.
         sketch_channels: channels of the sketches; 0 for a generator from noise.
         resolution: height and width of the images.
-        image_channels: 1 for grey, 3 for RGB.
+        image_channels: 1 for gray, 3 for RGB.
         config: the arguments of ``__init__``.
         class_names: names of the classes in the order of their labels, or none.
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class ConditionalBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose gain and shift are rows of a table, one row a class (Dumoulin et al. 2017).
+    """Batch normalization whose gain and shift are rows of a table, one row a class (Dumoulin et al. 2017).
 
-    The tables are plain parameters, not embeddings: spectral normalisation of a whole network leaves them alone, as the
+    The tables are plain parameters, not embeddings: spectral normalization of a whole network leaves them alone, as the
     SAGAN authors' code does.
 
     Args:
@@ -25,14 +25,14 @@ class ConditionalBatchNorm2d(nn.BatchNorm2d):
         self.shift = nn.Parameter(torch.zeros(n_classes, num_features))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalise ``x`` (n, C, h, w) and scale it by the class of each image, ``labels`` (n,) int64."""
+        """Normalize ``x`` (n, C, h, w) and scale it by the class of each image, ``labels`` (n,) int64."""
         gain = F.embedding(labels, self.gain)[:, :, None, None]
         shift = F.embedding(labels, self.shift)[:, :, None, None]
         return torch.addcmul(shift, super().forward(x), gain)
 
 
 class PlainBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that takes labels and does not look at them: the unconditional twin of the one above."""
+    """Batch normalization that takes labels and does not look at them: the unconditional twin of the one above."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return super().forward(x)
@@ -163,15 +163,15 @@ def join_one_hot(h: Tensor, labels: Tensor, n_classes: int) -> Tensor:
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Nearest-neighbour up-sampling by two."""
+    """Nearest-neighbor up-sampling by two."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def init_weights(root: nn.Module) -> None:
     """Orthogonal weights and zero biases for every convolution, linear layer and embedding of ``root``, in place.
 
-    All singular values being equal, spectral normalisation takes no more signal away than it must: with Gaussian or
-    uniform weights the logits of a deep normalised discriminator start near zero, and so do their gradients.
+    All singular values being equal, spectral normalization takes no more signal away than it must: with Gaussian or
+    uniform weights the logits of a deep normalized discriminator start near zero, and so do their gradients.
     """
     for module in root.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)):

@@ -38,14 +38,14 @@ class DCGANGenerator(Generator):
     Args:
         n_classes: number of classes, whose one-hot code is joined to the noise; 0 for an unconditional generator.
         resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
-        image_channels: 1 for grey, 3 for RGB.
+        image_channels: 1 for gray, 3 for RGB.
         dim_z: length of the noise vector.
         width: channels at half the resolution, a multiple of 8; doubled at each further halving.
         max_multiplier: the channels never exceed ``width * max_multiplier``. The original 64x64 network (512, 256,
             128, 64) has ``width=64, max_multiplier=8``.
         attention_resolution: width of the maps that self-attention works on, from twice the smallest map's width to
             ``resolution / 2``; None for none.
-        spectral_norm: normalise every weight of the network by its largest singular value.
+        spectral_norm: normalize every weight of the network by its largest singular value.
 
     Raises:
         ValueError: an argument is outside its range.

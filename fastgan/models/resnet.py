@@ -39,14 +39,14 @@ class ResNetGenerator(Generator):
     Args:
         n_classes: number of classes, each with its row in every batch norm; 0 for an unconditional generator.
         resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
-        image_channels: 1 for grey, 3 for RGB.
+        image_channels: 1 for gray, 3 for RGB.
         dim_z: length of the noise vector.
         width: channels at full resolution, a multiple of 8; doubled at each halving of the resolution.
         max_multiplier: the channels never exceed ``width * max_multiplier``.
         attention_resolution: width of a map, from twice the smallest to ``resolution / 2``; None for no attention.
         attention: "sagan", or the logits of a :class:`fastgan.nn.TokenAttention2d` with 8 channels or more per head:
             "product", "cosine" (with learned sinks) or "distance".
-        spectral_norm: normalise every weight of the network by its largest singular value.
+        spectral_norm: normalize every weight of the network by its largest singular value.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -208,12 +208,12 @@ class SAGANGenerator(ResNetGenerator):
     Args:
         n_classes: number of classes, at least 1.
         resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
-        image_channels: 1 for grey, 3 for RGB.
+        image_channels: 1 for gray, 3 for RGB.
         dim_z: length of the noise vector.
         width: channels at full resolution, a multiple of 8; doubled at each halving of the resolution.
         max_multiplier: the channels never exceed ``width * max_multiplier``.
         attention_resolution: width of a map, from twice the smallest to ``resolution / 2``.
-        spectral_norm: normalise every weight of the network by its largest singular value.
+        spectral_norm: normalize every weight of the network by its largest singular value.
 
     Raises:
         ValueError: an argument is outside its range.

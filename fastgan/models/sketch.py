@@ -36,7 +36,7 @@ class SketchGenerator(Generator):
     Args:
         n_classes: number of classes, at least 1.
         resolution: height and width of sketches and images, 4, 5, 6 or 7 times a power of two, at least 16.
-        image_channels: 1 for grey, 3 for RGB.
+        image_channels: 1 for gray, 3 for RGB.
         sketch_channels: of the sketches.
         width: channels at half the resolution, a multiple of 8; doubled at each further halving.
         max_multiplier: the channels never exceed ``width * max_multiplier``.

@@ -50,7 +50,7 @@ class ViTDiscriminator(nn.Module):
     Args:
         n_classes: number of classes; 0 for an unconditional discriminator.
         resolution: height and width of the images, 4, 5, 6 or 7 times a power of two, at least 16.
-        image_channels: 1 for grey, 3 for RGB.
+        image_channels: 1 for gray, 3 for RGB.
         width: channels of the tokens, a multiple of 8 and of ``num_heads``.
         depth: number of blocks.
         num_heads: heads of each.

@@ -26,7 +26,7 @@ class DataConfig:
         sketches: "none"; "edges", derived from the images; "paired" or "unpaired", from the folder; or "auto", the
             folder's if it has any, paired if each image has one of its name, else "edges".
         flip: mirror half of the images. "auto": if most are in color; digits and letters are not symmetric.
-        dequantise: add noise of one gray level.
+        dequantize: add noise of one gray level.
         held_out: share of a folder's images that is scored against and not trained on.
         skip_bad: leave out images that cannot be read, and count them.
         fit: way in which images become square: "crop" to the center, "pad" with the background, or "stretch".
@@ -43,7 +43,7 @@ class DataConfig:
     channels: int = 0
     sketches: str = "none"
     flip: bool | None = False
-    dequantise: bool = False
+    dequantize: bool = False
     held_out: float = 0.1
     skip_bad: bool = False
     fit: str = "crop"

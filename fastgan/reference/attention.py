@@ -47,7 +47,7 @@ def attention_eager(
     sinks: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """softmax(scale q k^T) v with the maps materialised. q (B, N, d), k (B, M, d), v (B, M, e) -> (B, N, e).
+    """softmax(scale q k^T) v with the maps materialized. q (B, N, d), k (B, M, d), v (B, M, e) -> (B, N, e).
 
     The result is in q's memory layout. Operands (B, H, N, channels) may have a mask (B, H, N, M) and sinks (H,).
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgan.data import DeviceLoader, LabelledImages, as_float, stratified_split
+from fastgan.data import DeviceLoader, LabeledImages, as_float, stratified_split
 from fastgan.metrics.backbones.efficientnet_lite0 import DIM, INPUT_SIZE, EfficientNetLite0, load_network, normalize
 
 MIN_INPUT_SIZE = 96  # its deepest maps are 3x3
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         return self.network.fc(self.network(inputs))
 
     @staticmethod
-    def size_for(data: LabelledImages) -> int:
+    def size_for(data: LabeledImages) -> int:
         """Return the size of the images, but at least 96 and at most 224, the size of ImageNet."""
         return min(INPUT_SIZE, max(MIN_INPUT_SIZE, data.images.shape[-1]))
 
@@ -64,8 +64,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     *,
     epochs: int = 4,
     batch_size: int = 32,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastgan._checks import InputError
 from fastgan._files import write_text
-from fastgan.data import DataSplit, LabelledImages
+from fastgan.data import DataSplit, LabeledImages
 from fastgan.data.fingerprint import changes
 
 RECORD = "data.json"
@@ -69,5 +69,5 @@ class DataRecord:
             )
 
 
-def _counts(data: LabelledImages) -> tuple[int, ...]:
+def _counts(data: LabeledImages) -> tuple[int, ...]:
     return tuple(data.labels.bincount(minlength=data.n_classes).tolist())

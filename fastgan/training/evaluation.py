@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgan._checks import InputError
 from fastgan._files import write_bytes, write_text
-from fastgan.data import DataSplit, LabelledImages, as_float, sketches_of
+from fastgan.data import DataSplit, LabeledImages, as_float, sketches_of
 from fastgan.data.archives import ImageArray
 from fastgan.data.image_sources import ImageSource
 from fastgan.metrics._inception_score import InceptionScoreResult, inception_score
@@ -117,7 +117,7 @@ def _take_statistics(generator: Generator, labels: Tensor, batches: int, seed: i
     standing_statistics_(generator, zip(z.split(_STANDING), rows.split(_STANDING), strict=True))
 
 
-def _real_images(data: LabelledImages, label: str) -> ImageArray:
+def _real_images(data: LabeledImages, label: str) -> ImageArray:
     labels = data.labels.cpu() if data.n_classes > 1 else None
     return ImageArray(to_pixels(as_float(data.images)), label=label, labels=labels)
 

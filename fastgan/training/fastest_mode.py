@@ -13,7 +13,7 @@ import torch
 from fastgan import __version__
 from fastgan._files import CACHE, keep_entry, read_entries
 from fastgan.backend import device_name
-from fastgan.data import LabelledImages
+from fastgan.data import LabeledImages
 from fastgan.recipes import Recipe
 from fastgan.recipes.build import build_networks
 from fastgan.training.trainer import NonFiniteLossError, Trainer
@@ -24,7 +24,7 @@ TIMED_STEPS = 5
 STEP_TIMES = CACHE / "step_modes.json"
 
 
-def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str], None]) -> str:
+def fastest_mode(recipe: Recipe, images: LabeledImages, *, tell: Callable[[str], None]) -> str:
     """Return "compile" if captured updates save this run time on this CPU, their compilation included, else "eager".
 
     A run of less than half an hour is not worth compiling. For a longer one both modes are timed on copies of its
@@ -57,7 +57,7 @@ def fastest_mode(recipe: Recipe, images: LabelledImages, *, tell: Callable[[str]
     return mode
 
 
-def measure(recipe: Recipe, images: LabelledImages, mode: str) -> tuple[float, float]:
+def measure(recipe: Recipe, images: LabeledImages, mode: str) -> tuple[float, float]:
     """Return the seconds per step in ``mode``, the minimum of a few, and the seconds before the first timed step."""
     networks = build_networks(recipe.model, images.n_classes, images.images.shape[1])
     trainer = Trainer(networks[0], networks[1], images, replace(recipe.train, step_mode=mode), images=recipe.data)
@@ -75,7 +75,7 @@ def measure(recipe: Recipe, images: LabelledImages, mode: str) -> tuple[float, f
     return min(seconds), before
 
 
-def _key(recipe: Recipe, images: LabelledImages) -> str:
+def _key(recipe: Recipe, images: LabeledImages) -> str:
     """Hash everything that the time of a step depends on."""
     free = {"steps", "seed", "init", "step_mode"}
     parts = {

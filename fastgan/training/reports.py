@@ -14,7 +14,7 @@ from torch import nn
 
 from fastgan._checks import InputError
 from fastgan._files import write_text
-from fastgan.data import LabelledImages, sketches_of
+from fastgan.data import LabeledImages, sketches_of
 from fastgan.recipes.schema import Recipe
 from fastgan.training.pictures import curves_png, grid_picture
 from fastgan.training.sampling import class_rows, held_out_index, sample
@@ -181,7 +181,7 @@ class Scores(Every):
         )
 
 
-def samples_png(generator: nn.Module, held_out: LabelledImages, *, sketches: str, seed: int) -> bytes:
+def samples_png(generator: nn.Module, held_out: LabeledImages, *, sketches: str, seed: int) -> bytes:
     """PNG of samples: one row per class for a conditional generator (the first 16 classes), else 8 rows.
 
     From sketches, held-out sketches alternate with the images made from them.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastgan.data import LabelledImages
+from fastgan.data import LabeledImages
 from fastgan.models import check_labels
 
 
@@ -24,7 +24,7 @@ def class_rows(n_classes: int, per_class: int) -> Tensor:
     return torch.arange(n_classes).repeat_interleave(per_class)
 
 
-def held_out_index(held_out: LabelledImages, labels: Tensor) -> Tensor:
+def held_out_index(held_out: LabeledImages, labels: Tensor) -> Tensor:
     """Return the index of a held-out image for each label. The images of a class take turns.
 
     Raises:

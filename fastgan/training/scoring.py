@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgan.data import LabelledImages, as_float, sketches_of
+from fastgan.data import LabeledImages, as_float, sketches_of
 from fastgan.metrics import Backbone, FeatureStats, default_backbone, frechet_distance, load_backbone
 from fastgan.metrics.features import empty_stats
 from fastgan.metrics.protocols import choose_protocol
@@ -53,8 +53,8 @@ class Scorer:
 
     def __init__(
         self,
-        held_out: LabelledImages,
-        train: LabelledImages,
+        held_out: LabeledImages,
+        train: LabeledImages,
         sizes: Sequence[int],
         *,
         backbone: str = "auto",
@@ -101,7 +101,7 @@ def score_backbone(recipe: Recipe) -> str:
     return "efficientnet_lite0" if recipe.data.source == "digits" else default_backbone()
 
 
-def random_part(data: LabelledImages, n: int) -> LabelledImages:
+def random_part(data: LabeledImages, n: int) -> LabeledImages:
     """Return up to ``n`` randomly chosen images, the same at each call."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED))
     return data.subset(order[:n].to(data.labels.device))

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import Dataset
 
 from fastgan._progress import progress_bar
-from fastgan.data import DeviceLoader, LabelledImages, StreamLoader
+from fastgan.data import DeviceLoader, LabeledImages, StreamLoader
 from fastgan.data.images import mostly_color
 from fastgan.data.loader import part_size
 from fastgan.distributed import World, current_world
@@ -138,7 +138,7 @@ class Trainer:
         self,
         generator: nn.Module,
         discriminator: nn.Module,
-        data: LabelledImages | Dataset[Any] | Iterable[Any],
+        data: LabeledImages | Dataset[Any] | Iterable[Any],
         config: TrainConfig,
         *,
         images: DataConfig | None = None,
@@ -146,7 +146,7 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.world = current_world() if world is None else world
-        if isinstance(data, LabelledImages):
+        if isinstance(data, LabeledImages):
             if data.images.is_floating_point():
                 least, most = data.images.aminmax()
                 if not (least >= -1 and most <= 1):
@@ -170,21 +170,21 @@ class Trainer:
         if config.pixel_weight and images.sketches == "unpaired":
             raise ValueError("pixel_weight must be 0 for unpaired sketches, which belong to no image")
         self.loader: DeviceLoader | StreamLoader
-        if isinstance(data, LabelledImages):
+        if isinstance(data, LabeledImages):
             self.loader = DeviceLoader(
                 data.to(self.device) if images.on_device else data,
                 config.batch_size,
                 seed=config.seed,
                 flip=mostly_color(data.images) if images.flip is None else images.flip,
-                dequantise=images.dequantise,
+                dequantize=images.dequantize,
                 sketches=images.sketches,
                 device=self.device,
                 rank=self.world.rank,
                 parts=self.world.size,
             )
         else:
-            if images.flip or images.dequantise or images.sketches == "edges":
-                raise ValueError("images.flip, dequantise and sketches 'edges' need LabelledImages: transform the data")
+            if images.flip or images.dequantize or images.sketches == "edges":
+                raise ValueError("images.flip, dequantize and sketches 'edges' need LabeledImages: transform the data")
             self.loader = StreamLoader(
                 data,
                 part_size(config.batch_size, self.world.size),

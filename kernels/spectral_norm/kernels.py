@@ -1,4 +1,4 @@
-"""The kernels of grouped spectral normalisation; :mod:`fastgan.kernels.spectral_norm.launch` launches them.
+"""The kernels of grouped spectral normalization; :mod:`fastgan.kernels.spectral_norm.launch` launches them.
 
 Columns are walked in memory order as two nested levels, so that transposed convolutions and channels-last weights are
 read in place. Long matrices are split over programs; the last program of a layer to finish adds the partial sums in a

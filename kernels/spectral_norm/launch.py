@@ -1,4 +1,4 @@
-"""Grouped spectral normalisation: each launch covers all weights of a network, found by a table of device pointers.
+"""Grouped spectral normalization: each launch covers all weights of a network, found by a table of device pointers.
 
 Launches: 2 a power iteration (s = W v, t = W^T u), 1 to scale, 2 for backward and 2 for double backward, however many
 weights there are. Functions have the names, signatures and results of :mod:`fastgan.reference.spectral_norm`.

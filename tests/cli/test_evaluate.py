@@ -368,7 +368,7 @@ def test_a_page_of_the_result(sets, tmp_path):
         name, _, value = line.partition(":  ")
         assert f"<td>{name}</td><td>{value}</td>" in text
     pictures = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', text)
-    assert [name for name, _ in pictures] == ["bias curve", "generated images", "real images", "neighbours"]
+    assert [name for name, _ in pictures] == ["bias curve", "generated images", "real images", "neighbors"]
     for _, content in pictures:
         assert min(Image.open(io.BytesIO(base64.b64decode(content))).size) > 60
     assert "http" not in text  # self-contained

@@ -56,8 +56,8 @@ def frechet(x, y):
     """The definition in NumPy's float64, by the eigenvalues of the small matrix X S_y X^T."""
     x, y = x.double().numpy(), y.double().numpy()
     cov = [np.cov(z, rowvar=False) for z in (x, y)]
-    centred = x - x.mean(axis=0)
-    eigenvalues = np.linalg.eigvalsh(centred @ cov[1] @ centred.T / (len(x) - 1))
+    centered = x - x.mean(axis=0)
+    eigenvalues = np.linalg.eigvalsh(centered @ cov[1] @ centered.T / (len(x) - 1))
     rank = min(len(x), len(y)) - 1  # the others are zero but for rounding, which a square root would magnify
     cross = np.sqrt(eigenvalues[-rank:]).sum()
     return np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + np.trace(cov[0]) + np.trace(cov[1]) - 2 * cross
@@ -257,7 +257,7 @@ def test_a_bug_keeps_its_traceback(folders, monkeypatch):
     def bug(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("fastgan.metrics.catalogue.frechet_distance", bug)
+    monkeypatch.setattr("fastgan.metrics.catalog.frechet_distance", bug)
     result = run("fid", *folders, "--backbone", "efficientnet_lite0")
     assert result.exit_code == 1
     assert isinstance(result.exception, ValueError)

@@ -82,10 +82,10 @@ def test_arrays(array):
     np.testing.assert_allclose(pixels(ImageArray(array)), IMAGES, atol=1e-4)
 
 
-def test_a_greyscale_array_is_repeated():
-    grey = np.repeat(IMAGES[..., :1], 3, axis=3)
+def test_a_grayscale_array_is_repeated():
+    gray = np.repeat(IMAGES[..., :1], 3, axis=3)
     for array in (IMAGES[..., 0], IMAGES[..., :1], IMAGES[:, None, :, :, 0]):
-        np.testing.assert_array_equal(pixels(ImageArray(array)), grey)
+        np.testing.assert_array_equal(pixels(ImageArray(array)), gray)
 
 
 @pytest.mark.parametrize("key", ["images", "arr_0", "anything"])

@@ -9,9 +9,9 @@ from fastgan._checks import InputError
 from fastgan.data import image_folder, load_data, sketch_folder
 
 
-def write(path, colour, size=(10, 10)):
+def write(path, color, size=(10, 10)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def test_class_folders(tmp_path):
@@ -91,7 +91,7 @@ def test_bad_folders(tmp_path):
         load_data(tmp_path / "one", 16)
 
 
-def test_digits_in_colour():
+def test_digits_in_color():
     pytest.importorskip("sklearn")
     split = load_data("digits", 16, channels=3)
     assert split.train.images.shape == (1198, 3, 16, 16)

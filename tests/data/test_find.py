@@ -29,13 +29,13 @@ NEVER = [
 ]
 
 
-def write(path, colour=(9, 9, 9)):
+def write(path, color=(9, 9, 9)):
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {".png": "png", ".jfif": "jpeg", ".jpe": "jpeg", ".tga": "tga"}.get(path.suffix.lower())
     if kind is None:
         path.write_bytes(b"no image")
     else:
-        Image.new("RGB", (8, 8), colour).save(path, kind)
+        Image.new("RGB", (8, 8), color).save(path, kind)
 
 
 @pytest.fixture

@@ -51,13 +51,13 @@ def test_modes_become_rgb(tmp_path):
         assert result.dtype == np.uint8
         return result
 
-    grey = RGB[:, :, 0]
-    repeated = np.repeat(grey[:, :, None], 3, axis=2)
+    gray = RGB[:, :, 0]
+    repeated = np.repeat(gray[:, :, None], 3, axis=2)
     alpha = RNG.integers(0, 256, (5, 7, 1), dtype=np.uint8)
-    np.testing.assert_array_equal(read(Image.fromarray(grey)), repeated)
+    np.testing.assert_array_equal(read(Image.fromarray(gray)), repeated)
     np.testing.assert_array_equal(read(Image.fromarray(np.concatenate([repeated[:, :, :1], alpha], axis=2))), repeated)
     np.testing.assert_array_equal(read(Image.fromarray(np.concatenate([RGB, alpha], axis=2))), RGB)
-    np.testing.assert_array_equal(read(Image.fromarray(grey > 100)), np.where(repeated > 100, 255, 0))
+    np.testing.assert_array_equal(read(Image.fromarray(gray > 100)), np.where(repeated > 100, 255, 0))
     palette = Image.fromarray(RGB).quantize(8)
     np.testing.assert_array_equal(read(palette), np.array(palette.convert("RGB")))
     np.testing.assert_array_equal(read(palette, "a.gif"), np.array(palette.convert("RGB")))
@@ -67,19 +67,19 @@ def test_modes_become_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_sixteen_bit_greyscale_is_scaled(tmp_path, name):
+def test_sixteen_bit_grayscale_is_scaled(tmp_path, name):
     values = np.array([[0, 128, 129, 257], [32767, 32768, 65406, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / name)
     expected = np.round(values / 65535 * 255).astype(np.uint8)
     np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat(expected[:, :, None], 3, axis=2))
 
 
-@pytest.mark.parametrize("colour_type", [2, 6])
-def test_sixteen_bit_colours_keep_the_upper_byte(tmp_path, colour_type):
+@pytest.mark.parametrize("color_type", [2, 6])
+def test_sixteen_bit_colors_keep_the_upper_byte(tmp_path, color_type):
     """Files without and with alpha, written by hand: Pillow writes no such files."""
-    values = RNG.integers(0, 65536, (5, 7, 3 if colour_type == 2 else 4), dtype=np.uint16)
+    values = RNG.integers(0, 65536, (5, 7, 3 if color_type == 2 else 4), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", 7, 5, 16, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", 7, 5, 16, color_type, 0, 0, 0)
     chunks = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))

@@ -1,4 +1,4 @@
-"""The digits, labelled images and their split."""
+"""The digits, labeled images and their split."""
 
 import sys
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastgan.data import LabelledImages, as_float, digits, stratified_split
+from fastgan.data import LabeledImages, as_float, digits, stratified_split
 from fastgan.data.images import mostly_color
 
 
-def labelled(n=10, n_classes=3):
-    return LabelledImages(
+def labeled(n=10, n_classes=3):
+    return LabeledImages(
         torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1), torch.arange(n) % n_classes, n_classes=n_classes
     )
 
@@ -77,12 +77,12 @@ def test_missing_scikit_learn_says_what_to_install(monkeypatch):
 
 
 def test_split_keeps_order_and_every_class():
-    train, held_out = stratified_split(labelled(12), held_out=0.25, seed=1)
+    train, held_out = stratified_split(labeled(12), held_out=0.25, seed=1)
     assert identities(train.images) == sorted(identities(train.images))
     assert held_out.labels.bincount(minlength=3).tolist() == [1, 1, 1]
 
 
-class TestLabelledImages:
+class TestLabeledImages:
     @pytest.mark.parametrize(
         ("images", "labels", "match"),
         [
@@ -96,22 +96,22 @@ class TestLabelledImages:
     )
     def test_bad_input(self, images, labels, match):
         with pytest.raises(ValueError, match=match):
-            LabelledImages(images, labels, n_classes=3)
+            LabeledImages(images, labels, n_classes=3)
 
     def test_bad_sketches(self):
         images, labels = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 2])
         with pytest.raises(ValueError, match="paired sketches must be as many as the images, 4, got 3"):
-            LabelledImages(images, labels, 3, sketches=torch.zeros(3, 1, 8, 8))
+            LabeledImages(images, labels, 3, sketches=torch.zeros(3, 1, 8, 8))
         with pytest.raises(ValueError, match=r"sketches must be as large as the images, \(8, 8\), got \(4, 4\)"):
-            LabelledImages(images, labels, 3, sketches=torch.zeros(4, 1, 4, 4))
+            LabeledImages(images, labels, 3, sketches=torch.zeros(4, 1, 4, 4))
         with pytest.raises(ValueError, match="class 2 has none"):
-            LabelledImages(images, labels, 3, sketches=torch.zeros(2, 1, 8, 8), sketch_labels=torch.tensor([0, 1]))
+            LabeledImages(images, labels, 3, sketches=torch.zeros(2, 1, 8, 8), sketch_labels=torch.tensor([0, 1]))
         with pytest.raises(ValueError, match="sketch_labels need sketches"):
-            LabelledImages(images, labels, 3, sketch_labels=torch.tensor([0, 1]))
+            LabeledImages(images, labels, 3, sketch_labels=torch.tensor([0, 1]))
 
     def test_subset_keeps_pairs(self):
         images = torch.arange(4.0)[:, None, None, None]
-        data = LabelledImages(images, torch.tensor([0, 1, 0, 1]), 2, sketches=images + 10)
+        data = LabeledImages(images, torch.tensor([0, 1, 0, 1]), 2, sketches=images + 10)
         part = data.subset(torch.tensor([3, 0]))
         assert part.sketches.flatten().tolist() == [13, 10]
         assert part.labels.tolist() == [1, 0]
@@ -124,9 +124,9 @@ def test_as_float_spans_the_range():
 
 
 def test_mostly_color():
-    grey = torch.full((1001, 3, 2, 2), 7, dtype=torch.uint8)
-    colored = grey.clone()
+    gray = torch.full((1001, 3, 2, 2), 7, dtype=torch.uint8)
+    colored = gray.clone()
     colored[:501, 1] = 9
     assert mostly_color(colored)
     assert not mostly_color(colored[1:])  # half of them
-    assert not mostly_color(grey[:, :1])
+    assert not mostly_color(gray[:, :1])

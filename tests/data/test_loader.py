@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fastgan.data import DeviceLoader, LabelledImages, edge_map, sketches_of
+from fastgan.data import DeviceLoader, LabeledImages, edge_map, sketches_of
 
 
-def labelled(n=10, n_classes=3):
-    return LabelledImages(
+def labeled(n=10, n_classes=3):
+    return LabeledImages(
         torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1), torch.arange(n) % n_classes, n_classes=n_classes
     )
 
@@ -18,19 +18,19 @@ def identities(images):
 
 class TestLoader:
     def test_an_epoch_visits_each_image_once(self):
-        data = labelled(10)
+        data = labeled(10)
         loader = DeviceLoader(data, 3)
         for _ in range(4):
             seen = [index for _ in range(3) for index in identities(loader.next()["images"])]
             assert len(set(seen)) == 9
 
     def test_labels_belong_to_images(self):
-        batch = DeviceLoader(labelled(10), 7).next()
+        batch = DeviceLoader(labeled(10), 7).next()
         assert batch["labels"].tolist() == [i % 3 for i in identities(batch["images"])]
 
     def test_epochs_differ_and_seeds_repeat(self):
         def order(seed, batches=4):
-            loader = iter(DeviceLoader(labelled(20), 10, seed=seed))
+            loader = iter(DeviceLoader(labeled(20), 10, seed=seed))
             return [identities(next(loader)["images"]) for _ in range(batches)]
 
         first = order(0)
@@ -40,25 +40,25 @@ class TestLoader:
 
     def test_independent_of_the_global_seed(self):
         torch.manual_seed(1)
-        first = identities(DeviceLoader(labelled(20), 10).next()["images"])
+        first = identities(DeviceLoader(labeled(20), 10).next()["images"])
         torch.manual_seed(2)
-        assert identities(DeviceLoader(labelled(20), 10).next()["images"]) == first
+        assert identities(DeviceLoader(labeled(20), 10).next()["images"]) == first
 
     def test_state_resumes_within_an_epoch(self):
-        loader = DeviceLoader(labelled(10), 3)
+        loader = DeviceLoader(labeled(10), 3)
         for _ in range(4):
             loader.next()
         state = loader.state_dict()
         expected = [identities(loader.next()["images"]) for _ in range(7)]
-        other = DeviceLoader(labelled(10), 3, seed=9)
+        other = DeviceLoader(labeled(10), 3, seed=9)
         other.load_state_dict(state)
         assert [identities(other.next()["images"]) for _ in range(7)] == expected
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="batch_size must be from 1 to the number of images, 10, got 11"):
-            DeviceLoader(labelled(10), 11)
+            DeviceLoader(labeled(10), 11)
         with pytest.raises(ValueError, match="state must be of a data set of 10 images, got 12"):
-            DeviceLoader(labelled(10), 2).load_state_dict(DeviceLoader(labelled(12), 2).state_dict())
+            DeviceLoader(labeled(10), 2).load_state_dict(DeviceLoader(labeled(12), 2).state_dict())
 
 
 def numbered(n=12, n_classes=3):
@@ -68,7 +68,7 @@ def numbered(n=12, n_classes=3):
     sketches = torch.zeros(n, 1, 4, 4, dtype=torch.uint8)
     sketches[:, 0, 0, 0] = torch.arange(n, dtype=torch.uint8) + 100
     labels = torch.arange(n) % n_classes
-    return LabelledImages(images, labels, n_classes, sketches=sketches, sketch_labels=labels.flip(0))
+    return LabeledImages(images, labels, n_classes, sketches=sketches, sketch_labels=labels.flip(0))
 
 
 def pixel_numbers(images, column=0):
@@ -77,7 +77,7 @@ def pixel_numbers(images, column=0):
 
 def test_bytes_become_floats_and_paired_sketches_follow_their_images():
     data = numbered()
-    paired = LabelledImages(data.images, data.labels, 3, sketches=data.sketches)
+    paired = LabeledImages(data.images, data.labels, 3, sketches=data.sketches)
     batch = DeviceLoader(paired, 6, sketches="paired").next()
     assert batch["images"].dtype == torch.float32
     assert torch.equal(pixel_numbers(batch["sketches"]), pixel_numbers(batch["images"]) + 100)
@@ -97,7 +97,7 @@ def test_unpaired_sketches_are_of_the_same_class_and_all_are_used():
 
 def test_flips_mirror_image_and_sketch_together():
     data = numbered()
-    paired = LabelledImages(data.images, data.labels, 3, sketches=data.sketches)
+    paired = LabeledImages(data.images, data.labels, 3, sketches=data.sketches)
     loader = DeviceLoader(paired, 12, sketches="paired", flip=True)
     kinds = set()
     for _ in range(4):
@@ -110,15 +110,15 @@ def test_flips_mirror_image_and_sketch_together():
     assert kinds == {True, False}
 
 
-def test_dequantisation_is_one_grey_level_wide_and_resumes():
-    data = LabelledImages(torch.full((8, 1, 16, 16), 128, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 1)
-    loader = DeviceLoader(data, 8, dequantise=True, flip=True)
+def test_dequantization_is_one_grey_level_wide_and_resumes():
+    data = LabeledImages(torch.full((8, 1, 16, 16), 128, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 1)
+    loader = DeviceLoader(data, 8, dequantize=True, flip=True)
     loader.next()
     state = loader.state_dict()
     noisy = loader.next()["images"] - (128 / 127.5 - 1)
     assert noisy.abs().max() <= 1 / 256 + 1e-6
     assert noisy.std() == pytest.approx(2 / 256 / 12**0.5, rel=0.05)
-    other = DeviceLoader(data, 8, dequantise=True, flip=True, seed=5)
+    other = DeviceLoader(data, 8, dequantize=True, flip=True, seed=5)
     other.load_state_dict(state)
     assert torch.equal(other.next()["images"] - (128 / 127.5 - 1), noisy)
 
@@ -143,11 +143,11 @@ def test_sketches_of_a_set():
 
 def test_sketches_that_the_data_has_not():
     with pytest.raises(ValueError, match="sketches must be one of 'none', 'edges', 'paired', 'unpaired', got 'lines'"):
-        DeviceLoader(labelled(), 2, sketches="lines")
+        DeviceLoader(labeled(), 2, sketches="lines")
     with pytest.raises(ValueError, match="'paired' needs data with a sketch for each image"):
         DeviceLoader(numbered(), 2, sketches="paired")
     with pytest.raises(ValueError, match="'unpaired' needs data with sketches and their labels"):
-        DeviceLoader(labelled(), 2, sketches="unpaired")
+        DeviceLoader(labeled(), 2, sketches="unpaired")
 
 
 @pytest.mark.parametrize("sketches", ["none", "edges", "paired", "unpaired"])
@@ -156,8 +156,8 @@ def test_parts_of_batches_are_the_whole_ones(sketches):
     rng = torch.Generator().manual_seed(0)
     images, drawn = torch.rand(14, 1, 8, 8, generator=rng) * 2 - 1, torch.rand(14, 1, 8, 8, generator=rng)
     labels = torch.arange(14) % 2
-    data = LabelledImages(images, labels, 2, sketches=drawn, sketch_labels=labels if sketches == "unpaired" else None)
-    options = {"flip": True, "dequantise": True, "sketches": sketches}
+    data = LabeledImages(images, labels, 2, sketches=drawn, sketch_labels=labels if sketches == "unpaired" else None)
+    options = {"flip": True, "dequantize": True, "sketches": sketches}
     whole = DeviceLoader(data, 6, **options)
     parts = [DeviceLoader(data, 6, rank=rank, parts=3, **options) for rank in range(3)]
     for _ in range(5):

@@ -30,7 +30,7 @@ def test_clean_of_tensors_is_clean_of_files_to_the_filters_rounding(size):
     image = RNG.integers(0, 256, (61, 97, 3), dtype=np.uint8)
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     difference = (resize_tensor(tensor, size, "clean")[0] - resize_array(image, size, "clean")).abs().max()
-    assert difference < 0.01  # of 255: a hundredth of a grey level
+    assert difference < 0.01  # of 255: a hundredth of a gray level
 
 
 def test_legacy_pytorch_is_plain_bilinear():

@@ -65,7 +65,7 @@ def test_wrong_batches_are_named(source, n_classes, message):
 
 
 def test_wrong_sources_are_named():
-    with pytest.raises(TypeError, match="data must be LabelledImages, a Dataset, a DataLoader or an iterable"):
+    with pytest.raises(TypeError, match="data must be LabeledImages, a Dataset, a DataLoader or an iterable"):
         StreamLoader(3, 4)
     with pytest.raises(ValueError, match="data must have at least batch_size samples, 11"):
         StreamLoader(TensorDataset(IMAGES), 11)
@@ -79,5 +79,5 @@ def test_the_trainer_takes_it(n_classes):
     history = trainer.run()
     assert len(history) == 2
     trainer.load_state_dict(trainer.state_dict())
-    with pytest.raises(ValueError, match="need LabelledImages"):
+    with pytest.raises(ValueError, match="need LabeledImages"):
         Trainer(g, d, [IMAGES], TrainConfig(batch_size=4), images=DataConfig(flip=True))

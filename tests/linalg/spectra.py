@@ -63,15 +63,15 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def covariance_of_rank(n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Features X (n, d) with standard deviations from 1 to 1e-2, centred, over sqrt(n - 1); and their covariance."""
+    """Features X (n, d) with standard deviations from 1 to 1e-2, centered, over sqrt(n - 1); and their covariance."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, d, dtype=torch.float64)
     x = (x - x.mean(0)) / math.sqrt(n - 1)
     return x, x.mT @ x
 
 
-def count_factorisations(call) -> int:
-    """Cholesky factorisations, in the extension too: it calls them through the dispatcher."""
+def count_factorizations(call) -> int:
+    """Cholesky factorizations, in the extension too: it calls them through the dispatcher."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     return sum(event.count for event in profile.key_averages() if event.key == "aten::linalg_cholesky_ex")

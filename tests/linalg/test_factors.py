@@ -9,15 +9,15 @@ from fastgan.linalg import (
     trace_sqrt_product,
     trace_sqrt_product_from_factors,
 )
-from tests.linalg.spectra import count_factorisations, covariance, covariance_of_rank, relative_error
+from tests.linalg.spectra import count_factorizations, covariance, covariance_of_rank, relative_error
 
 
 def test_a_factor_that_is_given_is_not_computed():
     candidates = torch.randn(4, 5, 33, dtype=torch.float64)
     reference = torch.linalg.cholesky(covariance(33)).mT  # (33, 33), F^T F the covariance
-    assert count_factorisations(lambda: trace_sqrt_product_from_factors(reference, candidates)) == 0
+    assert count_factorizations(lambda: trace_sqrt_product_from_factors(reference, candidates)) == 0
     one = reference.mT @ reference
-    assert count_factorisations(lambda: trace_sqrt_product_from_factors(candidates, cov=one)) == 1
+    assert count_factorizations(lambda: trace_sqrt_product_from_factors(candidates, cov=one)) == 1
     expected = trace_sqrt_product(one, candidates.mT @ candidates)
     for value in (
         trace_sqrt_product_from_factors(reference, candidates),

@@ -14,7 +14,7 @@ from tests.linalg.spectra import (
     SIZES,
     SPECTRA,
     TOLERANCE,
-    count_factorisations,
+    count_factorizations,
     covariance,
     covariance_of_rank,
     eigen_factor,
@@ -94,8 +94,8 @@ def test_exactly_singular_float32(impl):
 @pytest.mark.parametrize(("n_a", "n_b", "d"), [(20, 30, 64), (20, 200, 64), (200, 20, 64), (5, 3, 65), (2, 2, 3)])
 def test_fewer_samples_than_dimensions(n_a, n_b, d, impl):
     x, y = torch.randn(n_a, d, dtype=torch.float64), torch.randn(n_b, d, dtype=torch.float64)
-    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
-    truth = torch.linalg.svdvals(centred_x @ centred_y.mT).sum() / math.sqrt((n_a - 1) * (n_b - 1))
+    centered_x, centered_y = x - x.mean(0), y - y.mean(0)
+    truth = torch.linalg.svdvals(centered_x @ centered_y.mT).sum() / math.sqrt((n_a - 1) * (n_b - 1))
     for method in METHODS:
         value, info = trace_sqrt_product(torch.cov(x.T), torch.cov(y.T), method=method, impl=impl, return_info=True)
         assert relative_error(value, truth) < 1e-9
@@ -351,5 +351,5 @@ def test_one_reference_against_many_is_factored_once(method, impl):
     candidates, one = covariance(6, d), covariance(d)
     own_factors = 1 if method == "polar" else 0  # the candidates', as one batch
     for pair in ((candidates, one), (one, candidates)):
-        found = count_factorisations(lambda pair=pair: trace_sqrt_product(*pair, method=method, impl=impl))
+        found = count_factorizations(lambda pair=pair: trace_sqrt_product(*pair, method=method, impl=impl))
         assert found == 1 + own_factors

@@ -18,7 +18,7 @@ IMPLS = [EXTENSION, pytest.param(pivoted_cholesky, id="reference")]
 def test_rank_and_factor(n, d, compute):
     _, a = covariance_of_rank(n, d, seed=n)
     rows, order, remainder = compute(a)
-    rank = min(n - 1, d)  # centred
+    rank = min(n - 1, d)  # centered
     assert rows.shape == (rank, d)
     assert sorted(order.tolist()) == list(range(d))
     assert remainder.item() <= pivot_floor(a) / 8

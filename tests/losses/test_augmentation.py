@@ -51,8 +51,8 @@ def test_color_matches_its_formula():
     got = color(images, brightness, saturation, contrast)
     for i in range(5):
         x = images[i] + brightness[i]
-        grey = (x[0] + x[1] + x[2]) / 3
-        x = torch.stack([(channel - grey) * saturation[i, 0, 0] + grey for channel in x])
+        gray = (x[0] + x[1] + x[2]) / 3
+        x = torch.stack([(channel - gray) * saturation[i, 0, 0] + gray for channel in x])
         x = (x - x.mean()) * contrast[i] + x.mean()
         torch.testing.assert_close(got[i], x, rtol=1e-12, atol=1e-12)
 

@@ -5,7 +5,7 @@ from torch import nn
 
 
 def randomize(network):
-    """Weights at which activations neither die nor grow, and normalisations that are not the identity."""
+    """Weights at which activations neither die nor grow, and normalizations that are not the identity."""
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

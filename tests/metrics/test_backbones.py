@@ -90,8 +90,8 @@ def test_lite0_features(lite0):
     assert (lite0.name, lite0.dim, lite0.input_size) == ("efficientnet_lite0", 1280, 224)
     strided = images.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
     torch.testing.assert_close(lite0(strided), features)
-    grey = images[:, :1]
-    torch.testing.assert_close(lite0(grey), lite0(grey.expand(-1, 3, -1, -1)))
+    gray = images[:, :1]
+    torch.testing.assert_close(lite0(gray), lite0(gray.expand(-1, 3, -1, -1)))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(lite0(images), features)
     assert not torch.equal(lite0(images, resize="legacy_pytorch"), features)
@@ -133,8 +133,8 @@ def test_every_image_passes_once_whatever_the_chunks(n):
         stats = image_stats(images, backbone, batch_size=7)
         assert stats.n == n
         torch.testing.assert_close(stats.cov, torch.cov(backbone(images).double().T))
-        labelled = TensorDataset(images, torch.arange(n))
-        for batches in (DataLoader(labelled, batch_size=7), (part for part in images.split(9))):
+        labeled = TensorDataset(images, torch.arange(n))
+        for batches in (DataLoader(labeled, batch_size=7), (part for part in images.split(9))):
             torch.testing.assert_close(image_stats(batches, backbone).cov, stats.cov)
 
 

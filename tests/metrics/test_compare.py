@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastgan.cli import app
 from fastgan.metrics import FeatureStats, frechet_distance, kernel_distance, precision_recall
-from fastgan.metrics.catalogue import METRICS, EvaluateOptions, Sets
+from fastgan.metrics.catalog import METRICS, EvaluateOptions, Sets
 from fastgan.metrics.compare import compare, difference_p, interval, resampled
 from fastgan.metrics.features import Measured
 from fastgan.metrics.options import FeatureOptions

@@ -13,7 +13,7 @@ from fastgan.metrics import (
     frechet_distances,
     paired_frechet_distances,
 )
-from tests.linalg.spectra import count_factorisations
+from tests.linalg.spectra import count_factorizations
 from tests.metrics.rows import rows, stats
 
 
@@ -141,18 +141,18 @@ def test_the_reference_is_factored_once_and_a_known_root_never(tmp_path, monkeyp
     monkeypatch.setattr("fastgan.metrics.frechet._MATRIX_BYTES", 2 * 8 * 8 * 8)
     many = [stats(n, seed) for seed, n in enumerate((30, 5, 40, 6, 60, 5), start=1)]
     one = stats(50)
-    assert count_factorisations(lambda: frechet_distances(one, many)) == 1
+    assert count_factorizations(lambda: frechet_distances(one, many)) == 1
     expected = frechet_distances(one, many)
     stats(50).save(tmp_path / "with.npz", root=True)
     for known in (one, FeatureStats.load(tmp_path / "with.npz")):
-        assert count_factorisations(lambda known=known: frechet_distances(known, many)) == 0
+        assert count_factorizations(lambda known=known: frechet_distances(known, many)) == 0
         torch.testing.assert_close(frechet_distances(known, many), expected, rtol=1e-12, atol=1e-12)
-        assert count_factorisations(lambda known=known: [frechet_distance(known, c) for c in many]) == 0
-        assert count_factorisations(lambda known=known: [frechet_distance(c, known) for c in many]) == 0
+        assert count_factorizations(lambda known=known: [frechet_distance(known, c) for c in many]) == 0
+        assert count_factorizations(lambda known=known: [frechet_distance(c, known) for c in many]) == 0
         assert frechet_distance(known, many[0]) == pytest.approx(expected[0].item(), rel=1e-9)
     one.update(rows(3, seed=9))
     assert one.known_root is None
-    assert count_factorisations(lambda: frechet_distances(one, many)) == 1
+    assert count_factorizations(lambda: frechet_distances(one, many)) == 1
     other = frechet_distance(one, many[0])
     assert other == pytest.approx(frechet_distance(one, many[0], method="full"), rel=1e-9)
     assert other != pytest.approx(expected[0].item(), rel=1e-3)

@@ -40,7 +40,7 @@ def test_influences_are_the_derivative_of_the_distance():
 @pytest.mark.parametrize(
     ("n", "m", "k", "shift"), [(60, 50, 3, 0.0), (80, 40, 1, 1.0), (30, 70, 5, 2.0), (20, 9, 7, 0.5)]
 )
-def test_jackknife_of_neighbourhoods(name, n, m, k, shift):
+def test_jackknife_of_neighborhoods(name, n, m, k, shift):
     """Equal to computing the metric again without each row."""
     real, fake = torch.from_numpy(rows(n, seed=1)), torch.from_numpy(rows(m, shift, seed=2))
     whole = getattr(precision_recall(real, fake, k=k), name)

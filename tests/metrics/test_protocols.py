@@ -25,7 +25,7 @@ from fastgan.metrics.feature_metric import FeatureMetric
 from fastgan.metrics.protocols import default_protocol
 from tests.metrics.random_weights import randomize
 
-ROUNDING = 2e-5  # of the largest feature: 94 float32 convolutions, their normalisations folded or not
+ROUNDING = 2e-5  # of the largest feature: 94 float32 convolutions, their normalizations folded or not
 FEATURES = (64, 192, 768, 2048)
 
 
@@ -164,7 +164,7 @@ def test_names():
 
 
 def test_statistics_of_two_protocols_are_not_compared(tmp_path):
-    network = Backbone(lambda x: x.mean((2, 3)), name="mean colour", input_size=8)
+    network = Backbone(lambda x: x.mean((2, 3)), name="mean color", input_size=8)
     pixels = torch.randint(0, 256, (9, 3, 5, 5), dtype=torch.uint8)
     stats = [image_stats(pixels, network, protocol=name) for name in ("clean-fid", "torch-fidelity", "tensorflow")]
     for other in stats[1:]:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fastgan.data.resize import RESIZE_METHODS
-from fastgan.metrics.catalogue import METRICS, EvaluateOptions
+from fastgan.metrics.catalog import METRICS, EvaluateOptions
 from fastgan.metrics.protocols import PROTOCOLS, default_protocol
 from tests.metrics import peers
 

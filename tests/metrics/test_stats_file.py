@@ -100,7 +100,7 @@ MU, SIGMA = np.zeros(3), np.eye(3)
         ({"mu": MU, "sigma": SIGMA, "n": np.array([3, 4])}, "n must be one integer"),
         ({"mu": MU, "sigma": SIGMA, "backbone": np.array(3)}, "backbone must be one string"),
         ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(2)}, "factor must have shape"),
-        ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(3)}, "factor must be the centred vectors"),
+        ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.eye(3)}, "factor must be the centered vectors"),
         ({"mu": MU, "sigma": SIGMA, "n": np.array(3), "factor": np.full((3, 3), np.inf)}, "factor must be finite"),
         ({"mu": MU, "sigma": SIGMA, "root": np.eye(4)}, r"root must have shape \(r, dim\) with r <= dim = 3"),
         ({"mu": MU, "sigma": SIGMA, "root": np.full((3, 3), np.nan)}, "root must be finite"),

@@ -2,14 +2,14 @@
 
 import torch
 
-from fastgan.data import LabelledImages
+from fastgan.data import LabeledImages
 from fastgan.models import DCGANDiscriminator, DCGANGenerator, SAGANDiscriminator, SAGANGenerator
 from fastgan.training import TrainConfig, Trainer
 
 
 def data(n=24, n_classes=3):
     rng = torch.Generator().manual_seed(5)
-    return LabelledImages(torch.rand(n, 1, 16, 16, generator=rng) * 2 - 1, torch.arange(n) % n_classes, n_classes)
+    return LabeledImages(torch.rand(n, 1, 16, 16, generator=rng) * 2 - 1, torch.arange(n) % n_classes, n_classes)
 
 
 def trainer(seed=0, n_classes=3, networks="sagan", **changes):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastgan._checks import InputError
-from fastgan.data import LabelledImages
+from fastgan.data import LabeledImages
 from fastgan.data.archives import open_images, register_opener
-from fastgan.metrics.catalogue import EvaluateOptions
+from fastgan.metrics.catalog import EvaluateOptions
 from fastgan.metrics.evaluate import evaluate
 from fastgan.metrics.options import FeatureOptions
 from fastgan.recipes import load_recipe, override
@@ -69,7 +69,7 @@ def stripes(n):
     labels = torch.arange(n) % 2
     images[labels == 0, :, ::4] = 1
     images[labels == 1, :, :, ::4] = 1
-    return LabelledImages(images + 0.2 * torch.randn(n, 1, 16, 16).clamp(-1, 1), labels, 2)
+    return LabeledImages(images + 0.2 * torch.randn(n, 1, 16, 16).clamp(-1, 1), labels, 2)
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_classifier_learns_and_is_judged_on_images_it_has_not_seen():
     test = stripes(10)
     assert classifier.accuracy(test.images, 1 - test.labels) < 0.1
     with pytest.raises(ValueError, match="a classifier needs at least 2 classes, got 1"):
-        train_classifier(LabelledImages(test.images, test.labels * 0, 1), test)
+        train_classifier(LabeledImages(test.images, test.labels * 0, 1), test)
 
 
 def test_a_run_is_judged_by_the_classifier_in_its_folder(run):

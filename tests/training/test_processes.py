@@ -171,7 +171,7 @@ def run_and_resume(rank, folder):
     scoring.load_backbone = lambda *_args, **_options: PIXELS
     told = []
     options = {"tell": told.append, "show_progress": False}
-    recipe = tiny("wgan-gp", "steps=2", "n_critic=1", "flip=true", "dequantise=true")
+    recipe = tiny("wgan-gp", "steps=2", "n_critic=1", "flip=true", "dequantize=true")
     whole = start_run(recipe, f"{folder}/whole", **options)
     written = []
     if rank == 1:

@@ -56,7 +56,7 @@ def test_twelve_steps_are_five_and_seven_more(name, tmp_path):
         "steps=12",
         "n_critic=2",
         "flip=true",
-        "dequantise=true",
+        "dequantize=true",
         "augment=[color, translation]",
         "decay_from=0.3",
     )

@@ -42,8 +42,8 @@ def test_flips_follow_from_the_data(tmp_path):
     assert run.trainer.loader.flip is True
     run.train()
     assert resume(tmp_path / "color", recipe=tiny("dcgan", source, "held_out=0.25")).trainer.loader.flip is True
-    grey = start(tiny("dcgan", source, "held_out=0.25", "channels=1"), tmp_path / "grey")
-    assert grey.trainer.loader.flip is False
+    gray = start(tiny("dcgan", source, "held_out=0.25", "channels=1"), tmp_path / "gray")
+    assert gray.trainer.loader.flip is False
 
 
 def sketch_folders(folder, paired=True, n=12):

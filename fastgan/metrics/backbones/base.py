@@ -118,7 +118,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, *, protocol: str | Protocol | None = None, resize: str | None = None) -> Tensor:
-        """Features (n, dim), float32, of images (n, 3, h, w) or greyscale (n, 1, h, w), which are repeated.
+        """Features (n, dim), float32, of images (n, 3, h, w) or grayscale (n, 1, h, w), which are repeated.
 
         Images are uint8 in [0, 255] or floating-point in [0, 1], on any device. ``protocol`` is a name of
         :mod:`fastgan.metrics.protocols`, by default the network's own, and ``resize`` replaces its resize method.
@@ -325,7 +325,7 @@ def check_images(images: Tensor) -> None:
 
 
 def fold_batch_norm(module: nn.Module, conv: str, bn: str) -> None:
-    """Fold the batch normalisation ``module.bn`` into ``module.conv``, without a bias, whose output it takes; in place,
+    """Fold the batch normalization ``module.bn`` into ``module.conv``, without a bias, whose output it takes; in place,
     for eval mode."""
     convolution, norm = getattr(module, conv), getattr(module, bn)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 Tan & Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019, in its lite variant: ReLU6,
 no squeeze-and-excitation. The weights were converted from TensorFlow, so the convolutions pad as TensorFlow's "SAME"
-does and batch normalisation has eps 1e-3.
+does and batch normalization has eps 1e-3.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _wheel_weights() -> Path:
 
 
 class EfficientNetLite0(nn.Module):
-    """(n, 3, 224, 224) normalised images to (n, 1280) pooled features, of which ``fc`` makes (n, 1000) class scores."""
+    """(n, 3, 224, 224) normalized images to (n, 1280) pooled features, of which ``fc`` makes (n, 1000) class scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class EfficientNetLite0(nn.Module):
         return x.float().mean(dim=(2, 3))
 
     def fold_batch_norm(self) -> EfficientNetLite0:
-        """Fold every batch normalisation into the convolution before it; the outputs stay, in eval mode."""
+        """Fold every batch normalization into the convolution before it; the outputs stay, in eval mode."""
         fold_batch_norm(self, "conv_stem", "bn0")
         fold_batch_norm(self, "conv_head", "bn1")
         for block in self.blocks:
@@ -157,7 +157,7 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
     def fold_batch_norm(self) -> None:
-        """Fold the block's batch normalisations into its convolutions."""
+        """Fold the block's batch normalizations into its convolutions."""
         if self.expand_conv is not None:
             fold_batch_norm(self, "expand_conv", "bn0")
         fold_batch_norm(self, "depthwise_conv", "bn1")
@@ -182,5 +182,5 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int 
 
 
 def _relu6(x: Tensor) -> Tensor:
-    # in place: x is always the fresh output of a convolution or normalisation
+    # in place: x is always the fresh output of a convolution or normalization
     return F.relu6(x, inplace=True)

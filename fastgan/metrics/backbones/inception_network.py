@@ -83,7 +83,7 @@ class InceptionV3(nn.Module):
         return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))))
 
     def fold_batch_norm(self) -> InceptionV3:
-        """Fold every batch normalisation into the convolution before it; the outputs stay, in eval mode."""
+        """Fold every batch normalization into the convolution before it; the outputs stay, in eval mode."""
         for module in self.modules():
             if isinstance(module, ConvNorm) and not isinstance(module.bn, nn.Identity):
                 fold_batch_norm(module, "conv", "bn")
@@ -98,7 +98,7 @@ class InceptionV3(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch normalisation, ReLU."""
+    """Convolution, batch normalization, ReLU."""
 
     packed: PackedConvolution | None = None
 

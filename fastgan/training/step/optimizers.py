@@ -51,7 +51,7 @@ class OptimizerState:
         members = [[p for p in options["params"] if id(p) in wanted] for options in optimizer.param_groups]
         self._groups = [_group(optimizer, index, parameters) for index, parameters in enumerate(members) if parameters]
         if not self._groups:
-            raise CaptureError("the optimiser has none of the network's parameters")
+            raise CaptureError("the optimizer has none of the network's parameters")
         self.rates = [
             # CUDA's fused kernels read a float32 rate.
             torch.zeros((), device=p.device, dtype=torch.float32 if p.is_cuda else torch.float64)
@@ -147,7 +147,7 @@ class _Group:
 def _group(optimizer: torch.optim.Optimizer, index: int, parameters: list[Tensor]) -> _Group:
     kind, options = type(optimizer), optimizer.param_groups[index]
     if options.get("differentiable"):
-        raise CaptureError("differentiable optimisers are not captured")
+        raise CaptureError("differentiable optimizers are not captured")
     if any(p.is_complex() for p in parameters):
         raise CaptureError("complex parameters are not captured")
     momentum = "momentum_buffer" if options.get("momentum", 0) else None
@@ -163,7 +163,7 @@ def _group(optimizer: torch.optim.Optimizer, index: int, parameters: list[Tensor
         if options["dampening"]:
             raise CaptureError("SGD with dampening is not captured")
         return _Group(index, parameters, (momentum,), sgd_, ("momentum", "weight_decay"), ("nesterov", "maximize"))
-    raise CaptureError(f"the optimiser must be Adam, AdamW, RMSprop or SGD, got {kind.__name__}")
+    raise CaptureError(f"the optimizer must be Adam, AdamW, RMSprop or SGD, got {kind.__name__}")
 
 
 @custom_op("fastgan::adam_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"))

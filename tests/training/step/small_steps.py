@@ -39,7 +39,7 @@ class Recording(TrainStep):
 
 
 class Setup:
-    """A recipe's GAN, narrow and at 16x16, with optimisers and average, in either mode."""
+    """A recipe's GAN, narrow and at 16x16, with optimizers and average, in either mode."""
 
     def __init__(
         self,

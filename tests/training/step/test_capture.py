@@ -1,4 +1,4 @@
-"""Captured steps of a user's own modules and losses: optimisers, checkpoints, and a way out where capture fails."""
+"""Captured steps of a user's own modules and losses: optimizers, checkpoints, and a way out where capture fails."""
 
 import copy
 import warnings
@@ -131,7 +131,7 @@ def test_weights_may_be_frozen_and_thawed_between_steps(begins_frozen):
     ("make_optimizer", "mode", "reads", "reason"),
     [
         (OPTIMIZERS["adam"], "cudagraph", False, "CUDA graphs need a CUDA device, the generator is on cpu"),
-        (torch.optim.NAdam, "compile", False, "optimiser must be Adam, AdamW, RMSprop or SGD, got NAdam"),
+        (torch.optim.NAdam, "compile", False, "optimizer must be Adam, AdamW, RMSprop or SGD, got NAdam"),
         (lambda p: torch.optim.SGD(p, 0.1, momentum=0.1, dampening=0.1), "compile", False, "SGD with dampening"),
         (OPTIMIZERS["adam"], "compile", True, "data-dependent|_local_scalar_dense|item"),
     ],

@@ -88,7 +88,7 @@ def same(prepare, between=lambda setup, i: None, steps=5, backend="eager", optio
     return [str(w.message) for w in caught if issubclass(w.category, BackendWarning)], setup
 
 
-class Centre(nn.Module):
+class Center(nn.Module):
     """Puts a new buffer in the old one's place."""
 
     def __init__(self):
@@ -203,7 +203,7 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("first", [Centre, lambda: nn.BatchNorm2d(3), Scaled, OlderNorm, Keeps, SetsData])
+@pytest.mark.parametrize("first", [Center, lambda: nn.BatchNorm2d(3), Scaled, OlderNorm, Keeps, SetsData])
 def test_modules_that_are_captured(first, backend):
     told, setup = same(lambda mode, backend: Setup(mode, backend, first()), backend=backend)
     assert told == []
@@ -459,7 +459,7 @@ CHANGES = {
 }
 FEATURES = {
     "none": lambda: None,
-    "centre": Centre,
+    "center": Center,
     "norm": lambda: nn.BatchNorm2d(3),
     "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)),
     "dropout": Dropped,

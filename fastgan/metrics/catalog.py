@@ -38,7 +38,7 @@ from fastgan.metrics.diversity import (
 from fastgan.metrics.features import Measured
 from fastgan.metrics.frechet import frechet_distance, paired_frechet_distances
 from fastgan.metrics.influences import (
-    centred,
+    centered,
     coverage_influences,
     mmd_influences,
     recall_influences,
@@ -226,9 +226,9 @@ def _prdc(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     real, fake, k = sets.features("real"), sets.features("fake"), options.k
     of_each = memberships(real, fake, k=k)
     influences: dict[str, Callable[[], Tensor | None]] = {
-        "precision": lambda: centred(of_each["precision"]),
+        "precision": lambda: centered(of_each["precision"]),
         "recall": lambda: recall_influences(real, fake, k=k),
-        "density": lambda: centred(of_each["density"]),
+        "density": lambda: centered(of_each["density"]),
         "coverage": lambda: coverage_influences(real, fake, k=k),
     }
     for name, contributions in of_each.items():
@@ -258,7 +258,7 @@ def _mifid(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
         if penalty == 1 or len(nearness) != len(fake):
             return of_distance if penalty == 1 else None
         distance = frechet_distance(sets.fake.stats, sets.real_stats)
-        return of_distance / penalty - distance / penalty**2 * centred(nearness)
+        return of_distance / penalty - distance / penalty**2 * centered(nearness)
 
     details = {"memorization": nearness.mean().item()}
     value = informed_distance(sets.fake.stats, sets.real_stats, penalty)
@@ -278,12 +278,12 @@ def _cmmd(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
 
 def _auth_pct(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     each = authentic(sets.features("real"), sets.features("fake")).double()
-    yield Found("AuthPct", 100 * each.mean().item(), lambda: 100 * centred(each), higher_is_better=True)
+    yield Found("AuthPct", 100 * each.mean().item(), lambda: 100 * centered(each), higher_is_better=True)
 
 
 def _ct(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
     each = ct_contributions(sets.features("real"), sets.features("test"), sets.features("fake"))
-    yield Found("C_T", each.mean().item(), lambda: centred(each), least=None, higher_is_better=True)
+    yield Found("C_T", each.mean().item(), lambda: centered(each), least=None, higher_is_better=True)
 
 
 def _fld(sets: Sets, options: EvaluateOptions) -> Iterator[Found]:
